@@ -1,0 +1,31 @@
+"""The C++ backend: the extension registers its kernels for the CPU when it is imported."""
+
+import importlib.util
+import warnings
+
+import torch  # noqa: F401  (the extension needs libtorch loaded)
+
+from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
+
+__all__ = ["DEVICES", "UNAVAILABLE", "build_info", "stats_tiles"]
+
+DEVICES = ("cpu",)
+UNAVAILABLE: str | None = None
+
+try:
+    from .._C import build_info
+except ImportError as error:
+    if importlib.util.find_spec("poolformer_kernels._C") is None:
+        UNAVAILABLE = "the extension poolformer_kernels._C was not built (a C++ compiler is needed at install time)"
+    else:
+        UNAVAILABLE = f"the extension poolformer_kernels._C cannot be loaded: {error}"
+    warnings.warn(f"poolformer_kernels: no C++ backend, {UNAVAILABLE}", stacklevel=2)
+
+    def build_info() -> dict:
+        """Facts about the compiled extension; empty where there is none."""
+        return {}
+
+
+def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:
+    """How many partials of a sample's statistics the kernel returns: it merges them itself."""
+    return 1

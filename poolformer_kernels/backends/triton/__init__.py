@@ -1,0 +1,2 @@
+DEVICES = ("cuda",)
+UNAVAILABLE = "not built yet"

@@ -1,0 +1,6 @@
+"""The operators: schema, checks, fakes, autograd and autocast. Kernels live in `poolformer_kernels.backends`."""
+
+from .backend import available_backends, use_backend
+from .pool_mixer import pool_mixer
+
+__all__ = ["available_backends", "pool_mixer", "use_backend"]

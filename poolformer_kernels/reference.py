@@ -1,0 +1,87 @@
+"""Every operator in plain PyTorch: the specification the kernels are tested against, and the fallback.
+
+Half-precision inputs are computed in float32 and rounded once at the end; float64 stays float64. Everything runs
+on contiguous (NCHW) data, because eager PyTorch is wrong elsewhere: the CPU's channels_last GroupNorm computes the
+variance in one pass, and CUDA's channels_last ``avg_pool2d`` backward ignores the padding (pytorch#188344).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["memory_format_of", "merge_stats", "pool_mixer", "sample_stats"]
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The memory format an operator's output has for input ``x``: channels_last if x's channels are innermost."""
+    if x.is_contiguous() or x.stride(1) != 1:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def sample_stats(x: Tensor) -> Tensor:
+    """Statistics of each sample as one partial, ``[B, 1, 3]`` = (count, mean, M2), fp32 (fp64 for fp64 input).
+
+    M2 is the sum of squared deviations from the mean, so ``M2 / count`` is GroupNorm's biased variance.
+    """
+    flat = x.flatten(1).to(_compute_dtype(x))
+    mean = flat.mean(1)
+    m2 = (flat - mean[:, None]).square().sum(1)
+    return torch.stack([torch.full_like(mean, flat.shape[1]), mean, m2], dim=1)[:, None]
+
+
+def merge_stats(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[B]`` from partials ``[B, T, 3]`` = (count, mean, M2), by Chan's formula."""
+    count, mean, m2 = stats.unbind(-1)
+    total = count.sum(1)
+    merged = (count * mean).sum(1) / total
+    return merged, (m2 + count * (mean - merged[:, None]).square()).sum(1) / total
+
+
+def pool_mixer(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    pool_size: int = 3,
+    eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    residual: bool = False,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """The token mixer of `poolformer_kernels.ops.pool_mixer`, operation by operation.
+
+    ``stats`` (partials ``[B, T, 3]`` of x, see `sample_stats`) replace the values of GroupNorm's mean and variance;
+    the gradient still differentiates through the normalisation of x.
+    """
+    dtype = _compute_dtype(x)
+    w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
+    xc = x.to(dtype, memory_format=torch.contiguous_format)
+    if stats is None:
+        normed = torch.group_norm(xc, 1, w, b, eps)
+    else:
+        normed = _group_norm_given(xc, w, b, eps, stats.to(dtype))
+    y = F.avg_pool2d(normed, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False) - normed
+    if s is not None:
+        y = y * s.view(-1, 1, 1)
+    if d is not None:
+        y = y * d.view(-1, 1, 1, 1)
+    if residual:
+        y = xc + y
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _group_norm_given(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, stats: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0)
+    given_mean, given_var = merge_stats(stats)
+    mean = mean + (given_mean - mean).detach()  # the given value, the gradient of x's own
+    var = var + (given_var - var).detach()
+    normed = (x - mean.view(-1, 1, 1, 1)) * torch.rsqrt(var + eps).view(-1, 1, 1, 1)
+    if weight is not None:
+        normed = normed * weight.view(-1, 1, 1)
+    return normed if bias is None else normed + bias.view(-1, 1, 1)
