@@ -1,7 +1,19 @@
 """Fused Triton and C++/CUDA kernels for PoolFormer, behind drop-in modules."""
 
-from . import ops, reference
+from . import models, nn, ops, reference
+from .models import convert_state_dict, create_model, list_models, load_checkpoint
 from .ops.backend import available_backends, use_backend
 
-__all__ = ["available_backends", "ops", "reference", "use_backend"]
+__all__ = [
+    "available_backends",
+    "convert_state_dict",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "use_backend",
+]
 __version__ = "0.1.0"

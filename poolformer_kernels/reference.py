@@ -57,7 +57,7 @@ def pool_mixer(
     """
     dtype = _compute_dtype(x)
     w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
-    xc = x.to(dtype, memory_format=torch.contiguous_format)
+    xc = x.to(dtype).contiguous()  # one call of to() with a memory format leaves x of the same dtype as it is
     if stats is None:
         normed = torch.group_norm(xc, 1, w, b, eps)
     else:

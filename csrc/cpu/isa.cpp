@@ -1,0 +1,62 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace pk {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+std::vector<Isa> isa_compiled() {
+#if defined(__x86_64__)
+  return {Isa::baseline, Isa::avx2, Isa::avx512};
+#else
+  return {Isa::baseline};
+#endif
+}
+
+static bool supported(Isa isa) {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports reads cpuid and xgetbv, so a kernel that does not save the registers counts as no.
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return isa == Isa::baseline;
+}
+
+std::vector<Isa> isa_supported() {
+  std::vector<Isa> levels;
+  for (Isa isa : isa_compiled())
+    if (supported(isa)) levels.push_back(isa);
+  return levels;
+}
+
+static Isa choose() {
+  const auto levels = isa_supported();
+  const char* forced = std::getenv("POOLFORMER_KERNELS_ISA");
+  if (forced == nullptr || *forced == '\0') return levels.back();
+  std::string allowed;
+  for (Isa isa : levels) {
+    if (forced == std::string(isa_name(isa))) return isa;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  throw std::runtime_error("POOLFORMER_KERNELS_ISA is '" + std::string(forced) + "'; this machine runs: " + allowed);
+}
+
+Isa isa_chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace pk

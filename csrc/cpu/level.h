@@ -1,0 +1,32 @@
+// Compiles what follows for the instruction-set level PK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512. A build gives every
+// source the same flags, so the level is set here, and it holds to the end of the file. Nothing that the linker could
+// share between levels (inline functions with external linkage, so no STL) may be defined behind this line.
+#pragma once
+
+#include <stdint.h>
+
+#if PK_LEVEL > 0
+#include <immintrin.h>
+#endif
+
+#include "../common/taps.h"
+
+#if PK_LEVEL == 2
+#define PK_TABLE(name) name##_avx512
+#define PK_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"
+#elif PK_LEVEL == 1
+#define PK_TABLE(name) name##_avx2
+#define PK_TARGET "avx2,fma,f16c"
+#else
+#define PK_TABLE(name) name##_baseline
+#endif
+
+#if defined(PK_TARGET)
+#define PK_STRING(text) #text
+#define PK_PRAGMA(text) _Pragma(PK_STRING(text))
+#if defined(__clang__)
+PK_PRAGMA(clang attribute push(__attribute__((target(PK_TARGET))), apply_to = function))
+#else
+PK_PRAGMA(GCC target(PK_TARGET))
+#endif
+#endif

@@ -1,0 +1,394 @@
+// The token mixer's CPU operators: checks, output tensors, the plan of the work over torch's threads.
+#include "pool_mixer.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/chan.h"
+#include "../common/taps.h"
+#include "isa.h"
+
+namespace pk {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kLanesMax = 16;
+constexpr int64_t kSerial = 32768;        // elements below which a second thread does not pay
+constexpr int64_t kStripElements = 32768;  // of one channels_last work item
+constexpr int64_t kPlaneElements = 4096;   // of one NCHW work item: its two float copies stay in the L1 cache
+
+// ---- tensors
+
+int dtype_index(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: STD_TORCH_CHECK(false, "pool_mixer_cpp: x must be float32, bfloat16 or float16");
+  }
+}
+
+const PoolMixerKernels& kernels_for(ScalarType dtype) {
+  static const PoolMixerKernels* table = [] {
+#if defined(__x86_64__)
+    if (isa_chosen() == Isa::avx512) return pool_mixer_avx512;
+    if (isa_chosen() == Isa::avx2) return pool_mixer_avx2;
+#endif
+    return pool_mixer_baseline;
+  }();
+  return table[dtype_index(dtype)];
+}
+
+// The output's layout (poolformer_kernels.reference.memory_format_of).
+bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
+
+Tensor in_layout(const Tensor& t, bool channels_last) {
+  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const bool dense = t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
+  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_like(const Tensor& x, bool channels_last) {
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  if (channels_last) return empty({b, c, h, w}, {c * h * w, 1, w * c, c}, dtype);
+  return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
+}
+
+template <class T>
+void add_strided(const Tensor& t, float* out, int64_t n, bool multiply) {
+  const T* data = static_cast<const T*>(t.data_ptr());
+  const int64_t stride = t.stride(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(data[i * stride]);
+    out[i] = multiply ? out[i] * value : out[i] + 0.0f * value;
+  }
+}
+
+// out *= t, or with `multiply` false out += 0 t, which only lets inf and NaN through.
+void apply_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, bool multiply = true) {
+  if (!t.has_value()) return;
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "pool_mixer_cpp: ", name, " must be a CPU tensor of ",
+                  n, " elements");
+  switch (t->scalar_type()) {
+    case ScalarType::Float: return add_strided<float>(*t, out, n, multiply);
+    case ScalarType::BFloat16: return add_strided<BFloat16>(*t, out, n, multiply);
+    case ScalarType::Half: return add_strided<Half>(*t, out, n, multiply);
+    default: STD_TORCH_CHECK(false, "pool_mixer_cpp: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// ---- scratch memory: grows to the largest call of a thread and is kept
+
+float* grown(std::vector<float>& buffer, int64_t n) {
+  if (static_cast<int64_t>(buffer.size()) < n + kLanesMax) buffer.resize(n + kLanesMax);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+float* worker_scratch(const PoolMixerParams& p) {
+  thread_local std::vector<float> buffer;
+  const int64_t half = p.pool / 2;
+  const int64_t columns = 2 * (p.width + p.pool) * kLanesMax;
+  const int64_t planes = 2 * (p.strip_rows + p.pool) * (p.width + 2 * half + 2 * kLanesMax);
+  return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
+}
+
+// One call's tables, cut from one buffer of the calling thread.
+class Arena {
+ public:
+  explicit Arena(int64_t n) : next_(grown(buffer(), n)) {}
+  float* take(int64_t n) {
+    float* p = next_;
+    next_ += n;
+    return p;
+  }
+
+ private:
+  static std::vector<float>& buffer() {
+    thread_local std::vector<float> kept;
+    return kept;
+  }
+  float* next_;
+};
+
+// ---- the plan
+
+struct Call {
+  PoolMixerParams p{};
+  int64_t items = 0;  // of one sample
+  float *coef, *mean, *scale, *correct;
+
+  Call(const Tensor& x, int64_t pool, bool residual, bool channels_last) {
+    p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+    p.pool = pool = std::min(pool, 2 * std::max(p.height, p.width) - 1);  // a wider one covers nothing more
+    p.residual = residual;
+    p.channels_last = channels_last;
+    p.chunks = (sample() + kChunk - 1) / kChunk;
+    const int64_t row = channels_last ? p.width * p.channels : p.width + pool + kLanesMax;
+    p.strip_rows = std::min(p.height, std::max<int64_t>(1, (channels_last ? kStripElements : kPlaneElements) / row));
+    p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
+    items = channels_last ? p.strips : p.channels * p.strips;
+  }
+
+  int64_t sample() const { return p.channels * p.height * p.width; }
+  int64_t tables() const {
+    return p.channels + 3 * p.batch + 2 * (p.height + p.width) + (std::min(p.pool, p.height) + 1) * p.width +
+           8 * kLanesMax;
+  }
+
+  void fill(Arena& arena, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale) {
+    p.coef = coef = arena.take(p.channels + kLanesMax);
+    p.mean = mean = arena.take(p.batch);
+    p.scale = scale = arena.take(p.batch);
+    p.correct = correct = arena.take(p.batch);
+    std::fill(coef, coef + p.channels, 1.0f);
+    apply_vector(weight, "weight", coef, p.channels);
+    apply_vector(bias, "bias", coef, p.channels, false);
+    apply_vector(layer_scale, "layer_scale", coef, p.channels);
+    taps(arena, p.height, &p.row_taps, &p.row_inv);
+    taps(arena, p.width, &p.col_taps, &p.col_inv);
+    float* inv = arena.take((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
+    p.inv = inv;
+    for (int64_t rows = 1; rows <= std::min(p.pool, p.height); ++rows)
+      for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_taps[w]);
+  }
+
+  void taps(Arena& arena, int64_t size, const float** count, const float** inverse) const {
+    float *n = arena.take(size), *inv = arena.take(size + kLanesMax);  // read a vector at a time
+    for (int64_t i = 0; i < size; ++i) {
+      n[i] = valid_taps(i, size, p.pool);
+      inv[i] = 1.0f / n[i];
+    }
+    std::fill(inv + size, inv + size + kLanesMax, 0.0f);
+    *count = n;
+    *inverse = inv;
+  }
+
+  // Whole samples per thread where that balances: the second pass over a sample then finds it in the cache.
+  bool by_sample() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    return threads == 1 || p.batch * sample() < kSerial || p.batch % threads == 0 || p.batch >= 4 * threads;
+  }
+
+  // f(b, first, last) over `count` items of each sample, on torch's threads.
+  template <class F>
+  void over(int64_t count, const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, sample() / count));
+    torch::stable::parallel_for(0, p.batch * count, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t b = begin / count, stop = std::min(end, (b + 1) * count);
+        f(b, begin - b * count, stop - b * count);
+        begin = stop;
+      }
+    });
+  }
+};
+
+Moments<double> merged(const float* partials, int64_t n) {
+  Moments<double> m;
+  for (int64_t i = 0; i < n; ++i) m.merge(partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]);
+  return m;
+}
+
+void check(const Tensor& x, int64_t pool, double eps) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "pool_mixer_cpp: x must be a CPU tensor of 4 dimensions");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "pool_mixer_cpp: x must have channels and pixels");
+  STD_TORCH_CHECK(pool > 0 && pool % 2 == 1, "pool_mixer_cpp: pool_size must be odd and positive, got ", pool);
+  STD_TORCH_CHECK(eps >= 0, "pool_mixer_cpp: eps must not be negative, got ", eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                              OptionalTensor layer_scale, OptionalTensor drop_scale,
+                                              OptionalTensor stats, int64_t pool_size, double eps, bool residual,
+                                              bool return_stats) {
+  check(input, pool_size, eps);
+  const PoolMixerKernels& kernels = kernels_for(input.scalar_type());
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last);
+  Call call(x, pool_size, residual, channels_last);
+  PoolMixerParams& p = call.p;
+  const int64_t batch = p.batch;
+
+  const int32_t f32 = aoti_torch_dtype_float32();
+  Tensor y = empty_like(x, channels_last);
+  Tensor mean_rstd = empty({batch, 2}, {2, 1}, f32);
+  Tensor y_stats = return_stats ? empty({batch, 1, 3}, {3, 3, 1}, f32) : empty({0}, {1}, f32);
+  if (batch == 0) return {y, mean_rstd, y_stats};
+
+  Arena arena(call.tables() + 3 * batch * (p.chunks + call.items));
+  call.fill(arena, weight, bias, layer_scale);
+  p.x = x.data_ptr();
+  p.out = y.mutable_data_ptr();
+  p.x_partials = arena.take(3 * batch * p.chunks);
+  p.y_partials = return_stats ? arena.take(3 * batch * call.items) : nullptr;
+  std::fill(call.scale, call.scale + batch, 1.0f);
+  apply_vector(drop_scale, "drop_scale", call.scale, batch);
+
+  const Tensor given = stats.has_value() ? in_layout(*stats, false) : Tensor();
+  const float* given_data = nullptr;
+  int64_t given_tiles = 0;
+  if (stats.has_value()) {
+    STD_TORCH_CHECK(given.is_cpu() && given.scalar_type() == ScalarType::Float && given.dim() == 3 &&
+                        given.size(0) == batch && given.size(2) == 3,
+                    "pool_mixer_cpp: stats must be a float32 CPU tensor of shape [B, T, 3]");
+    given_data = static_cast<const float*>(given.data_ptr());
+    given_tiles = given.size(1);
+  }
+  float* saved = static_cast<float*>(mean_rstd.mutable_data_ptr());
+  float* y_merged = static_cast<float*>(y_stats.mutable_data_ptr());
+
+  const auto begin_sample = [&](int64_t b) {
+    const auto m = given_data ? merged(given_data + b * given_tiles * 3, given_tiles)
+                              : merged(p.x_partials + b * p.chunks * 3, p.chunks);
+    const float rstd = 1.0 / std::sqrt(m.m2 / m.count + eps);
+    call.mean[b] = saved[2 * b] = m.mean;
+    saved[2 * b + 1] = rstd;
+    call.scale[b] *= rstd;
+  };
+  const auto end_sample = [&](int64_t b) {
+    if (!return_stats) return;
+    const auto m = merged(p.y_partials + b * call.items * 3, call.items);
+    y_merged[3 * b] = m.count;
+    y_merged[3 * b + 1] = m.mean;
+    y_merged[3 * b + 2] = m.m2;
+  };
+  if (call.by_sample()) {
+    call.over(1, [&](int64_t b, int64_t, int64_t) {
+      if (!given_data) kernels.stats(p, b, 0, p.chunks);
+      begin_sample(b);
+      kernels.forward(p, b, 0, call.items, worker_scratch(p));
+      end_sample(b);
+    });
+  } else {
+    if (!given_data)
+      call.over(p.chunks, [&](int64_t b, int64_t first, int64_t last) { kernels.stats(p, b, first, last); });
+    for (int64_t b = 0; b < batch; ++b) begin_sample(b);
+    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
+      kernels.forward(p, b, first, last, worker_scratch(p));
+    });
+    for (int64_t b = 0; b < batch; ++b) end_sample(b);
+  }
+  return {y, mean_rstd, y_stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tensor input, Tensor mean_rstd,
+                                                               OptionalTensor weight, OptionalTensor bias,
+                                                               OptionalTensor layer_scale, OptionalTensor drop_scale,
+                                                               int64_t pool_size, bool residual) {
+  check(input, pool_size, 0);
+  const PoolMixerKernels& kernels = kernels_for(input.scalar_type());
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == input.scalar_type() && grad.dim() == 4 &&
+                      grad.size(0) == input.size(0) && grad.size(1) == input.size(1) &&
+                      grad.size(2) == input.size(2) && grad.size(3) == input.size(3),
+                  "pool_mixer_cpp_backward: grad must have x's device, dtype and shape");
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
+  Call call(x, pool_size, residual, channels_last);
+  PoolMixerParams& p = call.p;
+  const int64_t batch = p.batch, channels = p.channels;
+  const Tensor saved = in_layout(mean_rstd, false);
+  STD_TORCH_CHECK(saved.is_cpu() && saved.scalar_type() == ScalarType::Float && saved.dim() == 2 &&
+                      saved.size(0) == batch && saved.size(1) == 2,
+                  "pool_mixer_cpp_backward: mean_rstd must be a float32 CPU tensor of shape [B, 2]");
+
+  const int32_t f32 = aoti_torch_dtype_float32();
+  Tensor dx = empty_like(x, channels_last);
+  Tensor dweight = empty({channels}, {1}, f32), dlayer_scale = empty({channels}, {1}, f32);
+  Tensor ddrop_scale = empty({batch}, {1}, f32);
+
+  Arena arena(call.tables() + batch * (call.items * (channels_last ? channels : 1) + channels + 1) + 2 * channels);
+  call.fill(arena, weight, std::nullopt, layer_scale);
+  p.x = x.data_ptr();
+  p.grad = g.data_ptr();
+  p.out = dx.mutable_data_ptr();
+  // q per (strip, channel) in channels_last and per (channel, strip) in NCHW
+  p.q_partials = arena.take(batch * call.items * (channels_last ? channels : 1));
+  float *q = arena.take(batch * channels), *drop = arena.take(batch);
+  float *gamma = arena.take(channels), *layer = arena.take(channels);
+  std::fill(drop, drop + batch, 1.0f);
+  std::fill(gamma, gamma + channels, 1.0f);
+  std::fill(layer, layer + channels, 1.0f);
+  apply_vector(drop_scale, "drop_scale", drop, batch);
+  apply_vector(weight, "weight", gamma, channels);
+  apply_vector(layer_scale, "layer_scale", layer, channels);
+  const float* mr = static_cast<const float*>(saved.data_ptr());
+  float* drop_out = static_cast<float*>(ddrop_scale.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    call.mean[b] = mr[2 * b];
+    call.scale[b] = drop[b] * mr[2 * b + 1];
+  }
+
+  // algebra.md, "Token mixer sub-block", backward: q = rstd * sum (x - mean) e, then k.
+  const auto reduce_sample = [&](int64_t b) {
+    const double rstd = mr[2 * b + 1];
+    double projected = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      if (channels_last)
+        for (int64_t s = 0; s < p.strips; ++s) sum += p.q_partials[(b * p.strips + s) * channels + c];
+      else
+        for (int64_t s = 0; s < p.strips; ++s) sum += p.q_partials[(b * channels + c) * p.strips + s];
+      q[b * channels + c] = rstd * sum;
+      projected += call.coef[c] * (rstd * sum);
+    }
+    drop_out[b] = projected;
+    call.correct[b] = rstd * rstd * (projected * drop[b] / call.sample());
+  };
+  if (call.by_sample()) {
+    call.over(1, [&](int64_t b, int64_t, int64_t) {
+      float* scratch = worker_scratch(p);
+      kernels.backward_reduce(p, b, 0, call.items, scratch);
+      reduce_sample(b);
+      kernels.backward_apply(p, b, 0, call.items, scratch);
+    });
+  } else {
+    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
+      kernels.backward_reduce(p, b, first, last, worker_scratch(p));
+    });
+    for (int64_t b = 0; b < batch; ++b) reduce_sample(b);
+    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
+      kernels.backward_apply(p, b, first, last, worker_scratch(p));
+    });
+  }
+  float* dw = static_cast<float*>(dweight.mutable_data_ptr());
+  float* ds = static_cast<float*>(dlayer_scale.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c) {
+    double total = 0;
+    for (int64_t b = 0; b < batch; ++b) total += static_cast<double>(drop[b]) * q[b * channels + c];
+    dw[c] = layer[c] * total;
+    ds[c] = gamma[c] * total;
+  }
+  return {dx, dweight, dlayer_scale, ddrop_scale};
+}
+
+}  // namespace
+}  // namespace pk
+
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {
+  m.impl("pool_mixer_cpp", TORCH_BOX(&pk::pool_mixer));
+  m.impl("pool_mixer_cpp_backward", TORCH_BOX(&pk::pool_mixer_backward));
+}

@@ -1,0 +1,49 @@
+// The token mixer's CPU kernels: plain parameters, and one table of functions per instruction-set level and dtype.
+#pragma once
+
+#include <cstdint>
+
+namespace pk {
+
+struct PoolMixerParams {
+  const void* x;     // [B, C, H, W], contiguous or channels_last
+  const void* grad;  // backward: dL/dy in x's layout
+  void* out;         // forward: y; backward: dx; in x's layout
+  int64_t batch, channels, height, width;
+  int64_t pool;
+  bool channels_last, residual;
+  int64_t chunks;      // partials a sample's input statistics are computed in
+  int64_t strip_rows;  // output rows of one work item
+  int64_t strips;      // ceil(height / strip_rows)
+
+  const float* coef;      // [C] gamma * layer_scale
+  const float* mean;      // [B] of x
+  const float* scale;     // [B] drop_scale * rstd
+  const float* correct;   // [B] backward: rstd^2 k (algebra.md, "Token mixer sub-block")
+  const float* row_taps;  // [H] valid taps in the vertical direction
+  const float* col_taps;  // [W] and in the horizontal one
+  const float* row_inv;   // [H] 1 / row_taps
+  const float* col_inv;   // [W] 1 / col_taps
+  const float* inv;       // [pool + 1, W] 1 / (taps * col_taps)
+
+  float* x_partials;  // [B, chunks, 3] (count, mean, M2)
+  float* y_partials;  // [B, items, 3], or null
+  float* q_partials;  // backward: channels_last [B, strips, C], NCHW [B, C]: sum of (x - mean) e
+};
+
+constexpr int64_t kChunk = 8192;  // elements of one partial of the input statistics
+
+struct PoolMixerKernels {
+  // Items of one sample: partials of x's statistics; (strip) in channels_last, (channel, strip) in NCHW.
+  void (*stats)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last);
+  void (*forward)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
+  void (*backward_reduce)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
+  void (*backward_apply)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
+};
+
+// fp32, bf16, fp16
+extern const PoolMixerKernels pool_mixer_baseline[3];
+extern const PoolMixerKernels pool_mixer_avx2[3];
+extern const PoolMixerKernels pool_mixer_avx512[3];
+
+}  // namespace pk

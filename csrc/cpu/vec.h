@@ -1,0 +1,131 @@
+// One vector of floats per instruction-set level, by the compiler's vector extensions. Included once per level, after
+// `#pragma GCC target`, in an unnamed namespace: nothing here may be shared between levels by the linker.
+
+template <int kBytes>
+struct Types {
+  typedef float F __attribute__((vector_size(kBytes)));
+  typedef uint32_t U __attribute__((vector_size(kBytes)));
+  typedef uint16_t H __attribute__((vector_size(kBytes / 2)));
+};
+
+#if PK_LEVEL == 2
+constexpr int kLanes = 16;
+#elif PK_LEVEL == 1
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using vf = Types<4 * kLanes>::F;
+using vu = Types<4 * kLanes>::U;
+using vh = Types<4 * kLanes>::H;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+#define PK_INLINE inline __attribute__((always_inline))
+
+PK_INLINE vf splat(float a) { return a - vf{}; }
+
+template <class V>
+PK_INLINE V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+PK_INLINE void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+PK_INLINE float hsum(vf v) {
+  float sum[kLanes];
+  write(sum, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+// --- bfloat16 is the upper half of a float, rounded to nearest even; the NaNs that inputs and arithmetic give survive
+
+PK_INLINE vu round_bits(vf v) {
+  const vu u = (vu)v;
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+PK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+PK_INLINE vh narrow(vf v, const bf16*) { return __builtin_convertvector(round_bits(v) >> 16, vh); }
+PK_INLINE vf rounded(vf v, const bf16*) { return (vf)(round_bits(v) & 0xffff0000u); }
+
+// --- float16
+
+#if PK_LEVEL == 2
+PK_INLINE vf widen(vh h, const fp16*) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+PK_INLINE vh narrow(vf v, const fp16*) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif PK_LEVEL == 1
+PK_INLINE vf widen(vh h, const fp16*) { return (vf)_mm256_cvtph_ps((__m128i)h); }
+PK_INLINE vh narrow(vf v, const fp16*) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+PK_INLINE vf widen(vh h, const fp16*) {
+  // Scaling by 2^112 turns a half's exponent into a float's, subnormals included; inf and NaN need their own exponent.
+  const vu u = __builtin_convertvector(h, vu);
+  const vu sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13;
+  const vu finite = (vu)((vf)magnitude * 0x1p112f), special = magnitude | 0x7f800000u;
+  return (vf)(sign | ((u & 0x7c00u) == 0x7c00u ? special : finite));
+}
+PK_INLINE vh narrow(vf v, const fp16*) {
+  const vu u = (vu)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Below 2^-14 halves are spaced 2^-24: adding 0.5 leaves the rounded half in the low bits.
+  const vu small = (vu)((vf)magnitude + 0.5f) - 0x3f000000u;
+  const vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  vu h = magnitude < (113u << 23) ? small : normal;
+  h = magnitude >= 0x477ff000u ? vu{} + 0x7c00u : h;  // rounds to inf
+  h = magnitude > 0x7f800000u ? vu{} + 0x7e00u : h;   // NaN
+  return __builtin_convertvector(sign | h, vh);
+}
+#endif
+PK_INLINE vf rounded(vf v, const fp16* tag) { return widen(narrow(v, tag), tag); }
+
+// --- loads and stores of kLanes elements, and of the first n < kLanes: the rest read as zero and are not written
+
+PK_INLINE vf load(const float* p) { return read<vf>(p); }
+PK_INLINE void store(float* p, vf v) { write(p, v); }
+PK_INLINE vf rounded(vf v, const float*) { return v; }
+
+template <class T>
+PK_INLINE vf load(const T* p) {
+  return widen(read<vh>(p), p);
+}
+template <class T>
+PK_INLINE void store(T* p, vf v) {
+  write(p, narrow(v, p));
+}
+
+#if PK_LEVEL == 2
+PK_INLINE __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
+PK_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
+PK_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+template <class T>
+PK_INLINE vf load(const T* p, int64_t n) {
+  return widen((vh)_mm256_maskz_loadu_epi16(first(n), p), p);
+}
+template <class T>
+PK_INLINE void store(T* p, vf v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(v, p));
+}
+#else
+template <class T>
+PK_INLINE vf load(const T* p, int64_t n) {
+  T whole[kLanes] = {};
+  __builtin_memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T>
+PK_INLINE void store(T* p, vf v, int64_t n) {
+  T whole[kLanes];
+  store(whole, v);
+  __builtin_memcpy(p, whole, n * sizeof(T));
+}
+#endif

@@ -1,0 +1,7 @@
+"""`python -m poolformer_kernels` is `poolformer-kernels`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,92 @@
+"""What this installation can run, and why not the rest: `poolformer-kernels info`."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+from . import __version__
+from .backends import cpp
+from .ops.backend import available_backends, explain_selection
+
+__all__ = ["collect"]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """The name of a device that torch calls ``"cpu"`` or ``"cuda"``."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """Versions, devices, backends, what ``auto`` picks and the extension's build, by section; every value is text."""
+    devices = {"cpu": f"{device_name('cpu')}, torch uses {torch.backends.cpu.get_cpu_capability()}"}
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    if not torch.cuda.is_available():
+        devices["cuda"] = "none" if torch.version.cuda else "this torch is built without CUDA"
+    build = {key: _text(value) for key, value in cpp.build_info().items()}
+    return {
+        "versions": {
+            "poolformer-kernels": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            **{package: _version(package) for package in ("triton", "timm")},
+        },
+        "devices": devices,
+        "backends": {name: reason or "available" for name, reason in available_backends().items()},
+        "selection": {
+            f"{device}, {str(dtype).removeprefix('torch.')}": " — ".join(explain_selection(device, dtype))
+            for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("POOLFORMER_KERNELS_")},
+        "extension": build or {"poolformer_kernels._C": available_backends()["cpp"] or "no build information"},
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: aligned text, or JSON of the same sections."""
+    sections = collect()
+    if args.json:
+        json.dump(sections, sys.stdout, indent=1, ensure_ascii=False)
+        print()
+        return 0
+    width = max(len(key) for rows in sections.values() for key in rows)
+    for title, rows in sections.items():
+        if rows:
+            print(title)
+        for key, value in rows.items():
+            print(f"  {key:{width}s}  {value}")
+    return 0

@@ -1,0 +1,233 @@
+"""PoolFormer: the table of released models and the module, under the official state-dict keys."""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import GroupNorm, PoolFormerBlock
+
+__all__ = ["HEADS", "ModelConfig", "PoolFormer", "list_models", "model_config"]
+
+HEADS = ("official", "timm")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a released model is made of, how it was trained and how its images are prepared.
+
+    ``drop_path_rate`` is the training recipe's; `create_model` uses it only when told to. ``input_size`` is the side
+    of the square test image in pixels, cropped from one resized to ``input_size / crop_pct``; ``mean`` and ``std``
+    apply to RGB in [0, 1].
+    """
+
+    name: str
+    layers: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+    layer_scale_init: float
+    drop_path_rate: float
+    params: int
+    crop_pct: float
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    input_size: int = 224
+
+    @property
+    def hf_hub_id(self) -> str:
+        """The repository of the pretrained weights on the Hugging Face hub."""
+        return f"timm/{self.name}.sail_in1k"
+
+
+_SMALL, _MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
+_CONFIGS = {
+    config.name: config
+    for config in (
+        ModelConfig("poolformer_s12", (2, 2, 6, 2), _SMALL, 1e-5, 0.1, 11_915_176, 0.90),
+        ModelConfig("poolformer_s24", (4, 4, 12, 4), _SMALL, 1e-5, 0.1, 21_388_968, 0.90),
+        ModelConfig("poolformer_s36", (6, 6, 18, 6), _SMALL, 1e-6, 0.2, 30_862_760, 0.90),
+        ModelConfig("poolformer_m36", (6, 6, 18, 6), _MEDIUM, 1e-6, 0.3, 56_172_520, 0.95),
+        ModelConfig("poolformer_m48", (8, 8, 24, 8), _MEDIUM, 1e-6, 0.4, 73_473_448, 0.95),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows, smallest model first."""
+    return list(_CONFIGS)
+
+
+def model_config(name: str) -> ModelConfig:
+    """The configuration of a released model.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    try:
+        return _CONFIGS[name]
+    except (KeyError, TypeError):
+        close = difflib.get_close_matches(str(name), _CONFIGS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"name is {name!r}; allowed: {', '.join(_CONFIGS)}{hint}") from None
+
+
+class PoolFormer(nn.Module):
+    """PoolFormer for classification, or with ``features_only`` as a backbone for dense prediction.
+
+    Args:
+        config: see `model_config`.
+        num_classes: outputs of the classifier; 0 for none, the result is then the pooled, normed features.
+        in_chans: channels of the images.
+        head: ``"official"`` is GroupNorm, then mean over pixels; ``"timm"`` is mean over pixels, then LayerNorm with
+            eps 1e-6, as timm >= 0.9 evaluates the same weights.
+        drop_path_rate: of the last block; the rates grow linearly from 0 in the first.
+        features_only: no head, see Returns.
+
+    A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
+
+    Returns:
+        logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at strides
+        4, 8, 16 and 32, each through a GroupNorm of its own (``norm0``, ``norm2``, ``norm4``, ``norm6``).
+
+    Raises:
+        TypeError, ValueError: an argument or image of the wrong type, shape or range.
+
+    Source: MetaFormer (arXiv 2111.11418), section 3.2 and Table 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        head: str = "official",
+        drop_path_rate: float = 0.0,
+        features_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if type(in_chans) is not int:
+            raise TypeError(f"in_chans must be an int, got {type(in_chans).__name__}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be positive, got {in_chans}")
+        if not isinstance(drop_path_rate, (int, float)):
+            raise TypeError(f"drop_path_rate must be a number, got {type(drop_path_rate).__name__}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        self.config = config
+        self.in_chans = in_chans
+        self.num_features = config.dims[-1]
+        self.features_only = features_only
+        self.head_mode = head
+        self.patch_embed = PatchEmbed(in_chans, config.dims[0], kernel=7, stride=4, padding=2)
+        network: list[nn.Module] = []
+        step = drop_path_rate / (sum(config.layers) - 1)
+        done = 0
+        for stage, (depth, dim) in enumerate(zip(config.layers, config.dims)):
+            if stage > 0:
+                network.append(PatchEmbed(config.dims[stage - 1], dim, kernel=3, stride=2, padding=1))
+            blocks = (
+                PoolFormerBlock(dim, drop_path=step * i, layer_scale_init_value=config.layer_scale_init)
+                for i in range(done, done + depth)
+            )
+            network.append(nn.Sequential(*blocks))
+            done += depth
+        self.network = nn.ModuleList(network)
+        if features_only:
+            for stage, dim in enumerate(config.dims):
+                self.add_module(f"norm{2 * stage}", GroupNorm(dim))
+        else:
+            self.norm = GroupNorm(self.num_features)
+            self.reset_classifier(num_classes)
+        self.register_state_dict_post_hook(_note_head_mode)
+
+    @property
+    def head_mode(self) -> str:
+        """``"official"`` or ``"timm"``: how the head's weights are evaluated."""
+        return self._head_mode
+
+    @head_mode.setter
+    def head_mode(self, mode: str) -> None:
+        if mode not in HEADS:
+            raise ValueError(f"head is {mode!r}; allowed: {', '.join(HEADS)}")
+        self._head_mode = mode
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one of that many outputs (0: none), on the model's device and dtype.
+
+        Raises:
+            TypeError, ValueError: num_classes is not an int, or negative.
+            RuntimeError: the model has no head (``features_only``).
+        """
+        self._require_head()
+        if type(num_classes) is not int:
+            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            like = self.norm.weight
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        self.head.train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's map ``[B, dims[3], H_3, W_3]`` at stride 32, before any norm."""
+        x = self.patch_embed(self._checked(x))
+        for module in self.network:
+            x = module(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits from `forward_features`' map; with ``pre_logits`` the features that the classifier sees."""
+        self._require_head()
+        if self._head_mode == "official":
+            x = self.norm(x).mean((2, 3))
+        else:
+            x = F.layer_norm(x.mean((2, 3)), (self.num_features,), self.norm.weight, self.norm.bias, 1e-6)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if not self.features_only:
+            return self.forward_head(self.forward_features(x))
+        x = self.patch_embed(self._checked(x))
+        features = []
+        for index, module in enumerate(self.network):
+            x = module(x)
+            if index % 2 == 0:  # a stage; the odd ones are the downsamples
+                features.append(self.get_submodule(f"norm{index}")(x))
+        return features
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {list(x.shape)}")
+        if x.shape[2] < 3 or x.shape[3] < 3:
+            raise ValueError(f"x must be at least 3 pixels high and wide, got {x.shape[2]} x {x.shape[3]}")
+        return x
+
+    def _require_head(self) -> None:
+        if self.features_only:
+            raise RuntimeError("this model was created with features_only=True and has no head")
+
+
+class PatchEmbed(nn.Module):
+    """The stem and the downsamples: one convolution, no norm."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def _note_head_mode(model: PoolFormer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """The head mode goes into the state dict's metadata: no key could hold it and stay official."""
+    local_metadata["head_mode"] = model.head_mode

@@ -1,0 +1,91 @@
+"""Median times of several implementations, measured side by side in one run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Timing", "time_interleaved"]
+
+_SAMPLE_S = 2e-3  # one sample repeats a call until it lasts this long: timer and wake-up noise stay below 1 %
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of ``rounds`` samples, and the 20th and 80th percentile around it."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def time_interleaved(
+    providers: dict[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int = 20,
+    warmup: int = 2,
+    budget_s: float = float("inf"),
+) -> dict[str, Timing]:
+    """Time every provider, one sample of each per round, the first of a round rotating.
+
+    Interleaved, because a machine's speed drifts (turbo, neighbours): a drift then hits all of them alike, and
+    medians ignore the round in which a thread was preempted.
+
+    Args:
+        providers: name -> call without arguments.
+        device: where the calls run; on CUDA a sample is taken between two events on the current stream.
+        rounds: samples per provider.
+        warmup: calls of each provider before the first round.
+        budget_s: stop after this many seconds, but not before 3 rounds (or ``rounds``, if fewer).
+
+    Raises:
+        ValueError: no provider, or ``rounds`` < 1.
+    """
+    if not providers:
+        raise ValueError("providers must hold at least one call, got none")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    device = torch.device(device)
+    sample = _sample_cuda if device.type == "cuda" else _sample_cpu
+    repeats = {}
+    for name, call in providers.items():
+        for _ in range(warmup):
+            call()
+        repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(sample(call, 1), 1e-7))))
+    names = list(providers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(sample(providers[name], repeats[name]))
+        if i >= 2 and time.perf_counter() - start > budget_s:
+            break
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _sample_cpu(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _sample_cuda(call: Callable[[], object], repeats: int) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3 / repeats
+
+
+def _summary(values: list[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0], 1)
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), cuts[0], cuts[3], len(values))

@@ -1,0 +1,226 @@
+"""The demo's HTML page: one self-contained file that requests nothing and follows the reader's light or dark mode."""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["render", "write_report"]
+
+NAMES = {"eager": "timm, eager", "compile": "timm, torch.compile", "ours": "poolformer-kernels"}
+_LABEL, _PLOT, _VALUE, _BAR, _GAP = 200, 430, 210, 17, 16  # chart geometry in px: columns, bar height, group gap
+
+_STYLE = """
+:root { --bg:#f6f7f9; --card:#fff; --ink:#1a1f29; --soft:#5b6474; --line:#e1e5eb; --grid:#d4d9e1;
+  --eager:#9aa5b5; --compile:#4a7fc1; --ours:#e07b28; --good:#1b7f4b; --goodbg:#e3f4ea; --bad:#b3261e; --badbg:#fbe6e4 }
+@media (prefers-color-scheme: dark) { :root { --bg:#11151c; --card:#1a2029; --ink:#e6eaf1; --soft:#9aa5b5;
+  --line:#2b333f; --grid:#343d4a; --eager:#77839a; --compile:#6fa3e0; --ours:#f0944a; --good:#6fd6a0; --goodbg:#173527;
+  --bad:#ff9a91; --badbg:#431f1c } }
+* { box-sizing:border-box }
+body { margin:0; background:var(--bg); color:var(--ink); font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+  "Helvetica Neue",Arial,sans-serif }
+main { max-width:960px; margin:0 auto; padding:40px 20px 64px }
+h1 { font-size:27px; line-height:1.2; margin:0 0 6px; letter-spacing:-.01em } h2 { font-size:18px; margin:0 0 4px }
+h3 { font-size:14px; margin:18px 0 2px }
+p { margin:4px 0 12px } .soft { color:var(--soft) } small, .small { font-size:13px }
+section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:22px 24px; margin-top:20px }
+.verdict { display:inline-block; font-weight:600; border-radius:999px; padding:3px 14px; margin:6px 0 2px }
+.good { color:var(--good); background:var(--goodbg) } .bad { color:var(--bad); background:var(--badbg) }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); gap:14px; margin-top:20px }
+.tile { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:14px 18px }
+.tile b { display:block; font-size:24px; line-height:1.3; letter-spacing:-.01em }
+.photos { display:grid; grid-template-columns:repeat(auto-fill,minmax(410px,1fr)); gap:24px; margin-top:14px }
+.photo { display:flex; gap:18px; align-items:flex-start; min-width:0 }
+.photo img { width:172px; height:172px; border-radius:8px; flex:none }
+.photo ol { list-style:none; margin:6px 0 0; padding:0 } .photo div { flex:1; min-width:0 }
+.photo li { position:relative; padding:1px 8px; margin-bottom:3px; display:flex; justify-content:space-between; gap:10px }
+.photo li i { position:absolute; inset:0 auto 0 0; background:var(--ours); opacity:.26; border-radius:4px }
+.photo li span { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
+.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
+th { text-align:left; font-weight:600; font-size:13px; color:var(--soft) }
+th, td { padding:6px 12px 6px 0; border-bottom:1px solid var(--line); white-space:nowrap }
+tr:last-child td { border-bottom:0 } .num { text-align:right } td.wrap { white-space:normal; overflow-wrap:anywhere }
+svg { display:block; width:100%; height:auto; max-width:840px; font-size:13px } svg text { fill:var(--ink) }
+svg .soft { fill:var(--soft) } svg .grid { stroke:var(--grid) } svg .spread { stroke:var(--ink); stroke-width:1.3 }
+.legend { display:flex; flex-wrap:wrap; gap:6px 20px; margin:8px 0 2px } .legend i { display:inline-block; width:12px;
+  height:12px; border-radius:3px; margin-right:7px; vertical-align:-1px }
+@media (max-width:520px) { .photos { grid-template-columns:1fr } .photo img { width:112px; height:112px } }
+"""
+
+
+def write_report(result: dict, photos: list[Image.Image], folder: Path) -> Path:
+    """Write ``folder/index.html`` from the demo's result (see `poolformer_kernels.demo`) and return its path."""
+    page = folder / "index.html"
+    page.write_text(render(result, photos), encoding="utf-8")
+    return page
+
+
+def render(result: dict, photos: list[Image.Image]) -> str:
+    """The page as text; ``photos`` are what the model saw, in the order of ``result["images"]``."""
+    model = result["model"]
+    passed = result["passed"]
+    verdict = "Verified against float64" if passed else "Verification FAILED"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{escape(model["name"])} · poolformer-kernels</title>
+<style>{_STYLE}</style></head><body><main>
+<h1>{escape(model["name"])}: timm's against ours</h1>
+<p class="soft">The same weights and photos through timm's modules and through poolformer-kernels' operators, on
+{escape(result["environment"]["device"])}.</p>
+<span class="verdict {"good" if passed else "bad"}">{verdict}</span>
+{_tiles(result)}
+{_photos(result, photos)}
+{_verification(result["verification"])}
+{_charts(result)}
+{_environment(result)}
+</main></body></html>
+"""
+
+
+def _tiles(result: dict) -> str:
+    tiles = []
+    for row in result["timing"]:
+        if row["what"] == "model":
+            t = row["providers"]
+            tiles.append((f"{_ratio(t, 'eager')}", f"whole model against timm eager, {row['dtype']}"))
+            if "median" in t["compile"]:
+                tiles.append((f"{_ratio(t, 'compile')}", f"whole model against torch.compile, {row['dtype']}"))
+    model = result["model"]
+    tiles.append((f"{model['params'] / 1e6:.2f} M", f"parameters ({model['params']:,})"))
+    macs = model["macs_official_head"]
+    tiles.append((f"{macs / 1e9:.3f} G", f"MACs at {model['input_size']}² in fvcore's count ({macs:,})"))
+    cells = (f'<div class="tile"><b>{value}</b><span class="soft small">{what}</span></div>' for value, what in tiles)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _ratio(providers: dict, base: str) -> str:
+    return f"{providers[base]['median'] / providers['ours']['median']:.2f}×"
+
+
+def _photos(result: dict, photos: list[Image.Image]) -> str:
+    figures = []
+    for image, photo in zip(result["images"], photos, strict=True):
+        best = image["top5"][0]["probability"]
+        rows = "".join(
+            f'<li title="{escape(c["label"])}"><i style="width:{100 * c["probability"] / best:.1f}%"></i>'
+            f"<span>{escape(c['label'])}</span><span>{c['probability']:.1%}</span></li>"
+            for c in image["top5"]
+        )
+        name = escape(image["name"])
+        figures.append(
+            f'<div class="photo"><img src="{_data_uri(photo)}" alt="{name} as the model sees it">'
+            f"<div><b>{name}</b><ol>{rows}</ol></div></div>"
+        )
+    weights = result["model"]["weights"]
+    note = f"Weights: {escape(weights)}."
+    if weights.startswith("random"):
+        note += " Random weights: the classes mean nothing, only their equality does; --checkpoint gives real ones."
+    dtype = result["verification"][0]["dtype"]
+    return (
+        f'<section><h2>Photos and their top 5</h2><p class="soft">By our model in {dtype}, on the centre crop that '
+        f'is shown. {note}</p><div class="photos">{"".join(figures)}</div></section>'
+    )
+
+
+def _data_uri(photo: Image.Image) -> str:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _verification(rows: list[dict]) -> str:
+    body = []
+    for r in rows:
+        verdict = {None: "", True: '<span class="verdict good">ok</span>', False: '<span class="verdict bad">no</span>'}
+        l2, maximum = ("" if r[k] is None else f"{r[k]:.2e}" for k in ("allowed_l2", "allowed_max"))
+        cells = [f"{r['error_l2']:.2e}", l2, f"{r['error_max']:.2e}", maximum]
+        cells += [f"{r['top1_agreement']:.0%}", f"{r['top5_agreement']:.0%}"]
+        numbers = "".join(f'<td class="num">{c}</td>' for c in cells)
+        body.append(
+            f"<tr><td>{r['dtype']}</td><td>{NAMES[r['implementation']]}</td><td>{r['layout']}</td>{numbers}"
+            f"<td>{verdict[r['passed']]}</td></tr>"
+        )
+    heads = ("relative L2", "allowed", "max", "allowed", "top-1", "top-5")
+    head = "<th>dtype</th><th>model</th><th>layout</th>" + "".join(f'<th class="num">{h}</th>' for h in heads)
+    return (
+        "<section><h2>Logits against float64</h2>"
+        '<p class="soft">Errors of the logits against timm\'s model in float64 from the same rounded weights and '
+        "pixels. Ours may be 1.5 times that of timm's eager modules in the same dtype, plus rounding. Top-1 and top-5: "
+        "share of float64's classes; in half precision near ties may swap.</p>"
+        f'<div class="scroll"><table><tr>{head}<th></th></tr>{"".join(body)}</table></div></section>'
+    )
+
+
+def _charts(result: dict) -> str:
+    rows = result["timing"]
+    legend = "".join(f'<span><i style="background:var(--{k})"></i>{name}</span>' for k, name in NAMES.items())
+    parts = [
+        "<section><h2>Time, relative to eager</h2>",
+        '<p class="soft">Shorter is better. Medians of interleaved rounds in one run, every provider in channels_last; '
+        "the thin line spans the 20th to the 80th percentile. A mixer is the whole sub-block: norm, pool minus "
+        f'identity, LayerScale, residual.</p><div class="legend">{legend}</div>',
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        parts.append(f"<h3>{dtype}</h3>{_bars([row for row in rows if row['dtype'] == dtype])}")
+    reasons = {p["unavailable"] for row in rows for p in row["providers"].values() if "median" not in p}
+    parts += [f'<p class="soft small">torch.compile: {escape(reason)}</p>' for reason in sorted(reasons)]
+    return "".join(parts) + "</section>"
+
+
+def _bars(rows: list[dict]) -> str:
+    """One SVG: a group of bars per row, their length relative to the group's eager median."""
+    timed = [{k: t for k, t in row["providers"].items() if "median" in t} for row in rows]
+    bases = [providers["eager"]["median"] for providers in timed]
+    longest = max(t["p80"] / base for providers, base in zip(timed, bases, strict=True) for t in providers.values())
+    scale = _PLOT / max(1.0, longest)
+    y, marks = 6, []
+    for row, providers, base in zip(rows, timed, bases, strict=True):
+        batch, *image = row["shape"]
+        height = _BAR * len(providers)
+        title = "whole model" if row["what"] == "model" else f"mixer, stage {row['stage']}"
+        middle = y + height / 2
+        marks.append(f'<text x="0" y="{middle - 3:.0f}" font-weight="600">{title}</text>')
+        marks.append(f'<text x="0" y="{middle + 13:.0f}" class="soft">{batch} × {" × ".join(map(str, image))}</text>')
+        for name, t in providers.items():
+            ends = [_LABEL + scale * t[k] / base for k in ("median", "p20", "p80")]
+            centre = y + _BAR / 2
+            text = f"{_milliseconds(t['median'])} · {_rate(row, t) if row['what'] == 'model' else _times(base, t)}"
+            marks.append(
+                f'<rect x="{_LABEL}" y="{y + 1.5}" width="{ends[0] - _LABEL:.1f}" height="{_BAR - 3}" rx="2" '
+                f'fill="var(--{name})"><title>{NAMES[name]}: {_milliseconds(t["median"])}</title></rect>'
+                f'<line class="spread" x1="{ends[1]:.1f}" x2="{ends[2]:.1f}" y1="{centre}" y2="{centre}"/>'
+                f'<text x="{max(ends[0], ends[2]) + 8:.1f}" y="{centre + 4.5}">{text}</text>'
+            )
+            y += _BAR
+        y += _GAP
+    grid = []
+    for tick in (0, 0.5, 1):
+        x = _LABEL + scale * tick
+        dash = "" if tick == 0 else ' stroke-dasharray="3 4"'
+        grid.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y - 4}"{dash}/>')
+        grid.append(f'<text class="soft" x="{x:.1f}" y="{y + 12}" text-anchor="middle">{tick:.0%}</text>')
+    width = _LABEL + _PLOT + _VALUE
+    label = "Bar chart of times relative to eager"
+    return f'<svg viewBox="0 0 {width} {y + 18}" role="img" aria-label="{label}">{"".join(grid + marks)}</svg>'
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"
+
+
+def _rate(row: dict, t: dict) -> str:
+    return f"{row['shape'][0] / t['median'] * 1e3:,.1f} img/s"
+
+
+def _times(base: float, t: dict) -> str:
+    return f"{base / t['median']:.2f}×"
+
+
+def _environment(result: dict) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(key)}</td><td class='wrap'>{escape(value)}</td></tr>"
+        for key, value in result["environment"].items()
+    )
+    return f'<section><h2>Where this ran</h2><div class="scroll"><table>{rows}</table></div></section>'

@@ -1,0 +1,224 @@
+"""Errors of the operators against fp64, beside those of eager PyTorch: `poolformer-kernels verify`.
+
+The rule, for outputs and every gradient, in relative L2 and in maximum absolute error:
+``error(ours) <= 1.5 * error(eager, same dtype) + floor``, against fp64 computed from the dtype-rounded inputs. The
+floor is what correct rounding of the result alone may cost; see `tolerance`. Inputs are random and shifted: with
+mean 0 a wrong mean would not show.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .cli import CommandError
+from .ops.backend import BACKENDS, explain_selection, use_backend
+
+__all__ = ["OPERATORS", "Check", "Operator", "errors", "tolerance", "verify"]
+
+SLACK = 1.5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def errors(value: Tensor, exact: Tensor, scale: Tensor | None = None) -> tuple[float, float]:
+    """(relative L2 error, maximum absolute error) of ``value``; ``exact`` is float64 on the CPU.
+
+    ``scale`` replaces ``exact`` as what the L2 error is relative to, where the exact value is zero.
+    """
+    difference = value.detach().double().cpu() - exact
+    size = (exact if scale is None else scale).norm()
+    return (difference.norm() / size).item(), difference.abs().max().item()
+
+
+def tolerance(
+    eager: tuple[float, float], exact: Tensor, dtype: torch.dtype, *, terms: int = 0
+) -> tuple[float, float]:
+    """The allowed (relative L2, maximum absolute) error, given eager's.
+
+    The floor is half an ulp in L2 (correct rounding costs at most that) and one ulp of the largest value in the
+    maximum. A gradient that sums ``terms`` products adds sqrt(terms) roundings of its float32 accumulator to both.
+    """
+    ulp = torch.finfo(dtype).eps
+    accumulated = terms**0.5 * torch.finfo(torch.float32).eps
+    largest = exact.abs().max().item()
+    return SLACK * eager[0] + ulp / 2 + accumulated, SLACK * eager[1] + (ulp + accumulated) * largest
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator's cases. ``ours`` and ``eager`` take ``(tensors, form)``; ``tensors`` are by argument name."""
+
+    forms: tuple[str, ...]
+    shapes: tuple[tuple[int, int, int, int], ...]
+    inputs: Callable[[tuple[int, int, int, int], str, torch.Generator], dict[str, Tensor]]
+    ours: Callable[[dict[str, Tensor], str], Tensor]
+    eager: Callable[[dict[str, Tensor], str], Tensor]
+    zero_gradients: dict[str, str]  # argument whose gradient is exactly zero -> the one its error is relative to
+
+
+@dataclass(frozen=True)
+class Check:
+    """One quantity (``y`` or the gradient ``d<argument>``) of one case."""
+
+    operator: str
+    form: str
+    backend: str
+    device: str
+    dtype: str
+    layout: str
+    shape: tuple[int, ...]
+    quantity: str
+    error_l2: float
+    eager_l2: float
+    allowed_l2: float
+    error_max: float
+    eager_max: float
+    allowed_max: float
+
+    @property
+    def passed(self) -> bool:
+        """Both errors are allowed; a NaN is not."""
+        return self.error_l2 <= self.allowed_l2 and self.error_max <= self.allowed_max
+
+
+def _pool_mixer_inputs(shape: tuple[int, int, int, int], form: str, rng: torch.Generator) -> dict[str, Tensor]:
+    batch, channels = shape[:2]
+
+    def normal(size: tuple[int, ...], mean: float, std: float) -> Tensor:
+        return mean + std * torch.randn(size, generator=rng, dtype=torch.float64)
+
+    tensors = {
+        "x": normal(shape, -2.3, 0.5),
+        "weight": normal((channels,), 1.0, 0.2),
+        "bias": normal((channels,), 0.3, 0.2),
+    }
+    if form == "residual":
+        tensors["layer_scale"] = normal((channels,), 0.5, 0.2)
+        tensors["drop_scale"] = torch.arange(batch, dtype=torch.float64) % 2 * 1.25  # dropped, kept at 1/0.8, ...
+    return tensors
+
+
+def _pool_mixer_ours(tensors: dict[str, Tensor], form: str) -> Tensor:
+    pool_size = 5 if form == "pool 5" else 3
+    return ops.pool_mixer(**tensors, pool_size=pool_size, residual=form == "residual")
+
+
+def _pool_mixer_eager(tensors: dict[str, Tensor], form: str) -> Tensor:
+    size = 5 if form == "pool 5" else 3
+    x = tensors["x"]
+    n = F.group_norm(x, 1, tensors["weight"], tensors["bias"], 1e-5)
+    m = F.avg_pool2d(n, size, 1, size // 2, count_include_pad=False) - n
+    if form != "residual":
+        return m
+    return x + tensors["drop_scale"].view(-1, 1, 1, 1) * (tensors["layer_scale"].view(-1, 1, 1) * m)
+
+
+OPERATORS = {
+    "pool_mixer": Operator(
+        forms=("plain", "pool 5", "residual"),
+        shapes=((2, 64, 56, 56), (2, 128, 28, 28), (2, 320, 14, 14), (3, 512, 7, 7), (3, 17, 13, 29), (2, 96, 1, 7)),
+        inputs=_pool_mixer_inputs,
+        ours=_pool_mixer_ours,
+        eager=_pool_mixer_eager,
+        zero_gradients={"bias": "weight"},
+    ),
+}
+
+
+def verify(
+    backend: str, device: str, *, dtypes: tuple[torch.dtype, ...] = DTYPES, operators: dict[str, Operator] = OPERATORS
+) -> Iterator[list[Check]]:
+    """Run every case of every operator on one backend; yields the checks of one case (y, then the gradients).
+
+    Raises:
+        RuntimeError: the backend cannot run a case.
+    """
+    for name, operator in operators.items():
+        for form in operator.forms:
+            for dtype in dtypes:
+                for layout in LAYOUTS:
+                    for shape in operator.shapes:
+                        yield _case(name, operator, form, backend, device, dtype, layout, shape)
+
+
+def _case(name, operator, form, backend, device, dtype, layout, shape) -> list[Check]:
+    rng = torch.Generator().manual_seed(0)
+    inputs = {key: t.to(dtype) for key, t in operator.inputs(shape, form, rng).items()}
+
+    def run(call, where: str, kind: torch.dtype, memory_format: torch.memory_format) -> dict[str, Tensor]:
+        tensors = {key: t.to(where, kind).requires_grad_() for key, t in inputs.items()}
+        tensors["x"] = tensors["x"].detach().contiguous(memory_format=memory_format).requires_grad_()
+        y = call(tensors, form)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
+        grad = grad.to(dtype).to(where, kind).contiguous(memory_format=memory_format)
+        gradients = torch.autograd.grad(y, list(tensors.values()), grad)
+        return {"y": y, **{f"d{key}": g for key, g in zip(tensors, gradients, strict=True)}}
+
+    # eager and fp64 on contiguous data: eager's channels_last is wrong on both devices (see `reference`)
+    exact = run(operator.eager, "cpu", torch.float64, torch.contiguous_format)
+    eager = run(operator.eager, device, dtype, torch.contiguous_format)
+    with use_backend(backend):
+        ours = run(operator.ours, device, dtype, LAYOUTS[layout])
+
+    tokens = shape[0] * shape[2] * shape[3]
+    checks = []
+    for quantity, value in ours.items():
+        argument = quantity[1:]
+        scale = truth = exact[quantity].detach()
+        if argument in operator.zero_gradients:
+            truth, scale = torch.zeros_like(truth), exact[f"d{operator.zero_gradients[argument]}"]
+        error, base = errors(value, truth, scale), errors(eager[quantity], truth, scale)
+        summed = quantity not in ("y", "dx")
+        allowed = tolerance(base, scale, dtype, terms=tokens if summed else 0)
+        pairs = [v for triple in zip(error, base, allowed, strict=True) for v in triple]
+        name_of_dtype = str(dtype).removeprefix("torch.")
+        checks.append(Check(name, form, backend, device, name_of_dtype, layout, shape, quantity, *pairs))
+    return checks
+
+
+def _backends(asked: str | None, device: str) -> list[str]:
+    """The backends to verify on this device: the one asked for, or all that can run."""
+    usable = []
+    for name in BACKENDS if asked is None else (asked,):
+        with use_backend(name):
+            chosen, reason = explain_selection(device, torch.float32)
+        if chosen != "none":
+            usable.append(name)
+        elif asked is not None:
+            raise CommandError(reason)
+        else:
+            print(f"skipped {name}: {reason.partition(': ')[2]}", file=sys.stderr)
+    return usable
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: prints one table per backend, operator form, dtype and layout. 0, or 1 where a check failed."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
+    checks: list[Check] = []
+    header = ()
+    for backend in _backends(args.backend, args.device):
+        for case in verify(backend, args.device, dtypes=args.dtype):
+            first = case[0]
+            if header != (header := (first.operator, first.form, backend, args.device, first.dtype, first.layout)):
+                print(f"\n{first.operator} ({first.form}), {first.dtype}, {first.layout}: {backend} on {args.device}")
+                print(f"{'relative L2: ours|eager':24s}" + "".join(f"{c.quantity:^17s}" for c in case))
+            shape = "x".join(map(str, first.shape))
+            cells = (f"{c.error_l2:7.1e}|{c.eager_l2:7.1e}{' ' if c.passed else '!'} " for c in case)
+            print(f"  {shape:22s}" + "".join(cells) + ("" if all(c.passed for c in case) else " FAILED"), flush=True)
+            checks += case
+    failed = [c for c in checks if not c.passed]
+    if args.json:
+        rows = [{**asdict(c), "passed": c.passed} for c in checks]
+        Path(args.json).write_text(json.dumps({"schema": 1, "passed": not failed, "checks": rows}, indent=1) + "\n")
+    print(f"\n{len(checks) - len(failed)} of {len(checks)} values within 1.5 x eager's error + rounding", end="")
+    print(" (relative L2 and maximum)." if not failed else f"; {len(failed)} FAILED, marked with !")
+    return 1 if failed else 0

@@ -1,0 +1,28 @@
+"""Fixtures for every test. The operator tests run once per backend that computes on the CPU."""
+
+from collections.abc import Iterator
+
+import pytest
+from helpers import BACKENDS, require_backend
+
+import poolformer_kernels as pk
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: needs many gigabytes of memory")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs on this backend, in it alone: an explicit choice never falls back."""
+    require_backend(request.param)
+    with pk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def kernels() -> Iterator[str]:
+    """The CPU's kernel backend, for what only holds for kernels."""
+    require_backend("cpp")
+    with pk.use_backend("cpp"):
+        yield "cpp"
