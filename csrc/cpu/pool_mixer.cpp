@@ -45,6 +45,7 @@ int dtype_index(ScalarType dtype) {
 const PoolMixerKernels& kernels_for(ScalarType dtype) {
   static const PoolMixerKernels* table = [] {
 #if defined(__x86_64__)
+    if (isa_chosen() == Isa::avx512_bf16) return pool_mixer_avx512_bf16;
     if (isa_chosen() == Isa::avx512) return pool_mixer_avx512;
     if (isa_chosen() == Isa::avx2) return pool_mixer_avx2;
 #endif
@@ -112,7 +113,7 @@ float* grown(std::vector<float>& buffer, int64_t n) {
 float* worker_scratch(const PoolMixerParams& p) {
   thread_local std::vector<float> buffer;
   const int64_t half = p.pool / 2;
-  const int64_t columns = 2 * (p.width + p.pool) * kLanesMax;
+  const int64_t columns = 4 * (p.width + p.pool) * kLanesMax;
   const int64_t planes = 2 * (p.strip_rows + p.pool) * (p.width + 2 * half + 2 * kLanesMax);
   return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
 }
@@ -150,6 +151,7 @@ struct Call {
     p.chunks = (sample() + kChunk - 1) / kChunk;
     const int64_t row = channels_last ? p.width * p.channels : p.width + pool + kLanesMax;
     p.strip_rows = std::min(p.height, std::max<int64_t>(1, (channels_last ? kStripElements : kPlaneElements) / row));
+    p.strip_rows += channels_last && p.strip_rows % 2;  // rows are swept in twos
     p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
     items = channels_last ? p.strips : p.channels * p.strips;
   }

@@ -45,5 +45,6 @@ struct PoolMixerKernels {
 extern const PoolMixerKernels pool_mixer_baseline[3];
 extern const PoolMixerKernels pool_mixer_avx2[3];
 extern const PoolMixerKernels pool_mixer_avx512[3];
+extern const PoolMixerKernels pool_mixer_avx512_bf16[3];
 
 }  // namespace pk

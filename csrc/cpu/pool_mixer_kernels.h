@@ -1,9 +1,9 @@
 // The token mixer's kernels for one instruction-set level (algebra.md, "Token mixer sub-block"). Included after vec.h.
 //
-// The pool is separable. In channels_last a row is swept along w with a vector of channels: the vertical sum of the
-// next column is loaded, the last three stay in registers. In NCHW a strip of a plane is widened into zero-padded
-// float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs the sample's
-// mean is subtracted on load, so a large mean costs no digits.
+// The pool is separable. In channels_last two rows are swept along w with a block of channels: the vertical sums of the
+// next column are loaded, those of the last three stay in registers. In NCHW a strip of a plane is widened into
+// zero-padded float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs the
+// sample's mean is subtracted on load, so a large mean costs no digits.
 
 template <class T>
 constexpr bool kShifted = sizeof(T) == 4;
@@ -39,10 +39,13 @@ void stats(const PoolMixerParams& p, int64_t b, int64_t first_chunk, int64_t las
     constexpr int kWays = 4;
     vf s1[kWays] = {}, s2[kWays] = {};
     for (i = 0; i + kWays * kLanes <= n; i += kWays * kLanes)
-      for (int k = 0; k < kWays; ++k) {
-        const vf d = load(x + i + k * kLanes) - splat(shift);
-        s1[k] += d;
-        s2[k] += d * d;
+      for (int k = 0; k < kWays; k += 2) {
+        const Pair v = load_pair(x + i + k * kLanes);
+        const vf a = v.a - splat(shift), b = v.b - splat(shift);
+        s1[k] += a;
+        s2[k] += a * a;
+        s1[k + 1] += b;
+        s2[k + 1] += b * b;
       }
     for (; i < whole; i += kLanes) {
       const vf d = load(x + i) - splat(shift);
@@ -109,211 +112,366 @@ PK_INLINE vf splat_lanes(float a, int64_t n) {
   return read<vf>(lanes);
 }
 
-// ---- channels_last
+// ---- channels_last: item = strip
 
+// The rows h .. h + ROWS - 1 of the output, for a pool of 3: ABOVE and BELOW say whether their neighbours exist.
+// ROWS == 0 is one row of any other pool.
+template <int ROWS_, bool ABOVE_, bool BELOW_>
+struct Window {
+  static constexpr int ROWS = ROWS_ ? ROWS_ : 1;
+  static constexpr bool ABOVE = ABOVE_, BELOW = BELOW_, ANY = ROWS_ == 0;
+  static constexpr int taps(int row) { return 1 + (row > 0 || ABOVE) + (row < ROWS - 1 || BELOW); }
+};
 
-// Horizontal sums over `pool` columns: emit(w, sum, center, True or False) for each w, True if w may lack taps, from column(w, &center).
-template <int POOL, class Column, class Emit>
+template <int ROWS>
+struct Block {
+  Pair row[ROWS];
+};
+
+#define PK_EACH_ROW _Pragma("GCC unroll 2") for (int r = 0; r < ROWS; ++r)
+
+// Vertical sums of one column, and the column itself: at(row) is a Pair, row from h - half to h + ROWS - 1 + half.
+template <class W, class At>
+PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Block<W::ROWS>& sum,
+                           Block<W::ROWS>& center) {
+  if constexpr (W::ANY) {
+    const int64_t half = p.pool / 2, first = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+    Pair total = at(first);
+    if (first == h) center.row[0] = total;
+    for (int64_t row = first + 1; row < first + taps; ++row) {
+      const Pair v = at(row);
+      if (row == h) center.row[0] = v;
+      total.a += v.a;
+      total.b += v.b;
+    }
+    sum.row[0] = total;
+  } else {
+    center.row[0] = at(h);
+    Pair middle = center.row[0];
+    if constexpr (W::ROWS == 2) {
+      center.row[1] = at(h + 1);
+      middle.a += center.row[1].a;
+      middle.b += center.row[1].b;
+      sum.row[1] = middle;
+    }
+    sum.row[0] = middle;
+    if constexpr (W::ABOVE) {
+      const Pair v = at(h - 1);
+      sum.row[0].a += v.a;
+      sum.row[0].b += v.b;
+    }
+    if constexpr (W::BELOW) {
+      const Pair v = at(h + W::ROWS);
+      sum.row[W::ROWS - 1].a += v.a;
+      sum.row[W::ROWS - 1].b += v.b;
+    }
+  }
+}
+
+// Horizontal sums: emit(w, sum, center, True or False) for each w, from column(w, sum, center). True: w may lack taps.
+template <class W, class Column, class Emit>
 PK_INLINE void sweep(int64_t width, int64_t pool, float* scratch, const Column& column, const Emit& emit) {
-  if constexpr (POOL == 3) {
-    vf center{}, next_center{}, previous, current, next;
-    current = column(0, center);
+  constexpr int ROWS = W::ROWS;
+  if constexpr (!W::ANY) {
+    Block<ROWS> center{}, next_center{}, previous{}, current{}, next{}, sum;
+    column(0, current, center);
     if (width == 1) return emit(0, current, center, True{});
-    next = column(1, next_center);
-    emit(0, current + next, center, True{});
+    column(1, next, next_center);
+    PK_EACH_ROW sum.row[r] = {current.row[r].a + next.row[r].a, current.row[r].b + next.row[r].b};
+    emit(0, sum, center, True{});
     for (int64_t w = 1; w < width - 1; ++w) {
       previous = current;
       current = next;
       center = next_center;
-      next = column(w + 1, next_center);
-      emit(w, (previous + current) + next, center, False{});
+      column(w + 1, next, next_center);
+      PK_EACH_ROW sum.row[r] = {(previous.row[r].a + current.row[r].a) + next.row[r].a,
+                                (previous.row[r].b + current.row[r].b) + next.row[r].b};
+      emit(w, sum, center, False{});
     }
-    emit(width - 1, current + next, next_center, True{});
+    PK_EACH_ROW sum.row[r] = {current.row[r].a + next.row[r].a, current.row[r].b + next.row[r].b};
+    emit(width - 1, sum, next_center, True{});
   } else {
     const int64_t half = pool / 2;
-    float* columns = scratch;  // [half + width + half] vectors, zero outside the row
-    float* centers = scratch + (width + 2 * half) * kLanes;
-    for (int64_t i = 0; i < half; ++i) {
-      write(columns + i * kLanes, vf{});
-      write(columns + (half + width + i) * kLanes, vf{});
+    constexpr int64_t kPair = 2 * kLanes;
+    float* columns = scratch;  // [half + width + half] pairs, zero outside the row
+    float* centers = scratch + (width + 2 * half) * kPair;
+    __builtin_memset(columns, 0, half * kPair * sizeof(float));
+    __builtin_memset(columns + (half + width) * kPair, 0, half * kPair * sizeof(float));
+    Block<1> sum{}, center{};
+    for (int64_t w = 0; w < width; ++w) {
+      column(w, sum, center);
+      write(columns + (half + w) * kPair, sum.row[0]);
+      write(centers + w * kPair, center.row[0]);
     }
     for (int64_t w = 0; w < width; ++w) {
-      vf center{};
-      write(columns + (half + w) * kLanes, column(w, center));
-      write(centers + w * kLanes, center);
-    }
-    for (int64_t w = 0; w < width; ++w) {
-      vf sum = read<vf>(columns + w * kLanes);
-      for (int64_t k = 1; k < pool; ++k) sum += read<vf>(columns + (w + k) * kLanes);
-      emit(w, sum, read<vf>(centers + w * kLanes), True{});
+      Pair total = read<Pair>(columns + w * kPair);
+      for (int64_t k = 1; k < pool; ++k) {
+        const Pair v = read<Pair>(columns + (w + k) * kPair);
+        total.a += v.a;
+        total.b += v.b;
+      }
+      sum.row[0] = total;
+      center.row[0] = read<Pair>(centers + w * kPair);
+      emit(w, sum, center, True{});
     }
   }
 }
 
-// The rows under the pool at row h. TAPS and CENTER are their number and the index of row h itself, 0 taps: any.
-template <int TAPS, int CENTER>
-struct Rows {
-  int64_t first, taps, center;
-  Rows(const PoolMixerParams& p, int64_t h) {
-    first = h > p.pool / 2 ? h - p.pool / 2 : 0;
-    taps = TAPS ? TAPS : valid_taps(h, p.height, p.pool);
-    center = TAPS ? CENTER : h - first;
-  }
-};
-
-// Calls f.run<POOL, TAPS, CENTER>() with what holds at row h.
-template <class F>
-PK_INLINE void with_rows(const PoolMixerParams& p, int64_t h, const F& f) {
-  if (p.pool != 3) return f.template run<0, 0, 0>();
-  if (h > 0 && h < p.height - 1) return f.template run<3, 3, 1>();
-  if (p.height == 1) return f.template run<3, 1, 0>();
-  if (h == 0) return f.template run<3, 2, 0>();
-  f.template run<3, 2, 1>();
+// 1 in the lanes of the first n elements in the order of load_pair(T*), 0 in the others.
+template <class T>
+PK_INLINE Pair lanes_pair(int64_t n, const T* tag) {
+  float ones[2 * kLanes];
+  for (int64_t i = 0; i < n; ++i) ones[i] = 1;
+  return floats_pair(ones, n, tag);
 }
 
-// Runs f.block<POOL, TAPS, CENTER, PARTIAL>(h, c, n) for every vector of channels of every row of the strip.
-template <class F>
-struct RowRunner {
-  const PoolMixerParams& p;
-  F& f;
-  int64_t h;
-  template <int POOL, int TAPS, int CENTER>
-  PK_INLINE void run() const {
-    int64_t c = 0;
-    for (; c + kLanes <= p.channels; c += kLanes) f.template block<POOL, TAPS, CENTER, false>(h, c, kLanes);
-    if (c < p.channels) f.template block<POOL, TAPS, CENTER, true>(h, c, p.channels - c);
-  }
-};
+template <bool PARTIAL, class T>
+PK_INLINE Pair get_pair(const T* p, int64_t n) {
+  if constexpr (PARTIAL) return load_pair(p, n);
+  return load_pair(p);
+}
+template <bool PARTIAL, class T>
+PK_INLINE void put_pair(T* p, Pair v, int64_t n) {
+  if constexpr (PARTIAL)
+    store_pair(p, v, n);
+  else
+    store_pair(p, v);
+}
 
-template <class F>
-PK_INLINE void for_blocks(const PoolMixerParams& p, int64_t strip, F& f) {
+constexpr int kSweepRows = PK_LEVEL >= 2 ? 2 : 1;  // two rows share a sum; with 16 registers they would spill
+
+// Runs kernel.rows<Window>(h) over the strip's rows.
+template <class Kernel>
+PK_INLINE void for_rows(const PoolMixerParams& p, int64_t strip, Kernel& kernel) {
   const int64_t begin = strip * p.strip_rows, end = begin + p.strip_rows < p.height ? begin + p.strip_rows : p.height;
-  for (int64_t h = begin; h < end; ++h) with_rows(p, h, RowRunner<F>{p, f, h});
+  int64_t h = begin;
+  if (p.pool != 3) {
+    for (; h < end; ++h) kernel.template rows<Window<0, false, false>>(h);
+    return;
+  }
+  if constexpr (kSweepRows == 2)
+    for (; h + 2 <= end; h += 2) {
+      const bool above = h > 0, below = h + 2 < p.height;
+      if (above && below)
+        kernel.template rows<Window<2, true, true>>(h);
+      else if (below)
+        kernel.template rows<Window<2, false, true>>(h);
+      else if (above)
+        kernel.template rows<Window<2, true, false>>(h);
+      else
+        kernel.template rows<Window<2, false, false>>(h);
+    }
+  for (; h < end; ++h) {
+    const bool above = h > 0, below = h + 1 < p.height;
+    if (above && below)
+      kernel.template rows<Window<1, true, true>>(h);
+    else if (below)
+      kernel.template rows<Window<1, false, true>>(h);
+    else if (above)
+      kernel.template rows<Window<1, true, false>>(h);
+    else
+      kernel.template rows<Window<1, false, false>>(h);
+  }
 }
 
-template <class T, bool STATS>
+template <class T, bool STATS, bool PARTIAL>
 struct ForwardLast {
   const PoolMixerParams& p;
-  const T* x;  // of the sample
+  const T* x;  // of the sample, at the block's first channel
   T* y;
-  float mean, scale;
+  int64_t n;  // channels of the block
+  Pair coef;  // gamma * layer_scale * drop_scale * rstd
+  vf shift;
+  float y_shift;
+  bool residual;
   float* scratch;
   YMoments moments{};
 
-  template <int POOL, int TAPS, int CENTER, bool PARTIAL>
-  PK_INLINE void block(int64_t h, int64_t c, int64_t n) {
-    const Rows<TAPS, CENTER> rows(p, h);
-    const int64_t channels = p.channels, row = p.width * channels;
-    const T* first = x + rows.first * row + c;
-    const T* center_row = x + h * row + c;
-    T* out = y + h * row + c;
+  template <class W>
+  __attribute__((noinline)) void rows(int64_t h) {
+    constexpr int ROWS = W::ROWS;
+    const int64_t channels = p.channels, row = p.width * channels, lanes = n;
+    const T* in = x;
+    T* out = y + h * row;
     const float* count = p.col_taps;
-    const float* inv = p.inv + rows.taps * p.width;
-    const vf coef = get<PARTIAL>(p.coef + c, n) * splat(scale), shift = splat_lanes<PARTIAL>(mean, n);
-    const vf taps = splat(float(rows.taps));
-    const vf inner_count = splat(float(rows.taps) * POOL), inner_coef = coef * splat(p.width > 2 ? inv[1] : 0);
-    const vf y_shift = keep(p.residual, shift);
+    const vf around = splat(y_shift), sub = shift;
+    const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
+    const Pair scale = coef;
+    const float* inv[ROWS];
+    vf taps[ROWS];
+    Block<ROWS> inner;
+    PK_EACH_ROW {
+      const int64_t valid = W::ANY ? valid_taps(h, p.height, p.pool) : W::taps(r);
+      inv[r] = p.inv + valid * p.width;
+      taps[r] = splat(float(valid));
+      const vf whole = splat(p.width > 2 ? inv[r][1] : 0);
+      inner.row[r] = {scale.a * whole, scale.b * whole};
+    }
     YMoments local;
-    const auto column = [&](int64_t w, vf& center) {
-      vf sum{};
-      for (int64_t r = 0; r < rows.taps; ++r) {
-        vf v = get<PARTIAL>(first + r * row + w * channels, n);
-        if constexpr (kShifted<T>) v = v - shift;
-        sum = r == 0 ? v : sum + v;
-        if (r == rows.center) center = v;
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
+      const T* here = in + w * channels;
+      column_sums<W>(
+          p, h,
+          [&](int64_t r) __attribute__((always_inline)) {
+            Pair v = get_pair<PARTIAL>(here + r * row, lanes);
+            if constexpr (kShifted<T>) v = {v.a - sub, v.b - sub};
+            return v;
+          },
+          sum, center);
+    };
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border)
+        __attribute__((always_inline)) {
+      PK_EACH_ROW {
+        Pair c = inner.row[r];
+        vf full = taps[r] * 3.0f;
+        if constexpr (decltype(border)::value) {
+          const vf here = splat(inv[r][w]);
+          c = {scale.a * here, scale.b * here};
+          full = taps[r] * splat(count[w]);
+        }
+        const Pair s = sum.row[r], m = center.row[r];
+        Pair base = m;
+        if constexpr (kShifted<T>) base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
+        const Pair value = {c.a * (s.a - full * m.a) + (vf)((vu)base.a & mask),
+                            c.b * (s.b - full * m.b) + (vf)((vu)base.b & mask)};
+        put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
+        if constexpr (STATS) {
+          Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
+          if constexpr (PARTIAL) {
+            const Pair used = lanes_pair(lanes, out);
+            d = {d.a * used.a, d.b * used.b};
+          }
+          local.add(d.a);
+          local.add(d.b);
+        }
       }
-      return sum;
     };
-    const auto emit = [&](int64_t w, vf sum, vf center, auto border) {
-      vf scaled;
-      if constexpr (decltype(border)::value)
-        scaled = (coef * splat(inv[w])) * (sum - taps * splat(count[w]) * center);
-      else
-        scaled = inner_coef * (sum - inner_count * center);
-      const vf base = kShifted<T> ? get<PARTIAL>(center_row + w * channels, n) : center;
-      const vf value = keep(p.residual, base) + scaled;
-      put<PARTIAL>(out + w * channels, value, n);
-      if constexpr (STATS) local.add(rounded(value, out) - y_shift);
-    };
-    sweep<POOL>(p.width, p.pool, scratch, column, emit);
+    sweep<W>(p.width, p.pool, scratch, column, emit);
     if constexpr (STATS) moments.add(local);
   }
 };
 
+template <class T, bool STATS, bool PARTIAL>
+PK_INLINE void forward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
+                             YMoments& moments) {
+  const int64_t offset = b * p.channels * p.height * p.width + c;
+  const vf scale = splat(p.scale[b]);
+  const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
+  ForwardLast<T, STATS, PARTIAL> kernel{p,
+                                        static_cast<const T*>(p.x) + offset,
+                                        static_cast<T*>(p.out) + offset,
+                                        n,
+                                        {coef.a * scale, coef.b * scale},
+                                        splat(p.mean[b]),
+                                        p.residual ? p.mean[b] : 0,
+                                        p.residual,
+                                        scratch};
+  for_rows(p, strip, kernel);
+  if constexpr (STATS) moments.add(kernel.moments);
+}
+
 template <class T, bool STATS>
 PK_INLINE void forward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  const int64_t size = p.channels * p.height * p.width;
   for (int64_t strip = first; strip < last; ++strip) {
-    ForwardLast<T, STATS> f{p, static_cast<const T*>(p.x) + b * size, static_cast<T*>(p.out) + b * size,
-                            p.mean[b], p.scale[b], scratch};
-    for_blocks(p, strip, f);
+    YMoments moments;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
+      forward_block<T, STATS, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
+    if (c < p.channels) forward_block<T, STATS, true>(p, b, strip, c, p.channels - c, scratch, moments);
     if constexpr (STATS) {
       const int64_t begin = strip * p.strip_rows;
       const int64_t rows = begin + p.strip_rows < p.height ? p.strip_rows : p.height - begin;
-      f.moments.write_partial(p.y_partials + (b * p.strips + strip) * 3, rows * p.width * p.channels,
-                              p.residual ? p.mean[b] : 0);
+      moments.write_partial(p.y_partials + (b * p.strips + strip) * 3, rows * p.width * p.channels,
+                            p.residual ? p.mean[b] : 0);
     }
   }
 }
 
-// e = P^T g - g at every element; APPLY writes dx, otherwise q = sum (x - mean) e per channel is accumulated.
-template <class T, bool APPLY>
+// e = P^T g - g at every element; APPLY writes dx, otherwise q = sum (x - mean) e is kept per channel.
+template <class T, bool APPLY, bool PARTIAL>
 struct BackwardLast {
   const PoolMixerParams& p;
-  const T* x;
+  const T* x;  // of the sample, at the block's first channel
   const T* grad;
   T* dx;
-  float* q;  // [C] of this strip
-  float mean, scale, correct;
+  int64_t n;
+  Pair coef;
+  vf mean, correct;
+  bool residual;
   float* scratch;
+  Pair q{};
 
-  template <int POOL, int TAPS, int CENTER, bool PARTIAL>
-  PK_INLINE void block(int64_t h, int64_t c, int64_t n) {
-    const Rows<TAPS, CENTER> rows(p, h);
-    const int64_t channels = p.channels, row = p.width * channels, here = h * row + c;
-    const T* first = grad + rows.first * row + c;
-    const float* row_inv = p.row_inv + rows.first;
-    const float* col_inv = p.col_inv;
-    const vf shift = splat_lanes<PARTIAL>(mean, n);
-    const vf coef = get<PARTIAL>(p.coef + c, n) * splat(scale), k = splat(correct);
-    vf total{};
-    const auto column = [&](int64_t w, vf& center) {
-      vf sum{};
-      for (int64_t r = 0; r < rows.taps; ++r) {
-        const vf v = get<PARTIAL>(first + r * row + w * channels, n);
-        sum += v * splat(row_inv[r]);
-        if (r == rows.center) center = v;
+  template <class W>
+  __attribute__((noinline)) void rows(int64_t h) {
+    constexpr int ROWS = W::ROWS;
+    const int64_t channels = p.channels, row = p.width * channels, lanes = n;
+    const T *gradient = grad, *input = x + h * row;
+    T* out = dx + h * row;
+    const float *row_inv = p.row_inv, *col_inv = p.col_inv;
+    const Pair scale = coef;
+    const vf center_x = mean, k = correct;
+    const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
+    Pair total{};
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
+      const T* here = gradient + w * channels;
+      const vf across = splat(col_inv[w]);
+      column_sums<W>(
+          p, h,
+          [&](int64_t r) __attribute__((always_inline)) {
+            const Pair v = get_pair<PARTIAL>(here + r * row, lanes);
+            const vf weight = across * splat(row_inv[r]);
+            return Pair{v.a * weight, v.b * weight};
+          },
+          sum, center);
+    };
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>&, auto) __attribute__((always_inline)) {
+      PK_EACH_ROW {
+        const int64_t here = r * row + w * channels;
+        const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);
+        const Pair s = sum.row[r], e = {s.a - g.a, s.b - g.b}, d = {in.a - center_x, in.b - center_x};
+        if constexpr (APPLY) {
+          const Pair value = {(scale.a * e.a - d.a * k) + (vf)((vu)g.a & mask),
+                              (scale.b * e.b - d.b * k) + (vf)((vu)g.b & mask)};
+          put_pair<PARTIAL>(out + here, value, lanes);
+        } else {
+          total.a += d.a * e.a;
+          total.b += d.b * e.b;
+        }
       }
-      return sum * splat(col_inv[w]);
     };
-    const auto emit = [&](int64_t w, vf sum, vf center, auto) {
-      const vf e = sum - center, deviation = get<PARTIAL>(x + here + w * channels, n) - shift;
-      if constexpr (APPLY)
-        put<PARTIAL>(dx + here + w * channels, keep(p.residual, center) + (coef * e - deviation * k), n);
-      else
-        total += deviation * e;
-    };
-    sweep<POOL>(p.width, p.pool, scratch, column, emit);
-    if constexpr (!APPLY) put<PARTIAL>(q + c, get<PARTIAL>(q + c, n) + total, n);
+    sweep<W>(p.width, p.pool, scratch, column, emit);
+    if constexpr (!APPLY) q = {q.a + total.a, q.b + total.b};
   }
 };
 
+template <class T, bool APPLY, bool PARTIAL>
+PK_INLINE void backward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
+                              float* scratch) {
+  const int64_t offset = b * p.channels * p.height * p.width + c;
+  const T* tag = nullptr;
+  const vf scale = splat(p.scale[b]);
+  const Pair coef = floats_pair(p.coef + c, n, tag);
+  BackwardLast<T, APPLY, PARTIAL> kernel{p,
+                                         static_cast<const T*>(p.x) + offset,
+                                         static_cast<const T*>(p.grad) + offset,
+                                         static_cast<T*>(p.out) + offset,
+                                         n,
+                                         {coef.a * scale, coef.b * scale},
+                                         splat(p.mean[b]),
+                                         splat(APPLY ? p.correct[b] : 0),
+                                         p.residual,
+                                         scratch};
+  for_rows(p, strip, kernel);
+  if constexpr (!APPLY) store_floats(p.q_partials + (b * p.strips + strip) * p.channels + c, kernel.q, n, tag);
+}
+
 template <class T, bool APPLY>
 PK_INLINE void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  const int64_t offset = b * p.channels * p.height * p.width;
   for (int64_t strip = first; strip < last; ++strip) {
-    float* q = p.q_partials + (b * p.strips + strip) * p.channels;
-    if constexpr (!APPLY) __builtin_memset(q, 0, p.channels * sizeof(float));
-    BackwardLast<T, APPLY> f{p,
-                             static_cast<const T*>(p.x) + offset,
-                             static_cast<const T*>(p.grad) + offset,
-                             static_cast<T*>(p.out) + offset,
-                             q,
-                             p.mean[b],
-                             p.scale[b],
-                             APPLY ? p.correct[b] : 0,
-                             scratch};
-    for_blocks(p, strip, f);
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
+      backward_block<T, APPLY, false>(p, b, strip, c, 2 * kLanes, scratch);
+    if (c < p.channels) backward_block<T, APPLY, true>(p, b, strip, c, p.channels - c, scratch);
   }
 }
 

@@ -8,7 +8,7 @@ struct Types {
   typedef uint16_t H __attribute__((vector_size(kBytes / 2)));
 };
 
-#if PK_LEVEL == 2
+#if PK_LEVEL >= 2
 constexpr int kLanes = 16;
 #elif PK_LEVEL == 1
 constexpr int kLanes = 8;
@@ -55,13 +55,25 @@ PK_INLINE vu round_bits(vf v) {
   const vu u = (vu)v;
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
-PK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, vu) << 16); }
-PK_INLINE vh narrow(vf v, const bf16*) { return __builtin_convertvector(round_bits(v) >> 16, vh); }
 PK_INLINE vf rounded(vf v, const bf16*) { return (vf)(round_bits(v) & 0xffff0000u); }
+#if PK_LEVEL >= 2
+PK_INLINE vf widen(vh h, const bf16*) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16); }
+#elif PK_LEVEL == 1
+PK_INLINE vf widen(vh h, const bf16*) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16); }
+#else
+PK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+#endif
+#if PK_LEVEL == 3
+PK_INLINE vh narrow(vf v, const bf16*) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
+#elif PK_LEVEL == 2
+PK_INLINE vh narrow(vf v, const bf16*) { return (vh)_mm512_cvtepi32_epi16((__m512i)(round_bits(v) >> 16)); }
+#else
+PK_INLINE vh narrow(vf v, const bf16*) { return __builtin_convertvector(round_bits(v) >> 16, vh); }
+#endif
 
 // --- float16
 
-#if PK_LEVEL == 2
+#if PK_LEVEL >= 2
 PK_INLINE vf widen(vh h, const fp16*) { return (vf)_mm512_cvtph_ps((__m256i)h); }
 PK_INLINE vh narrow(vf v, const fp16*) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif PK_LEVEL == 1
@@ -88,7 +100,7 @@ PK_INLINE vh narrow(vf v, const fp16*) {
 #endif
 PK_INLINE vf rounded(vf v, const fp16* tag) { return widen(narrow(v, tag), tag); }
 
-// --- loads and stores of kLanes elements, and of the first n < kLanes: the rest read as zero and are not written
+// --- loads and stores of kLanes elements, and of the first n <= kLanes: the rest read as zero and are not written
 
 PK_INLINE vf load(const float* p) { return read<vf>(p); }
 PK_INLINE void store(float* p, vf v) { write(p, v); }
@@ -103,17 +115,17 @@ PK_INLINE void store(T* p, vf v) {
   write(p, narrow(v, p));
 }
 
-#if PK_LEVEL == 2
-PK_INLINE __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
-PK_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
-PK_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+#if PK_LEVEL >= 2
+PK_INLINE __mmask16 lanes_below(int64_t n) { return (__mmask16)((1u << n) - 1); }
+PK_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(lanes_below(n), p); }
+PK_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, lanes_below(n), (__m512)v); }
 template <class T>
 PK_INLINE vf load(const T* p, int64_t n) {
-  return widen((vh)_mm256_maskz_loadu_epi16(first(n), p), p);
+  return widen((vh)_mm256_maskz_loadu_epi16(lanes_below(n), p), p);
 }
 template <class T>
 PK_INLINE void store(T* p, vf v, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(v, p));
+  _mm256_mask_storeu_epi16(p, lanes_below(n), (__m256i)narrow(v, p));
 }
 #else
 template <class T>
@@ -129,3 +141,72 @@ PK_INLINE void store(T* p, vf v, int64_t n) {
   __builtin_memcpy(p, whole, n * sizeof(T));
 }
 #endif
+
+// --- two vectors at once: 2 kLanes consecutive elements, in the order that is cheapest for the type. In bfloat16 `a`
+// has the even elements and `b` the odd ones, so widening is a shift and a mask; otherwise the first and second half.
+
+struct Pair {
+  vf a, b;
+};
+
+template <class T>
+PK_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+PK_INLINE Pair load_pair(const bf16* p) {
+  const vu u = read<vu>(p);
+  return {(vf)(u << 16), (vf)(u & 0xffff0000u)};
+}
+
+template <class T>
+PK_INLINE void store_pair(T* p, Pair v) {
+  store(p, v.a);
+  store(p + kLanes, v.b);
+}
+PK_INLINE void store_pair(bf16* p, Pair v) {
+#if PK_LEVEL == 3
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words order{};
+  for (int i = 0; i < kLanes; ++i) order[2 * i] = i, order[2 * i + 1] = kLanes + i;
+  write(p, _mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a)));
+#else
+  write(p, (round_bits(v.a) >> 16) | (round_bits(v.b) & 0xffff0000u));
+#endif
+}
+
+template <class T>
+PK_INLINE Pair load_pair(const T* p, int64_t n) {
+  if (n >= kLanes) return {load(p), load(p + kLanes, n - kLanes)};
+  return {load(p, n), vf{}};
+}
+PK_INLINE Pair load_pair(const bf16* p, int64_t n) {
+#if PK_LEVEL >= 2
+  const vu u = (vu)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << n) - 1), p);
+  return {(vf)(u << 16), (vf)(u & 0xffff0000u)};
+#else
+  bf16 whole[2 * kLanes] = {};
+  __builtin_memcpy(whole, p, n * sizeof(bf16));
+  return load_pair(whole);
+#endif
+}
+template <class T>
+PK_INLINE void store_pair(T* p, Pair v, int64_t n) {
+  T whole[2 * kLanes];
+  store_pair(whole, v);
+  __builtin_memcpy(p, whole, n * sizeof(T));
+}
+
+// Floats [p, p + n) in the order of load_pair(T*), and back.
+PK_INLINE Pair floats_pair(const float* p, int64_t n, const void*) { return load_pair(p, n); }
+PK_INLINE Pair floats_pair(const float* p, int64_t n, const bf16*) {
+  float even[kLanes] = {}, odd[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) (i % 2 ? odd : even)[i / 2] = p[i];
+  return {read<vf>(even), read<vf>(odd)};
+}
+PK_INLINE void store_floats(float* p, Pair v, int64_t n, const void*) { store_pair(p, v, n); }
+PK_INLINE void store_floats(float* p, Pair v, int64_t n, const bf16*) {
+  float even[kLanes], odd[kLanes];
+  write(even, v.a);
+  write(odd, v.b);
+  for (int64_t i = 0; i < n; ++i) p[i] = (i % 2 ? odd : even)[i / 2];
+}
