@@ -112,9 +112,8 @@ float* grown(std::vector<float>& buffer, int64_t n) {
 
 float* worker_scratch(const PoolMixerParams& p) {
   thread_local std::vector<float> buffer;
-  const int64_t half = p.pool / 2;
   const int64_t columns = 4 * (p.width + p.pool) * kLanesMax;
-  const int64_t planes = 2 * (p.strip_rows + p.pool) * (p.width + 2 * half + 2 * kLanesMax);
+  const int64_t rows = p.strip_rows + p.pool + 1, planes = rows * (p.width + p.pool + 3 * kLanesMax) + kLanesMax;
   return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
 }
 

@@ -23,12 +23,46 @@ PK_INLINE float plain_sum(const float* p, int64_t n) {
   return sum;
 }
 
+PK_INLINE void write_moments(float* out, int64_t n, float shift, float sum, float squares) {
+  const float m2 = squares - sum * (sum / n);
+  out[0] = n;
+  out[1] = shift + sum / n;
+  out[2] = m2 < 0 ? 0 : m2;
+}
+
+#if PK_LEVEL == 3
+// Sums by bfloat16 dot products, a third of the instructions, and no shift: false where the mean costs digits.
+PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
+  constexpr int kWays = 4, kWords = 2 * kLanes;
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  __m512 sum[kWays] = {}, squares[kWays] = {};
+  const auto add = [&](int way, __m512i words) __attribute__((always_inline)) {
+    sum[way] = _mm512_dpbf16_ps(sum[way], (__m512bh)words, ones);
+    squares[way] = _mm512_dpbf16_ps(squares[way], (__m512bh)words, (__m512bh)words);
+  };
+  int64_t i = 0;
+  for (; i + kWays * kWords <= n; i += kWays * kWords)
+    for (int way = 0; way < kWays; ++way) add(way, read<__m512i>(x + i + way * kWords));
+  for (; i + kWords <= n; i += kWords) add(0, read<__m512i>(x + i));
+  if (i < n) add(0, _mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << (n - i)) - 1), x + i));
+  const float first = hsum((vf)((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  const float second = hsum((vf)((squares[0] + squares[1]) + (squares[2] + squares[3])));
+  write_moments(out, n, 0, first, second);
+  return out[2] > second / 16;
+}
+#endif
+
 template <class T>
 void stats(const PoolMixerParams& p, int64_t b, int64_t first_chunk, int64_t last_chunk) {
   const int64_t size = p.channels * p.height * p.width;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t begin = chunk * kChunk, n = begin + kChunk < size ? kChunk : size - begin;
     const T* x = static_cast<const T*>(p.x) + b * size + begin;
+    float* out = p.x_partials + (b * p.chunks + chunk) * 3;
+#if PK_LEVEL == 3
+    if constexpr (__is_same(T, bf16))
+      if (quick_moments(x, n, out)) continue;
+#endif
     // Deviations from the mean of the first elements: a difference of sums then loses at most log2(n / head) bits.
     const int64_t head = n < 256 ? n : 256, whole = n / kLanes * kLanes;
     vf sum{};
@@ -61,11 +95,7 @@ void stats(const PoolMixerParams& p, int64_t b, int64_t first_chunk, int64_t las
       first += plain_sum(tail, n - i);
       second += plain_sum(tail2, n - i);
     }
-    float* out = p.x_partials + (b * p.chunks + chunk) * 3;
-    const float m2 = second - first * (first / n);
-    out[0] = n;
-    out[1] = shift + first / n;
-    out[2] = m2 < 0 ? 0 : m2;
+    write_moments(out, n, shift, first, second);
   }
 }
 
@@ -82,10 +112,7 @@ struct YMoments {  // of the rounded output, around a shift
     second += other.second;
   }
   PK_INLINE void write_partial(float* out, int64_t n, float shift) const {
-    const float sum = hsum(first), m2 = hsum(second) - sum * (sum / n);
-    out[0] = n;
-    out[1] = shift + sum / n;
-    out[2] = m2 < 0 ? 0 : m2;
+    write_moments(out, n, shift, hsum(first), hsum(second));
   }
 };
 
@@ -477,139 +504,222 @@ PK_INLINE void backward_last(const PoolMixerParams& p, int64_t b, int64_t first,
 
 // ---- NCHW: item = channel * strips + strip
 
-// A strip of a plane in `scratch`: padded float rows, and their horizontal sums.
-struct Plane {
-  int64_t half, stride, first, last, begin, end;  // rows [first, last) are read for rows [begin, end) of the output
+// A strip of planes in `scratch`: float rows with zeros around them. The space behind a row is also that before the next.
+struct Strip {
+  const PoolMixerParams& p;
+  int64_t half, stride, begin, end, first, last;  // rows [first, last) are read for rows [begin, end) of the output
   float *rows, *sums;
-  Plane(const PoolMixerParams& p, int64_t strip, float* scratch) {
-    half = p.pool / 2;
-    stride = (p.width + 2 * half + 2 * kLanes - 1) / kLanes * kLanes;
+
+  Strip(const PoolMixerParams& params, int64_t strip, float* scratch) : p(params), half(params.pool / 2) {
+    const int64_t pad = (half + kLanes - 1) / kLanes * kLanes;
+    stride = (p.width + kLanes - 1) / kLanes * kLanes + pad;
     begin = strip * p.strip_rows;
     end = begin + p.strip_rows < p.height ? begin + p.strip_rows : p.height;
     first = begin > half ? begin - half : 0;
     last = end + half < p.height ? end + half : p.height;
-    rows = scratch;
-    sums = scratch + (p.strip_rows + 2 * half) * stride;
+    rows = scratch + pad;
+    sums = rows + (p.strip_rows + 2 * half + 1) * stride;
+    for (int64_t h = first - 1; h < last; ++h)
+      for (int64_t i = stride - pad; i < stride; i += kLanes) write(row(h) + i, vf{});
   }
   PK_INLINE float* row(int64_t h) const { return rows + (h - first) * stride; }
-  PK_INLINE float* sum(int64_t h) const { return sums + (h - first) * stride; }
 
-  // Widens every row by value(pointer, w, lanes) and sums it horizontally.
-  template <int POOL, class T, class Value>
-  PK_INLINE void fill(const T* plane, int64_t width, const Value& value) const {
+  // Fills the rows with value(pointer, w, lanes), which is zero beyond `lanes`.
+  template <class T, class Value>
+  PK_INLINE void fill(const T* plane, const Value& value) const {
     for (int64_t h = first; h < last; ++h) {
+      const T* in = plane + h * p.width;
       float* out = row(h);
-      for (int64_t i = 0; i < half; ++i) out[i] = 0;
-      const T* in = plane + h * width;
       int64_t w = 0;
-      for (; w + kLanes <= width; w += kLanes) write(out + half + w, value(load(in + w), w));
-      if (w < width) write(out + half + w, value(load(in + w, width - w), w));
-      for (int64_t i = half + width; i < stride; ++i) out[i] = 0;
+      for (; w + kLanes <= p.width; w += kLanes) write(out + w, value(load(in + w), w, False{}));
+      if (w < p.width) write(out + w, value(load(in + w, p.width - w), w, True{}));
     }
-    const int64_t pool = POOL ? POOL : 2 * half + 1;
-    for (int64_t h = first; h < last; ++h) {
-      const float* in = row(h);
-      for (int64_t w = 0; w < width; w += kLanes) {
-        vf total = read<vf>(in + w);
-        for (int64_t k = 1; k < pool; ++k) total += read<vf>(in + w + k);
-        write(sum(h) + w, total);
+  }
+
+  // The pool's sums: use(h, sum, center) for each row of the output, at the vector of columns from w on.
+  // WEIGHTED: row h counts 1 / row_taps[h] times.
+  template <int POOL, bool WEIGHTED, class Use>
+  PK_INLINE void pool(int64_t w, const Use& use) const {
+    if constexpr (POOL == 3) {
+      const auto across = [&](int64_t h, vf& center) __attribute__((always_inline)) {
+        const float* at = row(h) + w;
+        center = read<vf>(at);
+        const vf sum = (read<vf>(at - 1) + center) + read<vf>(at + 1);
+        return WEIGHTED ? sum * splat(p.row_inv[h]) : sum;
+      };
+      vf center, next_center{}, previous{}, next{};
+      if (begin > 0) previous = across(begin - 1, center);
+      vf current = across(begin, center);
+      for (int64_t h = begin; h < end; ++h) {
+        next = vf{};
+        if (h + 1 < p.height) next = across(h + 1, next_center);
+        use(h, (previous + current) + next, center);
+        previous = current;
+        current = next;
+        center = next_center;
+      }
+    } else {
+      for (int64_t h = first; h < last; ++h) {
+        const float* at = row(h) + w - half;
+        vf sum = read<vf>(at);
+        for (int64_t k = 1; k < p.pool; ++k) sum += read<vf>(at + k);
+        write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_inv[h]) : sum);
+      }
+      for (int64_t h = begin; h < end; ++h) {
+        const int64_t above = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+        vf sum{};
+        for (int64_t r = above; r < above + taps; ++r) sum += read<vf>(sums + (r - first) * kLanes);
+        use(h, sum, read<vf>(row(h) + w));
       }
     }
   }
 };
 
+// The lanes [0, n) of v, zero in the others.
+PK_INLINE vf head(vf v, int64_t n) {
+  float lanes[kLanes];
+  write(lanes, v);
+  return load(lanes, n);
+}
+
 template <class T, int POOL, bool STATS>
-PK_INLINE void forward_plane(const PoolMixerParams& p, int64_t b, int64_t item, float* scratch) {
-  const int64_t c = item / p.strips, width = p.width;
-  const Plane plane(p, item % p.strips, scratch);
-  const int64_t offset = (b * p.channels + c) * p.height * width;
-  const T* x = static_cast<const T*>(p.x) + offset;
-  T* y = static_cast<T*>(p.out) + offset;
-  const float mean = p.mean[b];
-  const vf shift = splat(kShifted<T> ? mean : 0), coef = splat(p.coef[c] * p.scale[b]);
-  plane.fill<POOL>(x, width, [&](vf v, int64_t) { return kShifted<T> ? v - shift : v; });
-  YMoments moments;
-  for (int64_t h = plane.begin; h < plane.end; ++h) {
-    const int64_t above = h > plane.half ? h - plane.half : 0, taps = valid_taps(h, p.height, p.pool);
-    const float* inv = p.inv + taps * width;
-    const auto emit = [&](int64_t w, auto partial, int64_t n) {
-      constexpr bool kPartial = decltype(partial)::value;
-      vf sum = read<vf>(plane.sum(above) + w);
-      for (int64_t r = 1; r < taps; ++r) sum += read<vf>(plane.sum(above + r) + w);
-      const vf center = read<vf>(plane.row(h) + plane.half + w);
-      const vf count = get<kPartial>(p.col_taps + w, n) * splat(float(taps));
-      const vf base = kShifted<T> ? get<kPartial>(x + h * width + w, n) : center;
-      const vf value = keep(p.residual, base) + (coef * get<kPartial>(inv + w, n)) * (sum - count * center);
-      put<kPartial>(y + h * width + w, value, n);
-      if constexpr (STATS) {
-        const float around = p.residual ? mean : 0;
-        const vf deviation = rounded(value, y) - splat(around);
-        moments.add(kPartial ? deviation * splat_lanes<kPartial>(1, n) : deviation);
+struct ForwardPlane {
+  const PoolMixerParams& p;
+  const Strip& strip;
+  const T* x;
+  T* y;
+  vf coef;
+  float mean;
+  YMoments moments{};
+
+  template <bool PARTIAL>
+  __attribute__((noinline)) void columns(int64_t w, int64_t n) {
+    const vf count = get<PARTIAL>(p.col_taps + w, n), whole_count = count * splat(float(p.pool));
+    const int64_t full = p.pool <= p.height ? p.pool : p.height;
+    const vf whole_coef = coef * get<PARTIAL>(p.inv + full * p.width + w, n);
+    const vf around = splat_lanes<PARTIAL>(p.residual ? mean : 0, n), scale = coef;
+    const vu mask = vu{} + (p.residual ? 0xffffffffu : 0u);
+    const T* in = x + w;
+    T* out = y + w;
+    YMoments local;
+    strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) __attribute__((always_inline)) {
+      const int64_t taps = valid_taps(h, p.height, p.pool);
+      vf c = whole_coef, all = whole_count;
+      if (taps != p.pool) {
+        c = scale * get<PARTIAL>(p.inv + taps * p.width + w, n);
+        all = count * splat(float(taps));
       }
-    };
-    int64_t w = 0;
-    for (; w + kLanes <= width; w += kLanes) emit(w, False{}, kLanes);
-    if (w < width) emit(w, True{}, width - w);
+      vf base = center;
+      if constexpr (kShifted<T>) base = get<PARTIAL>(in + h * p.width, n);
+      const vf value = c * (sum - all * center) + (vf)((vu)base & mask);
+      put<PARTIAL>(out + h * p.width, value, n);
+      if constexpr (STATS) local.add(PARTIAL ? head(rounded(value, out), n) - around : rounded(value, out) - around);
+    });
+    if constexpr (STATS) moments.add(local);
   }
-  if constexpr (STATS)
-    moments.write_partial(p.y_partials + (b * p.channels * p.strips + item) * 3, (plane.end - plane.begin) * width,
-                          p.residual ? mean : 0);
+};
+
+template <class T, int POOL, bool STATS>
+void forward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  const float mean = p.mean[b];
+  const vf shift = splat(kShifted<T> ? mean : 0);
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
+    const Strip strip(p, item % p.strips, scratch);
+    const T* x = static_cast<const T*>(p.x) + offset;
+    strip.fill(x, [&](vf v, int64_t w, auto partial) __attribute__((always_inline)) {
+      if constexpr (!kShifted<T>) return v;
+      v = v - shift;
+      if constexpr (decltype(partial)::value) v = head(v, p.width - w);
+      return v;
+    });
+    ForwardPlane<T, POOL, STATS> kernel{p, strip, x, static_cast<T*>(p.out) + offset, splat(p.coef[c] * p.scale[b]),
+                                        mean};
+    int64_t w = 0;
+    for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
+    if (w < p.width) kernel.template columns<true>(w, p.width - w);
+    if constexpr (STATS)
+      kernel.moments.write_partial(p.y_partials + (b * p.channels * p.strips + item) * 3,
+                                   (strip.end - strip.begin) * p.width, p.residual ? mean : 0);
+  }
 }
 
 template <class T, int POOL, bool APPLY>
-PK_INLINE void backward_plane(const PoolMixerParams& p, int64_t b, int64_t item, float* scratch) {
-  const int64_t c = item / p.strips, width = p.width;
-  const Plane plane(p, item % p.strips, scratch);
-  const int64_t offset = (b * p.channels + c) * p.height * width;
-  const T* x = static_cast<const T*>(p.x) + offset;
-  const T* grad = static_cast<const T*>(p.grad) + offset;
-  T* dx = static_cast<T*>(p.out) + offset;
-  const vf mean = splat(p.mean[b]), coef = splat(p.coef[c] * p.scale[b]), k = splat(APPLY ? p.correct[b] : 0);
-  plane.fill<POOL>(grad, width, [&](vf v, int64_t w) { return v * read<vf>(p.col_inv + w); });
-  vf total{};
-  for (int64_t h = plane.begin; h < plane.end; ++h) {
-    const int64_t above = h > plane.half ? h - plane.half : 0, taps = valid_taps(h, p.height, p.pool);
-    vf row_total{};
-    const auto emit = [&](int64_t w, auto partial, int64_t n) {
-      constexpr bool kPartial = decltype(partial)::value;
-      vf sum{};
-      for (int64_t r = above; r < above + taps; ++r) sum += read<vf>(plane.sum(r) + w) * splat(p.row_inv[r]);
-      const vf g = get<kPartial>(grad + h * width + w, n), e = sum - g;
-      const vf deviation = get<kPartial>(x + h * width + w, n) - mean;
+struct BackwardPlane {
+  const PoolMixerParams& p;
+  const Strip& strip;
+  const T* x;
+  const T* grad;
+  T* dx;
+  vf coef, mean, correct, q{};
+
+  template <bool PARTIAL>
+  __attribute__((noinline)) void columns(int64_t w, int64_t n) {
+    const vu mask = vu{} + (p.residual ? 0xffffffffu : 0u);
+    const vf scale = coef, k = correct, center_x = mean;
+    const T *in = x + w, *gradient = grad + w;
+    T* out = dx + w;
+    vf total{};
+    strip.template pool<POOL, true>(w, [&](int64_t h, vf sum, vf) __attribute__((always_inline)) {
+      const int64_t here = h * p.width;
+      const vf g = get<PARTIAL>(gradient + here, n), e = sum - g;
+      const vf d = get<PARTIAL>(in + here, n) - center_x;
       if constexpr (APPLY)
-        put<kPartial>(dx + h * width + w, keep(p.residual, g) + (coef * e - deviation * k), n);
+        put<PARTIAL>(out + here, (scale * e - d * k) + (vf)((vu)g & mask), n);
       else
-        row_total += kPartial ? deviation * e * splat_lanes<kPartial>(1, n) : deviation * e;
-    };
-    int64_t w = 0;
-    for (; w + kLanes <= width; w += kLanes) emit(w, False{}, kLanes);
-    if (w < width) emit(w, True{}, width - w);
-    total += row_total;
+        total += d * e;
+    });
+    if constexpr (!APPLY) q += PARTIAL ? head(total, n) : total;
   }
-  if constexpr (!APPLY) p.q_partials[b * p.channels * p.strips + item] = hsum(total);
+};
+
+template <class T, int POOL, bool APPLY>
+void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
+    const Strip strip(p, item % p.strips, scratch);
+    const T* grad = static_cast<const T*>(p.grad) + offset;
+    strip.fill(grad, [&](vf v, int64_t w, auto) __attribute__((always_inline)) {
+      return v * read<vf>(p.col_inv + w);  // zero behind the row
+    });
+    BackwardPlane<T, POOL, APPLY> kernel{p,
+                                         strip,
+                                         static_cast<const T*>(p.x) + offset,
+                                         grad,
+                                         static_cast<T*>(p.out) + offset,
+                                         splat(p.coef[c] * p.scale[b]),
+                                         splat(p.mean[b]),
+                                         splat(APPLY ? p.correct[b] : 0)};
+    int64_t w = 0;
+    for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
+    if (w < p.width) kernel.template columns<true>(w, p.width - w);
+    if constexpr (!APPLY) p.q_partials[b * p.channels * p.strips + item] = hsum(kernel.q);
+  }
 }
 
 // ---- entries of the table
 
 template <class T>
 void forward(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  if (p.channels_last) {
-    if (p.y_partials) return forward_last<T, true>(p, b, first, last, scratch);
-    return forward_last<T, false>(p, b, first, last, scratch);
-  }
-  for (int64_t item = first; item < last; ++item) {
-    if (p.y_partials)
-      p.pool == 3 ? forward_plane<T, 3, true>(p, b, item, scratch) : forward_plane<T, 0, true>(p, b, item, scratch);
-    else
-      p.pool == 3 ? forward_plane<T, 3, false>(p, b, item, scratch) : forward_plane<T, 0, false>(p, b, item, scratch);
-  }
+  const bool stats = p.y_partials != nullptr;
+  if (p.channels_last)
+    stats ? forward_last<T, true>(p, b, first, last, scratch) : forward_last<T, false>(p, b, first, last, scratch);
+  else if (p.pool == 3)
+    stats ? forward_planes<T, 3, true>(p, b, first, last, scratch)
+          : forward_planes<T, 3, false>(p, b, first, last, scratch);
+  else
+    stats ? forward_planes<T, 0, true>(p, b, first, last, scratch)
+          : forward_planes<T, 0, false>(p, b, first, last, scratch);
 }
 
 template <class T, bool APPLY>
 void backward(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  if (p.channels_last) return backward_last<T, APPLY>(p, b, first, last, scratch);
-  for (int64_t item = first; item < last; ++item)
-    p.pool == 3 ? backward_plane<T, 3, APPLY>(p, b, item, scratch) : backward_plane<T, 0, APPLY>(p, b, item, scratch);
+  if (p.channels_last)
+    backward_last<T, APPLY>(p, b, first, last, scratch);
+  else if (p.pool == 3)
+    backward_planes<T, 3, APPLY>(p, b, first, last, scratch);
+  else
+    backward_planes<T, 0, APPLY>(p, b, first, last, scratch);
 }
 
 template <class T>
