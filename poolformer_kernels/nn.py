@@ -24,7 +24,8 @@ class PoolMixer(nn.Module):
         pool_size: odd and positive.
         eps: added to the variance.
 
-    x is ``[B, C, H, W]``; shapes, dtypes, layouts and errors of a call are those of `poolformer_kernels.ops.pool_mixer`.
+    x is ``[B, C, H, W]``; shapes, dtypes, layouts and errors of a call are those of
+    `poolformer_kernels.ops.pool_mixer`.
 
     Raises:
         TypeError, ValueError: a dim, pool size or eps of the wrong type or range.
@@ -74,9 +75,9 @@ class Pooling(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample: in training each sample is zeroed with probability ``drop_prob``, else scaled up.
+    """Stochastic depth: in training each sample is zeroed with probability ``drop_prob``, else scaled up.
 
-    Equivalent PyTorch: ``x * (torch.bernoulli(keep) / keep)`` per sample, ``keep = 1 - drop_prob``; x in eval.
+    Equivalent PyTorch: ``x * (torch.bernoulli(keep) / keep)`` per sample, ``keep = 1 - drop_prob``.
 
     Source: Deep Networks with Stochastic Depth (arXiv 1603.09382).
     """
@@ -86,7 +87,7 @@ class DropPath(nn.Module):
         self.drop_prob = _probability("drop_prob", drop_prob)
 
     def sample(self, x: Tensor) -> Tensor | None:
-        """One draw of the drop scale ``[B]`` (0 or 1/keep), float32 (float64 for float64 x); None if nothing drops."""
+        """A draw of the drop scale ``[B]`` (0 or 1/keep), float32 or float64 as x; None if nothing drops."""
         if not self.training or self.drop_prob == 0.0:
             return None
         keep = 1.0 - self.drop_prob
@@ -147,9 +148,9 @@ class PoolFormerBlock(nn.Module):
         x = x + drop_path(layer_scale_1[:, None, None] * token_mixer(norm1(x)))
         x = x + drop_path(layer_scale_2[:, None, None] * mlp(norm2(x)))
 
-    The first line is one call of `poolformer_kernels.ops.pool_mixer` as long as ``norm1`` is a GroupNorm of one
-    group, ``token_mixer`` a `Pooling` and ``drop_path`` a `DropPath` or Identity, none of them hooked or subclassed;
-    otherwise the modules are called one by one.
+    The first line is one call of `poolformer_kernels.ops.pool_mixer` as long as ``norm1`` is a GroupNorm of
+    one group, ``token_mixer`` a `Pooling` and ``drop_path`` a `DropPath` or Identity, none of them hooked or
+    subclassed; otherwise the modules are called one by one.
 
     Args:
         dim: channels C of x, ``[B, C, H, W]``.
@@ -163,8 +164,9 @@ class PoolFormerBlock(nn.Module):
         layer_scale_init_value: its initial value.
 
     Returns:
-        y, of x's shape and memory format. Under autocast on the CPU a bfloat16 x stays bfloat16, while the plain
-        PyTorch lines would widen it to float32 at the float32 LayerScale; on CUDA it becomes float32, as there.
+        y, of x's shape and memory format. Under autocast on the CPU a bfloat16 x stays bfloat16, while the
+        plain PyTorch lines would widen it to float32 at the float32 LayerScale; on CUDA it becomes float32,
+        as there.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
@@ -187,7 +189,9 @@ class PoolFormerBlock(nn.Module):
         super().__init__()
         _positive_int("dim", dim)
         if not _is_number(mlp_ratio) or int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must be a number that leaves at least one channel, got {mlp_ratio!r}")
+            raise ValueError(
+                f"mlp_ratio must be a number that leaves at least one channel, got {mlp_ratio!r}"
+            )
         self.norm1 = norm_layer(dim)
         self.token_mixer = Pooling(pool_size)
         self.norm2 = norm_layer(dim)
@@ -195,7 +199,9 @@ class PoolFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if _probability("drop_path", drop_path) > 0 else nn.Identity()
         self.use_layer_scale = use_layer_scale
         for name in ("layer_scale_1", "layer_scale_2"):
-            scale = nn.Parameter(torch.full((dim,), float(layer_scale_init_value))) if use_layer_scale else None
+            scale = (
+                nn.Parameter(torch.full((dim,), float(layer_scale_init_value))) if use_layer_scale else None
+            )
             self.register_parameter(name, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +228,9 @@ class PoolFormerBlock(nn.Module):
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
     def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(x.dtype, branch.dtype)  # float32 parameters do not widen a half residual stream
+        dtype = torch.promote_types(
+            x.dtype, branch.dtype
+        )  # float32 parameters do not widen a half residual stream
         if scale is not None:
             branch = branch * scale.view(-1, 1, 1)
         return (x + self.drop_path(branch)).to(dtype)
@@ -234,7 +242,10 @@ _DROP_PATHS = (nn.Identity, DropPath)
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -18,7 +18,7 @@ def require(name: str) -> ModuleType:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random norms and biases and a LayerScale of order 0.1: at the initial 1e-5 a wrong branch would not show."""
+    """Random norms, biases and a LayerScale of order 0.1: at the initial 1e-5 no wrong branch would show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

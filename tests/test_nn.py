@@ -1,4 +1,4 @@
-"""The layers against the official formulas written out here, and what decides between the operator and the modules."""
+"""The layers against the official formulas written out here; when the operator runs and when the modules."""
 
 import copy
 import io
@@ -61,23 +61,29 @@ def mixer_calls(monkeypatch):
     return calls
 
 
-# ---- values -----------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"pool_size": 5}, {"use_layer_scale": False}, {"mlp_ratio": 2.5}], ids=lambda o: str(o) or "default"
+    "options",
+    [{}, {"pool_size": 5}, {"use_layer_scale": False}, {"mlp_ratio": 2.5}],
+    ids=lambda o: str(o) or "default",
 )
 def test_block_and_gradients_equal_the_official_formula(options, channels_last):
     block = make_block(**options)
     x, grad = randn(3, 12, 9, 7, mean=-2.3, sigma=0.5), randn(3, 12, 9, 7, mean=0.3, seed=1)
     size = options.get("pool_size", 3)
-    exact = gradients(lambda b, t: official_block(b, t, size), copy.deepcopy(block).double(), x.double(), grad.double())
+    exact = gradients(
+        lambda b, t: official_block(b, t, size), copy.deepcopy(block).double(), x.double(), grad.double()
+    )
     if channels_last:  # eager in the same layout: the second norm is eager's, less accurate here than in NCHW
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     eager = gradients(lambda b, t: official_block(b, t, size), block, x, grad)
     ours = gradients(lambda b, t: b(t), block, x, grad)
-    assert ours["y"].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert ours["y"].is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
     exact["norm1.bias"].zero_()  # pool minus identity cancels it: eager returns rounding noise
     for name, value in ours.items():
         scale = exact["norm1.weight"].abs().max().expand(12) if name == "norm1.bias" else exact[name].abs()
@@ -118,12 +124,16 @@ def test_cpu_autocast_keeps_the_residual_stream_of_x(dtype):
     eager = gradients(amp(official_block), block, x, grad.to(dtype))
     double = copy.deepcopy(block).double()
     exact = gradients(official_block, double, x.double(), grad.to(dtype).double())
-    assert ours["y"].dtype == dtype and ours["dx"].dtype == dtype
+    assert ours["y"].dtype == dtype
+    assert ours["dx"].dtype == dtype
     # eager widens to float32 at the LayerScale, a bfloat16 stream is rounded twice: once per sub-block
     rounding = 2 * torch.finfo(dtype).eps
     for name, value in ours.items():
         if name != "norm1.bias":
-            error, allowed = relative_error(value, exact[name]), 1.5 * relative_error(eager[name], exact[name])
+            error, allowed = (
+                relative_error(value, exact[name]),
+                1.5 * relative_error(eager[name], exact[name]),
+            )
             assert error <= allowed + rounding, f"{name}: {error:.2e}, eager {allowed / 1.5:.2e}"
         if name not in ("y", "dx"):
             assert value.dtype == torch.float32
@@ -146,13 +156,16 @@ def test_pool_mixer_module():
     assert ours["bias"].abs().max() < 1e-5
     assert list(mixer.state_dict()) == ["weight", "bias"]
     fresh = PoolMixer(4)
-    assert torch.equal(fresh.weight, torch.ones(4)) and torch.equal(fresh.bias, torch.zeros(4))
+    assert torch.equal(fresh.weight, torch.ones(4))
+    assert torch.equal(fresh.bias, torch.zeros(4))
 
 
 def test_mlp_formula_initialisation_and_dropout():
     torch.manual_seed(0)
     mlp = Mlp(64, 200, 32, act_layer=nn.ReLU, drop=0.4).eval()
-    assert 0.015 < mlp.fc1.weight.std() < 0.021 and not mlp.fc1.bias.any() and not mlp.fc2.bias.any()
+    assert 0.015 < mlp.fc1.weight.std() < 0.021
+    assert not mlp.fc1.bias.any()
+    assert not mlp.fc2.bias.any()
     x = randn(2, 64, 3, 3)
     h = F.relu(torch.einsum("oi,bihw->bohw", mlp.fc1.weight[:, :, 0, 0], x))
     expected = torch.einsum("oi,bihw->bohw", mlp.fc2.weight[:, :, 0, 0], h)
@@ -163,7 +176,7 @@ def test_mlp_formula_initialisation_and_dropout():
     assert Mlp(3).fc2.weight.shape == (3, 3, 1, 1)
 
 
-# ---- one operator call, or the modules -------------------------------------------------------------------------
+# ---- one operator call, or the modules ---------------------------------------------------------------------
 
 
 def test_first_sub_block_is_one_operator_call(mixer_calls):
@@ -171,9 +184,13 @@ def test_first_sub_block_is_one_operator_call(mixer_calls):
     block(randn(4, 12, 5, 5))
     block.eval()(randn(4, 12, 5, 5))
     train, infer = mixer_calls
-    assert train["residual"] and infer["residual"] and train["pool_size"] == 5 and train["eps"] == 1e-5
+    assert train["residual"]
+    assert infer["residual"]
+    assert train["pool_size"] == 5
+    assert train["eps"] == 1e-5
     assert train["layer_scale"] is block.layer_scale_1
-    assert train["drop_scale"].shape == (4,) and infer["drop_scale"] is None
+    assert train["drop_scale"].shape == (4,)
+    assert infer["drop_scale"] is None
 
 
 def hook_norm(block, fired):
@@ -214,7 +231,8 @@ def foreign_mixer(block, fired):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "change", [hook_norm, hook_mixer_before, hook_mixer_backward, hook_drop_path, subclass_norm, foreign_mixer]
+    "change",
+    [hook_norm, hook_mixer_before, hook_mixer_backward, hook_drop_path, subclass_norm, foreign_mixer],
 )
 def test_hooks_and_foreign_modules_are_called(change, channels_last, mixer_calls):
     block, fired = make_block(), []
@@ -227,8 +245,10 @@ def test_hooks_and_foreign_modules_are_called(change, channels_last, mixer_calls
     change(block, fired)
     y = block(x)
     (dx,) = torch.autograd.grad(y, x, grad)
-    assert fired and len(mixer_calls) == 1
-    assert relative_error(y, expected) < 1e-6 and relative_error(dx, expected_dx) < 1e-6
+    assert fired
+    assert len(mixer_calls) == 1
+    assert relative_error(y, expected) < 1e-6
+    assert relative_error(dx, expected_dx) < 1e-6
     assert y.stride() == expected.stride()
 
 
@@ -270,7 +290,7 @@ def test_compiled_block_has_no_graph_break():
     assert torch.isfinite(compiled(x)).all()
 
 
-# ---- stochastic depth ------------------------------------------------------------------------------------------
+# ---- stochastic depth --------------------------------------------------------------------------------------
 
 
 def test_drop_path_drops_each_branch_of_each_sample_and_keeps_the_mean():
@@ -316,10 +336,11 @@ def test_drop_path_module_matches_timm():
     assert DropPath(0.4).sample(x.double()).dtype == torch.float64
     assert DropPath(0.4).sample(x.bfloat16()).dtype == torch.float32
     assert DropPath(0.4).sample(x[:0]).shape == (0,)
-    assert DropPath(0.0)(x) is x and DropPath(0.4).eval()(x) is x
+    assert DropPath(0.0)(x) is x
+    assert DropPath(0.4).eval()(x) is x
 
 
-# ---- modules as objects ----------------------------------------------------------------------------------------
+# ---- modules as objects ------------------------------------------------------------------------------------
 
 
 def test_block_parameters_copies_and_files():
@@ -335,7 +356,12 @@ def test_block_parameters_copies_and_files():
     other = make_block(seed=1, drop_path=0.2).eval()
     assert not torch.equal(other(x), expected)
     other.load_state_dict(block.state_dict())
-    copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block)), torch.load(buffer, weights_only=False), other]
+    copies = [
+        copy.deepcopy(block),
+        pickle.loads(pickle.dumps(block)),
+        torch.load(buffer, weights_only=False),
+        other,
+    ]
     for same in copies:
         assert torch.equal(same(x), expected)
     with torch.no_grad():
@@ -345,7 +371,8 @@ def test_block_parameters_copies_and_files():
 
 def test_reprs_name_the_settings():
     text = repr(PoolFormerBlock(4, pool_size=5, drop_path=0.25))
-    assert "pool_size=5" in text and "drop_prob=0.25" in text
+    assert "pool_size=5" in text
+    assert "drop_prob=0.25" in text
     assert repr(PoolMixer(4, 3, 1e-6)) == "PoolMixer(4, pool_size=3, eps=1e-06)"
 
 

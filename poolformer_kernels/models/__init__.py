@@ -33,16 +33,17 @@ def create_model(
     Args:
         name: one of `list_models`.
         num_classes, in_chans, head, features_only: see `PoolFormer`.
-        drop_path_rate: stochastic depth of the last block; None is 0, as in the official code and timm. The training
-            recipe's rate is ``model_config(name).drop_path_rate``.
+        drop_path_rate: stochastic depth of the last block; None is 0, as in the official code and timm. The
+            training recipe's rate is ``model_config(name).drop_path_rate``.
         checkpoint: a file for `load_checkpoint`, which also sets the head mode that belongs to it.
-        pretrained: ImageNet-1k weights from the Hugging Face hub (``timm/<name>.sail_in1k``, so head mode ``"timm"``);
-            for another number of classes load 1000 and call ``reset_classifier``.
+        pretrained: ImageNet-1k weights from the Hugging Face hub (``timm/<name>.sail_in1k``, so head mode
+            ``"timm"``); for another number of classes load 1000 and call ``reset_classifier``.
 
     Raises:
-        TypeError, ValueError: an unknown name, an argument of the wrong type or range, checkpoint and pretrained
-            together, or weights that do not fit.
-        FileNotFoundError, ImportError, ConnectionError: see `load_checkpoint`; the hub client or the hub is missing.
+        TypeError, ValueError: an unknown name, an argument of the wrong type or range, checkpoint and
+            pretrained together, or weights that do not fit.
+        FileNotFoundError, ImportError, ConnectionError: see `load_checkpoint`; the hub client or the hub is
+            missing.
 
     Source: MetaFormer (arXiv 2111.11418), Table 1.
     """
@@ -51,7 +52,7 @@ def create_model(
     config = model_config(name)
     if pretrained and not features_only and num_classes not in (0, 1000):
         raise ValueError(
-            f"num_classes is {num_classes}; allowed with pretrained=True: 1000 or 0 (then call reset_classifier)"
+            f"num_classes is {num_classes}; allowed with pretrained=True: 1000 or 0; then reset_classifier"
         )
     if pretrained and in_chans != 3:
         raise ValueError(f"in_chans is {in_chans}; allowed with pretrained=True: 3")

@@ -1,4 +1,4 @@
-"""Checkpoints of the official code, timm, Hugging Face and mmpretrain, told apart and renamed by their keys."""
+"""Checkpoints of the official code, timm, Hugging Face and mmpretrain, known by their keys and renamed."""
 
 import argparse
 import re
@@ -22,9 +22,10 @@ _PREFIXES = r"^(module\.|_orig_mod\.)+"
 class CheckpointReport:
     """What `load_checkpoint` did.
 
-    ``source`` is ``"official"``, ``"timm"``, ``"huggingface"`` or ``"mmpretrain"``; ``head_mode`` the one set on the
-    model. ``not_in_model`` are keys of the file that the model has no use for (a classifier, for a model without),
-    ``not_in_file`` keys of the model that kept their values (the output norms of ``features_only``).
+    ``source`` is ``"official"``, ``"timm"``, ``"huggingface"`` or ``"mmpretrain"``; ``head_mode`` the one set
+    on the model. ``not_in_model`` are keys of the file that the model has no use for (a classifier, for a
+    model without), ``not_in_file`` keys of the model that kept their values (the output norms of
+    ``features_only``).
     """
 
     source: str
@@ -36,9 +37,9 @@ class CheckpointReport:
 def convert_state_dict(state_dict: Mapping) -> dict[str, Tensor]:
     """A state dict of any of the four sources, under our (the official) keys; the tensors are not copied.
 
-    Accepts the wrappers ``{"state_dict": ...}``, ``{"model": ...}`` and ``{"model_state_dict": ...}`` and the key
-    prefixes that DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) leave, and backbones without
-    a head. A key that its source's PoolFormer does not have is kept as it is.
+    Accepts the wrappers ``{"state_dict": ...}``, ``{"model": ...}`` and ``{"model_state_dict": ...}`` and the
+    key prefixes that DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) leave, and
+    backbones without a head. A key that its source's PoolFormer does not have is kept as it is.
 
     Raises:
         TypeError: not a mapping of strings to tensors.
@@ -50,15 +51,17 @@ def convert_state_dict(state_dict: Mapping) -> dict[str, Tensor]:
 def load_checkpoint(model: PoolFormer, path: str | PathLike) -> CheckpointReport:
     """Load a file of any of the four sources into a model, and set the head mode that belongs to it.
 
-    timm's weights are evaluated with head mode ``"timm"``, the others with ``"official"``; a file that our own
-    ``torch.save(model.state_dict(), path)`` wrote remembers its mode (.safetensors cannot). The file must have every
-    parameter of the model in its shape and no other, with two exceptions that the report lists: a classifier is not
-    used by a model with ``num_classes=0`` or ``features_only``, and the output norms of ``features_only`` may be
-    missing, as they are from every classification checkpoint. On any error the model is unchanged.
+    timm's weights are evaluated with head mode ``"timm"``, the others with ``"official"``; a file that our
+    own ``torch.save(model.state_dict(), path)`` wrote remembers its mode (.safetensors cannot). The file must
+    have every parameter of the model in its shape and no other, with two exceptions that the report lists: a
+    classifier is not used by a model with ``num_classes=0`` or ``features_only``, and the output norms of
+    ``features_only`` may be missing, as they are from every classification checkpoint. On any error the model
+    is unchanged.
 
     Args:
         model: from `create_model`.
-        path: ``.safetensors``, or anything that ``torch.load(weights_only=True)`` reads (.pth, .pth.tar, .bin, ...).
+        path: ``.safetensors``, or anything that ``torch.load(weights_only=True)`` reads (.pth, .pth.tar,
+            .bin, ...).
 
     Raises:
         TypeError: model is not a PoolFormer, or the file does not hold tensors.
@@ -82,7 +85,7 @@ def load_checkpoint(model: PoolFormer, path: str | PathLike) -> CheckpointReport
 
 
 def download_pretrained(repo_id: str) -> str:
-    """The path of a model's ``model.safetensors`` in the Hugging Face hub's local cache, downloaded if need be.
+    """The local path of a repository's ``model.safetensors`` on the Hugging Face hub, downloaded if need be.
 
     Raises:
         ImportError: the package huggingface_hub is missing.
@@ -91,26 +94,30 @@ def download_pretrained(repo_id: str) -> str:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise ImportError("pretrained=True needs the package huggingface_hub: pip install huggingface_hub") from error
+        raise ImportError(
+            "pretrained=True needs the package huggingface_hub: pip install huggingface_hub"
+        ) from error
     _import_safetensors()
     try:
         return hf_hub_download(repo_id, "model.safetensors")
     except Exception as error:  # the client's errors have had no common base class over its versions
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConnectionError(
-            f"pretrained=True: cannot get model.safetensors of {repo_id} from the Hugging Face hub: {first_line};"
-            " offline, pass a local file as checkpoint"
+            f"pretrained=True: cannot get model.safetensors of {repo_id} from the Hugging Face hub:"
+            f" {first_line}; offline, pass a local file as checkpoint"
         ) from error
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def _import_safetensors() -> Callable:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError("a .safetensors file needs the package safetensors: pip install safetensors") from error
+        raise ImportError(
+            "a .safetensors file needs the package safetensors: pip install safetensors"
+        ) from error
     return load_file
 
 
@@ -120,7 +127,9 @@ def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return _import_safetensors()(path, device="cpu")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that timm's train.py saves
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # the arguments that timm's train.py saves
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
@@ -144,15 +153,15 @@ def _tensors_of(state_dict: object) -> Mapping[str, Tensor]:
 
 def _noted_head_mode(state_dict: Mapping[str, Tensor]) -> str | None:
     """The head mode that our own models write into their state dict's metadata, if it is there."""
-    for entry in getattr(state_dict, "_metadata", {}).values():
-        if entry.get("head_mode") in HEADS:
-            return entry["head_mode"]
-    return None
+    metadata = getattr(state_dict, "_metadata", None)
+    entries = metadata.values() if isinstance(metadata, Mapping) else ()
+    modes = (entry.get("head_mode") for entry in entries if isinstance(entry, Mapping))
+    return next((mode for mode in modes if mode in HEADS), None)
 
 
-# ---- renaming -----------------------------------------------------------------------------------------------------
+# ---- renaming ----------------------------------------------------------------------------------------------
 
-# Per source: pattern of its key, ours. S is the stage's index in `network`, D that of the downsample before it.
+# (the source's key, ours): S is the stage's index in `network`, D that of the downsample before it.
 _TIMM = (
     (r"stem\.conv\.(\w+)", r"patch_embed.proj.\1"),
     (r"stages[._](?P<stage>\d)\.downsample\.conv\.(\w+)", r"network.{D}.proj.\2"),
@@ -191,7 +200,7 @@ def _convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         return {_rename(key, _HUGGINGFACE): value for key, value in plain.items()}, "huggingface"
     if "backbone.patch_embed.proj.weight" in tensors:
         ours = {key.removeprefix("backbone."): value for key, value in tensors.items()}
-        # a classifier's only output is the last stage's, so its norm6 is the final norm; norm0 marks a dense backbone
+        # norm6 belongs to the last stage: a classifier's final norm, unless norm0 marks a dense backbone
         final = "norm6." if "norm0.weight" in ours else "norm."
         rules = ((r"norm6\.(\w+)", final + r"\1"), (r"head\.fc\.(\w+)", r"head.\1"))
         return {_rename(key, rules): value for key, value in ours.items()}, "mmpretrain"
@@ -199,17 +208,17 @@ def _convert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         return tensors, "official"
     first = f"its first key is {next(iter(tensors))!r}" if tensors else "it is empty"
     raise ValueError(
-        f"not a PoolFormer checkpoint: {first}; allowed: the keys of the official code (patch_embed.proj.weight, ...),"
-        " timm (stem.conv.weight), Hugging Face (poolformer.encoder.patch_embeddings.0.projection.weight) or"
-        " mmpretrain (backbone.patch_embed.proj.weight)"
+        f"not a PoolFormer checkpoint: {first}; allowed: keys of the official code (patch_embed.proj.weight),"
+        " timm (stem.conv.weight), Hugging Face (poolformer.encoder.patch_embeddings.0.projection.weight)"
+        " or mmpretrain (backbone.patch_embed.proj.weight)"
     )
 
 
-# ---- checking -----------------------------------------------------------------------------------------------------
+# ---- checking ----------------------------------------------------------------------------------------------
 
 
 def _check_fit(model: PoolFormer, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """The file's keys that are not used and the model's that keep their values; ValueError if anything else differs."""
+    """The file's keys that are not used and the model's that keep their values; an error if more differs."""
     own = model.state_dict()
     headless = ("norm.", "head.") if model.features_only else ("head.",) if model.num_classes == 0 else ()
     optional = ("norm0.", "norm2.", "norm4.", "norm6.") if model.features_only else ()

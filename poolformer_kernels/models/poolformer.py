@@ -3,7 +3,6 @@
 import difflib
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,9 +17,9 @@ HEADS = ("official", "timm")
 class ModelConfig:
     """What a released model is made of, how it was trained and how its images are prepared.
 
-    ``drop_path_rate`` is the training recipe's; `create_model` uses it only when told to. ``input_size`` is the side
-    of the square test image in pixels, cropped from one resized to ``input_size / crop_pct``; ``mean`` and ``std``
-    apply to RGB in [0, 1].
+    ``drop_path_rate`` is the training recipe's; `create_model` uses it only when told to. ``input_size`` is
+    the side of the square test image in pixels, cropped from one resized to ``input_size / crop_pct``;
+    ``mean`` and ``std`` apply to RGB in [0, 1].
     """
 
     name: str
@@ -80,16 +79,17 @@ class PoolFormer(nn.Module):
         config: see `model_config`.
         num_classes: outputs of the classifier; 0 for none, the result is then the pooled, normed features.
         in_chans: channels of the images.
-        head: ``"official"`` is GroupNorm, then mean over pixels; ``"timm"`` is mean over pixels, then LayerNorm with
-            eps 1e-6, as timm >= 0.9 evaluates the same weights.
+        head: ``"official"`` is GroupNorm, then mean over pixels; ``"timm"`` is mean over pixels, then
+            LayerNorm with eps 1e-6, as timm >= 0.9 evaluates the same weights.
         drop_path_rate: of the last block; the rates grow linearly from 0 in the first.
         features_only: no head, see Returns.
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
 
     Returns:
-        logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at strides
-        4, 8, 16 and 32, each through a GroupNorm of its own (``norm0``, ``norm2``, ``norm4``, ``norm6``).
+        logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at
+        strides 4, 8, 16 and 32, each through a GroupNorm of its own (``norm0``, ``norm2``, ``norm4``,
+        ``norm6``).
 
     Raises:
         TypeError, ValueError: an argument or image of the wrong type, shape or range.
@@ -124,7 +124,7 @@ class PoolFormer(nn.Module):
         network: list[nn.Module] = []
         step = drop_path_rate / (sum(config.layers) - 1)
         done = 0
-        for stage, (depth, dim) in enumerate(zip(config.layers, config.dims)):
+        for stage, (depth, dim) in enumerate(zip(config.layers, config.dims, strict=True)):
             if stage > 0:
                 network.append(PatchEmbed(config.dims[stage - 1], dim, kernel=3, stride=2, padding=1))
             blocks = (
@@ -154,7 +154,7 @@ class PoolFormer(nn.Module):
         self._head_mode = mode
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a new one of that many outputs (0: none), on the model's device and dtype.
+        """Replace the classifier by a new one of so many outputs (0: none), on the model's device and dtype.
 
         Raises:
             TypeError, ValueError: num_classes is not an int, or negative.
