@@ -1,9 +1,10 @@
 """Builds the extension `poolformer_kernels._C`; everything else about the package is in pyproject.toml.
 
-No GPU is needed to build, nvcc is optional, and without a C++ compiler the package installs without the extension.
+No GPU is needed to build, nvcc is optional, and without a C++ compiler the package installs without the
+extension.
 
-Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS,
-CXX, CUDA_HOME, POOLFORMER_KERNELS_CXXFLAGS (appended: sanitizers, for one).
+Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST
+("8.0;9.0a"), MAX_JOBS, CXX, CUDA_HOME, POOLFORMER_KERNELS_CXXFLAGS (appended: sanitizers, for one).
 """
 
 import os
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 # 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-CXX_FLAGS = "-std=c++20 -O3 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-psabi -Wno-maybe-uninitialized"
+CXX_FLAGS = "-std=c++20 -O3 -g0 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall".split()
+CXX_FLAGS += "-Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized".split()  # false in vector headers
 
 
 def flag(name: str) -> bool:
@@ -39,16 +41,39 @@ def compiler() -> str | None:
 
 
 def nvcc() -> str | None:
+    """The CUDA compiler, or None if there is none or it is not wanted."""
     if flag("POOLFORMER_KERNELS_SKIP_CUDA"):
         return None
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    return next((found for found in map(shutil.which, [*candidates[:2], "nvcc", *candidates[2:]]) if found), None)
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, candidates) if found), None)
+
+
+def pybind11_include() -> list[str]:
+    """pybind11's own headers; torch's wheels hold a copy, so a machine without the package builds too."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
 
 
 def cuda_version(compiler_path: str) -> str:
     text = subprocess.run([compiler_path, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def cudart_folder(compiler_path: str) -> Path:
+    """The folder of libcudart_static.a; the static runtime needs no CUDA where the extension is imported."""
+    command = [compiler_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+    top = Path(
+        re.search(r"TOP=(.+)", subprocess.run(command, capture_output=True, text=True).stderr)[1].strip()
+    )
+    for pattern in ("lib64", "lib", "targets/*/lib"):
+        for folder in top.resolve().glob(pattern):
+            if (folder / "libcudart_static.a").exists():
+                return folder
+    raise FileNotFoundError(f"libcudart_static.a is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
 
 
 def arch_flags(archs: str) -> list[str]:
@@ -57,7 +82,9 @@ def arch_flags(archs: str) -> list[str]:
     for arch in re.split(r"[;\s]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are entries such as 8.0, 9.0a, 10.0+PTX")
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are entries such as 8.0, 9.0a, 10.0+PTX"
+            )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
@@ -79,18 +106,18 @@ def extension() -> tuple[list, dict]:
     except ImportError:  # building an sdist in an isolated environment needs no extension
         say("torch is not importable: installing without the C++ extension (use --no-build-isolation)")
         return [], {}
-    import pybind11
-
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     cuda_compiler = nvcc() if cuda_sources else None
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-    include = [*include_paths(), pybind11.get_include()]
+    include = [*include_paths(), *pybind11_include()]
     defines = [
         *DEFINES,
         ("PK_TORCH_VERSION", f'"{torch.__version__}"'),
         ("PK_CUDA_VERSION", f'"{cuda_version(cuda_compiler)}"' if cuda_compiler else '""'),
         ("PK_CUDA_ARCHS", f'"{archs.replace(";", " ")}"' if cuda_compiler else '""'),
     ]
+
+    user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
@@ -103,8 +130,8 @@ def extension() -> tuple[list, dict]:
         def compile_cuda(self, source: Path) -> str:
             target = Path(self.build_temp) / f"{source.stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [cuda_compiler, "-c", str(source), "-o", str(target), "-std=c++20", "-O3", *arch_flags(archs)]
-            command += ["-ccbin", compiler(), "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+            command = [cuda_compiler, "-c", str(source), "-o", str(target), "-std=c++20", "-O3"]
+            command += [*arch_flags(archs), "-ccbin", compiler(), "-Xcompiler=-fPIC,-fvisibility=hidden"]
             command += [f"-I{path}" for path in include] + [f"-D{name}={value}" for name, value in DEFINES]
             say(" ".join(command))
             subprocess.run(command, check=True)
@@ -117,11 +144,12 @@ def extension() -> tuple[list, dict]:
         define_macros=defines,
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args=shlex.split(CXX_FLAGS) + shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", "")),
-        extra_link_args=shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", "")),
+        extra_compile_args=[*CXX_FLAGS, *user_flags],
+        extra_link_args=user_flags,
     )
     if cuda_compiler:
-        module.extra_link_args += [f"-L{Path(cuda_compiler).resolve().parents[1] / 'lib64'}", "-lcudart_static", "-lrt", "-ldl"]
+        cuda_libraries = cudart_folder(cuda_compiler)
+        module.extra_link_args += [f"-L{cuda_libraries}", "-lcudart_static", "-lrt", "-ldl"]
     return [module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
 
 

@@ -41,27 +41,45 @@ def _dtypes(text: str) -> tuple[torch.dtype, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="poolformer-kernels", description="Fused kernels for PoolFormer: see, inspect, verify.")
+    parser = _Parser(
+        prog="poolformer-kernels", description="Fused kernels for PoolFormer: see, inspect, verify."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info | verify")
 
     demo = commands.add_parser(
         "demo",
         help="run a PoolFormer on photos: equal to timm's, and how much faster",
-        description="Runs timm's PoolFormer and ours with the same weights on photos, compares both with float64, "
-        "times both, and writes an HTML report. Exit code 1 if our error is above the allowed one.",
+        description="Runs timm's PoolFormer and ours with the same weights on photos, compares both with "
+        "float64, times both, and writes an HTML report. Exit code 1 if our error is above the allowed one.",
     )
-    demo.add_argument("--image", nargs="+", metavar="FILE", help="photos (default: two that scikit-learn bundles)")
+    demo.add_argument(
+        "--image", nargs="+", metavar="FILE", help="photos (default: two that scikit-learn bundles)"
+    )
     demo.add_argument("--model", default="poolformer_s12", metavar="NAME", help="default: %(default)s")
-    demo.add_argument("--checkpoint", metavar="FILE", help="weights (default: random, the same in both models)")
-    demo.add_argument("--dtype", type=_dtypes, default="float32,bfloat16", metavar="A,B", help="default: %(default)s")
+    demo.add_argument(
+        "--checkpoint", metavar="FILE", help="weights (default: random, the same in both models)"
+    )
+    demo.add_argument(
+        "--dtype", type=_dtypes, default="float32,bfloat16", metavar="A,B", help="default: %(default)s"
+    )
     demo.add_argument("--batch-size", type=_positive, metavar="N", help="for timing (default: 8, 64 on CUDA)")
-    demo.add_argument("--rounds", type=_positive, default=20, metavar="N", help="timing rounds (default: %(default)s)")
-    demo.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the model's own, 224)")
+    demo.add_argument(
+        "--rounds", type=_positive, default=50, metavar="N", help="timing rounds (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--image-size", type=_positive, metavar="N", help="pixels (default: the model's own, 224)"
+    )
     demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    demo.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: %(default)s")
+    demo.add_argument(
+        "--backend", choices=("auto", *BACKENDS), help="default: POOLFORMER_KERNELS_BACKEND, else auto"
+    )
     demo.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the timing")
-    demo.add_argument("--json", metavar="FILE", help="write every figure (schema: see poolformer_kernels.demo)")
-    demo.add_argument("--report", default="report", metavar="DIR", help="where index.html goes (default: %(default)s)")
+    demo.add_argument(
+        "--json", metavar="FILE", help="write every figure (schema: see poolformer_kernels.demo)"
+    )
+    demo.add_argument(
+        "--report", default="report", metavar="DIR", help="where index.html goes (default: %(default)s)"
+    )
 
     info = commands.add_parser("info", help="devices, backends and why one is unavailable, ISA, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -69,18 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="errors of every operator against float64, beside eager PyTorch's",
-        description="Compares every operator, forward and gradients, with float64, beside eager PyTorch in the same "
-        "dtype. Exit code 1 if an error is above 1.5 times eager's plus rounding, 2 if the backend cannot run.",
+        description="Compares every operator, forward and gradients, with float64, beside eager PyTorch in "
+        "the same dtype. Exit code 1 if an error is above 1.5 times eager's plus rounding, 2 if the backend "
+        "cannot run.",
     )
-    verify.add_argument("--backend", choices=BACKENDS, help="default: every backend that can run on the device")
+    verify.add_argument(
+        "--backend", choices=BACKENDS, help="default: every backend that can run on the device"
+    )
     verify.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    verify.add_argument("--dtype", type=_dtypes, default=",".join(_DTYPES), metavar="A,B", help="default: %(default)s")
+    verify.add_argument(
+        "--dtype", type=_dtypes, default=",".join(_DTYPES), metavar="A,B", help="default: %(default)s"
+    )
     verify.add_argument("--json", metavar="FILE", help="write every error")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 where a verification failed, 2 where the request cannot be met."""
+    """Run one command. Returns 0, 1 where a verification failed, 2 where the request cannot be met."""
     parser = _parser()
     try:
         args = parser.parse_args(argv)

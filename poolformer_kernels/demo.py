@@ -1,10 +1,11 @@
 """From photos to a verified, timed PoolFormer: `poolformer-kernels demo`.
 
-timm's model and ours run on the same photos with the same weights. Both are compared with timm's in float64 (from
-the dtype-rounded weights and pixels, NCHW), and ours must satisfy the rule of `poolformer_kernels.verify`. Then
-timm's modules (eager and through torch.compile) and ours are timed in the same run, all in channels_last, the fast
-layout: the token mixer sub-block ``x + layer_scale * (pool(norm(x)) - norm(x))`` of each stage, on the photos' own
-activations, and the whole model.
+timm's model and ours run on the same photos with the same weights. Both are compared with timm's in float64
+(from the dtype-rounded weights and pixels, NCHW), and ours must satisfy the rule of
+`poolformer_kernels.verify` against timm's in the same dtype and layout (convolutions round differently in
+each). Then timm's modules (eager and through torch.compile) and ours are timed in the same run, all in
+channels_last, the fast layout: the token mixer sub-block ``x + layer_scale * (pool(norm(x)) - norm(x))`` of
+each stage, on the photos' own activations, and the whole model.
 
 The JSON file (``--json``), all times in milliseconds per call::
 
@@ -13,16 +14,20 @@ The JSON file (``--json``), all times in milliseconds per call::
     environment   {name: text}: device, versions, the backend that ran
     model         {name, weights, head, params, macs, macs_official_head, input_size}; macs in fvcore's count
     images        [{name, top5: [{class, label, probability}]}], by ours in the first dtype
-    verification  [{dtype, implementation: "eager" | "ours", layout, error_l2, error_max, allowed_l2, allowed_max,
-                    top1_agreement, top5_agreement, passed}]; allowed_* and passed are null for eager. error_l2 is
-                    relative, error_max absolute; the agreement is the share of float64's top-k classes.
-    timing        [{dtype, what: "mixer" | "model", stage, shape: [B, C, H, W], providers: {"eager" | "compile" |
-                    "ours": {median, p20, p80, rounds} or {unavailable: reason}}}]; stage is null for the model.
+    verification  [{dtype, layout, implementation: "eager" | "ours", error_l2, error_max, allowed_l2,
+                    allowed_max, top1_agreement, top5_agreement, passed}]; error_l2 is relative, error_max
+                    absolute, agreement the share of float64's top-k classes; allowed_* and passed are null
+                    for eager
+    timing        [{dtype, what: "mixer" | "model", stage, shape: [B, C, H, W], providers: {"eager" |
+                    "compile" | "ours": {median, p20, p80, rounds, noisy} or {unavailable: reason}}}]; stage
+                    is null for the model; noisy: p80 > 2 p20
 """
 
 import argparse
+import contextlib
 import copy
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -31,33 +36,32 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__, create_model
+from . import __version__, create_model, ops
 from .cli import CommandError
 from .info import device_name
-from .models import ModelConfig, model_config
+from .models import model_config
 from .ops.backend import explain_selection, use_backend
 from .profiling import count_macs, time_interleaved
 from .verify import errors, tolerance
 
 try:
-    import rich.box
+    import PIL  # noqa: F401  (photos and report need it)
     import timm
-    from PIL import Image, ImageOps
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
     from timm.models.metaformer import checkpoint_filter_fn
 except ImportError as error:
-    raise CommandError(f"the demo needs {error.name}: pip install 'poolformer-kernels[demo]'") from None
+    raise CommandError(
+        f"the demo's extras are missing ({error}): pip install '{__package__}[demo]'"
+    ) from None
 
-from .report import write_report
+from .photos import crop, default_photos, load_photo, preprocess
+from .report import PROVIDERS, print_tables, write_report
 
-__all__ = ["load_photo", "make_models", "preprocess", "verify_logits"]
+__all__ = ["make_models", "time_all", "verify_logits"]
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-PROVIDERS = {"eager": "timm, eager", "compile": "timm, torch.compile", "ours": "poolformer-kernels"}
 _MIXER_S, _MODEL_S = 2.0, 10.0  # time limits of one interleaved measurement
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -71,7 +75,14 @@ class _Steps:
         console = Console(stderr=True)
         self._tty = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not self._tty)
+        self._bar = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._tty,
+            refresh_per_second=2,  # it must not disturb what is being timed
+        )
         self._task = self._bar.add_task("", total=total)
         self._started = False
 
@@ -90,52 +101,11 @@ class _Steps:
         self._started = True
 
 
-def load_photo(path: str | Path) -> Image.Image:
-    """The photo as RGB, upright.
-
-    Raises:
-        CommandError: it cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CommandError(f"--image {path}: cannot be read as an image: {error}") from None
-
-
-def _default_photos() -> list[str]:
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        raise CommandError(
-            "the demo's photos need scikit-learn: pip install 'poolformer-kernels[demo]', or give --image FILE"
-        ) from None
-    return load_sample_images().filenames
-
-
-def crop(photo: Image.Image, config: ModelConfig, size: int) -> Image.Image:
-    """What the model sees: the shorter side resized to ``size / crop_pct``, then the centre ``size x size``."""
-    shorter = int(size / config.crop_pct)
-    scale = shorter / min(photo.size)
-    width, height = (shorter if side == min(photo.size) else int(side * scale) for side in photo.size)
-    photo = photo.resize((width, height), _FILTERS[config.interpolation])
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return photo.crop((left, top, left + size, top + size))
-
-
-def preprocess(photo: Image.Image, config: ModelConfig, size: int) -> Tensor:
-    """The cropped photo as the model's input ``[3, size, size]``, float32, normalised."""
-    image = crop(photo, config, size)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
-    return (pixels.contiguous().float() / 255 - mean) / std
-
-
 def make_models(name: str, checkpoint: str | None) -> tuple[nn.Module, nn.Module]:
     """(timm's model, ours) in eval mode with the same weights, ours with timm's head.
 
-    Without a checkpoint the weights are random and none is at a value that would hide a branch: LayerScale is of
-    order 0.1, and norms and biases differ from 1 and 0.
+    Without a checkpoint the weights are random and none is at a value that would hide a branch: LayerScale is
+    of order 0.1, and norms and biases differ from 1 and 0.
 
     Raises:
         CommandError: an unknown model or a checkpoint that does not fit.
@@ -178,7 +148,9 @@ def _agreement(logits: Tensor, exact: Tensor, k: int) -> float:
     return (chosen[:, :, None] == wanted[:, None]).any(2).double().mean().item()
 
 
-def verify_logits(peer: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[list[dict], Tensor]:
+def verify_logits(
+    peer: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype
+) -> tuple[list[dict], Tensor]:
     """(rows of the JSON's ``verification`` for one dtype, our logits in channels_last).
 
     Args:
@@ -187,22 +159,22 @@ def verify_logits(peer: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtyp
     """
     with torch.inference_mode():
         exact = copy.deepcopy(peer).to("cpu", torch.float64)(x.to("cpu", torch.float64))
-        eager = peer(x)
-        base = errors(eager, exact)
-        allowed = tolerance(base, exact, dtype)
-        rows = [_verification_row(dtype, "eager", "NCHW", eager, exact, None)]
+        rows = []
         for layout, memory_format in LAYOUTS.items():
-            logits = ours.to(memory_format=memory_format)(x.contiguous(memory_format=memory_format))
-            rows.append(_verification_row(dtype, "ours", layout, logits, exact, allowed))
+            x = x.contiguous(memory_format=memory_format)
+            eager, logits = (model.to(memory_format=memory_format)(x) for model in (peer, ours))
+            allowed = tolerance(errors(eager, exact), exact, dtype)
+            rows.append(_verification_row(dtype, layout, "eager", eager, exact, None))
+            rows.append(_verification_row(dtype, layout, "ours", logits, exact, allowed))
     return rows, logits
 
 
-def _verification_row(dtype, implementation, layout, logits, exact, allowed) -> dict:
+def _verification_row(dtype, layout, implementation, logits, exact, allowed) -> dict:
     error = errors(logits, exact)
     return {
         "dtype": _short(dtype),
-        "implementation": implementation,
         "layout": layout,
+        "implementation": implementation,
         "error_l2": error[0],
         "error_max": error[1],
         "allowed_l2": allowed and allowed[0],
@@ -225,18 +197,16 @@ class _TimmMixer(nn.Module):
 
 
 def _our_mixer(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    from .ops import pool_mixer
-
     def call(x: Tensor) -> Tensor:
         norm = block.norm1
         scale = block.layer_scale_1
-        return pool_mixer(x, norm.weight, norm.bias, eps=norm.eps, layer_scale=scale, residual=True)
+        return ops.pool_mixer(x, norm.weight, norm.bias, eps=norm.eps, layer_scale=scale, residual=True)
 
     return call
 
 
 def _compiled(module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, str]:
-    """(the compiled module, "") or (None, why not): without a C++ compiler Inductor cannot run, which is no error."""
+    """(the compiled module, "") or (None, why not): Inductor needs a C++ compiler, this package does not."""
     try:
         compiled = torch.compile(module, dynamic=False)
         compiled(x)
@@ -259,22 +229,27 @@ def _time(eager: nn.Module, ours: Callable, x: Tensor, args: argparse.Namespace,
             providers["compile"] = lambda: compiled(x)
     timings = time_interleaved(providers, device=x.device, rounds=args.rounds, budget_s=budget_s)
     for name, t in timings.items():
-        results[name] = {"median": t.median * 1e3, "p20": t.p20 * 1e3, "p80": t.p80 * 1e3, "rounds": t.rounds}
+        ms = {"median": t.median * 1e3, "p20": t.p20 * 1e3, "p80": t.p80 * 1e3}
+        results[name] = {**ms, "rounds": t.rounds, "noisy": t.noisy}
     return {name: results[name] for name in PROVIDERS}
 
 
 def _stage_inputs(peer: nn.Module, x: Tensor) -> list[Tensor]:
     """What the first block of each stage of timm's model receives."""
     inputs: list[Tensor] = []
-    hooks = [s.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for s in peer.stages]
+    hooks = [
+        s.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for s in peer.stages
+    ]
     peer(x)
     for hook in hooks:
         hook.remove()
     return inputs
 
 
-def time_all(peer: nn.Module, ours: nn.Module, x: Tensor, args: argparse.Namespace, steps: _Steps) -> list[dict]:
-    """Rows of the JSON's ``timing`` for one dtype: each stage's mixer, then the model, all in channels_last."""
+def time_all(
+    peer: nn.Module, ours: nn.Module, x: Tensor, args: argparse.Namespace, steps: _Steps
+) -> list[dict]:
+    """Rows of the JSON's ``timing`` for one dtype: each stage's mixer, then the model, in channels_last."""
     dtype = _short(x.dtype)
     peer, ours, x = (v.to(memory_format=torch.channels_last) for v in (peer, ours, x))
     rows = []
@@ -311,21 +286,26 @@ def _top5(logits: Tensor, checkpoint: str | None) -> list[list[dict]]:
 
 def run(args: argparse.Namespace) -> int:
     """The command. 0, or 1 where the verification failed."""
+    with use_backend(args.backend) if args.backend else contextlib.nullcontext():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
     batch_size = args.batch_size or (64 if device == "cuda" else 8)
-    with use_backend(args.backend):
-        chosen = {_short(dtype): explain_selection(device, dtype) for dtype in args.dtype}
+    chosen = {_short(dtype): explain_selection(device, dtype) for dtype in args.dtype}
     for backend, reason in chosen.values():
         if backend == "none":
-            raise CommandError(f"--backend: {reason}")
+            raise CommandError(reason)
     for target in (args.json and Path(args.json).parent, args.report):
         _writable(target)
 
-    with _Steps(2 + 6 * len(args.dtype)) as steps, use_backend(args.backend):
+    load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs (from 1 a CPU on, times are unreliable)"
+    with _Steps(2 + 6 * len(args.dtype)) as steps:
         steps("reading the photos")
-        paths = args.image or _default_photos()
+        paths = args.image or default_photos()
         photos = [load_photo(path) for path in paths]
         steps(f"building {args.model}")
         peer, ours = make_models(args.model, args.checkpoint)
@@ -360,6 +340,7 @@ def run(args: argparse.Namespace) -> int:
             "backend": "; ".join(f"{dtype}: {b} ({why})" for dtype, (b, why) in chosen.items()),
             "layout in the timing": "channels_last, all providers",
             "batch size in the timing": str(batch_size),
+            "load before the start": load,
             "poolformer-kernels": __version__,
             "torch": torch.__version__,
             "timm": timm.__version__,
@@ -371,7 +352,7 @@ def run(args: argparse.Namespace) -> int:
         "verification": verification,
         "timing": timing,
     }
-    _print(result)
+    print_tables(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     page = write_report(result, [crop(photo, config, size) for photo in photos], Path(args.report))
@@ -387,64 +368,3 @@ def _writable(folder: str | Path | None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot write to {folder}: {error.strerror}") from None
-
-
-def _print(result: dict) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    model = result["model"]
-    console.print(
-        f"\n[bold]{model['name']}[/]: {model['params']:,} parameters, {model['macs_official_head']:,} MACs at "
-        f"{model['input_size']}x{model['input_size']} (fvcore's count, official head); weights: {model['weights']}"
-    )
-    for key, value in result["environment"].items():
-        console.print(f"  {key}: {value}", highlight=False, markup=False)
-    table = Table(title="Logits against float64", box=rich.box.SIMPLE_HEAD, title_justify="left")
-    for name in ("dtype", "model", "layout", "relative L2", "allowed", "max", "allowed", "top-1", "top-5", ""):
-        table.add_column(name, justify="left" if name in ("dtype", "model", "layout", "") else "right")
-    for row in result["verification"]:
-        allowed = [f"{row[k]:.2e}" if row[k] is not None else "" for k in ("allowed_l2", "allowed_max")]
-        verdict = {None: "", True: "[green]ok", False: "[bold red]FAILED"}[row["passed"]]
-        table.add_row(
-            row["dtype"],
-            PROVIDERS[row["implementation"]],
-            row["layout"],
-            f"{row['error_l2']:.2e}",
-            allowed[0],
-            f"{row['error_max']:.2e}",
-            allowed[1],
-            f"{row['top1_agreement']:.0%}",
-            f"{row['top5_agreement']:.0%}",
-            verdict,
-        )
-    console.print(table)
-    table = Table(
-        title="Milliseconds: median (20th to 80th percentile), interleaved, channels_last",
-        box=rich.box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    for name in ("dtype", "what", *PROVIDERS.values(), "vs eager", "vs compile"):
-        table.add_column(name, justify="left" if name in ("dtype", "what") else "right")
-    for row in result["timing"]:
-        shape = "x".join(map(str, row["shape"]))
-        table.add_row(
-            row["dtype"],
-            f"{row['what']} {shape}",
-            *(_milliseconds(row["providers"][name]) for name in PROVIDERS),
-            *(_speedup(row["providers"], name) for name in ("eager", "compile")),
-        )
-    console.print(table)
-    for reason in {p["unavailable"] for row in result["timing"] for p in row["providers"].values() if "median" not in p}:
-        console.print(f"torch.compile: {reason}", highlight=False, markup=False)
-    if "random" in model["weights"]:
-        console.print("The weights are random, so the classes mean nothing; --checkpoint FILE gives real ones.")
-    verdict = "[bold green]verified" if result["passed"] else "[bold red]VERIFICATION FAILED"
-    console.print(f"{verdict}[/]: error(ours) <= 1.5 x error(timm eager, same dtype) + rounding, against float64")
-
-
-def _milliseconds(t: dict) -> str:
-    return f"{t['median']:.3g} ({t['p20']:.3g}-{t['p80']:.3g})" if "median" in t else "-"
-
-
-def _speedup(providers: dict, name: str) -> str:
-    base = providers[name].get("median")
-    return f"{base / providers['ours']['median']:.2f}x" if base else "-"

@@ -38,11 +38,11 @@ def device_name(device: str) -> str:
     """The name of a device that torch calls ``"cpu"`` or ``"cuda"``."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{_cpu_name()}, torch threads: {torch.get_num_threads()}"
 
 
 def collect() -> dict[str, dict[str, str]]:
-    """Versions, devices, backends, what ``auto`` picks and the extension's build, by section; every value is text."""
+    """Versions, devices, backends, what ``auto`` picks and the extension's build: text, by section."""
     devices = {"cpu": f"{device_name('cpu')}, torch uses {torch.backends.cpu.get_cpu_capability()}"}
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
@@ -66,14 +66,15 @@ def collect() -> dict[str, dict[str, str]]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("POOLFORMER_KERNELS_")},
-        "extension": build or {"poolformer_kernels._C": available_backends()["cpp"] or "no build information"},
+        "extension": build
+        or {"poolformer_kernels._C": available_backends()["cpp"] or "no build information"},
     }
 
 
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return str(value)
+    return str(value) or "none"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -206,13 +206,7 @@ class PoolFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, mixer, drop_path = self.norm1, self.token_mixer, self.drop_path
-        if (
-            type(mixer) is Pooling
-            and type(norm) in _GROUP_NORMS
-            and norm.num_groups == 1
-            and type(drop_path) in _DROP_PATHS
-            and not (_hooked(mixer) or _hooked(norm) or _hooked(drop_path))
-        ):
+        if self.unfused_reason() is None:
             x = ops.pool_mixer(
                 x,
                 norm.weight,
@@ -227,10 +221,22 @@ class PoolFormerBlock(nn.Module):
             x = self._add(x, mixer(norm(x)), self.layer_scale_1)
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
+    def unfused_reason(self) -> str | None:
+        """Why the token mixer sub-block is not one operator call, or None where it is."""
+        norm, mixer, drop_path = self.norm1, self.token_mixer, self.drop_path
+        if type(mixer) is not Pooling:
+            return f"token_mixer is {type(mixer).__name__}, not Pooling"
+        if type(norm) not in _GROUP_NORMS or norm.num_groups != 1:
+            return f"norm1 is {type(norm).__name__}, not a GroupNorm of one group"
+        if type(drop_path) not in _DROP_PATHS:
+            return f"drop_path is {type(drop_path).__name__}, not DropPath or Identity"
+        if _hooked(mixer) or _hooked(norm) or _hooked(drop_path):
+            return "norm1, token_mixer or drop_path has hooks"
+        return None
+
     def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(
-            x.dtype, branch.dtype
-        )  # float32 parameters do not widen a half residual stream
+        # float32 parameters do not widen a half residual stream
+        dtype = torch.promote_types(x.dtype, branch.dtype)
         if scale is not None:
             branch = branch * scale.view(-1, 1, 1)
         return (x + self.drop_path(branch)).to(dtype)

@@ -1,8 +1,9 @@
 """Every operator in plain PyTorch: the specification the kernels are tested against, and the fallback.
 
-Half-precision inputs are computed in float32 and rounded once at the end; float64 stays float64. Everything runs
-on contiguous (NCHW) data, because eager PyTorch is wrong elsewhere: the CPU's channels_last GroupNorm computes the
-variance in one pass, and CUDA's channels_last ``avg_pool2d`` backward ignores the padding (pytorch#188344).
+Half-precision inputs are computed in float32 and rounded once at the end; float64 stays float64. Everything
+runs on contiguous (NCHW) data, because eager PyTorch is wrong elsewhere: the CPU's channels_last GroupNorm
+computes the variance in one pass, and CUDA's channels_last ``avg_pool2d`` backward ignores the padding
+(pytorch#188344).
 """
 
 import torch
@@ -13,14 +14,14 @@ __all__ = ["memory_format_of", "merge_stats", "pool_mixer", "sample_stats"]
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The memory format an operator's output has for input ``x``: channels_last if x's channels are innermost."""
+    """The memory format of an operator's output: channels_last if x's channels are innermost."""
     if x.is_contiguous() or x.stride(1) != 1:
         return torch.contiguous_format
     return torch.channels_last
 
 
 def sample_stats(x: Tensor) -> Tensor:
-    """Statistics of each sample as one partial, ``[B, 1, 3]`` = (count, mean, M2), fp32 (fp64 for fp64 input).
+    """Statistics of each sample as one partial ``[B, 1, 3]``: (count, mean, M2), float32 or x's float64.
 
     M2 is the sum of squared deviations from the mean, so ``M2 / count`` is GroupNorm's biased variance.
     """
@@ -52,8 +53,8 @@ def pool_mixer(
 ) -> Tensor:
     """The token mixer of `poolformer_kernels.ops.pool_mixer`, operation by operation.
 
-    ``stats`` (partials ``[B, T, 3]`` of x, see `sample_stats`) replace the values of GroupNorm's mean and variance;
-    the gradient still differentiates through the normalisation of x.
+    ``stats`` (partials ``[B, T, 3]`` of x, see `sample_stats`) replace the values of GroupNorm's mean and
+    variance; the gradient still differentiates through the normalisation of x.
     """
     dtype = _compute_dtype(x)
     w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
@@ -76,7 +77,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _group_norm_given(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, stats: Tensor) -> Tensor:
+def _group_norm_given(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, stats: Tensor
+) -> Tensor:
     var, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0)
     given_mean, given_var = merge_stats(stats)
     mean = mean + (given_mean - mean).detach()  # the given value, the gradient of x's own

@@ -1,9 +1,9 @@
 """Errors of the operators against fp64, beside those of eager PyTorch: `poolformer-kernels verify`.
 
 The rule, for outputs and every gradient, in relative L2 and in maximum absolute error:
-``error(ours) <= 1.5 * error(eager, same dtype) + floor``, against fp64 computed from the dtype-rounded inputs. The
-floor is what correct rounding of the result alone may cost; see `tolerance`. Inputs are random and shifted: with
-mean 0 a wrong mean would not show.
+``error(ours) <= 1.5 * error(eager, same dtype) + floor``, against fp64 from the dtype-rounded inputs. The
+floor is what correct rounding of the result alone may cost; see `tolerance`. Inputs are random and
+shifted: with mean 0 a wrong mean would not show.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def tolerance(
 ) -> tuple[float, float]:
     """The allowed (relative L2, maximum absolute) error, given eager's.
 
-    The floor is half an ulp in L2 (correct rounding costs at most that) and one ulp of the largest value in the
-    maximum. A gradient that sums ``terms`` products adds sqrt(terms) roundings of its float32 accumulator to both.
+    The floor is half an ulp in L2 (correct rounding costs at most that) and one ulp of the largest value in
+    the maximum. A gradient that sums ``terms`` products adds sqrt(terms) roundings of a float32 accumulator.
     """
     ulp = torch.finfo(dtype).eps
     accumulated = terms**0.5 * torch.finfo(torch.float32).eps
@@ -54,14 +54,16 @@ def tolerance(
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator's cases. ``ours`` and ``eager`` take ``(tensors, form)``; ``tensors`` are by argument name."""
+    """One operator's cases. ``ours`` and ``eager`` take ``(tensors by argument name, form)``."""
 
     forms: tuple[str, ...]
     shapes: tuple[tuple[int, int, int, int], ...]
     inputs: Callable[[tuple[int, int, int, int], str, torch.Generator], dict[str, Tensor]]
     ours: Callable[[dict[str, Tensor], str], Tensor]
     eager: Callable[[dict[str, Tensor], str], Tensor]
-    zero_gradients: dict[str, str]  # argument whose gradient is exactly zero -> the one its error is relative to
+    zero_gradients: dict[
+        str, str
+    ]  # argument whose gradient is exactly zero -> the one its error is relative to
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Check:
         return self.error_l2 <= self.allowed_l2 and self.error_max <= self.allowed_max
 
 
-def _pool_mixer_inputs(shape: tuple[int, int, int, int], form: str, rng: torch.Generator) -> dict[str, Tensor]:
+def _pool_mixer_inputs(
+    shape: tuple[int, int, int, int], form: str, rng: torch.Generator
+) -> dict[str, Tensor]:
     batch, channels = shape[:2]
 
     def normal(size: tuple[int, ...], mean: float, std: float) -> Tensor:
@@ -102,7 +106,9 @@ def _pool_mixer_inputs(shape: tuple[int, int, int, int], form: str, rng: torch.G
     }
     if form == "residual":
         tensors["layer_scale"] = normal((channels,), 0.5, 0.2)
-        tensors["drop_scale"] = torch.arange(batch, dtype=torch.float64) % 2 * 1.25  # dropped, kept at 1/0.8, ...
+        tensors["drop_scale"] = (
+            torch.arange(batch, dtype=torch.float64) % 2 * 1.25
+        )  # dropped, kept at 1/0.8, ...
     return tensors
 
 
@@ -124,7 +130,14 @@ def _pool_mixer_eager(tensors: dict[str, Tensor], form: str) -> Tensor:
 OPERATORS = {
     "pool_mixer": Operator(
         forms=("plain", "pool 5", "residual"),
-        shapes=((2, 64, 56, 56), (2, 128, 28, 28), (2, 320, 14, 14), (3, 512, 7, 7), (3, 17, 13, 29), (2, 96, 1, 7)),
+        shapes=(
+            (2, 64, 56, 56),
+            (2, 128, 28, 28),
+            (2, 320, 14, 14),
+            (3, 512, 7, 7),
+            (3, 17, 13, 29),
+            (2, 96, 1, 7),
+        ),
         inputs=_pool_mixer_inputs,
         ours=_pool_mixer_ours,
         eager=_pool_mixer_eager,
@@ -134,7 +147,11 @@ OPERATORS = {
 
 
 def verify(
-    backend: str, device: str, *, dtypes: tuple[torch.dtype, ...] = DTYPES, operators: dict[str, Operator] = OPERATORS
+    backend: str,
+    device: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    operators: dict[str, Operator] = OPERATORS,
 ) -> Iterator[list[Check]]:
     """Run every case of every operator on one backend; yields the checks of one case (y, then the gradients).
 
@@ -200,25 +217,29 @@ def _backends(asked: str | None, device: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: prints one table per backend, operator form, dtype and layout. 0, or 1 where a check failed."""
+    """The command: one table per backend, operator form, dtype and layout. 0, or 1 where a check failed."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
     checks: list[Check] = []
-    header = ()
+    heading = ""
     for backend in _backends(args.backend, args.device):
         for case in verify(backend, args.device, dtypes=args.dtype):
-            first = case[0]
-            if header != (header := (first.operator, first.form, backend, args.device, first.dtype, first.layout)):
-                print(f"\n{first.operator} ({first.form}), {first.dtype}, {first.layout}: {backend} on {args.device}")
-                print(f"{'relative L2: ours|eager':24s}" + "".join(f"{c.quantity:^17s}" for c in case))
-            shape = "x".join(map(str, first.shape))
-            cells = (f"{c.error_l2:7.1e}|{c.eager_l2:7.1e}{' ' if c.passed else '!'} " for c in case)
-            print(f"  {shape:22s}" + "".join(cells) + ("" if all(c.passed for c in case) else " FAILED"), flush=True)
+            c = case[0]
+            title = f"{c.operator} ({c.form}), {c.dtype}, {c.layout}: {backend} on {args.device}"
+            if title != heading:
+                heading = title
+                print(f"\n{title}; relative L2 errors, ours|eager")
+                print(" " * 14 + "".join(f"{c.quantity:^17s}" for c in case))
+            cells = "".join(f"{c.error_l2:7.1e}|{c.eager_l2:7.1e}{' ' if c.passed else '!'} " for c in case)
+            print(f"  {'x'.join(map(str, c.shape)):12s}{cells}", flush=True)
             checks += case
     failed = [c for c in checks if not c.passed]
     if args.json:
         rows = [{**asdict(c), "passed": c.passed} for c in checks]
-        Path(args.json).write_text(json.dumps({"schema": 1, "passed": not failed, "checks": rows}, indent=1) + "\n")
-    print(f"\n{len(checks) - len(failed)} of {len(checks)} values within 1.5 x eager's error + rounding", end="")
-    print(" (relative L2 and maximum)." if not failed else f"; {len(failed)} FAILED, marked with !")
+        document = {"schema": 1, "passed": not failed, "checks": rows}
+        Path(args.json).write_text(json.dumps(document, indent=1) + "\n")
+    passed = f"{len(checks) - len(failed)} of {len(checks)} values within 1.5 x eager's error + rounding"
+    print(
+        f"\n{passed} (relative L2 and maximum)" + (f"; {len(failed)} FAILED, marked with !" if failed else "")
+    )
     return 1 if failed else 0

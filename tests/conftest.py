@@ -1,8 +1,10 @@
 """Fixtures for every test. The operator tests run once per backend that computes on the CPU."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from helpers import BACKENDS, require_backend
 
 import poolformer_kernels as pk
@@ -10,6 +12,8 @@ import poolformer_kernels as pk
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,5 +1,6 @@
-"""What the operator tests share: problems, layouts, the fp64 truth, eager PyTorch and the error rule between them."""
+"""What the operator tests share: problems, layouts, the fp64 truth, eager PyTorch and the error rule."""
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ def require_backend(name: str) -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend {name}: {reason}")
 
 
-# ---- problems -------------------------------------------------------------------------------------------------
+# ---- problems ----------------------------------------------------------------------------------------------
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, sigma: float = 1.0, seed: int = 0):
+def randn(
+    *shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, sigma: float = 1.0, seed: int = 0
+):
     generator = torch.Generator().manual_seed(seed)
     return (mean + sigma * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -63,7 +66,7 @@ def make_grad(inputs: Tensors, seed: int = 9) -> Tensor:
     return randn(*x.shape, dtype=x.dtype, mean=0.3, seed=seed)
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 CHANNELS_LAST = ("channels_last", "sliced_c_last", "sliced_hw_last", "offset_last")
 LAYOUTS = ("nchw", "sliced_c", "sliced_hw", "transposed", "expanded", "offset", *CHANNELS_LAST)
@@ -72,10 +75,12 @@ VECTOR_LAYOUTS = ("strided", "expanded", "offset", "column")
 
 
 def as_layout(t: Tensor, layout: str) -> Tensor:
-    """t's values behind other strides, between NaN that a wrong stride would read. Expanded ones repeat values."""
+    """t's values behind other strides, between NaN that a wrong stride would read; expanded ones repeat."""
     batch, channels, height, width = t.shape
     if layout.endswith("_last") and layout != "channels_last":
-        inner = as_layout(t.permute(0, 2, 3, 1), {"sliced_c": "inner", "sliced_hw": "middle"}.get(layout[:-5], "offset"))
+        inner = as_layout(
+            t.permute(0, 2, 3, 1), {"sliced_c": "inner", "sliced_hw": "middle"}.get(layout[:-5], "offset")
+        )
         return inner.permute(0, 3, 1, 2)
     if layout == "nchw":
         return t.contiguous()
@@ -110,11 +115,11 @@ def as_vector_layout(t: Tensor, layout: str) -> Tensor:
     return t.new_full((len(t), 3), float("nan"))[:, 1].copy_(t)
 
 
-# ---- the operator, eager PyTorch and the truth ----------------------------------------------------------------
+# ---- the operator, eager PyTorch and the truth -------------------------------------------------------------
 
 
 def run(function: Callable[..., Tensor], inputs: Tensors, grad: Tensor, **options) -> Tensors:
-    """y and the gradient of every input given, through ``function``. The tensors keep their strides and storage."""
+    """y and the gradient of every input given, through ``function``; the tensors keep their strides."""
     leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in inputs.items()}
     given = {name: t for name, t in leaves.items() if t is not None}
     y = function(**leaves, **options)
@@ -122,8 +127,10 @@ def run(function: Callable[..., Tensor], inputs: Tensors, grad: Tensor, **option
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(given, grads, strict=True)}
 
 
-def eager(x, weight, bias, *, layer_scale=None, drop_scale=None, pool_size=3, eps=1e-5, residual=False) -> Tensor:
-    """What a model without this package computes, in x's dtype; only right (and only called) on contiguous x."""
+def eager(
+    x, weight, bias, *, layer_scale=None, drop_scale=None, pool_size=3, eps=1e-5, residual=False
+) -> Tensor:
+    """What a model without this package computes, in x's dtype; called on contiguous x, where it is right."""
     if weight is not None and bias is not None and weight.dtype != bias.dtype:  # which eager does not take
         weight, bias = weight.float(), bias.float()
     n = F.group_norm(x, 1, weight, bias, eps)
@@ -135,7 +142,7 @@ def eager(x, weight, bias, *, layer_scale=None, drop_scale=None, pool_size=3, ep
 
 @dataclass
 class Truth:
-    """fp64 values, and the size of the terms that each was summed from: what rounding errors are relative to."""
+    """fp64 values, and the size of the terms that each was summed from, which rounding errors scale with."""
 
     values: dict[str, Tensor]
     scales: dict[str, Tensor]
@@ -172,21 +179,27 @@ def truth(inputs: Tensors, grad: Tensor, *, pool_size=3, eps=1e-5, residual=Fals
     return Truth(values, scales)
 
 
-# ---- the error rule -------------------------------------------------------------------------------------------
+# ---- the error rule ----------------------------------------------------------------------------------------
 
 
 def assert_close_to_fp64(
-    actual: Tensor, eager: Tensor | None, exact: Tensor, *, scale: Tensor | None = None, what: str = "value"
+    actual: Tensor,
+    eager: Tensor | None,
+    exact: Tensor,
+    *,
+    scale: Tensor | None = None,
+    ulps: float = 4,
+    what: str = "value",
 ) -> None:
     """error(actual) <= 1.5 error(eager in the same dtype) + floor, in the L2 norm and in the maximum.
 
-    The floor is half an ulp of the dtype, for rounding once, and four ulps of the type of the accumulators
+    The floor is half an ulp of the dtype, for rounding once, and ``ulps`` of the type of the accumulators
     (float32; float64 for float64), of ``scale``: by default |exact|.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     info = torch.finfo(actual.dtype)
     accumulator = torch.finfo(torch.promote_types(actual.dtype, torch.float32))
-    floor = info.eps / 2 + 4 * accumulator.eps
+    floor = info.eps / 2 + ulps * accumulator.eps
     scale = exact.abs() if scale is None else scale
     if exact.numel() == 0:
         return
@@ -201,7 +214,7 @@ def assert_close_to_fp64(
         )
 
 
-def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, **options) -> None:
+def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 4, **options) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule."""
     plain = {name: t if t is None else t.detach().contiguous().clone() for name, t in inputs.items()}
     theirs = run(eager, plain, grad.contiguous(), **options)
@@ -209,14 +222,17 @@ def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, **options) -> N
     for name, value in actual.items():
         source = inputs["x" if name == "y" else name[1:]]
         assert value.dtype == source.dtype, f"{name}: {value.dtype}, not {source.dtype}"
-        assert_close_to_fp64(value, theirs[name], right.values[name], scale=right.scales[name], what=name)
+        assert_close_to_fp64(
+            value, theirs[name], right.values[name], scale=right.scales[name], ulps=ulps, what=name
+        )
 
 
 def assert_same(actual: Tensors, expected: Tensors) -> None:
     """Bitwise equality, NaN included."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        assert value.dtype == expected[name].dtype and torch.equal(bits(value), bits(expected[name])), name
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(bits(value), bits(expected[name])), name
 
 
 def bits(t: Tensor) -> Tensor:
@@ -228,11 +244,11 @@ def mixer_with_stats(x, weight, bias, **options) -> Tensor:
 
 
 def tiled_stats(x: Tensor, tiles: int) -> Tensor:
-    """The partials of x's samples over ``tiles`` uneven pieces, from fp64, as another kernel would hand them on."""
+    """Partials of x's samples over ``tiles`` uneven pieces, from fp64, as another kernel hands them on."""
     flat = x.detach().double().flatten(1)
     size = flat.shape[1]
     edges = [0, *sorted({max(1, size * i * i // tiles**2) for i in range(1, tiles)} - {size}), size]
-    pieces = [flat[:, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [flat[:, a:b] for a, b in itertools.pairwise(edges)]
     partials = [
         torch.stack([torch.full_like(p[:, 0], p.shape[1]), p.mean(1), p.var(1, correction=0) * p.shape[1]], 1)
         for p in pieces

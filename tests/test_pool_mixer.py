@@ -31,7 +31,9 @@ FORMATS = ("nchw", "channels_last")
 def assert_formats(actual: dict, layout: str) -> None:
     """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
     wanted = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
-    for name in ("y",) if pk.ops.backend.select_backend("cpu", actual["y"].dtype) == "reference" else ("y", "dx"):
+    for name in (
+        ("y",) if pk.ops.backend.select_backend("cpu", actual["y"].dtype) == "reference" else ("y", "dx")
+    ):
         t = actual[name]
         if t.numel() > 0:
             assert t.is_contiguous(memory_format=wanted), f"{name}: strides {t.stride()} of {tuple(t.shape)}"
@@ -45,7 +47,7 @@ def assert_mixer_right(inputs, grad, layout="nchw", **options) -> dict:
     return actual
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------------------
 
 SHAPES = (
     (2, 17, 5, 8),  # H != W
@@ -88,7 +90,8 @@ def test_core_pool_sizes(backend, size, pool_size, layout):
     grad = make_grad(inputs)
     actual = assert_mixer_right(inputs, grad, layout, pool_size=pool_size, residual=True)
     if pool_size == 1 and backend != "reference":
-        assert torch.equal(actual["y"], inputs["x"]) and torch.equal(actual["dx"], grad)
+        assert torch.equal(actual["y"], inputs["x"])
+        assert torch.equal(actual["dx"], grad)
     assert_mixer_right(inputs, grad, layout, pool_size=pool_size, residual=False)
 
 
@@ -104,12 +107,13 @@ def test_core_many_samples(backend, dtype, layout):
 def test_core_no_samples(backend, residual, layout):
     inputs = make_inputs((0, 5, 3, 4))
     actual = assert_mixer_right(inputs, make_grad(inputs), layout, residual=residual)
-    assert actual["y"].shape == (0, 5, 3, 4) and actual["ddrop_scale"].shape == (0,)
+    assert actual["y"].shape == (0, 5, 3, 4)
+    assert actual["ddrop_scale"].shape == (0,)
     for name in ("weight", "bias", "layer_scale"):
         assert torch.equal(actual[f"d{name}"], torch.zeros(5)), name
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +148,7 @@ def test_layouts_of_parameters(backend, layout, name):
     assert_right(run(pool_mixer, inputs, grad, residual=True), inputs, grad, residual=True)
 
 
-# ---- dtypes ---------------------------------------------------------------------------------------------------
+# ---- dtypes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -177,7 +181,8 @@ def test_cpu_autocast_keeps_the_dtype(backend, dtype, enabled):
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         under_autocast = run(pool_mixer, inputs, grad, residual=True)
     assert_same(under_autocast, plain)
-    assert under_autocast["y"].dtype == dtype and under_autocast["dweight"].dtype == torch.float32
+    assert under_autocast["y"].dtype == dtype
+    assert under_autocast["dweight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -22,7 +22,8 @@ def test_every_subset_of_requires_grad(backend, residual):
     for subset in SUBSETS:
         leaves = {name: t.clone().requires_grad_(name in subset) for name, t in inputs.items()}
         y = pool_mixer(**leaves, residual=residual)
-        assert torch.equal(bits(y.detach()), bits(full["y"])) and y.requires_grad == bool(subset), subset
+        assert torch.equal(bits(y.detach()), bits(full["y"])), subset
+        assert y.requires_grad == bool(subset), subset
         if subset:
             y.backward(grad)
         for name, leaf in leaves.items():
@@ -48,7 +49,8 @@ def test_every_subset_of_absent_parameters(backend, dtype, residual):
 def test_gradient_of_bias_is_exactly_zero(kernels, parameter_dtype):
     inputs = make_inputs((3, 5, 6, 7), torch.bfloat16, parameter_dtype=parameter_dtype)
     dbias = run(pool_mixer, inputs, make_grad(inputs))["dbias"]
-    assert dbias.dtype == parameter_dtype and torch.equal(dbias, torch.zeros(5, dtype=parameter_dtype))
+    assert dbias.dtype == parameter_dtype
+    assert torch.equal(dbias, torch.zeros(5, dtype=parameter_dtype))
 
 
 @pytest.mark.parametrize("layout", [*FORMATS, "expanded_all"])
@@ -107,14 +109,17 @@ def test_value_is_the_same_without_autograd(backend, mode):
     recorded = pool_mixer(**{**inputs, "x": inputs["x"].clone().requires_grad_()}, residual=True)
     with mode():
         y = pool_mixer(**inputs, residual=True)
-    assert not y.requires_grad and torch.equal(bits(y), bits(recorded.detach()))
+    assert not y.requires_grad
+    assert torch.equal(bits(y), bits(recorded.detach()))
 
 
 def test_double_backward_on_a_kernel_says_what_to_do(kernels):
     inputs = make_inputs((2, 3, 4, 5))
     x = inputs["x"].requires_grad_()
     (dx,) = torch.autograd.grad(pool_mixer(**inputs, residual=True).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"pool_mixer on the 'cpp' backend has no second derivative.*use_backend"):
+    with pytest.raises(
+        RuntimeError, match=r"pool_mixer on the 'cpp' backend has no second derivative.*use_backend"
+    ):
         dx.square().sum().backward()
 
 

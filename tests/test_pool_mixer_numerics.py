@@ -1,4 +1,4 @@
-"""The token mixer where float32 is short of digits or range, on given and returned statistics, and its determinism.
+"""The token mixer where float32 lacks digits or range, its statistics given and returned, its determinism.
 
 The tests named ``core`` are also run by test_isa.py, once for each instruction set level of this machine.
 """
@@ -32,13 +32,22 @@ FORMATS = ("nchw", "channels_last")
 INF, NAN = float("inf"), float("nan")
 
 
-# ---- few digits -----------------------------------------------------------------------------------------------
+# ---- few digits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("mean, sigma", [(1e2, 1.0), (1e3, 1.0), (-1e4, 1.0), (100.0, 1e-2), (0.0, 1e-6), (0.0, 1e5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "mean", "sigma"),
+    [
+        *(
+            (torch.float32, m, s)
+            for m, s in ((1e2, 1), (1e3, 1), (-1e4, 1), (100, 1e-2), (0, 1e-6), (0, 1e5))
+        ),
+        *((torch.bfloat16, m, s) for m, s in ((1e2, 1), (1e3, 10), (-1e4, 100), (0, 1e-6), (0, 1e5))),
+    ],
+    ids=str,
+)
 def test_core_mean_far_from_zero(backend, dtype, mean, sigma, residual, layout):
     inputs = make_inputs((2, 24, 11, 14), dtype, mean=mean, sigma=sigma)
     inputs["x"] = as_layout(inputs["x"], layout)
@@ -47,17 +56,31 @@ def test_core_mean_far_from_zero(backend, dtype, mean, sigma, residual, layout):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("value", [0.1, -100.3, 1e4, 3e37])
+@pytest.mark.parametrize("offset", [10.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_core_channels_with_their_own_means(backend, dtype, offset, layout):
+    """What trained models have: a few channels far away, so that sigma hides what happens inside one."""
+    inputs = make_inputs((2, 24, 11, 14), dtype)
+    inputs["x"][:, ::5] += offset * randn(5, 1, 1, dtype=dtype, seed=3)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    grad = as_layout(make_grad(inputs), layout)
+    for residual in (False, True):
+        assert_right(run(pool_mixer, inputs, grad, residual=residual), inputs, grad, residual=residual)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("value", [0.1, -100.3, 1e4])
 @pytest.mark.parametrize("shape", [(2, 17, 6, 9), (1, 64, 14, 14)], ids=str)
-def test_core_constant_input(backend, shape, value, layout):
-    inputs = make_inputs(shape)
-    inputs["x"] = as_layout(torch.full(shape, value), layout)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_core_constant_input(backend, dtype, shape, value, layout):
+    inputs = make_inputs(shape, dtype)
+    inputs["x"] = as_layout(torch.full(shape, value, dtype=dtype), layout)
     y = pool_mixer(**inputs)
     if backend == "reference":  # pools the bias of each channel, which need not return it to the last bit
         assert y.abs().max().item() <= 4 * torch.finfo(torch.float32).eps * inputs["bias"].abs().max().item()
     else:
-        assert torch.equal(y, torch.zeros(shape))
-    assert torch.allclose(pool_mixer(**inputs, residual=True), inputs["x"], rtol=1e-6, atol=0)
+        assert torch.equal(y, torch.zeros(shape, dtype=dtype))
+        assert torch.equal(pool_mixer(**inputs, residual=True), inputs["x"])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3, 10.0])
@@ -67,7 +90,7 @@ def test_core_eps(backend, eps):
     assert_right(run(pool_mixer, inputs, grad, residual=True, eps=eps), inputs, grad, residual=True, eps=eps)
 
 
-# ---- infinity and NaN -----------------------------------------------------------------------------------------
+# ---- infinity and NaN --------------------------------------------------------------------------------------
 
 
 def same_pattern(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -85,8 +108,10 @@ def same_pattern(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_core_not_finite_where_eager_is_not(backend, dtype, name, bad, residual, layout):
     inputs = make_inputs((3, 17, 6, 9), dtype)
     inputs[name].view(-1)[5 if len(inputs[name]) > 5 or name == "x" else 1] = bad
-    expected = eager(**inputs, residual=residual)
-    assert not expected.isfinite().all() and expected.isfinite().any()
+    # in float32: in half precision some differences are rounded to 0, and 0 times infinity is NaN
+    expected = eager(**{name: t.float() for name, t in inputs.items()}, residual=residual)
+    assert not expected.isfinite().all()
+    assert expected.isfinite().any()
     inputs["x"] = as_layout(inputs["x"], layout)
     assert same_pattern(pool_mixer(**inputs, residual=residual), expected)
 
@@ -104,20 +129,28 @@ def test_core_gradient_not_finite_stays_in_its_sample(backend, bad, layout):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_core_1e30(backend, residual, spread, layout):
-    """The variance overflows: rstd is 0 and the branch vanishes, in eager too. A constant has a variance of 0."""
+def test_core_1e30(backend, residual, layout):
+    """The variance overflows: rstd is 0 and the branch vanishes, in eager too."""
     inputs = make_inputs((2, 17, 6, 9))
-    inputs["x"] = as_layout(randn(2, 17, 6, 9, sigma=1e30) if spread else torch.full((2, 17, 6, 9), 1e30), layout)
-    plain = {**inputs, "x": inputs["x"].contiguous()}
-    expected = run(eager, plain, make_grad(inputs), residual=residual)
+    inputs["x"] = as_layout(randn(2, 17, 6, 9, sigma=1e30), layout)
+    expected = run(eager, {**inputs, "x": inputs["x"].contiguous()}, make_grad(inputs), residual=residual)
     actual = run(pool_mixer, inputs, make_grad(inputs), residual=residual)
     assert same_pattern(actual["y"], expected["y"])
-    assert not expected["y"].isnan().any()
-    torch.testing.assert_close(actual["y"], inputs["x"] * residual, rtol=1e-6, atol=1e-6)
+    assert expected["y"].isfinite().all()
+    torch.testing.assert_close(actual["y"], inputs["x"] * residual, rtol=0, atol=1e-6)
     for name, value in actual.items():
         assert value[expected[name].isfinite()].isfinite().all(), name
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("value", [1e30, -1e35])
+def test_core_large_constant(kernels, value, layout):
+    """Here eager returns what rounding leaves of the mean; differences of pixels are exactly 0."""
+    inputs = make_inputs((2, 17, 6, 9))
+    inputs["x"] = as_layout(torch.full((2, 17, 6, 9), value), layout)
+    assert torch.equal(pool_mixer(**inputs), torch.zeros(2, 17, 6, 9))
+    assert torch.equal(pool_mixer(**inputs, residual=True), inputs["x"])
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -132,22 +165,30 @@ def test_core_fp16_output_overflows_as_eager(backend, layout):
     assert torch.equal(y, exact.half()) or same_pattern(y, exact.float().half())
 
 
-# ---- statistics given and returned ----------------------------------------------------------------------------
+# ---- statistics given and returned -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("tiles", [1, 2, 7, 33])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_core_given_statistics(request, dtype, tiles, mean, layout):
-    if dtype != torch.float64:
-        request.getfixturevalue("backend")
-    inputs = make_inputs((3, 18, 6, 9), dtype, mean=mean)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_given_statistics(backend, dtype, tiles, mean, layout):
+    """The partials' means are rounded to float32: against sigma that is an error of |mean| / sigma ulps."""
+    inputs = make_inputs((3, 18, 6, 9), dtype, mean=mean, sigma=2.0)
     inputs["x"] = as_layout(inputs["x"], layout)
     grad = make_grad(inputs)
-    stats = tiled_stats(inputs["x"], tiles)
-    actual = run(mixer_with_stats, inputs, grad, residual=True, stats=stats)
-    assert_right(actual, inputs, grad, residual=True)
+    actual = run(mixer_with_stats, inputs, grad, residual=True, stats=tiled_stats(inputs["x"], tiles))
+    assert_right(actual, inputs, grad, residual=True, ulps=4 + mean / 2)
+
+
+@pytest.mark.parametrize("tiles", [1, 7])
+def test_given_statistics_in_float64(tiles):
+    inputs = make_inputs((3, 18, 6, 9), torch.float64)
+    grad = make_grad(inputs)
+    actual = run(mixer_with_stats, inputs, grad, residual=True, stats=tiled_stats(inputs["x"], tiles))
+    assert_right(
+        actual, inputs, grad, residual=True, ulps=16
+    )  # as many as the reference formula itself is off
 
 
 def test_given_statistics_in_other_layouts(backend):
@@ -163,16 +204,19 @@ def test_given_statistics_in_other_layouts(backend):
 
 
 def test_statistics_given_are_used_and_not_differentiable(backend):
-    """With a quarter of the variance and eps = 0 the branch doubles; the statistics themselves get no gradient."""
+    """With a quarter of the variance and eps = 0 the branch doubles; the statistics get no gradient."""
     inputs = make_inputs((3, 18, 6, 9))
     stats = tiled_stats(inputs["x"], 3)
     y = mixer_with_stats(**inputs, eps=0.0, stats=stats)
     quarter = reference.sample_stats(inputs["x"]) * torch.tensor([1.0, 1.0, 0.25])
-    torch.testing.assert_close(mixer_with_stats(**inputs, eps=0.0, stats=quarter), 2 * y, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        mixer_with_stats(**inputs, eps=0.0, stats=quarter), 2 * y, rtol=2e-5, atol=2e-5
+    )
     stats.requires_grad_()
     inputs["x"].requires_grad_()
     y, returned = pool_mixer_with_stats(**inputs, residual=True, stats=stats)
-    assert y.requires_grad and not returned.requires_grad
+    assert y.requires_grad
+    assert not returned.requires_grad
     assert torch.autograd.grad(y.sum(), [inputs["x"], stats], allow_unused=True)[1] is None
 
 
@@ -186,20 +230,23 @@ def test_core_returned_statistics_describe_the_rounded_output(backend, dtype, sh
     inputs["x"] = as_layout(inputs["x"], layout)
     y, stats = pool_mixer_with_stats(**inputs, residual=residual)
     assert torch.equal(bits(y), bits(pool_mixer(**inputs, residual=residual)))
-    assert stats.dtype == torch.float32 and stats.shape[::2] == (shape[0], 3)
+    assert stats.dtype == torch.float32
+    assert stats.shape[::2] == (shape[0], 3)
     assert torch.equal(stats[..., 0].sum(1), torch.full((shape[0],), float(y[0].numel())))
     flat = y.double().flatten(1)
     got_mean, got_var = reference.merge_stats(stats.double())
     assert_close_to_fp64(got_mean.float(), None, flat.mean(1), scale=flat.abs().amax(1), what="mean")
-    # the mean that the squares are taken from is a float32, so it is off by an ulp of itself at most
-    shift = (torch.finfo(torch.float32).eps * flat.mean(1).abs()).square()
-    error = (got_var - flat.var(1, correction=0)).abs()
-    assert (error <= 2e-6 * flat.var(1, correction=0) + 4 * shift).all(), (got_var, flat.var(1, correction=0))
+    # the means of the tiles that were merged are float32: each is off by up to an ulp of itself
+    shift = torch.finfo(torch.float32).eps * flat.mean(1).abs()
+    var = flat.var(1, correction=0)
+    assert ((got_var - var).abs() <= 2e-6 * var + 0.1 * shift * var.sqrt() + shift**2).all(), (got_var, var)
 
 
 def test_statistics_of_no_samples(backend):
     y, stats = pool_mixer_with_stats(**make_inputs((0, 5, 3, 4)), residual=True)
-    assert y.shape == (0, 5, 3, 4) and stats.shape[0] == 0 and stats.shape[2] == 3
+    assert y.shape == (0, 5, 3, 4)
+    assert stats.shape[0] == 0
+    assert stats.shape[2] == 3
 
 
 def test_statistics_are_returned_only_when_asked_for(backend):
@@ -220,7 +267,7 @@ def test_chained_through_returned_statistics(backend):
         torch.testing.assert_close(given[name], computed[name], rtol=2e-5, atol=2e-5, msg=name)
 
 
-# ---- determinism ----------------------------------------------------------------------------------------------
+# ---- determinism -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -250,7 +297,7 @@ def test_core_ten_runs_are_bitwise_equal(backend, dtype, shape, layout):
         torch.set_num_threads(threads)
 
 
-# ---- more than 2^31 elements ----------------------------------------------------------------------------------
+# ---- more than 2^31 elements -------------------------------------------------------------------------------
 
 
 def available_memory() -> int:
@@ -258,28 +305,23 @@ def available_memory() -> int:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("layout", FORMATS)
-def test_more_than_2_to_31_elements_in_a_sample(kernels, layout):
-    """Statistics given, the mixer is local: both ends of the one sample are compared with the reference on them."""
+def test_more_than_2_to_31_elements_in_a_sample(kernels):
+    """Statistics given, the mixer is local: both ends of the sample are compared with the reference there."""
     if available_memory() < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory")
     channels, height, width = 64, 5800, 5800
-    assert channels * height * width > 2**31
-    x = torch.empty((1, channels, height, width), dtype=torch.bfloat16)
-    if layout == "channels_last":
-        x = x.view(1, height, width, channels).permute(0, 3, 1, 2)
-    pattern = randn(1, channels, 8, width, dtype=torch.bfloat16)
-    for row in range(0, height, 8):
-        x[:, :, row : row + 8] = pattern
-    stats = torch.tensor([[[float(x.numel()), 0.5, 4.0 * x.numel()]]])
-    parameters = {name: t for name, t in make_inputs((1, channels, 1, 1), torch.bfloat16).items() if name != "x"}
-    with torch.no_grad():
-        y, y_stats = pool_mixer_with_stats(x, **parameters, residual=True, stats=stats)
-        for kept, rows in ((slice(0, 15), slice(0, 16)), (slice(-15, None), slice(-16, None))):
-            wanted = reference.pool_mixer(x[:, :, rows].contiguous(), **parameters, residual=True, stats=stats)
-            inner = slice(0, 15) if kept.start == 0 else slice(1, 16)
-            torch.testing.assert_close(y[:, :, kept].contiguous(), wanted[:, :, inner], rtol=2**-7, atol=2**-7)
-    mean, var = reference.merge_stats(y_stats.double())
-    flat = y[:, :, 8:16].double()  # every eight rows inside are the same
-    assert mean.item() == pytest.approx(flat.mean().item(), abs=1e-3)
-    assert var.item() == pytest.approx(flat.var(correction=0).item(), rel=1e-3)
+    pattern = randn(height * width, dtype=torch.bfloat16)
+    memory = torch.empty(channels, height * width, dtype=torch.bfloat16).copy_(pattern)
+    assert memory.numel() > 2**31
+    stats = torch.tensor([[[float(memory.numel()), 0.5, 4.0 * memory.numel()]]])
+    parameters = {
+        name: t for name, t in make_inputs((1, channels, 1, 1), torch.bfloat16).items() if name != "x"
+    }
+    nchw = memory.view(1, channels, height, width)
+    channels_last = memory.view(1, height, width, channels).permute(0, 3, 1, 2)
+    for x in (nchw, channels_last):
+        y = mixer_with_stats(x, **parameters, residual=True, stats=stats)
+        for inner, rows in ((slice(0, 7), slice(0, 8)), (slice(1, 8), slice(-8, None))):
+            wanted = reference.pool_mixer(x[:, :, rows], **parameters, residual=True, stats=stats)
+            torch.testing.assert_close(y[:, :, rows][:, :, inner], wanted[:, :, inner], rtol=2**-7, atol=1e-6)
+        del y

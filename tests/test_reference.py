@@ -43,7 +43,9 @@ def test_absent_parameters_mean_one_and_zero():
     inputs = make_inputs((2, 3, 4, 5), torch.float64, parameters=())
     ones, zeros = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     y = reference.pool_mixer(**inputs, residual=True)
-    same = reference.pool_mixer(inputs["x"], ones, zeros, layer_scale=ones, drop_scale=ones[:2], residual=True)
+    same = reference.pool_mixer(
+        inputs["x"], ones, zeros, layer_scale=ones, drop_scale=ones[:2], residual=True
+    )
     torch.testing.assert_close(y, same, rtol=1e-15, atol=1e-15)
 
 
@@ -85,7 +87,8 @@ def test_sample_stats(dtype, mean):
     x = randn(3, 5, 7, 6, dtype=dtype, mean=mean, sigma=2.0)
     stats = reference.sample_stats(x)
     assert stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert stats.shape == (3, 1, 3) and stats[..., 0].eq(5 * 7 * 6).all()
+    assert stats.shape == (3, 1, 3)
+    assert stats[..., 0].eq(5 * 7 * 6).all()
     flat = x.double().flatten(1)
     assert_close_to_fp64(stats[:, 0, 1].float(), None, flat.mean(1), scale=flat.abs().amax(1), what="mean")
     assert_close_to_fp64(stats[:, 0, 2].float(), None, flat.var(1, correction=0) * 210, what="M2")
@@ -103,7 +106,8 @@ def test_merge_stats_is_exact_for_any_tiling(tiles, mean):
 def test_merge_stats_of_different_counts():
     stats = torch.tensor([[[1.0, 5.0, 0.0], [3.0, 1.0, 2.0]]], dtype=torch.float64)  # {5} and {0, 1, 2}
     mean, var = reference.merge_stats(stats)
-    assert mean.item() == 2.0 and var.item() == pytest.approx(3.5, abs=1e-15)
+    assert mean.item() == 2.0
+    assert var.item() == pytest.approx(3.5, abs=1e-15)
 
 
 def test_merge_stats_keeps_float32_accuracy_far_from_zero():
@@ -111,7 +115,7 @@ def test_merge_stats_keeps_float32_accuracy_far_from_zero():
     mean, var = reference.merge_stats(tiled_stats(x, 9))
     flat = x.double().flatten(1)
     assert_close_to_fp64(mean, None, flat.mean(1), what="mean")
-    # each partial's mean is rounded to float32, 6e-5 at 1e3: against sigma 0.1 that is 1e-3 of var at the most
+    # each partial's mean is rounded to float32, 6e-5 at 1e3: against sigma 0.1 at most 1e-3 of var
     torch.testing.assert_close(var.double(), flat.var(1, correction=0), rtol=1e-3, atol=0)
 
 

@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanesMax = 16;
-constexpr int64_t kSerial = 32768;        // elements below which a second thread does not pay
+constexpr int64_t kSerial = 32768;         // elements below which a second thread does not pay
 constexpr int64_t kStripElements = 32768;  // of one channels_last work item
 constexpr int64_t kPlaneElements = 4096;   // of one NCHW work item: its two float copies stay in the L1 cache
 
@@ -92,8 +92,8 @@ void add_strided(const Tensor& t, float* out, int64_t n, bool multiply) {
 // out *= t, or with `multiply` false out += 0 t, which only lets inf and NaN through.
 void apply_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, bool multiply = true) {
   if (!t.has_value()) return;
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "pool_mixer_cpp: ", name, " must be a CPU tensor of ",
-                  n, " elements");
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "pool_mixer_cpp: ", name,
+                  " must be a CPU tensor of ", n, " elements");
   switch (t->scalar_type()) {
     case ScalarType::Float: return add_strided<float>(*t, out, n, multiply);
     case ScalarType::BFloat16: return add_strided<BFloat16>(*t, out, n, multiply);
@@ -168,6 +168,7 @@ struct Call {
     p.correct = correct = arena.take(p.batch);
     std::fill(coef, coef + p.channels, 1.0f);
     apply_vector(weight, "weight", coef, p.channels);
+    apply_vector(weight, "weight", coef, p.channels, false);  // inf - inf
     apply_vector(bias, "bias", coef, p.channels, false);
     apply_vector(layer_scale, "layer_scale", coef, p.channels);
     taps(arena, p.height, &p.row_taps, &p.row_inv);
@@ -288,9 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
     if (!given_data)
       call.over(p.chunks, [&](int64_t b, int64_t first, int64_t last) { kernels.stats(p, b, first, last); });
     for (int64_t b = 0; b < batch; ++b) begin_sample(b);
-    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
-      kernels.forward(p, b, first, last, worker_scratch(p));
-    });
+    call.over(call.items,
+              [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });
     for (int64_t b = 0; b < batch; ++b) end_sample(b);
   }
   return {y, mean_rstd, y_stats};
@@ -303,8 +303,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   check(input, pool_size, 0);
   const PoolMixerKernels& kernels = kernels_for(input.scalar_type());
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == input.scalar_type() && grad.dim() == 4 &&
-                      grad.size(0) == input.size(0) && grad.size(1) == input.size(1) &&
-                      grad.size(2) == input.size(2) && grad.size(3) == input.size(3),
+                      grad.size(0) == input.size(0) && grad.size(1) == input.size(1) && grad.size(2) == input.size(2) &&
+                      grad.size(3) == input.size(3),
                   "pool_mixer_cpp_backward: grad must have x's device, dtype and shape");
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
@@ -343,7 +343,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
     call.scale[b] = drop[b] * mr[2 * b + 1];
   }
 
-  // algebra.md, "Token mixer sub-block", backward: q = rstd * sum (x - mean) e, then k.
+  // The partials are sum g (P x - x) = sum (x - mean) e: pooling x instead of g costs no digits where channels have
+  // means of their own. Then q and k of the token mixer's backward.
   const auto reduce_sample = [&](int64_t b) {
     const double rstd = mr[2 * b + 1];
     double projected = 0;

@@ -19,7 +19,7 @@ struct PoolMixerParams {
   const float* coef;      // [C] gamma * layer_scale
   const float* mean;      // [B] of x
   const float* scale;     // [B] drop_scale * rstd
-  const float* correct;   // [B] backward: rstd^2 k (algebra.md, "Token mixer sub-block")
+  const float* correct;   // [B] backward: rstd^2 k, see pool_mixer.cpp
   const float* row_taps;  // [H] valid taps in the vertical direction
   const float* col_taps;  // [W] and in the horizontal one
   const float* row_inv;   // [H] 1 / row_taps
@@ -28,7 +28,7 @@ struct PoolMixerParams {
 
   float* x_partials;  // [B, chunks, 3] (count, mean, M2)
   float* y_partials;  // [B, items, 3], or null
-  float* q_partials;  // backward: channels_last [B, strips, C], NCHW [B, C]: sum of (x - mean) e
+  float* q_partials;  // backward: channels_last [B, strips, C], NCHW [B, C, strips]: sum of g (P x - x)
 };
 
 constexpr int64_t kChunk = 8192;  // elements of one partial of the input statistics

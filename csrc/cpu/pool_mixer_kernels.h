@@ -8,6 +8,9 @@
 template <class T>
 constexpr bool kShifted = sizeof(T) == 4;
 
+// What a sweep that pools x is for: y, y with its statistics, or the backward's q.
+enum class Task { forward, forward_stats, reduce };
+
 struct True {
   static constexpr bool value = true;
 };
@@ -301,10 +304,11 @@ PK_INLINE void for_rows(const PoolMixerParams& p, int64_t strip, Kernel& kernel)
   }
 }
 
-template <class T, bool STATS, bool PARTIAL>
-struct ForwardLast {
+template <class T, Task TASK, bool PARTIAL>
+struct PoolLast {
   const PoolMixerParams& p;
-  const T* x;  // of the sample, at the block's first channel
+  const T* x;     // of the sample, at the block's first channel
+  const T* grad;  // reduce
   T* y;
   int64_t n;  // channels of the block
   Pair coef;  // gamma * layer_scale * drop_scale * rstd
@@ -313,12 +317,13 @@ struct ForwardLast {
   bool residual;
   float* scratch;
   YMoments moments{};
+  Pair q{};
 
   template <class W>
   __attribute__((noinline)) void rows(int64_t h) {
     constexpr int ROWS = W::ROWS;
     const int64_t channels = p.channels, row = p.width * channels, lanes = n;
-    const T* in = x;
+    const T *in = x, *gradient = grad + h * row;
     T* out = y + h * row;
     const float* count = p.col_taps;
     const vf around = splat(y_shift), sub = shift;
@@ -335,6 +340,7 @@ struct ForwardLast {
       inner.row[r] = {scale.a * whole, scale.b * whole};
     }
     YMoments local;
+    Pair total{};
     const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
       const T* here = in + w * channels;
       column_sums<W>(
@@ -347,65 +353,78 @@ struct ForwardLast {
           sum, center);
     };
     const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border)
-        __attribute__((always_inline)) {
-      PK_EACH_ROW {
-        Pair c = inner.row[r];
-        vf full = taps[r] * 3.0f;
-        if constexpr (decltype(border)::value) {
-          const vf here = splat(inv[r][w]);
-          c = {scale.a * here, scale.b * here};
-          full = taps[r] * splat(count[w]);
-        }
-        const Pair s = sum.row[r], m = center.row[r];
-        Pair base = m;
-        if constexpr (kShifted<T>) base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
-        const Pair value = {c.a * (s.a - full * m.a) + (vf)((vu)base.a & mask),
-                            c.b * (s.b - full * m.b) + (vf)((vu)base.b & mask)};
-        put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
-        if constexpr (STATS) {
-          Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
-          if constexpr (PARTIAL) {
-            const Pair used = lanes_pair(lanes, out);
-            d = {d.a * used.a, d.b * used.b};
-          }
-          local.add(d.a);
-          local.add(d.b);
-        }
-      }
-    };
+                          __attribute__((always_inline)) {
+                            PK_EACH_ROW {
+                              Pair c = inner.row[r];
+                              vf full = taps[r] * 3.0f;
+                              if constexpr (decltype(border)::value) {
+                                const vf here = splat(inv[r][w]);
+                                c = {scale.a * here, scale.b * here};
+                                full = taps[r] * splat(count[w]);
+                              }
+                              const Pair s = sum.row[r], m = center.row[r];
+                              const Pair difference = {s.a - full * m.a, s.b - full * m.b};
+                              if constexpr (TASK == Task::reduce) {
+                                const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
+                                total.a += (c.a * difference.a) * g.a;
+                                total.b += (c.b * difference.b) * g.b;
+                              } else {
+                                Pair base = m;
+                                if constexpr (kShifted<T>)
+                                  base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
+                                const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
+                                                    c.b * difference.b + (vf)((vu)base.b & mask)};
+                                put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
+                                if constexpr (TASK == Task::forward_stats) {
+                                  Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
+                                  if constexpr (PARTIAL) {
+                                    const Pair used = lanes_pair(lanes, out);
+                                    d = {d.a * used.a, d.b * used.b};
+                                  }
+                                  local.add(d.a);
+                                  local.add(d.b);
+                                }
+                              }
+                            }
+                          };
     sweep<W>(p.width, p.pool, scratch, column, emit);
-    if constexpr (STATS) moments.add(local);
+    if constexpr (TASK == Task::forward_stats) moments.add(local);
+    if constexpr (TASK == Task::reduce) q = {q.a + total.a, q.b + total.b};
   }
 };
 
-template <class T, bool STATS, bool PARTIAL>
-PK_INLINE void forward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
-                             YMoments& moments) {
+template <class T, Task TASK, bool PARTIAL>
+PK_INLINE void pool_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
+                          YMoments& moments) {
   const int64_t offset = b * p.channels * p.height * p.width + c;
-  const vf scale = splat(p.scale[b]);
-  const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
-  ForwardLast<T, STATS, PARTIAL> kernel{p,
-                                        static_cast<const T*>(p.x) + offset,
-                                        static_cast<T*>(p.out) + offset,
-                                        n,
-                                        {coef.a * scale, coef.b * scale},
-                                        splat(p.mean[b]),
-                                        p.residual ? p.mean[b] : 0,
-                                        p.residual,
-                                        scratch};
+  const T* tag = nullptr;
+  const vf scale = splat(p.scale[b]), one = splat(1);
+  const Pair coef = floats_pair(p.coef + c, n, tag);
+  PoolLast<T, TASK, PARTIAL> kernel{p,
+                                    static_cast<const T*>(p.x) + offset,
+                                    static_cast<const T*>(p.grad) + offset,
+                                    static_cast<T*>(p.out) + offset,
+                                    n,
+                                    TASK == Task::reduce ? Pair{one, one} : Pair{coef.a * scale, coef.b * scale},
+                                    splat(p.mean[b]),
+                                    p.residual ? p.mean[b] : 0,
+                                    p.residual,
+                                    scratch};
   for_rows(p, strip, kernel);
-  if constexpr (STATS) moments.add(kernel.moments);
+  if constexpr (TASK == Task::forward_stats) moments.add(kernel.moments);
+  if constexpr (TASK == Task::reduce)
+    store_floats(p.q_partials + (b * p.strips + strip) * p.channels + c, kernel.q, n, tag);
 }
 
-template <class T, bool STATS>
-PK_INLINE void forward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+template <class T, Task TASK>
+void pool_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t strip = first; strip < last; ++strip) {
     YMoments moments;
     int64_t c = 0;
     for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
-      forward_block<T, STATS, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
-    if (c < p.channels) forward_block<T, STATS, true>(p, b, strip, c, p.channels - c, scratch, moments);
-    if constexpr (STATS) {
+      pool_block<T, TASK, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
+    if (c < p.channels) pool_block<T, TASK, true>(p, b, strip, c, p.channels - c, scratch, moments);
+    if constexpr (TASK == Task::forward_stats) {
       const int64_t begin = strip * p.strip_rows;
       const int64_t rows = begin + p.strip_rows < p.height ? p.strip_rows : p.height - begin;
       moments.write_partial(p.y_partials + (b * p.strips + strip) * 3, rows * p.width * p.channels,
@@ -414,8 +433,8 @@ PK_INLINE void forward_last(const PoolMixerParams& p, int64_t b, int64_t first, 
   }
 }
 
-// e = P^T g - g at every element; APPLY writes dx, otherwise q = sum (x - mean) e is kept per channel.
-template <class T, bool APPLY, bool PARTIAL>
+// dx, from e = P^T g - g at every element.
+template <class T, bool PARTIAL>
 struct BackwardLast {
   const PoolMixerParams& p;
   const T* x;  // of the sample, at the block's first channel
@@ -426,7 +445,6 @@ struct BackwardLast {
   vf mean, correct;
   bool residual;
   float* scratch;
-  Pair q{};
 
   template <class W>
   __attribute__((noinline)) void rows(int64_t h) {
@@ -438,7 +456,6 @@ struct BackwardLast {
     const Pair scale = coef;
     const vf center_x = mean, k = correct;
     const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
-    Pair total{};
     const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
       const T* here = gradient + w * channels;
       const vf across = splat(col_inv[w]);
@@ -456,55 +473,47 @@ struct BackwardLast {
         const int64_t here = r * row + w * channels;
         const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);
         const Pair s = sum.row[r], e = {s.a - g.a, s.b - g.b}, d = {in.a - center_x, in.b - center_x};
-        if constexpr (APPLY) {
-          const Pair value = {(scale.a * e.a - d.a * k) + (vf)((vu)g.a & mask),
-                              (scale.b * e.b - d.b * k) + (vf)((vu)g.b & mask)};
-          put_pair<PARTIAL>(out + here, value, lanes);
-        } else {
-          total.a += d.a * e.a;
-          total.b += d.b * e.b;
-        }
+        const Pair value = {(scale.a * e.a - d.a * k) + (vf)((vu)g.a & mask),
+                            (scale.b * e.b - d.b * k) + (vf)((vu)g.b & mask)};
+        put_pair<PARTIAL>(out + here, value, lanes);
       }
     };
     sweep<W>(p.width, p.pool, scratch, column, emit);
-    if constexpr (!APPLY) q = {q.a + total.a, q.b + total.b};
   }
 };
 
-template <class T, bool APPLY, bool PARTIAL>
+template <class T, bool PARTIAL>
 PK_INLINE void backward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
                               float* scratch) {
   const int64_t offset = b * p.channels * p.height * p.width + c;
-  const T* tag = nullptr;
   const vf scale = splat(p.scale[b]);
-  const Pair coef = floats_pair(p.coef + c, n, tag);
-  BackwardLast<T, APPLY, PARTIAL> kernel{p,
-                                         static_cast<const T*>(p.x) + offset,
-                                         static_cast<const T*>(p.grad) + offset,
-                                         static_cast<T*>(p.out) + offset,
-                                         n,
-                                         {coef.a * scale, coef.b * scale},
-                                         splat(p.mean[b]),
-                                         splat(APPLY ? p.correct[b] : 0),
-                                         p.residual,
-                                         scratch};
+  const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
+  BackwardLast<T, PARTIAL> kernel{p,
+                                  static_cast<const T*>(p.x) + offset,
+                                  static_cast<const T*>(p.grad) + offset,
+                                  static_cast<T*>(p.out) + offset,
+                                  n,
+                                  {coef.a * scale, coef.b * scale},
+                                  splat(p.mean[b]),
+                                  splat(p.correct[b]),
+                                  p.residual,
+                                  scratch};
   for_rows(p, strip, kernel);
-  if constexpr (!APPLY) store_floats(p.q_partials + (b * p.strips + strip) * p.channels + c, kernel.q, n, tag);
 }
 
-template <class T, bool APPLY>
-PK_INLINE void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+template <class T>
+void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t strip = first; strip < last; ++strip) {
     int64_t c = 0;
-    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
-      backward_block<T, APPLY, false>(p, b, strip, c, 2 * kLanes, scratch);
-    if (c < p.channels) backward_block<T, APPLY, true>(p, b, strip, c, p.channels - c, scratch);
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes) backward_block<T, false>(p, b, strip, c, 2 * kLanes, scratch);
+    if (c < p.channels) backward_block<T, true>(p, b, strip, c, p.channels - c, scratch);
   }
 }
 
 // ---- NCHW: item = channel * strips + strip
 
-// A strip of planes in `scratch`: float rows with zeros around them. The space behind a row is also that before the next.
+// A strip of planes in `scratch`: float rows with zeros around them. The space behind a row is also that before the
+// next.
 struct Strip {
   const PoolMixerParams& p;
   int64_t half, stride, begin, end, first, last;  // rows [first, last) are read for rows [begin, end) of the output
@@ -582,15 +591,17 @@ PK_INLINE vf head(vf v, int64_t n) {
   return load(lanes, n);
 }
 
-template <class T, int POOL, bool STATS>
-struct ForwardPlane {
+template <class T, int POOL, Task TASK>
+struct PoolPlane {
   const PoolMixerParams& p;
   const Strip& strip;
   const T* x;
+  const T* grad;  // reduce
   T* y;
   vf coef;
   float mean;
   YMoments moments{};
+  vf q{};
 
   template <bool PARTIAL>
   __attribute__((noinline)) void columns(int64_t w, int64_t n) {
@@ -599,9 +610,10 @@ struct ForwardPlane {
     const vf whole_coef = coef * get<PARTIAL>(p.inv + full * p.width + w, n);
     const vf around = splat_lanes<PARTIAL>(p.residual ? mean : 0, n), scale = coef;
     const vu mask = vu{} + (p.residual ? 0xffffffffu : 0u);
-    const T* in = x + w;
+    const T *in = x + w, *gradient = grad + w;
     T* out = y + w;
     YMoments local;
+    vf sums{};
     strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) __attribute__((always_inline)) {
       const int64_t taps = valid_taps(h, p.height, p.pool);
       vf c = whole_coef, all = whole_count;
@@ -609,18 +621,25 @@ struct ForwardPlane {
         c = scale * get<PARTIAL>(p.inv + taps * p.width + w, n);
         all = count * splat(float(taps));
       }
-      vf base = center;
-      if constexpr (kShifted<T>) base = get<PARTIAL>(in + h * p.width, n);
-      const vf value = c * (sum - all * center) + (vf)((vu)base & mask);
-      put<PARTIAL>(out + h * p.width, value, n);
-      if constexpr (STATS) local.add(PARTIAL ? head(rounded(value, out), n) - around : rounded(value, out) - around);
+      const vf difference = sum - all * center;
+      if constexpr (TASK == Task::reduce) {
+        sums += (c * difference) * get<PARTIAL>(gradient + h * p.width, n);
+      } else {
+        vf base = center;
+        if constexpr (kShifted<T>) base = get<PARTIAL>(in + h * p.width, n);
+        const vf value = c * difference + (vf)((vu)base & mask);
+        put<PARTIAL>(out + h * p.width, value, n);
+        if constexpr (TASK == Task::forward_stats)
+          local.add(PARTIAL ? head(rounded(value, out), n) - around : rounded(value, out) - around);
+      }
     });
-    if constexpr (STATS) moments.add(local);
+    if constexpr (TASK == Task::forward_stats) moments.add(local);
+    if constexpr (TASK == Task::reduce) q += sums;
   }
 };
 
-template <class T, int POOL, bool STATS>
-void forward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+template <class T, int POOL, Task TASK>
+void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   const float mean = p.mean[b];
   const vf shift = splat(kShifted<T> ? mean : 0);
   for (int64_t item = first; item < last; ++item) {
@@ -633,25 +652,31 @@ void forward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t 
       if constexpr (decltype(partial)::value) v = head(v, p.width - w);
       return v;
     });
-    ForwardPlane<T, POOL, STATS> kernel{p, strip, x, static_cast<T*>(p.out) + offset, splat(p.coef[c] * p.scale[b]),
-                                        mean};
+    PoolPlane<T, POOL, TASK> kernel{p,
+                                    strip,
+                                    x,
+                                    static_cast<const T*>(p.grad) + offset,
+                                    static_cast<T*>(p.out) + offset,
+                                    splat(TASK == Task::reduce ? 1 : p.coef[c] * p.scale[b]),
+                                    mean};
     int64_t w = 0;
     for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
     if (w < p.width) kernel.template columns<true>(w, p.width - w);
-    if constexpr (STATS)
+    if constexpr (TASK == Task::reduce) p.q_partials[b * p.channels * p.strips + item] = hsum(kernel.q);
+    if constexpr (TASK == Task::forward_stats)
       kernel.moments.write_partial(p.y_partials + (b * p.channels * p.strips + item) * 3,
                                    (strip.end - strip.begin) * p.width, p.residual ? mean : 0);
   }
 }
 
-template <class T, int POOL, bool APPLY>
+template <class T, int POOL>
 struct BackwardPlane {
   const PoolMixerParams& p;
   const Strip& strip;
   const T* x;
   const T* grad;
   T* dx;
-  vf coef, mean, correct, q{};
+  vf coef, mean, correct;
 
   template <bool PARTIAL>
   __attribute__((noinline)) void columns(int64_t w, int64_t n) {
@@ -659,21 +684,16 @@ struct BackwardPlane {
     const vf scale = coef, k = correct, center_x = mean;
     const T *in = x + w, *gradient = grad + w;
     T* out = dx + w;
-    vf total{};
     strip.template pool<POOL, true>(w, [&](int64_t h, vf sum, vf) __attribute__((always_inline)) {
       const int64_t here = h * p.width;
       const vf g = get<PARTIAL>(gradient + here, n), e = sum - g;
       const vf d = get<PARTIAL>(in + here, n) - center_x;
-      if constexpr (APPLY)
-        put<PARTIAL>(out + here, (scale * e - d * k) + (vf)((vu)g & mask), n);
-      else
-        total += d * e;
+      put<PARTIAL>(out + here, (scale * e - d * k) + (vf)((vu)g & mask), n);
     });
-    if constexpr (!APPLY) q += PARTIAL ? head(total, n) : total;
   }
 };
 
-template <class T, int POOL, bool APPLY>
+template <class T, int POOL>
 void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t item = first; item < last; ++item) {
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
@@ -682,47 +702,51 @@ void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t
     strip.fill(grad, [&](vf v, int64_t w, auto) __attribute__((always_inline)) {
       return v * read<vf>(p.col_inv + w);  // zero behind the row
     });
-    BackwardPlane<T, POOL, APPLY> kernel{p,
-                                         strip,
-                                         static_cast<const T*>(p.x) + offset,
-                                         grad,
-                                         static_cast<T*>(p.out) + offset,
-                                         splat(p.coef[c] * p.scale[b]),
-                                         splat(p.mean[b]),
-                                         splat(APPLY ? p.correct[b] : 0)};
+    BackwardPlane<T, POOL> kernel{p,
+                                  strip,
+                                  static_cast<const T*>(p.x) + offset,
+                                  grad,
+                                  static_cast<T*>(p.out) + offset,
+                                  splat(p.coef[c] * p.scale[b]),
+                                  splat(p.mean[b]),
+                                  splat(p.correct[b])};
     int64_t w = 0;
     for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
     if (w < p.width) kernel.template columns<true>(w, p.width - w);
-    if constexpr (!APPLY) p.q_partials[b * p.channels * p.strips + item] = hsum(kernel.q);
   }
 }
 
 // ---- entries of the table
 
-template <class T>
-void forward(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  const bool stats = p.y_partials != nullptr;
+template <class T, Task TASK>
+void pool_x(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   if (p.channels_last)
-    stats ? forward_last<T, true>(p, b, first, last, scratch) : forward_last<T, false>(p, b, first, last, scratch);
+    pool_last<T, TASK>(p, b, first, last, scratch);
   else if (p.pool == 3)
-    stats ? forward_planes<T, 3, true>(p, b, first, last, scratch)
-          : forward_planes<T, 3, false>(p, b, first, last, scratch);
+    pool_planes<T, 3, TASK>(p, b, first, last, scratch);
   else
-    stats ? forward_planes<T, 0, true>(p, b, first, last, scratch)
-          : forward_planes<T, 0, false>(p, b, first, last, scratch);
+    pool_planes<T, 0, TASK>(p, b, first, last, scratch);
 }
 
-template <class T, bool APPLY>
-void backward(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
-  if (p.channels_last)
-    backward_last<T, APPLY>(p, b, first, last, scratch);
-  else if (p.pool == 3)
-    backward_planes<T, 3, APPLY>(p, b, first, last, scratch);
+template <class T>
+void forward(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  if (p.y_partials)
+    pool_x<T, Task::forward_stats>(p, b, first, last, scratch);
   else
-    backward_planes<T, 0, APPLY>(p, b, first, last, scratch);
+    pool_x<T, Task::forward>(p, b, first, last, scratch);
+}
+
+template <class T>
+void backward_apply(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  if (p.channels_last)
+    backward_last<T>(p, b, first, last, scratch);
+  else if (p.pool == 3)
+    backward_planes<T, 3>(p, b, first, last, scratch);
+  else
+    backward_planes<T, 0>(p, b, first, last, scratch);
 }
 
 template <class T>
 constexpr PoolMixerKernels kernels() {
-  return {stats<T>, forward<T>, backward<T, false>, backward<T, true>};
+  return {stats<T>, forward<T>, pool_x<T, Task::reduce>, backward_apply<T>};
 }

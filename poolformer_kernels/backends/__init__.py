@@ -1,4 +1,5 @@
-"""The kernels, one module per backend. Each says why it is UNAVAILABLE (or None) and on which DEVICES it runs.
+"""The kernels, one module per backend. Each says why it is UNAVAILABLE (or None) and on which DEVICES it
+runs.
 
 Importing a backend registers its kernels under the schemas of `poolformer_kernels.ops`.
 """

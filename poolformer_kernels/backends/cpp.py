@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 
-import torch  # noqa: F401  (the extension needs libtorch loaded)
+import torch
 
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
@@ -16,7 +16,9 @@ try:
     from .._C import build_info
 except ImportError as error:
     if importlib.util.find_spec("poolformer_kernels._C") is None:
-        UNAVAILABLE = "the extension poolformer_kernels._C was not built (a C++ compiler is needed at install time)"
+        UNAVAILABLE = (
+            "the extension poolformer_kernels._C was not built (a C++ compiler is needed at install time)"
+        )
     else:
         UNAVAILABLE = f"the extension poolformer_kernels._C cannot be loaded: {error}"
     warnings.warn(f"poolformer_kernels: no C++ backend, {UNAVAILABLE}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The operators: schema, checks, fakes, autograd and autocast. Kernels live in `poolformer_kernels.backends`."""
+"""The operators: schema, checks, fakes, autograd and autocast. The kernels are in `..backends`."""
 
 from .backend import available_backends, use_backend
 from .pool_mixer import pool_mixer

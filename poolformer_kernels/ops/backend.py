@@ -1,4 +1,4 @@
-"""Which backend runs a call: an explicit choice is kept or raises, ``auto`` takes the fastest that supports it."""
+"""Which backend runs a call: an explicit choice is kept or raises, ``auto`` takes the fastest that can."""
 
 import contextlib
 import logging
@@ -8,7 +8,14 @@ from importlib import import_module
 
 import torch
 
-__all__ = ["BACKENDS", "available_backends", "select_backend", "unavailable_reason", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "available_backends",
+    "explain_selection",
+    "select_backend",
+    "unavailable_reason",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "cpp", "triton")
 _CHOICES = ("auto", *BACKENDS)
@@ -79,11 +86,16 @@ _SELECTED: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
 
 def select_backend(device: str, dtype: torch.dtype) -> str:
     """The backend that runs a call with x on this device type and of this dtype."""
+    return _selected(_chosen, device, dtype)
+
+
+@torch.compiler.assume_constant_result  # for these arguments; the choice itself is guarded on
+def _selected(chosen: str, device: str, dtype: torch.dtype) -> str:
     try:
-        return _SELECTED[_chosen, device, dtype][0]
+        return _SELECTED[chosen, device, dtype][0]
     except KeyError:
-        backend, reason = _SELECTED[_chosen, device, dtype] = _decide(_chosen, device, dtype)
-    if backend == "reference" and _chosen == "auto" and reason not in _logged:
+        backend, reason = _SELECTED[chosen, device, dtype] = _decide(chosen, device, dtype)
+    if backend == "reference" and chosen == "auto" and reason not in _logged:
         _logged.add(reason)
         _log.warning("running the reference implementation: %s", reason)
     return backend

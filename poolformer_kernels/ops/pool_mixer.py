@@ -1,4 +1,4 @@
-"""The token mixer operator: norm, then average pool minus identity, with or without the residual around it."""
+"""The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
 from importlib import import_module
 
@@ -13,8 +13,9 @@ __all__ = ["pool_mixer"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORWARD = (
-    "pool_mixer_{}(Tensor x, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_scale, Tensor? stats,"
-    " int pool_size, float eps, bool residual, bool return_stats) -> (Tensor y, Tensor mean_rstd, Tensor y_stats)"
+    "pool_mixer_{}(Tensor x, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_scale,"
+    " Tensor? stats, int pool_size, float eps, bool residual, bool return_stats)"
+    " -> (Tensor y, Tensor mean_rstd, Tensor y_stats)"
 )
 _BACKWARD = (
     "pool_mixer_{}_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor? weight, Tensor? bias,"
@@ -44,9 +45,10 @@ def pool_mixer(
         y = x + m if residual else m
 
     Args:
-        x: ``[B, C, H, W]``, float32, bfloat16, float16 or (reference only) float64. contiguous and channels_last
-            are computed as they are, any other strides at the price of one copy.
-        weight, bias: GroupNorm's affine parameters ``[C]``, or None for 1 and 0. Their dtype is x's or float32.
+        x: ``[B, C, H, W]``, float32, bfloat16, float16 or (reference only) float64. contiguous and
+            channels_last are computed as they are, any other strides at the price of one copy.
+        weight, bias: GroupNorm's affine parameters ``[C]``, or None for 1 and 0. Their dtype is x's or
+            float32.
         pool_size: odd and positive; the stride is 1 and borders average the pixels that exist.
         eps: added to the variance, not negative.
         layer_scale: ``[C]`` (LayerScale), or None for 1.
@@ -54,17 +56,18 @@ def pool_mixer(
         residual: add x.
 
     Returns:
-        y, of x's shape and dtype; channels_last if x's channels are innermost, else contiguous. Statistics and
-        accumulation are float32 for half inputs. Gradients have the dtype of what they belong to. The gradient of
-        ``bias`` is exactly zero: pool minus identity cancels it.
+        y, of x's shape and dtype; channels_last if x's channels are innermost, else contiguous. Statistics
+        and accumulation are float32 for half inputs. Gradients have the dtype of what they belong to. The
+        gradient of ``bias`` is exactly zero: pool minus identity cancels it.
 
-    Under autocast the operator follows GroupNorm's rule: on CUDA a half x is computed in, and returned as, float32
-    (the residual stream of eager AMP); on the CPU x keeps its dtype.
+    Under autocast the operator follows GroupNorm's rule: on CUDA a half x is computed in, and returned as,
+    float32 (the residual stream of eager AMP); on the CPU x keeps its dtype.
 
     Raises:
         TypeError: an argument that is not a tensor, or of a dtype that is not supported.
         ValueError: a wrong rank, size, device, pool size or eps.
-        RuntimeError: the backend asked for cannot run this call; or a second derivative through a kernel backend.
+        RuntimeError: the backend asked for cannot run this call; or a second derivative through a kernel
+            backend.
 
     Source: MetaFormer (arXiv 2111.11418), equations 1 and 3 (``TokenMixer(Norm(X)) + X``) and Algorithm 1.
     """
@@ -97,14 +100,14 @@ def pool_mixer_with_stats(
     """`pool_mixer` that takes x's statistics where the caller has them and returns y's.
 
     Statistics are partials ``[B, T, 3]`` float32 (float64 for float64 x), any T, of (count, mean, M2); see
-    `poolformer_kernels.reference.sample_stats`. They are not differentiable: the backward differentiates through
-    the normalisation of x itself.
+    `poolformer_kernels.reference.sample_stats`. They are not differentiable: the backward differentiates
+    through the normalisation of x itself.
 
     Returns:
         (y, partials of y or None).
     """
     _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps)
-    if x.is_cuda and x.dtype != torch.float32 and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
     backend = select_backend(x.device.type, x.dtype)
     if backend == "reference":
@@ -125,7 +128,8 @@ def pool_mixer_with_stats(
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         y, _, y_stats = op(*args)
     else:
-        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
+        # Nothing to record: skip the Python autograd kernel (4 us).
+        with torch._C._AutoDispatchBelowAutograd():
             y, _, y_stats = op(*args)
     return y, y_stats if return_stats else None
 

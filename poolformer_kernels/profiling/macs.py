@@ -3,7 +3,7 @@
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.backend import use_backend
@@ -54,18 +54,19 @@ class _Counter(TorchDispatchMode):
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
     """Multiply-accumulates of one forward pass by kind of operator; ``.total()`` is the model's figure.
 
-    fvcore's convention, the one of the published PoolFormer figures: a convolution or matrix product counts its
-    multiplications, a normalisation 5 per element (4 without affine parameters), pooling, activations and
+    fvcore's convention, the one of the published PoolFormer figures: a convolution or matrix product counts
+    its multiplications, a normalisation 5 per element (4 without affine parameters), pooling, activations and
     additions nothing. A fused operator counts as the operations it stands for.
 
     Args:
-        model: any module; it is run on meta tensors in eval mode, so nothing is computed and no weight is copied.
+        model: any module; it runs on meta tensors in eval mode, so nothing is computed and no weight copied.
         input_shape: the input's ``(B, C, H, W)``.
 
     Source: fvcore.nn.jit_handles; PoolFormer (arXiv 2111.11418), table 2.
     """
     state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    x: Tensor = torch.empty(input_shape, device="meta", dtype=next(model.parameters()).dtype)
+    dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    x = torch.empty(input_shape, device="meta", dtype=dtype)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     counter = _Counter()

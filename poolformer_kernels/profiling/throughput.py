@@ -21,6 +21,11 @@ class Timing:
     p80: float
     rounds: int
 
+    @property
+    def noisy(self) -> bool:
+        """The percentiles differ by more than a factor of 2: the machine was busy, ratios mean little."""
+        return self.p80 > 2 * self.p20
+
 
 def time_interleaved(
     providers: dict[str, Callable[[], object]],
@@ -32,8 +37,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time every provider, one sample of each per round, the first of a round rotating.
 
-    Interleaved, because a machine's speed drifts (turbo, neighbours): a drift then hits all of them alike, and
-    medians ignore the round in which a thread was preempted.
+    Interleaved, because a machine's speed drifts (turbo, neighbours): a drift then hits all of them alike,
+    and medians ignore the rounds in which a thread was preempted.
 
     Args:
         providers: name -> call without arguments.
@@ -55,7 +60,10 @@ def time_interleaved(
     for name, call in providers.items():
         for _ in range(warmup):
             call()
-        repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(sample(call, 1), 1e-7))))
+        fastest = sample(call, 1)
+        if fastest < 0.1:  # short, or a short one preempted: that would ask for too few repeats
+            fastest = min(fastest, sample(call, 1), sample(call, 1))
+        repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(fastest, 1e-7))))
     names = list(providers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()

@@ -1,0 +1,70 @@
+# make demo    PoolFormer on real photos: verified against timm and timed; writes report/index.html
+# make test    the test suite        make lint   ruff and clang-format     make bench  the benchmarks
+# make setup   environment and extension only                              make clean  remove all of it
+# make gpu-check   build, CUDA tests and CUDA benchmarks with a Python that has torch and a GPU (no network needed)
+#
+# Everything lives in .venv; no system Python is touched. TORCH chooses the build, for example
+# `make test TORCH=torch==2.13.0`. POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build.
+
+PYTHON ?= python3
+TORCH ?= torch>=2.10
+VENV ?= .venv
+LINT := ruff==0.17.6 clang-format==23.1.5
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TORCH_STAMP := $(VENV)/.torch-$(subst =,_,$(subst >,_,$(subst <,_,$(subst $() ,_,$(TORCH)))))
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup demo test lint bench gpu-check clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.extension
+
+demo: $(VENV)/.extra-demo $(VENV)/.extension
+	$(BIN)/poolformer-kernels demo $(ARGS)
+
+test: $(VENV)/.extra-test $(VENV)/.extension
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(VENV)/.extra-bench $(VENV)/.extension
+	$(BIN)/python benchmarks/bench_pool_mixer.py $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+gpu-check:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_pool_mixer.py --device cuda
+
+clean:
+	rm -rf $(VENV) build dist report *.egg-info .pytest_cache .ruff_cache poolformer_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first, alone, and is pinned for everything after it: nothing may replace the build that was asked for.
+$(TORCH_STAMP): $(VENV)/.created
+	rm -f $(VENV)/.torch-* $(VENV)/.extension $(VENV)/.extra-*
+	$(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)/.extension: $(TORCH_STAMP) $(SOURCES)
+	$(PIP) --no-build-isolation --constraint $(VENV)/constraints.txt --editable .
+	touch $@
+
+$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml | $(VENV)/.extension
+	$(PIP) --constraint $(VENV)/constraints.txt "poolformer_kernels[$*]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.created Makefile
+	$(PIP) $(LINT)
+	touch $@

@@ -1,0 +1,188 @@
+"""Which backend runs a call: explicit choices are kept or raise, ``auto`` falls back and says so once."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_same, make_grad, make_inputs, run
+
+import poolformer_kernels as pk
+from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import pool_mixer
+
+VARIABLE = "POOLFORMER_KERNELS_BACKEND"
+
+
+def chosen() -> str:
+    return selection._chosen
+
+
+@pytest.fixture
+def forget(monkeypatch) -> None:
+    """As in a fresh process: nothing chosen, decided or logged."""
+    monkeypatch.setattr(selection, "_chosen", "auto")
+    monkeypatch.setattr(selection, "_SELECTED", {})
+    monkeypatch.setattr(selection, "_logged", set())
+
+
+def test_available_backends():
+    backends = pk.available_backends()
+    assert list(backends) == ["reference", "cpp", "triton"]
+    assert backends["reference"] is None
+    for name, reason in backends.items():
+        assert reason is None or (isinstance(reason, str) and reason and "\n" not in reason), name
+
+
+def test_auto_takes_the_kernels(kernels):
+    inputs = make_inputs((2, 5, 6, 7))
+    grad = make_grad(inputs)
+    expected = run(pool_mixer, inputs, grad)
+    with pk.use_backend("auto"):
+        assert selection.select_backend("cpu", torch.float32) == "cpp"
+        assert_same(run(pool_mixer, inputs, grad), expected)
+    with pk.use_backend("reference"):
+        assert (
+            run(pool_mixer, inputs, grad)["dbias"].abs().sum() > 0
+        )  # rounding noise: the kernels return zeros
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_an_explicit_choice_never_falls_back(kernels, dtype):
+    x = torch.ones(1, 2, 3, 3, dtype=dtype)
+    if dtype != torch.float64:
+        assert torch.equal(pool_mixer(x, None, None), torch.zeros_like(x))
+        return
+    message = (
+        "backend 'cpp' was asked for and cannot run this call: .*float32, bfloat16 and float16, not float64"
+    )
+    for _ in range(2):  # the failure is not remembered as a choice
+        with pytest.raises(RuntimeError, match=message):
+            pool_mixer(x, None, None)
+    with pk.use_backend("auto"):
+        assert torch.equal(pool_mixer(x, None, None), torch.zeros_like(x))
+
+
+def test_triton_on_cpu_tensors_raises():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter computes on the CPU")
+    with (
+        pk.use_backend("triton"),
+        pytest.raises(RuntimeError, match="backend 'triton' was asked for and cannot run"),
+    ):
+        pool_mixer(torch.ones(1, 2, 3, 3), None, None)
+
+
+def test_a_missing_extension_raises_with_its_reason(forget, monkeypatch):
+    from poolformer_kernels.backends import cpp
+
+    monkeypatch.setattr(cpp, "UNAVAILABLE", "the extension was not built")
+    assert pk.available_backends()["cpp"] == "the extension was not built"
+    with (
+        pk.use_backend("cpp"),
+        pytest.raises(RuntimeError, match=r"'cpp'.*cannot run.*the extension was not built"),
+    ):
+        pool_mixer(torch.ones(1, 2, 3, 3), None, None)
+
+
+def test_fallback_is_logged_once_for_each_reason(forget, monkeypatch, caplog):
+    from poolformer_kernels.backends import cpp
+
+    monkeypatch.setattr(cpp, "UNAVAILABLE", "the extension was not built")
+    with caplog.at_level(logging.WARNING, logger="poolformer_kernels"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            pool_mixer(torch.ones(1, 2, 3, 3, dtype=dtype), None, None)
+    assert [r.getMessage() for r in caplog.records] == [
+        "running the reference implementation: cpp: the extension was not built"
+    ]
+    assert selection.explain_selection("cpu", torch.float32) == (
+        "reference",
+        "cpp: the extension was not built",
+    )
+
+
+def test_float64_falls_back_and_is_logged_once(forget, kernels, caplog):
+    x = torch.ones(1, 2, 3, 3, dtype=torch.float64)
+    with pk.use_backend("auto"), caplog.at_level(logging.WARNING, logger="poolformer_kernels"):
+        pool_mixer(x, None, None)
+        pool_mixer(x, None, None)
+    (record,) = caplog.records
+    assert "running the reference implementation" in record.getMessage()
+    assert "float64" in record.getMessage()
+
+
+def test_an_explicit_reference_is_not_a_fallback(forget, caplog):
+    with pk.use_backend("reference"), caplog.at_level(logging.WARNING, logger="poolformer_kernels"):
+        pool_mixer(torch.ones(1, 2, 3, 3), None, None)
+    assert not caplog.records
+
+
+def test_explain_selection(forget, kernels):
+    assert selection.explain_selection("cpu", torch.float32) == ("cpp", "asked for")
+    name, reason = selection.explain_selection("cpu", torch.float64)
+    assert name == "none"
+    assert "'cpp' was asked for" in reason
+    with pk.use_backend("auto"):
+        assert selection.explain_selection("cpu", torch.bfloat16) == ("cpp", "the fastest on cpu")
+        assert selection.explain_selection("mps", torch.float32) == (
+            "reference",
+            "no kernel backend runs on mps tensors",
+        )
+
+
+def test_use_backend_nests_and_is_restored_after_exceptions(forget):
+    with pk.use_backend("reference"):
+        with pk.use_backend("auto"):
+            with contextlib.suppress(KeyError), pk.use_backend("cpp"):
+                assert chosen() == "cpp"
+                raise KeyError
+            assert chosen() == "auto"
+        assert chosen() == "reference"
+        with pytest.raises(ValueError), pk.use_backend("cuda13"):
+            pytest.fail("the block of an unknown backend runs")
+        assert chosen() == "reference"
+    assert chosen() == "auto"
+
+
+@pytest.mark.parametrize("name", ["", "Reference", "nonsense", None])
+def test_unknown_backend(name):
+    before = chosen()
+    with pytest.raises(ValueError, match=f"backend is {name!r}; allowed: auto, reference, cpp, triton"):
+        pk.use_backend(name).__enter__()
+    assert chosen() == before
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_environment_variable_chooses():
+    code = (
+        "import os, torch, poolformer_kernels as pk\n"
+        "from poolformer_kernels.ops.backend import explain_selection\n"
+        "print(*explain_selection('cpu', torch.float32), sep='|')\n"
+        f"os.environ['{VARIABLE}'] = 'nonsense'\n"  # read once, at import
+        "with pk.use_backend('auto'): pass\n"
+        "print(pk.ops.pool_mixer(torch.ones(1, 2, 3, 3), None, None).abs().max().item())\n"
+    )
+    done = in_a_process(code, **{VARIABLE: "reference"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["reference|asked for", "0.0"]
+
+
+@pytest.mark.parametrize("value", ["nonsense", "", "CPP"])
+def test_environment_variable_with_an_unknown_value(value):
+    done = in_a_process("import poolformer_kernels", **{VARIABLE: value})
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f"ValueError: {VARIABLE} is {value!r}; allowed: auto, reference, cpp, triton"

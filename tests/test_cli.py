@@ -1,0 +1,319 @@
+"""The command line: what it prints and writes, its exit codes, one clear line for what a user can mend."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import poolformer_kernels as pk
+from poolformer_kernels.cli import main
+
+
+def demo_module():
+    """The demo, or a skip where its extras are not installed."""
+    for package in ("PIL", "rich", "sklearn", "timm"):
+        pytest.importorskip(package)
+    from poolformer_kernels import demo
+
+    return demo
+
+
+@pytest.fixture
+def quick(tmp_path) -> list[str]:
+    """The demo at its smallest, with every output in a temporary folder."""
+    demo_module()
+    files = ["--json", str(tmp_path / "demo.json"), "--report", str(tmp_path / "report")]
+    return [
+        "demo",
+        "--device",
+        "cpu",
+        "--image-size",
+        "64",
+        "--batch-size",
+        "2",
+        "--rounds",
+        "3",
+        "--no-compile",
+        *files,
+    ]
+
+
+def result(tmp_path) -> dict:
+    return json.loads((tmp_path / "demo.json").read_text())
+
+
+def test_demo_verifies_times_and_reports(quick, tmp_path, capsys) -> None:
+    assert main(quick) == 0
+    captured = capsys.readouterr()
+    assert "11,915,176 parameters" in captured.out
+    assert "verified: error(ours)" in captured.out
+    assert "verifying float32 against float64" in captured.err  # the progress of a run without a terminal
+
+    r = result(tmp_path)
+    assert r["schema"] == 1
+    assert r["passed"] is True
+    assert r["model"]["params"] == 11_915_176
+    assert [image["name"] for image in r["images"]] == ["china.jpg", "flower.jpg"]
+    bounds = {
+        "float32": (1e-8, 3e-6),
+        "bfloat16": (1e-4, 2e-2),
+    }  # what rounding costs: neither more nor nothing
+    for row in r["verification"]:
+        low, high = bounds[row["dtype"]]
+        assert low < row["error_l2"] < high
+        assert row["passed"] is (None if row["implementation"] == "eager" else True)
+        if row["dtype"] == "float32":
+            assert row["top5_agreement"] == 1.0
+    assert [row["shape"] for row in r["timing"][:5]] == [
+        [2, 64, 16, 16], [2, 128, 8, 8], [2, 320, 4, 4], [2, 512, 2, 2], [2, 3, 64, 64],
+    ]  # fmt: skip
+    for row in r["timing"]:
+        for provider in ("eager", "ours"):
+            t = row["providers"][provider]
+            assert 0 < t["p20"] <= t["median"] <= t["p80"]
+        assert row["providers"]["compile"] == {"unavailable": "left out (--no-compile)"}
+
+
+def test_report_is_self_contained(quick, tmp_path) -> None:
+    assert main(quick) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == page.count("src=") == 2
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert page.count("<svg") == 2
+    assert "Verified against float64" in page
+    best = result(tmp_path)["images"][0]["top5"][0]
+    assert best["label"] == f"class {best['class']}"
+    assert f"<span>{best['label']}</span><span>{best['probability']:.1%}</span>" in page
+    assert "The classes mean nothing then" in page
+
+
+def test_demo_fails_on_a_wrong_operator(quick, tmp_path, capsys, monkeypatch) -> None:
+    right = pk.ops.pool_mixer
+
+    def wrong(x, weight, bias, **options):
+        return right(x, weight * 1.001, bias, **options)
+
+    monkeypatch.setattr(pk.ops, "pool_mixer", wrong)
+    assert main([*quick, "--dtype", "float32"]) == 1
+    assert "VERIFICATION FAILED" in capsys.readouterr().out
+    r = result(tmp_path)
+    assert r["passed"] is False
+    assert [row["passed"] for row in r["verification"]] == [None, False, None, False]
+    assert "Verification FAILED" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["network.0.1.layer_scale_1", "network.4.5.norm1.weight", "head.bias"])
+def test_one_wrong_weight_is_seen(name: str) -> None:
+    demo = demo_module()
+    peer, ours = demo.make_models("poolformer_s12", None)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rows, _ = demo.verify_logits(peer, copy.deepcopy(ours), x, torch.float32)
+    assert [row["passed"] for row in rows] == [None, True, None, True]
+    with torch.no_grad():
+        ours.get_parameter(name)[3] += 0.01
+    rows, _ = demo.verify_logits(peer, ours, x, torch.float32)
+    assert [row["passed"] for row in rows] == [None, False, None, False]
+
+
+def test_preprocessing_is_timms() -> None:
+    demo = demo_module()
+    from sklearn.datasets import load_sample_images
+    from timm.data import create_transform
+
+    for name in ("poolformer_s12", "poolformer_m36"):
+        config = pk.models.model_config(name)
+        transform = create_transform(
+            config.input_size,
+            mean=config.mean,
+            std=config.std,
+            crop_pct=config.crop_pct,
+            interpolation="bicubic",
+        )
+        for file in load_sample_images().filenames:
+            photo = demo.load_photo(file)
+            for image in (photo, photo.rotate(90, expand=True), photo.resize((301, 300))):
+                torch.testing.assert_close(
+                    demo.preprocess(image, config, 224), transform(image), rtol=0, atol=1e-6
+                )
+
+
+def test_checkpoint_gives_labels_and_photo_is_turned_upright(quick, tmp_path) -> None:
+    demo = demo_module()
+    from PIL import Image
+
+    torch.manual_seed(0)
+    model = pk.create_model("poolformer_s12")
+    demo._randomise(model)
+    with torch.no_grad():
+        model.head.bias[207] += 100
+    torch.save(model.state_dict(), tmp_path / "s12.pth")
+    photo = Image.new("RGB", (90, 70), "red")
+    photo.paste("blue", (0, 0, 90, 35))
+    exif = photo.getexif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    photo.save(tmp_path / "turned.png", exif=exif)
+    upright = demo.load_photo(tmp_path / "turned.png")
+    assert upright.getpixel((45, 10)) == (255, 0, 0)
+
+    files = ["--checkpoint", str(tmp_path / "s12.pth"), "--image", str(tmp_path / "turned.png")]
+    assert main([*quick, "--dtype", "float32", *files]) == 0
+    r = result(tmp_path)
+    assert r["model"]["weights"] == str(tmp_path / "s12.pth")
+    best = r["images"][0]["top5"][0]
+    assert (best["class"], best["label"]) == (207, "golden retriever")
+    assert best["probability"] > 0.99
+    assert "The classes mean nothing then" not in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_demo_goes_on_where_torch_compile_cannot(quick, tmp_path, capsys, monkeypatch) -> None:
+    def no_compiler(module, **_):
+        raise RuntimeError("no C++ compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    quick.remove("--no-compile")
+    assert main([*quick, "--dtype", "float32"]) == 0
+    assert "timm compiled: RuntimeError: no C++ compiler\n" in capsys.readouterr().out
+    for row in result(tmp_path)["timing"]:
+        assert row["providers"]["compile"] == {"unavailable": "RuntimeError: no C++ compiler"}
+        assert row["providers"]["ours"]["median"] > 0
+
+
+def wrong_checkpoint(path, what: str) -> None:
+    if what == "text":
+        path.write_text("not a checkpoint")
+    elif what == "other keys":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif what == "other model":
+        torch.save(pk.create_model("poolformer_s24").state_dict(), path)
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "other keys", "other model"])
+def test_wrong_checkpoint(quick, what, tmp_path, capsys) -> None:
+    file = tmp_path / "weights.pth"
+    wrong_checkpoint(file, what)
+    assert_one_line(main([*quick, "--checkpoint", str(file)]), capsys, f"--checkpoint {file}: ")
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "empty", "folder", "truncated"])
+def test_unreadable_image(quick, what, tmp_path, capsys) -> None:
+    file = tmp_path / "photo.jpg"
+    if what == "folder":
+        file.mkdir()
+    elif what == "truncated":
+        from sklearn.datasets import load_sample_images
+
+        with open(load_sample_images().filenames[0], "rb") as photo:
+            file.write_bytes(photo.read()[:20_000])
+    elif what != "missing":
+        file.write_text("not a photo" if what == "text" else "")
+    assert_one_line(
+        main([*quick, "--image", str(file)]), capsys, f"--image {file}: cannot be read as an image: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "poolformer_s13"], "--model: name is 'poolformer_s13'; allowed: poolformer_s12, "),
+        (["--dtype", "int8"], "argument --dtype: 'int8' is not a dtype; allowed: float32, bfloat16, float16"),
+        (["--rounds", "0"], "argument --rounds: must be a positive integer, got '0'"),
+        (["--batch-size", "x"], "argument --batch-size: must be a positive integer, got 'x'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--backend", "reference", "--report", "/dev/null/x"], "cannot write to /dev/null/x: "),
+    ],
+)
+def test_requests_that_cannot_be_met(quick, arguments, message, capsys) -> None:
+    assert_one_line(main([*quick, *arguments]), capsys, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu"),
+        (["--backend", "triton"], "backend 'triton' was asked for and cannot run this call: "),
+    ],
+)
+def test_demo_without_a_gpu(quick, arguments, message, capsys) -> None:
+    assert_one_line(main([*quick, *arguments]), capsys, message)
+
+
+def test_missing_extras(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "poolformer_kernels.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "poolformer_kernels.report", raising=False)
+    message = "the demo's extras are missing ("
+    assert_one_line(main(["demo"]), capsys, message, "pip install 'poolformer_kernels[demo]'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: demo | info | verify"),
+        (["serve"], "argument demo | info | verify: invalid choice: 'serve'"),
+        (["info", "--yaml"], "unrecognized arguments: --yaml"),
+    ],
+)
+def test_usage_errors(arguments, message, capsys) -> None:
+    assert_one_line(main(arguments), capsys, message)
+
+
+def assert_one_line(code: int, capsys, *parts: str) -> None:
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    errors = [line for line in lines if line.startswith("poolformer-kernels: error: ")]
+    assert code == 2
+    assert errors == lines[-1:], captured.err  # one line, the last; before it only the progress
+    assert errors[0].startswith(f"poolformer-kernels: error: {parts[0]}")
+    assert all(part in errors[0] for part in parts)
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_info_says_what_runs(capsys) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    sections = json.loads(capsys.readouterr().out)
+    assert sections["versions"]["torch"] == torch.__version__
+    assert sections["versions"]["poolformer-kernels"] == pk.__version__
+    reasons = {name: reason or "available" for name, reason in pk.available_backends().items()}
+    assert sections["backends"] == reasons
+    assert set(sections["selection"]) >= {"cpu, float32", "cpu, bfloat16", "cpu, float16", "cpu, float64"}
+    assert sections["selection"]["cpu, float64"].startswith("reference — ")
+    for rows in sections.values():
+        for key, value in rows.items():
+            assert re.search(rf"^  {re.escape(key)} +{re.escape(value)}$", text, re.MULTILINE)
+
+
+def test_info_prints_all_of_the_build(capsys) -> None:
+    if pk.available_backends()["cpp"] is not None:
+        pytest.skip("no extension")
+    from poolformer_kernels.backends import cpp
+
+    assert main(["info", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["extension"]) == set(cpp.build_info())
+
+
+def test_module_is_the_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "poolformer_kernels", "demo", "--model", "nope"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("poolformer-kernels: error: ")
+
+
+def test_help_exits_cleanly(capsys) -> None:
+    for command in (["--help"], ["demo", "--help"], ["info", "--help"], ["verify", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(command)
+        assert exit_.value.code == 0
+        assert "usage: poolformer-kernels" in capsys.readouterr().out

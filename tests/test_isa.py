@@ -1,0 +1,78 @@
+"""Every instruction set level that this machine has runs the core tests; it is read once, at import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import require_backend
+
+from poolformer_kernels.backends import cpp
+
+VARIABLE = "POOLFORMER_KERNELS_ISA"
+TESTS = Path(__file__).parent
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def in_a_process(level: str, *arguments: str) -> subprocess.CompletedProcess:
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", VARIABLE))
+    }
+    path = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | {"PYTHONPATH": path, VARIABLE: level, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_the_highest_level_is_chosen():
+    require_backend("cpp")
+    info = cpp.build_info()
+    assert set(info["isa_supported"]) <= set(info["isa_compiled"])
+    assert "baseline" in info["isa_supported"]
+    if VARIABLE not in os.environ:
+        assert info["isa_chosen"] == info["isa_supported"][-1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_core_at_this_level(level):
+    require_backend("cpp")
+    if level not in cpp.build_info()["isa_supported"]:
+        pytest.skip(f"this machine or this build has no {level}")
+    code = "from poolformer_kernels.backends.cpp import build_info; print(build_info()['isa_chosen'])"
+    assert in_a_process(level, "-c", code).stdout.strip() == level
+    files = [str(TESTS / name) for name in ("test_pool_mixer.py", "test_pool_mixer_numerics.py")]
+    done = in_a_process(
+        level,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "core and cpp",
+        *files,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("level", ["nonsense", "AVX2", "sse9"])
+def test_unknown_level(level):
+    """The message names the variable, what it is and what is allowed; no other level runs in its place."""
+    require_backend("cpp")
+    call = "pk.ops.pool_mixer(torch.ones(1, 2, 3, 3), None, None)"
+    code = f"import torch, poolformer_kernels as pk\nwith pk.use_backend('cpp'): {call}"
+    done = in_a_process(level, "-W", "ignore", "-c", code)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    for part in (VARIABLE, level, *cpp.build_info()["isa_supported"]):
+        assert part in last, f"{part!r} is not in {last!r}"

@@ -1,0 +1,69 @@
+"""MACs and parameters against the published figures (fvcore's count at 224 x 224)."""
+
+import pytest
+import torch
+from torch import nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.profiling import count_macs
+
+FIGURES = {
+    "poolformer_s12": (11_915_176, 1_822_678_528),
+    "poolformer_s24": (21_388_968, 3_412_906_496),
+    "poolformer_s36": (30_862_760, 5_003_134_464),
+    "poolformer_m36": (56_172_520, 8_801_876_736),
+    "poolformer_m48": (73_473_448, 11_590_708_992),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_published_figures(name: str) -> None:
+    with torch.device("meta"):
+        model = pk.create_model(name)
+    params, macs = FIGURES[name]
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert count_macs(model, (1, 3, 224, 224)).total() == macs
+
+
+def test_kinds_and_batch() -> None:
+    with torch.device("meta"):
+        model = pk.create_model("poolformer_s12", num_classes=10)
+    one, three = count_macs(model, (1, 3, 64, 64)), count_macs(model, (3, 3, 64, 64))
+    assert one["linear"] == 512 * 10
+    # two norms a block and the head's, 5 an element, on 16 x 16 to 2 x 2 tokens
+    elements = 2 * (2 * 64 * 256 + 2 * 128 * 64 + 6 * 320 * 16 + 2 * 512 * 4) + 512 * 4
+    assert one["group_norm"] == 5 * elements
+    assert three == {kind: 3 * macs for kind, macs in one.items()}
+
+
+def test_timm_head_normalises_the_mean() -> None:
+    with torch.device("meta"):
+        official, timm = (pk.create_model("poolformer_s12", head=head) for head in ("official", "timm"))
+    difference = count_macs(official, (1, 3, 224, 224)) - count_macs(timm, (1, 3, 224, 224))
+    assert difference == {"group_norm": 5 * 512 * 49}
+    assert count_macs(timm, (1, 3, 224, 224))["layer_norm"] == 5 * 512
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "expected"),
+    [
+        (nn.Conv2d(6, 8, 3, stride=2, groups=2), (2, 6, 9, 7), {"convolution": 2 * 8 * 3 * 9 * 4 * 3}),
+        (nn.ConvTranspose2d(6, 8, 3, stride=2), (2, 6, 4, 5), {"convolution": 2 * 6 * 8 * 9 * 4 * 5}),
+        (nn.Linear(5, 7, bias=False), (2, 3, 5), {"linear": 2 * 3 * 5 * 7}),
+        (nn.Linear(5, 7), (2, 3, 5), {"linear": 2 * 3 * 5 * 7}),
+        (nn.GroupNorm(2, 6, affine=False), (2, 6, 3, 3), {"group_norm": 4 * 2 * 6 * 9}),
+        (nn.Sequential(nn.GELU(), nn.AvgPool2d(3)), (2, 6, 9, 9), {}),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
+)
+def test_convention(module: nn.Module, shape: tuple[int, ...], expected: dict[str, int]) -> None:
+    assert count_macs(module, shape) == expected
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5)))
+    model[1].eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    count_macs(model, (2, 3, 4, 4))
+    assert [m.training for m in model.modules()] == [True, True, False, False, False]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -1,0 +1,115 @@
+"""`poolformer-kernels verify`: the rule passes what is right and catches what is slightly wrong."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from poolformer_kernels.cli import main
+from poolformer_kernels.verify import OPERATORS, errors, tolerance, verify
+
+POOL_MIXER = OPERATORS["pool_mixer"]
+SMALL = dataclasses.replace(POOL_MIXER, shapes=((2, 64, 14, 14), (3, 17, 5, 9)))
+
+
+def failures(operator, backend: str = "reference") -> set[str]:
+    cases = verify(backend, "cpu", operators={"pool_mixer": operator})
+    return {check.quantity for case in cases for check in case if not check.passed}
+
+
+def changed(ours) -> object:
+    """The operator with another implementation."""
+    return dataclasses.replace(SMALL, ours=ours)
+
+
+def test_every_backend_passes_all_quantities(backend: str) -> None:
+    cases = list(verify(backend, "cpu", operators={"pool_mixer": SMALL}))
+    assert len(cases) == 3 * 3 * 2 * 2  # forms, dtypes, layouts, shapes
+    assert {c.quantity for case in cases for c in case} == {
+        "y", "dx", "dweight", "dbias", "dlayer_scale", "ddrop_scale",
+    }  # fmt: skip
+    assert all(check.passed for case in cases for check in case)
+    assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
+
+
+def test_catches_a_wrong_value() -> None:
+    def ours(tensors, form):
+        return POOL_MIXER.ours(tensors, form) * 1.01
+
+    assert {"y", "dweight"} <= failures(changed(ours))
+
+
+def test_catches_a_mean_that_is_not_subtracted() -> None:
+    def ours(tensors, form):
+        y = POOL_MIXER.ours(tensors, form)
+        return y + 1e-2 * tensors["x"].detach().mean()
+
+    assert failures(changed(ours)) == {"y"}
+
+
+def test_catches_a_bias_gradient_that_is_not_zero() -> None:
+    def ours(tensors, form):
+        return POOL_MIXER.ours(tensors, form) + 1e-4 * (tensors["bias"] - tensors["bias"].detach()).view(
+            -1, 1, 1
+        )
+
+    assert "dbias" in failures(changed(ours))
+
+
+def test_catches_nan() -> None:
+    def ours(tensors, form):
+        return POOL_MIXER.ours(tensors, form) * float("nan")
+
+    assert "y" in failures(changed(ours))
+
+
+def test_errors_and_tolerance_by_hand() -> None:
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert errors(torch.tensor([3.0, 4.5]), exact) == pytest.approx((0.1, 0.5))
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert errors(torch.tensor([0.0, 0.5]), zero, scale=exact) == pytest.approx((0.1, 0.5))
+    eps = 2.0**-7
+    assert tolerance((0.1, 0.5), exact, torch.bfloat16) == pytest.approx((0.15 + eps / 2, 0.75 + 4 * eps))
+    summed = tolerance((0.0, 0.0), exact, torch.float32, terms=100)
+    assert summed == pytest.approx((10.5 * 2.0**-23, 4 * 11 * 2.0**-23))
+
+
+def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
+    file = tmp_path / "verify.json"
+    assert main(["verify", "--backend", "reference", "--dtype", "float32", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["passed"] is True
+    count = len(written["checks"])
+    assert count == (4 + 4 + 6) * 2 * len(POOL_MIXER.shapes)
+    assert f"{count} of {count} values" in out
+    assert "pool_mixer (residual), float32, channels_last: reference on cpu" in out
+    first = written["checks"][0]
+    assert first["error_l2"] <= first["allowed_l2"] < 1e-6
+    assert f"{first['error_l2']:.1e}|{first['eager_l2']:.1e}" in out
+
+
+def test_command_fails_on_a_wrong_operator(monkeypatch, capsys) -> None:
+    wrong = changed(lambda tensors, form: POOL_MIXER.ours(tensors, form) * 1.01)
+    monkeypatch.setitem(OPERATORS, "pool_mixer", wrong)
+    assert main(["verify", "--backend", "reference", "--dtype", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "! " in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "triton"], "backend 'triton' was asked for and cannot run this call: "),
+        (["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu"),
+    ],
+)
+def test_command_says_why_it_cannot_run(arguments, message, capsys) -> None:
+    assert main(["verify", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"poolformer-kernels: error: {message}")
+    assert captured.err.count("\n") == 1
