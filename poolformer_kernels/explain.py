@@ -10,15 +10,15 @@ __all__ = ["explain"]
 
 
 def explain(target: nn.Module | Tensor) -> str:
-    """A line for every operator call of a module, or for a call on a tensor: place, operator, backend, reason.
+    """A line per operator call of a module, or of a tensor: place, operator, backend and reason.
 
     Args:
         target: a module, whose parameters give the device and dtype of its inputs; or the operator's input x.
 
     Returns:
         The lines, aligned, under the choice of `poolformer_kernels.use_backend` in force. The backend is
-        ``modules`` where a layer runs as plain PyTorch modules and ``none`` where an explicit choice cannot be
-        met, so that the call would raise.
+        ``modules`` where a layer runs as plain PyTorch modules and ``none`` where an explicit choice cannot
+        be met, so that the call would raise.
 
     Raises:
         TypeError: another type of target.

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) norm_stats(NormStatsParams p) {
     alignas(16) T raw[kWidth];
     if (at < count) {
       if constexpr (VECTOR)
-        *reinterpret_cast<uint4*>(raw) = *reinterpret_cast<const uint4*>(x + at);
+        *reinterpret_cast<uint4*>(raw) = __ldg(reinterpret_cast<const uint4*>(x + at));
       else
         raw[0] = x[at];
     }

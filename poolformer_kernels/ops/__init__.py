@@ -1,6 +1,7 @@
 """The operators: schema, checks, fakes, autograd and autocast. The kernels are in `..backends`."""
 
+from . import norm_stats
 from .backend import available_backends, use_backend
 from .pool_mixer import pool_mixer
 
-__all__ = ["available_backends", "pool_mixer", "use_backend"]
+__all__ = ["available_backends", "norm_stats", "pool_mixer", "use_backend"]
