@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-REGISTERS = {"norm_stats": 128}  # 256 threads: two blocks an SM
+REGISTERS = {"norm_stats": 96}  # 256 threads: at least two blocks an SM
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

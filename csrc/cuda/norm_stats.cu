@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = 64;
+constexpr int kPerThread = 32;
 constexpr int64_t kChunkElements = int64_t{kThreads} * kPerThread;
 
 struct NormStatsParams {
@@ -42,7 +42,7 @@ __device__ inline float block_sum(float value) {
 
 // VECTOR: every sample starts at a multiple of 16 bytes.
 template <class T, bool VECTOR>
-__global__ void __launch_bounds__(kThreads) norm_stats(NormStatsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) norm_stats(NormStatsParams p) {
   constexpr int kWidth = VECTOR ? 16 / sizeof(T) : 1, kLoads = kPerThread / kWidth;
   const int64_t b = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks, begin = chunk * kChunkElements;
   const int count = static_cast<int>(min(kChunkElements, p.sample - begin));
