@@ -23,7 +23,7 @@ from poolformer_kernels.profiling import time_interleaved
 
 STAGES = ((64, 56), (128, 28), (320, 14), (512, 7))  # poolformer_s12 at 224 x 224
 FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-# Elements of x moved per element at the least (algebra.md, "Minimal traffic").
+# Elements of x moved per element at the least (README, "Algebra").
 TRAFFIC = {"forward": 2, "backward": 5}
 
 

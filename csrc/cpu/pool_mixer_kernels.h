@@ -1,4 +1,4 @@
-// The token mixer's kernels for one instruction-set level (algebra.md, "Token mixer sub-block"). Included after vec.h.
+// The token mixer's kernels for one instruction-set level (README, "Algebra"). Included after vec.h.
 //
 // The pool is separable. In channels_last two rows are swept along w with a block of channels: the vertical sums of the
 // next column are loaded, those of the last three stay in registers. In NCHW a strip of a plane is widened into

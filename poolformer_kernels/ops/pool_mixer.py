@@ -123,15 +123,19 @@ def pool_mixer_with_stats(
             stats=stats,
         )
         return y, reference.sample_stats(y.detach()) if return_stats else None
-    op = _FORWARD_OPS[backend]
-    args = (x, weight, bias, layer_scale, drop_scale, stats, pool_size, float(eps), residual, return_stats)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        y, _, y_stats = op(*args)
-    else:
-        # Nothing to record: skip the Python autograd kernel (4 us).
-        with torch._C._AutoDispatchBelowAutograd():
-            y, _, y_stats = op(*args)
+    y, _, y_stats = _call(
+        _FORWARD_OPS[backend],
+        *(x, weight, bias, layer_scale, drop_scale, stats),
+        *(pool_size, float(eps), residual, return_stats),
+    )
     return y, y_stats if return_stats else None
+
+
+def _call(op, *args):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
+        return op(*args)
 
 
 def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps) -> None:
@@ -232,8 +236,10 @@ def _register(backend: str) -> None:
         grads: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(grads)
-        dx, dweight, dlayer_scale, ddrop_scale = _BACKWARD_OPS[backend](
-            grad, x, mean_rstd, weight, bias, layer_scale, drop_scale, ctx.pool_size, ctx.residual
+        dx, dweight, dlayer_scale, ddrop_scale = _call(
+            _BACKWARD_OPS[backend],
+            *(grad, x, mean_rstd, weight, bias, layer_scale, drop_scale),
+            *(ctx.pool_size, ctx.residual),
         )
         needed = ctx.needs_input_grad
         if needed[0]:
@@ -241,7 +247,7 @@ def _register(backend: str) -> None:
         if needed[1]:
             grads[1] = dweight.to(weight.dtype)
         if needed[2]:
-            grads[2] = torch.zeros_like(bias)  # algebra: (P - I) cancels constants, so dbeta = 0 exactly
+            grads[2] = torch.zeros_like(bias)  # (P - I) cancels constants
         if needed[3]:
             grads[3] = dlayer_scale.to(layer_scale.dtype)
         if needed[4]:

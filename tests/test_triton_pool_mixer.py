@@ -1,0 +1,42 @@
+"""Runs tests/triton_interpreter in its own processes: the interpreter is chosen before kernels are imported.
+
+Every test there passes, or the one here fails and shows the output.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "triton_interpreter"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_in_the_interpreter(name) -> None:
+    if importlib.util.find_spec("triton") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("triton is not installed")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-W",
+        "ignore::RuntimeWarning",
+    ]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    env.pop("PYTEST_ADDOPTS", None)
+    inner = subprocess.run(
+        [*command, str(FOLDER / name)], env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True
+    )
+    summary = inner.stdout.strip().splitlines()[-1:] or [""]
+    assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
+    assert re.fullmatch(r"\d+ passed(, \d+ warnings?)? in .*", summary[0].strip("= ")), inner.stdout[-2000:]
