@@ -59,6 +59,8 @@ def pool_mixer(
     dtype = _compute_dtype(x)
     w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
     xc = x.to(dtype).contiguous()  # one call of to() with a memory format leaves x of the same dtype as it is
+    if w is None and b is not None:
+        w = torch.ones_like(b)  # torch 2.10's group_norm cannot differentiate a bias without a weight
     if stats is None:
         normed = torch.group_norm(xc, 1, w, b, eps)
     else:

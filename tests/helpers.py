@@ -133,6 +133,8 @@ def eager(
     """What a model without this package computes, in x's dtype; called on contiguous x, where it is right."""
     if weight is not None and bias is not None and weight.dtype != bias.dtype:  # which eager does not take
         weight, bias = weight.float(), bias.float()
+    if weight is None and bias is not None:  # torch 2.10 cannot differentiate a bias without a weight
+        weight = torch.ones_like(bias)
     n = F.group_norm(x, 1, weight, bias, eps)
     m = F.avg_pool2d(n, pool_size, 1, pool_size // 2, count_include_pad=False) - n
     m = m if layer_scale is None else m * layer_scale[:, None, None]
