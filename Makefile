@@ -1,5 +1,6 @@
 # make demo    PoolFormer on real photos: verified against timm and timed; writes report/index.html
 # make test    the test suite        make lint   ruff and clang-format     make bench  the benchmarks
+# make sanitize   the operators' tests under AddressSanitizer and UBSan
 # make setup   environment and extension only                              make clean  remove all of it
 # make gpu-check   build, CUDA tests and CUDA benchmarks with a Python that has torch and a GPU (no network needed)
 #
@@ -16,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 TORCH_STAMP := $(VENV)/.torch-$(subst =,_,$(subst >,_,$(subst <,_,$(subst $() ,_,$(TORCH)))))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test lint bench gpu-check clean
+.PHONY: setup demo test lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.extension
@@ -34,6 +35,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+sanitize: $(VENV)/.extra-test $(VENV)/.extension
+	POOLFORMER_KERNELS_SKIP_CUDA=1 POOLFORMER_KERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
+	  ../../tests/test_nn.py -m "not large" -k "not compile and not export" $(ARGS)
 
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"

@@ -1,0 +1,234 @@
+"""Compiles the launches ahead of time, without a GPU, and reads their resources from the machine code.
+
+``python -m poolformer_kernels.backends.triton.aot [--arch 90]`` prints the table.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import pool_mixer, statistics
+from .config import stats_tiles
+
+__all__ = ["ARCHS", "SHAPES", "Case", "Launch", "Resources", "compile_launch", "launches", "resource_table"]
+
+ARCHS = (80, 90, 100)
+#: (channels, height = width) of the four stages of the S and of the M family at 224x224
+SHAPES = ((64, 56), (128, 28), (320, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    """One call of the operator, forward and backward."""
+
+    dtype: torch.dtype
+    channels_last: bool
+    channels: int
+    size: int
+    pool_size: int = 3
+    residual: bool = True
+    given_stats: bool = True
+    return_stats: bool = True
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "nchw"
+        name = f"{_TYPES[self.dtype]} {layout} {self.channels}x{self.size}"
+        name += f" pool {self.pool_size}" if self.pool_size != 3 else ""
+        flags = zip(("plain", "own stats", "no y stats"), self[-3:], strict=True)
+        return ", ".join([name, *(text for text, usual in flags if not usual)])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked Triton for: a kernel and everything that its machine code depends on."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, object], ...]
+    case: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.case}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A row of the table. ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads."""
+
+    kernel: str
+    config: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    ldg128: int
+    ldg: int
+    instructions: int
+
+
+def launches(case: Case) -> list[Launch]:
+    """The launches of one call, recorded from the launchers themselves on tensors without data."""
+    fmt = torch.channels_last if case.channels_last else torch.contiguous_format
+    shape = (2, case.channels, case.size, case.size)
+    x = torch.empty(shape, dtype=case.dtype, device="meta", memory_format=fmt)
+    weight, bias, scale = (torch.empty(case.channels, dtype=case.dtype, device="meta") for _ in range(3))
+    drop = torch.empty(2, dtype=case.dtype, device="meta")
+    tiles = stats_tiles(shape, case.channels_last, case.pool_size)
+    stats = torch.empty((2, tiles, 3), device="meta") if case.given_stats else None
+    options = (case.pool_size, 1e-5, case.residual, case.return_stats)
+    with _recorded(str(case)) as log:
+        y, mean_rstd, _ = pool_mixer.forward(x, weight, bias, scale, drop, stats, *options)
+        pool_mixer.backward(y, x, mean_rstd, weight, bias, scale, drop, case.pool_size, case.residual)
+    return log
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Machine code of one launch for ``sm_<arch>``, and what it uses."""
+    source = ASTSource(
+        _kernels()[launch.kernel][1],
+        dict(launch.signature),
+        dict(launch.constants),
+        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("--dump-resource-usage", cubin)
+        code = _cuobjdump("--dump-sass", cubin)
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+    loads = [name for name in instructions if name.startswith("LDG.")]
+    return Resources(
+        kernel=launch.kernel,
+        config=launch.case,
+        arch=arch,
+        registers=used["REG"],
+        spills=used["STACK"] + used["LOCAL"],
+        shared=compiled.metadata.shared,
+        ldg128=sum(".128" in name for name in loads) + 2 * sum(".256" in name for name in loads),
+        ldg=len(loads),
+        instructions=len(instructions),
+    )
+
+
+def resource_table(
+    cases: list[Case], archs: tuple[int, ...] = ARCHS, processes: int | None = None
+) -> list[dict]:
+    """One row per distinct launch of the cases and architecture, compiled in parallel."""
+    jobs = [(launch, arch) for arch in archs for launch in distinct(cases)]
+    workers = processes or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return [asdict(row) for row in pool.map(compile_launch, *zip(*jobs, strict=True), chunksize=4)]
+
+
+def distinct(cases: list[Case]) -> list[Launch]:
+    """The launches of the cases, each machine code once, under the first case that needs it."""
+    found = {}
+    for case in cases:
+        for launch in launches(case):
+            key = (launch.kernel, launch.signature, launch.constants, launch.divisible, launch.options)
+            found.setdefault(key, launch)
+    return list(found.values())
+
+
+def _cuobjdump(action: str, cubin: Path) -> str:
+    env = os.environ | {"PATH": f"{_TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}  # it calls nvdisasm
+    command = [_TOOLS / "cuobjdump", action, cubin]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+
+class _Recorder:
+    """Stands in for a kernel and writes its launches down, specialised as Triton's launcher would."""
+
+    def __init__(self, kernel: triton.JITFunction, case: str, log: list[Launch]) -> None:
+        self.kernel, self.case, self.log = kernel, case, log
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "_Recorder":
+        return self
+
+    def __call__(self, *args, **options) -> None:
+        signature, constants, divisible = {}, {}, []
+        for index, (param, value) in enumerate(zip(self.kernel.params, args, strict=True)):
+            if isinstance(value, torch.Tensor):
+                signature[param.name] = f"*{_TYPES[value.dtype]}"
+                divisible.append(index)
+            elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
+                signature[param.name] = "constexpr"
+                constants[param.name] = value
+            elif isinstance(value, float):
+                signature[param.name] = "fp32"
+            else:
+                signature[param.name] = "i32"
+                if value % 16 == 0 and not param.do_not_specialize:
+                    divisible.append(index)
+        fields = (tuple(d.items()) for d in (signature, constants))
+        self.log.append(
+            Launch(self.kernel.__name__, *fields, tuple(divisible), tuple(options.items()), self.case)
+        )
+
+
+def _kernels() -> dict[str, tuple[ModuleType, triton.JITFunction]]:
+    """Every Triton function of the operator's modules; only kernels are ever launched."""
+    return {
+        name: (module, function)
+        for module in (statistics, pool_mixer)
+        for name, function in vars(module).items()
+        if isinstance(function, triton.JITFunction) and function.__module__ == module.__name__
+    }
+
+
+@contextlib.contextmanager
+def _recorded(case: str) -> Iterator[list[Launch]]:
+    kernels = _kernels()
+    if not kernels:
+        raise RuntimeError("the kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    log: list[Launch] = []
+    try:
+        for name, (module, kernel) in kernels.items():
+            setattr(module, name, _Recorder(kernel, case, log))
+        yield log
+    finally:
+        for name, (module, kernel) in kernels.items():
+            setattr(module, name, kernel)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Resources of the Triton kernels, compiled ahead of time")
+    parser.add_argument(
+        "--arch", type=int, nargs="*", default=ARCHS, help="compute capabilities, default 80 90 100"
+    )
+    archs = tuple(parser.parse_args().arch)
+    cases = [Case(dtype, last, *shape) for dtype in _TYPES for last in (True, False) for shape in SHAPES]
+    rows = resource_table(
+        [case._replace(given_stats=given) for case in cases for given in (True, False)], archs
+    )
+    print(
+        f"{'kernel':22}{'arch':>5}{'registers':>10}{'spills':>7}{'shared':>7}{'ldg128':>7}{'ldg':>5}  config"
+    )
+    for r in rows:
+        numbers = f"{r['arch']:5}{r['registers']:10}{r['spills']:7}{r['shared']:7}{r['ldg128']:7}{r['ldg']:5}"
+        print(f"{r['kernel']:22}{numbers}  {r['config']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The Triton kernels' numbers: the error rule over dtypes, layouts, shapes, pools and hard values."""
+
+import pytest
+import torch
+from helpers import (
+    GRAD_LAYOUTS,
+    HALVES,
+    LAYOUTS,
+    PARAMETERS,
+    as_layout,
+    as_vector_layout,
+    assert_close_to_fp64,
+    assert_right,
+    assert_same,
+    bits,
+    eager,
+    make_grad,
+    make_inputs,
+    randn,
+    run,
+    tiled_stats,
+)
+
+from poolformer_kernels import reference
+from poolformer_kernels.backends.triton import pool_mixer as kernels
+from poolformer_kernels.ops import pool_mixer
+from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
+
+DTYPES = (torch.float32, *HALVES)
+FORMATS = ("nchw", "channels_last")
+# H != W, strips cut short, several tiles, padded channels, one pixel, row or column, narrower than the pool
+SHAPES = (
+    *((2, 64, 14, 14), (3, 17, 9, 13), (1, 96, 7, 7), (2, 3, 13, 29)),
+    *((2, 1, 6, 4), (2, 24, 1, 1), (1, 16, 1, 9), (2, 5, 8, 1)),
+)
+POOLS = (
+    *((1, (2, 8, 6, 5)), (5, (2, 16, 9, 4)), (7, (1, 8, 10, 8))),
+    *((9, (1, 4, 9, 12)), (99, (1, 4, 2, 4))),
+)
+
+
+def check(inputs, grad=None, **options) -> None:
+    grad = make_grad(inputs) if grad is None else grad
+    before = {name: t.clone() for name, t in inputs.items() if t is not None}
+    assert_right(run(pool_mixer, inputs, grad, **options), inputs, grad, **options)
+    assert_same({name: inputs[name] for name in before}, before)  # nothing was written to
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_rule(shape, dtype, layout, residual) -> None:
+    inputs = make_inputs(shape, dtype)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    check(inputs, residual=residual)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "nchw"), (torch.bfloat16, "channels_last")])
+@pytest.mark.parametrize(("pool_size", "shape"), POOLS)
+def test_pool_sizes(pool_size, shape, dtype, layout) -> None:
+    inputs = make_inputs(shape, dtype)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    check(inputs, pool_size=pool_size, residual=True)
+
+
+def test_pool_too_large_to_unroll() -> None:
+    check(make_inputs((1, 4, 9, 7)), pool_size=11, residual=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_halves_are_rounded_to_nearest(dtype) -> None:
+    inputs = make_inputs((1, 16, 9, 10), dtype, parameter_dtype=torch.float32)
+    y = pool_mixer(**inputs, residual=True)
+    nearest = pool_mixer(**(inputs | {"x": inputs["x"].float()}), residual=True).to(dtype)
+    assert (
+        y == nearest
+    ).double().mean() > 0.99  # fp32 rounding breaks a tie now and then; truncation halves of all
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_x(layout) -> None:
+    inputs = make_inputs((3, 17, 8, 6))
+    x = inputs["x"] = as_layout(inputs["x"], layout)
+    check(inputs, residual=True)
+    y = pool_mixer(**inputs)
+    assert y.is_contiguous(memory_format=reference.memory_format_of(x))
+
+
+@pytest.mark.parametrize("x_layout", FORMATS)
+@pytest.mark.parametrize("layout", GRAD_LAYOUTS)
+def test_layouts_of_grad(layout, x_layout) -> None:
+    inputs = make_inputs((3, 17, 8, 6))
+    inputs["x"] = as_layout(inputs["x"], x_layout)
+    grad = as_layout(make_grad(inputs), layout)
+    before = bits(grad).clone()
+    check(inputs, grad, residual=True)
+    assert torch.equal(bits(grad), before)
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded", "offset", "column"])
+def test_layouts_of_parameters(layout) -> None:
+    inputs = make_inputs((3, 17, 8, 6))
+    inputs |= {name: as_vector_layout(inputs[name], layout) for name in PARAMETERS}
+    check(inputs, residual=True)
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("weight",), ("bias",), ("layer_scale",), ("drop_scale", "weight")], ids=str
+)
+def test_missing_parameters(given) -> None:
+    check(make_inputs((3, 17, 8, 6), parameters=given), residual=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float32_parameters_with_half_x(dtype) -> None:
+    check(make_inputs((2, 17, 8, 6), dtype, parameter_dtype=torch.float32), residual=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("mean", "sigma"), [(1e2, 1.0), (1e4, 1.0), (1e2, 1e-2), (-1e3, 30.0)])
+def test_mean_much_larger_than_sigma(mean, sigma, layout) -> None:
+    inputs = make_inputs((2, 16, 9, 10), mean=mean, sigma=sigma)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    for residual in (True, False):
+        check(inputs, residual=residual)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.1, -2.3, 1e4 + 1 / 3])
+def test_constant_image_gives_exactly_zero(value, dtype, layout) -> None:
+    x = as_layout(torch.full((2, 17, 9, 8), value).to(dtype), layout)
+    assert torch.equal(pool_mixer(x, None, None), torch.zeros_like(x))
+    assert torch.equal(pool_mixer(x, None, None, residual=True), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_variance_that_overflows(dtype) -> None:
+    x = (1e30 * randn(2, 4, 7, 8)).to(dtype)
+    assert torch.equal(pool_mixer(x, None, None), torch.zeros_like(x))  # rstd is 0, as in eager on CUDA
+    assert torch.equal(pool_mixer(x, None, None, residual=True), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "layer_scale", "drop_scale"])
+def test_nan_and_infinity_where_eager_has_them(name, value, dtype) -> None:
+    inputs = make_inputs((3, 5, 8, 6), dtype)
+    inputs[name].view(-1)[-1] = value
+    y = pool_mixer(**inputs, residual=True)
+    expected = eager(**inputs, residual=True)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    assert torch.allclose(y[finite].float(), expected[finite].float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 14, 14), (3, 17, 9, 13), (2, 1, 1, 1), (1, 24, 20, 3)], ids=str)
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+def test_statistics_of_the_rounded_y(residual, shape, dtype, layout) -> None:
+    for mean in (-2.3, 1e3):
+        inputs = make_inputs(shape, dtype, mean=mean)
+        inputs["x"] = as_layout(inputs["x"], layout)
+        y, stats = pool_mixer_with_stats(**inputs, residual=residual)
+        assert stats.dtype == torch.float32
+        assert torch.equal(stats[:, :, 0].sum(1), torch.full((shape[0],), float(y[0].numel())))
+        exact = reference.merge_stats(reference.sample_stats(y.double()))
+        ours = reference.merge_stats(stats.double())
+        theirs = reference.merge_stats(reference.sample_stats(y))
+        sigma = exact[1].sqrt()
+        assert_close_to_fp64(ours[0].float(), theirs[0].float(), exact[0], scale=exact[0].abs() + sigma)
+        scale = exact[1] + exact[0].abs() * sigma  # the partials' means are rounded to float32
+        assert_close_to_fp64(ours[1].float(), theirs[1].float(), exact[1], scale=scale, ulps=2)
+
+
+@pytest.mark.parametrize("tiles", [1, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_given_statistics(dtype, tiles) -> None:
+    inputs = make_inputs((2, 17, 9, 13), dtype, mean=40.0)
+    stats = tiled_stats(inputs["x"], tiles)
+    assert stats.shape[1] > tiles // 2
+    grad = make_grad(inputs)
+    for given in (stats, torch.stack([stats] * 2)[1], stats.transpose(1, 2).contiguous().transpose(1, 2)):
+        mixer = lambda given=given, **kw: pool_mixer_with_stats(**kw, stats=given, return_stats=False)[0]  # noqa: E731
+        assert_right(run(mixer, inputs, grad, residual=True), inputs, grad, residual=True)
+
+
+def test_given_statistics_are_used() -> None:
+    x = randn(2, 4, 7, 8)
+    quarter = reference.sample_stats(x) * torch.tensor([1.0, 1.0, 16.0])
+    y, _ = pool_mixer_with_stats(x, None, None, stats=quarter, eps=0.0)
+    assert torch.allclose(4 * y, pool_mixer(x, None, None, eps=0.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_64_bit_offsets_change_nothing(layout, monkeypatch) -> None:
+    inputs = make_inputs((2, 17, 9, 6))
+    inputs["x"] = as_layout(inputs["x"], layout)
+    grad = make_grad(inputs)
+    narrow = run(pool_mixer, inputs, grad)
+    plan = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda *args: plan(*args)._replace(wide=True))
+    assert_same(run(pool_mixer, inputs, grad), narrow)
+
+
+def test_samples_of_two_to_the_31_elements_get_64_bit_offsets() -> None:
+    assert not kernels.plan(64, 56, 56, True, 3, 2).wide
+    assert kernels.plan(64, 2**13, 2**12, True, 3, 2).wide
