@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -79,25 +80,37 @@ Tensor empty_like(const Tensor& x, bool channels_last) {
   return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
 }
 
-template <class T>
-void add_strided(const Tensor& t, float* out, int64_t n, bool multiply) {
-  const T* data = static_cast<const T*>(t.data_ptr());
-  const int64_t stride = t.stride(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = static_cast<float>(data[i * stride]);
-    out[i] = multiply ? out[i] * value : out[i] + 0.0f * value;
-  }
+inline float to_float(float value) { return value; }
+inline float to_float(Half value) { return static_cast<float>(value); }
+inline float to_float(BFloat16 value) {  // by hand, so that the loop over it is vectorised
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
 }
 
-// out *= t, or with `multiply` false out += 0 t, which only lets inf and NaN through.
-void apply_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, bool multiply = true) {
-  if (!t.has_value()) return;
+template <class T>
+void copy_floats(const Tensor& t, float* out, int64_t n) {
+  const T* data = static_cast<const T*>(t.data_ptr());
+  const int64_t stride = t.stride(0);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i * stride]);
+}
+
+// The parameter's values, or `absent` n times.
+void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
+  if (!t.has_value()) {
+    std::fill(out, out + n, absent);
+    return;
+  }
   STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "pool_mixer_cpp: ", name,
                   " must be a CPU tensor of ", n, " elements");
   switch (t->scalar_type()) {
-    case ScalarType::Float: return add_strided<float>(*t, out, n, multiply);
-    case ScalarType::BFloat16: return add_strided<BFloat16>(*t, out, n, multiply);
-    case ScalarType::Half: return add_strided<Half>(*t, out, n, multiply);
+    case ScalarType::Float: return copy_floats<float>(*t, out, n);
+    case ScalarType::BFloat16: return copy_floats<BFloat16>(*t, out, n);
+    case ScalarType::Half: return copy_floats<Half>(*t, out, n);
     default: STD_TORCH_CHECK(false, "pool_mixer_cpp: ", name, " must be float32, bfloat16 or float16");
   }
 }
@@ -140,7 +153,7 @@ class Arena {
 struct Call {
   PoolMixerParams p{};
   int64_t items = 0;  // of one sample
-  float *coef, *mean, *scale, *correct;
+  float *coef, *gamma, *layer, *mean, *scale, *correct;
 
   Call(const Tensor& x, int64_t pool, bool residual, bool channels_last) {
     p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
@@ -157,7 +170,7 @@ struct Call {
 
   int64_t sample() const { return p.channels * p.height * p.width; }
   int64_t tables() const {
-    return p.channels + 3 * p.batch + 2 * (p.height + p.width) + (std::min(p.pool, p.height) + 1) * p.width +
+    return 3 * p.channels + 3 * p.batch + 2 * (p.height + p.width) + (std::min(p.pool, p.height) + 1) * p.width +
            8 * kLanesMax;
   }
 
@@ -166,11 +179,13 @@ struct Call {
     p.mean = mean = arena.take(p.batch);
     p.scale = scale = arena.take(p.batch);
     p.correct = correct = arena.take(p.batch);
-    std::fill(coef, coef + p.channels, 1.0f);
-    apply_vector(weight, "weight", coef, p.channels);
-    apply_vector(weight, "weight", coef, p.channels, false);  // inf - inf
-    apply_vector(bias, "bias", coef, p.channels, false);
-    apply_vector(layer_scale, "layer_scale", coef, p.channels);
+    gamma = arena.take(p.channels);
+    layer = arena.take(p.channels);
+    read_vector(weight, "weight", gamma, p.channels, 1);
+    read_vector(bias, "bias", coef, p.channels, 0);
+    read_vector(layer_scale, "layer_scale", layer, p.channels, 1);
+    // Where gamma or beta is infinite, eager subtracts infinities: 0 * inf carries the NaN over.
+    for (int64_t c = 0; c < p.channels; ++c) coef[c] = (gamma[c] + 0.0f * (gamma[c] + coef[c])) * layer[c];
     taps(arena, p.height, &p.row_taps, &p.row_inv);
     taps(arena, p.width, &p.col_taps, &p.col_inv);
     float* inv = arena.take((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
@@ -247,8 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   p.out = y.mutable_data_ptr();
   p.x_partials = arena.take(3 * batch * p.chunks);
   p.y_partials = return_stats ? arena.take(3 * batch * call.items) : nullptr;
-  std::fill(call.scale, call.scale + batch, 1.0f);
-  apply_vector(drop_scale, "drop_scale", call.scale, batch);
+  read_vector(drop_scale, "drop_scale", call.scale, batch, 1);
 
   const Tensor given = stats.has_value() ? in_layout(*stats, false) : Tensor();
   const float* given_data = nullptr;
@@ -321,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   Tensor dweight = empty({channels}, {1}, f32), dlayer_scale = empty({channels}, {1}, f32);
   Tensor ddrop_scale = empty({batch}, {1}, f32);
 
-  Arena arena(call.tables() + batch * (call.items * (channels_last ? channels : 1) + channels + 1) + 2 * channels);
+  Arena arena(call.tables() + batch * (call.items * (channels_last ? channels : 1) + channels + 1));
   call.fill(arena, weight, std::nullopt, layer_scale);
   p.x = x.data_ptr();
   p.grad = g.data_ptr();
@@ -329,13 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   // q per (strip, channel) in channels_last and per (channel, strip) in NCHW
   p.q_partials = arena.take(batch * call.items * (channels_last ? channels : 1));
   float *q = arena.take(batch * channels), *drop = arena.take(batch);
-  float *gamma = arena.take(channels), *layer = arena.take(channels);
-  std::fill(drop, drop + batch, 1.0f);
-  std::fill(gamma, gamma + channels, 1.0f);
-  std::fill(layer, layer + channels, 1.0f);
-  apply_vector(drop_scale, "drop_scale", drop, batch);
-  apply_vector(weight, "weight", gamma, channels);
-  apply_vector(layer_scale, "layer_scale", layer, channels);
+  read_vector(drop_scale, "drop_scale", drop, batch, 1);
   const float* mr = static_cast<const float*>(saved.data_ptr());
   float* drop_out = static_cast<float*>(ddrop_scale.mutable_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
@@ -381,8 +389,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   for (int64_t c = 0; c < channels; ++c) {
     double total = 0;
     for (int64_t b = 0; b < batch; ++b) total += static_cast<double>(drop[b]) * q[b * channels + c];
-    dw[c] = layer[c] * total;
-    ds[c] = gamma[c] * total;
+    dw[c] = call.layer[c] * total;
+    ds[c] = call.gamma[c] * total;
   }
   return {dx, dweight, dlayer_scale, ddrop_scale};
 }
