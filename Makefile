@@ -61,7 +61,7 @@ $(VENV)/.created:
 $(TORCH_STAMP): $(VENV)/.created
 	rm -f $(VENV)/.torch-* $(VENV)/.extension $(VENV)/.extra-*
 	$(PIP) "$(TORCH)"
-	$(PIP) "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(PIP) "setuptools>=77" wheel ninja
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(VENV)/constraints.txt
 	touch $@
 

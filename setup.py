@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 # 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-CXX_FLAGS = "-std=c++20 -O3 -g0 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall".split()
-CXX_FLAGS += "-Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized".split()  # false in vector headers
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+CXX_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 def flag(name: str) -> bool:
@@ -47,15 +47,6 @@ def nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((found for found in map(shutil.which, candidates) if found), None)
-
-
-def pybind11_include() -> list[str]:
-    """pybind11's own headers; torch's wheels hold a copy, so a machine without the package builds too."""
-    try:
-        import pybind11
-    except ImportError:
-        return []
-    return [pybind11.get_include()]
 
 
 def cuda_version(compiler_path: str) -> str:
@@ -109,7 +100,7 @@ def extension() -> tuple[list, dict]:
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     cuda_compiler = nvcc() if cuda_sources else None
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-    include = [*include_paths(), *pybind11_include()]
+    include = include_paths()  # torch brings pybind11's headers
     defines = [
         *DEFINES,
         ("PK_TORCH_VERSION", f'"{torch.__version__}"'),

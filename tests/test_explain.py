@@ -17,12 +17,18 @@ def test_tensor_names_the_backend_that_runs():
 def test_model_has_a_line_for_every_operator():
     lines = pk.explain(pk.create_model("poolformer_s12")).splitlines()
     assert [line.split()[1] for line in lines] == ["pool_mixer", "mlp"] * 12
-    assert lines[0].split()[:3] == ["network.0.0.token_mixer", "pool_mixer", select_backend("cpu", torch.float32)]
+    assert lines[0].split()[:3] == [
+        "network.0.0.token_mixer",
+        "pool_mixer",
+        select_backend("cpu", torch.float32),
+    ]
 
 
 def test_mixer_says_which_choice_cannot_be_met():
     with pk.use_backend("cpp" if pk.available_backends()["cpp"] else "triton"):
-        place, operator, backend, reason = pk.explain(torch.nn.Sequential(pk.nn.PoolMixer(8))).split(maxsplit=3)
+        place, operator, backend, reason = pk.explain(torch.nn.Sequential(pk.nn.PoolMixer(8))).split(
+            maxsplit=3
+        )
     assert (place, operator, backend) == ("0", "pool_mixer", "none")
     assert "was asked for and cannot run this call" in reason
 

@@ -39,7 +39,7 @@ PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
   constexpr int kWays = 4, kWords = 2 * kLanes;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   __m512 sum[kWays] = {}, squares[kWays] = {};
-  const auto add = [&](int way, __m512i words) __attribute__((always_inline)) {
+  const auto add = [&](int way, __m512i words) PK_FORCED {
     sum[way] = _mm512_dpbf16_ps(sum[way], (__m512bh)words, ones);
     squares[way] = _mm512_dpbf16_ps(squares[way], (__m512bh)words, (__m512bh)words);
   };
@@ -341,52 +341,50 @@ struct PoolLast {
     }
     YMoments local;
     Pair total{};
-    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
       const T* here = in + w * channels;
       column_sums<W>(
           p, h,
-          [&](int64_t r) __attribute__((always_inline)) {
+          [&](int64_t r) PK_FORCED {
             Pair v = get_pair<PARTIAL>(here + r * row, lanes);
             if constexpr (kShifted<T>) v = {v.a - sub, v.b - sub};
             return v;
           },
           sum, center);
     };
-    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border)
-                          __attribute__((always_inline)) {
-                            PK_EACH_ROW {
-                              Pair c = inner.row[r];
-                              vf full = taps[r] * 3.0f;
-                              if constexpr (decltype(border)::value) {
-                                const vf here = splat(inv[r][w]);
-                                c = {scale.a * here, scale.b * here};
-                                full = taps[r] * splat(count[w]);
-                              }
-                              const Pair s = sum.row[r], m = center.row[r];
-                              const Pair difference = {s.a - full * m.a, s.b - full * m.b};
-                              if constexpr (TASK == Task::reduce) {
-                                const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
-                                total.a += (c.a * difference.a) * g.a;
-                                total.b += (c.b * difference.b) * g.b;
-                              } else {
-                                Pair base = m;
-                                if constexpr (kShifted<T>)
-                                  base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
-                                const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
-                                                    c.b * difference.b + (vf)((vu)base.b & mask)};
-                                put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
-                                if constexpr (TASK == Task::forward_stats) {
-                                  Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
-                                  if constexpr (PARTIAL) {
-                                    const Pair used = lanes_pair(lanes, out);
-                                    d = {d.a * used.a, d.b * used.b};
-                                  }
-                                  local.add(d.a);
-                                  local.add(d.b);
-                                }
-                              }
-                            }
-                          };
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border) PK_FORCED {
+      PK_EACH_ROW {
+        Pair c = inner.row[r];
+        vf full = taps[r] * 3.0f;
+        if constexpr (decltype(border)::value) {
+          const vf here = splat(inv[r][w]);
+          c = {scale.a * here, scale.b * here};
+          full = taps[r] * splat(count[w]);
+        }
+        const Pair s = sum.row[r], m = center.row[r];
+        const Pair difference = {s.a - full * m.a, s.b - full * m.b};
+        if constexpr (TASK == Task::reduce) {
+          const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
+          total.a += (c.a * difference.a) * g.a;
+          total.b += (c.b * difference.b) * g.b;
+        } else {
+          Pair base = m;
+          if constexpr (kShifted<T>) base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
+          const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
+                              c.b * difference.b + (vf)((vu)base.b & mask)};
+          put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
+          if constexpr (TASK == Task::forward_stats) {
+            Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
+            if constexpr (PARTIAL) {
+              const Pair used = lanes_pair(lanes, out);
+              d = {d.a * used.a, d.b * used.b};
+            }
+            local.add(d.a);
+            local.add(d.b);
+          }
+        }
+      }
+    };
     sweep<W>(p.width, p.pool, scratch, column, emit);
     if constexpr (TASK == Task::forward_stats) moments.add(local);
     if constexpr (TASK == Task::reduce) q = {q.a + total.a, q.b + total.b};
@@ -456,19 +454,19 @@ struct BackwardLast {
     const Pair scale = coef;
     const vf center_x = mean, k = correct;
     const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
-    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) __attribute__((always_inline)) {
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
       const T* here = gradient + w * channels;
       const vf across = splat(col_inv[w]);
       column_sums<W>(
           p, h,
-          [&](int64_t r) __attribute__((always_inline)) {
+          [&](int64_t r) PK_FORCED {
             const Pair v = get_pair<PARTIAL>(here + r * row, lanes);
             const vf weight = across * splat(row_inv[r]);
             return Pair{v.a * weight, v.b * weight};
           },
           sum, center);
     };
-    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>&, auto) __attribute__((always_inline)) {
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>&, auto) PK_FORCED {
       PK_EACH_ROW {
         const int64_t here = r * row + w * channels;
         const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);
@@ -550,7 +548,7 @@ struct Strip {
   template <int POOL, bool WEIGHTED, class Use>
   PK_INLINE void pool(int64_t w, const Use& use) const {
     if constexpr (POOL == 3) {
-      const auto across = [&](int64_t h, vf& center) __attribute__((always_inline)) {
+      const auto across = [&](int64_t h, vf& center) PK_FORCED {
         const float* at = row(h) + w;
         center = read<vf>(at);
         const vf sum = (read<vf>(at - 1) + center) + read<vf>(at + 1);
@@ -614,7 +612,7 @@ struct PoolPlane {
     T* out = y + w;
     YMoments local;
     vf sums{};
-    strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) __attribute__((always_inline)) {
+    strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) PK_FORCED {
       const int64_t taps = valid_taps(h, p.height, p.pool);
       vf c = whole_coef, all = whole_count;
       if (taps != p.pool) {
@@ -646,7 +644,7 @@ void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t las
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
     const Strip strip(p, item % p.strips, scratch);
     const T* x = static_cast<const T*>(p.x) + offset;
-    strip.fill(x, [&](vf v, int64_t w, auto partial) __attribute__((always_inline)) {
+    strip.fill(x, [&](vf v, int64_t w, auto partial) PK_FORCED {
       if constexpr (!kShifted<T>) return v;
       v = v - shift;
       if constexpr (decltype(partial)::value) v = head(v, p.width - w);
@@ -684,7 +682,7 @@ struct BackwardPlane {
     const vf scale = coef, k = correct, center_x = mean;
     const T *in = x + w, *gradient = grad + w;
     T* out = dx + w;
-    strip.template pool<POOL, true>(w, [&](int64_t h, vf sum, vf) __attribute__((always_inline)) {
+    strip.template pool<POOL, true>(w, [&](int64_t h, vf sum, vf) PK_FORCED {
       const int64_t here = h * p.width;
       const vf g = get<PARTIAL>(gradient + here, n), e = sum - g;
       const vf d = get<PARTIAL>(in + here, n) - center_x;
@@ -699,7 +697,7 @@ void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
     const Strip strip(p, item % p.strips, scratch);
     const T* grad = static_cast<const T*>(p.grad) + offset;
-    strip.fill(grad, [&](vf v, int64_t w, auto) __attribute__((always_inline)) {
+    strip.fill(grad, [&](vf v, int64_t w, auto) PK_FORCED {
       return v * read<vf>(p.col_inv + w);  // zero behind the row
     });
     BackwardPlane<T, POOL> kernel{p,

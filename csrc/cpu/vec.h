@@ -27,6 +27,7 @@ struct fp16 {
 };
 
 #define PK_INLINE inline __attribute__((always_inline))
+#define PK_FORCED __attribute__((always_inline))  // of a lambda
 
 PK_INLINE vf splat(float a) { return a - vf{}; }
 
@@ -55,7 +56,6 @@ PK_INLINE vu round_bits(vf v) {
   const vu u = (vu)v;
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
-PK_INLINE vf rounded(vf v, const bf16*) { return (vf)(round_bits(v) & 0xffff0000u); }
 #if PK_LEVEL >= 2
 PK_INLINE vf widen(vh h, const bf16*) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16); }
 #elif PK_LEVEL == 1
@@ -65,10 +65,14 @@ PK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, v
 #endif
 #if PK_LEVEL == 3
 PK_INLINE vh narrow(vf v, const bf16*) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
+PK_INLINE vf rounded(vf v, const bf16* tag) { return widen(narrow(v, tag), tag); }
 #elif PK_LEVEL == 2
 PK_INLINE vh narrow(vf v, const bf16*) { return (vh)_mm512_cvtepi32_epi16((__m512i)(round_bits(v) >> 16)); }
 #else
 PK_INLINE vh narrow(vf v, const bf16*) { return __builtin_convertvector(round_bits(v) >> 16, vh); }
+#endif
+#if PK_LEVEL < 3
+PK_INLINE vf rounded(vf v, const bf16*) { return (vf)(round_bits(v) & 0xffff0000u); }
 #endif
 
 // --- float16
@@ -200,7 +204,8 @@ PK_INLINE void store_pair(T* p, Pair v, int64_t n) {
 PK_INLINE Pair floats_pair(const float* p, int64_t n, const void*) { return load_pair(p, n); }
 PK_INLINE Pair floats_pair(const float* p, int64_t n, const bf16*) {
   float even[kLanes] = {}, odd[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) (i % 2 ? odd : even)[i / 2] = p[i];
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) even[i] = p[2 * i];
+  for (int64_t i = 0; i < n / 2; ++i) odd[i] = p[2 * i + 1];
   return {read<vf>(even), read<vf>(odd)};
 }
 PK_INLINE void store_floats(float* p, Pair v, int64_t n, const void*) { store_pair(p, v, n); }
@@ -208,5 +213,6 @@ PK_INLINE void store_floats(float* p, Pair v, int64_t n, const bf16*) {
   float even[kLanes], odd[kLanes];
   write(even, v.a);
   write(odd, v.b);
-  for (int64_t i = 0; i < n; ++i) p[i] = (i % 2 ? odd : even)[i / 2];
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) p[2 * i] = even[i];
+  for (int64_t i = 0; i < n / 2; ++i) p[2 * i + 1] = odd[i];
 }
