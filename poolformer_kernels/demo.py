@@ -50,7 +50,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from timm.models.metaformer import checkpoint_filter_fn
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch without CUDA
     raise CommandError(
         f"the demo's extras are missing ({error}): pip install '{__package__}[demo]'"
     ) from None

@@ -10,10 +10,13 @@ from torch import nn
 
 
 def require(name: str) -> ModuleType:
-    """The package, or the test is skipped without it; in CI that is a failure."""
+    """The package, or the test is skipped without it; in CI that is a failure.
+
+    RuntimeError: torchvision beside a torch without CUDA.
+    """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {name}: {error}")
 
 

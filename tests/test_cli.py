@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peers import require
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import main
@@ -16,7 +17,7 @@ from poolformer_kernels.cli import main
 def demo_module():
     """The demo, or a skip where its extras are not installed."""
     for package in ("PIL", "rich", "sklearn", "timm"):
-        pytest.importorskip(package)
+        require(package)
     from poolformer_kernels import demo
 
     return demo

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers import require
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def _sass(cubin):
 
 
 def _triton_cuobjdump():
-    triton = pytest.importorskip("triton")
+    triton = require("triton")
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 

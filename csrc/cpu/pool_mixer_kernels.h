@@ -27,7 +27,7 @@ PK_INLINE float plain_sum(const float* p, int64_t n) {
 }
 
 PK_INLINE void write_moments(float* out, int64_t n, float shift, float sum, float squares) {
-  const float m2 = squares - sum * (sum / n);
+  const double m2 = squares - sum * (double(sum) / n);  // where squares is infinite, the product is not
   out[0] = n;
   out[1] = shift + sum / n;
   out[2] = m2 < 0 ? 0 : m2;
