@@ -2,8 +2,9 @@
 //
 // The pool is separable. In channels_last two rows are swept along w with a block of channels: the vertical sums of the
 // next column are loaded, those of the last three stay in registers. In NCHW a strip of a plane is widened into
-// zero-padded float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs the
-// sample's mean is subtracted on load, so a large mean costs no digits.
+// zero-padded float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs a
+// shift is subtracted on load (the sample's mean; in NCHW that of the plane's first row), so a large mean costs no
+// digits.
 
 template <class T>
 constexpr bool kShifted = sizeof(T) == 4;
@@ -636,14 +637,23 @@ struct PoolPlane {
   }
 };
 
+template <class T>
+PK_INLINE float row_mean(const T* row, int64_t width) {
+  vf sum{};
+  int64_t w = 0;
+  for (; w + kLanes <= width; w += kLanes) sum += load(row + w);
+  if (w < width) sum += load(row + w, width - w);
+  return hsum(sum) / width;
+}
+
 template <class T, int POOL, Task TASK>
 void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   const float mean = p.mean[b];
-  const vf shift = splat(kShifted<T> ? mean : 0);
   for (int64_t item = first; item < last; ++item) {
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
     const Strip strip(p, item % p.strips, scratch);
     const T* x = static_cast<const T*>(p.x) + offset;
+    const vf shift = splat(kShifted<T> ? row_mean(x, p.width) : 0);
     strip.fill(x, [&](vf v, int64_t w, auto partial) PK_FORCED {
       if constexpr (!kShifted<T>) return v;
       v = v - shift;
