@@ -1,11 +1,7 @@
 // Merging sample statistics kept as partials (count, mean, M2), for host and device.
 #pragma once
 
-#if defined(__CUDACC__)
-#define PK_HOST_DEVICE __host__ __device__
-#else
-#define PK_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace pk {
 

@@ -3,11 +3,7 @@
 
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define PK_HOST_DEVICE __host__ __device__
-#else
-#define PK_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace pk {
 

@@ -1,0 +1,365 @@
+// The token mixer's kernels in channels_last, for one instruction-set level: an item is a strip of rows.
+
+// The rows h .. h + ROWS - 1 of the output, for a pool of 3: ABOVE and BELOW say whether their neighbours exist.
+// ROWS == 0 is one row of any other pool.
+template <int ROWS_, bool ABOVE_, bool BELOW_>
+struct Window {
+  static constexpr int ROWS = ROWS_ ? ROWS_ : 1;
+  static constexpr bool ABOVE = ABOVE_, BELOW = BELOW_, ANY = ROWS_ == 0;
+  static constexpr int taps(int row) { return 1 + (row > 0 || ABOVE) + (row < ROWS - 1 || BELOW); }
+};
+
+template <int ROWS>
+struct Block {
+  Pair row[ROWS];
+};
+
+#define PK_EACH_ROW _Pragma("GCC unroll 2") for (int r = 0; r < ROWS; ++r)
+
+// Vertical sums of one column, and the column itself: at(row) is a Pair, row from h - half to h + ROWS - 1 + half.
+template <class W, class At>
+PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Block<W::ROWS>& sum,
+                           Block<W::ROWS>& center) {
+  if constexpr (W::ANY) {
+    const int64_t half = p.pool / 2, first = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+    Pair total = at(first);
+    if (first == h) center.row[0] = total;
+    for (int64_t row = first + 1; row < first + taps; ++row) {
+      const Pair v = at(row);
+      if (row == h) center.row[0] = v;
+      total.a += v.a;
+      total.b += v.b;
+    }
+    sum.row[0] = total;
+  } else {
+    center.row[0] = at(h);
+    Pair middle = center.row[0];
+    if constexpr (W::ROWS == 2) {
+      center.row[1] = at(h + 1);
+      middle.a += center.row[1].a;
+      middle.b += center.row[1].b;
+      sum.row[1] = middle;
+    }
+    sum.row[0] = middle;
+    if constexpr (W::ABOVE) {
+      const Pair v = at(h - 1);
+      sum.row[0].a += v.a;
+      sum.row[0].b += v.b;
+    }
+    if constexpr (W::BELOW) {
+      const Pair v = at(h + W::ROWS);
+      sum.row[W::ROWS - 1].a += v.a;
+      sum.row[W::ROWS - 1].b += v.b;
+    }
+  }
+}
+
+// Horizontal sums: emit(w, sum, center, True or False) for each w, from column(w, sum, center). True: w may lack taps.
+template <class W, class Column, class Emit>
+PK_INLINE void sweep(int64_t width, int64_t pool, float* scratch, const Column& column, const Emit& emit) {
+  constexpr int ROWS = W::ROWS;
+  if constexpr (!W::ANY) {
+    Block<ROWS> center{}, next_center{}, previous{}, current{}, next{}, sum;
+    column(0, current, center);
+    if (width == 1) return emit(0, current, center, True{});
+    column(1, next, next_center);
+    PK_EACH_ROW sum.row[r] = {current.row[r].a + next.row[r].a, current.row[r].b + next.row[r].b};
+    emit(0, sum, center, True{});
+    for (int64_t w = 1; w < width - 1; ++w) {
+      previous = current;
+      current = next;
+      center = next_center;
+      column(w + 1, next, next_center);
+      PK_EACH_ROW sum.row[r] = {(previous.row[r].a + current.row[r].a) + next.row[r].a,
+                                (previous.row[r].b + current.row[r].b) + next.row[r].b};
+      emit(w, sum, center, False{});
+    }
+    PK_EACH_ROW sum.row[r] = {current.row[r].a + next.row[r].a, current.row[r].b + next.row[r].b};
+    emit(width - 1, sum, next_center, True{});
+  } else {
+    const int64_t half = pool / 2;
+    constexpr int64_t kPair = 2 * kLanes;
+    float* columns = scratch;  // [half + width + half] pairs, zero outside the row
+    float* centers = scratch + (width + 2 * half) * kPair;
+    __builtin_memset(columns, 0, half * kPair * sizeof(float));
+    __builtin_memset(columns + (half + width) * kPair, 0, half * kPair * sizeof(float));
+    Block<1> sum{}, center{};
+    for (int64_t w = 0; w < width; ++w) {
+      column(w, sum, center);
+      write(columns + (half + w) * kPair, sum.row[0]);
+      write(centers + w * kPair, center.row[0]);
+    }
+    for (int64_t w = 0; w < width; ++w) {
+      Pair total = read<Pair>(columns + w * kPair);
+      for (int64_t k = 1; k < pool; ++k) {
+        const Pair v = read<Pair>(columns + (w + k) * kPair);
+        total.a += v.a;
+        total.b += v.b;
+      }
+      sum.row[0] = total;
+      center.row[0] = read<Pair>(centers + w * kPair);
+      emit(w, sum, center, True{});
+    }
+  }
+}
+
+// 1 in the lanes of the first n elements in the order of load_pair(T*), 0 in the others.
+template <class T>
+PK_INLINE Pair lanes_pair(int64_t n, const T* tag) {
+  float ones[2 * kLanes];
+  for (int64_t i = 0; i < n; ++i) ones[i] = 1;
+  return floats_pair(ones, n, tag);
+}
+
+template <bool PARTIAL, class T>
+PK_INLINE Pair get_pair(const T* p, int64_t n) {
+  if constexpr (PARTIAL) return load_pair(p, n);
+  return load_pair(p);
+}
+template <bool PARTIAL, class T>
+PK_INLINE void put_pair(T* p, Pair v, int64_t n) {
+  if constexpr (PARTIAL)
+    store_pair(p, v, n);
+  else
+    store_pair(p, v);
+}
+
+constexpr int kSweepRows = PK_LEVEL >= 2 ? 2 : 1;  // two rows share a sum; with 16 registers they would spill
+
+// Runs kernel.rows<Window>(h) over the strip's rows.
+template <class Kernel>
+PK_INLINE void for_rows(const PoolMixerParams& p, int64_t strip, Kernel& kernel) {
+  const int64_t begin = strip * p.strip_rows, end = begin + p.strip_rows < p.height ? begin + p.strip_rows : p.height;
+  int64_t h = begin;
+  if (p.pool != 3) {
+    for (; h < end; ++h) kernel.template rows<Window<0, false, false>>(h);
+    return;
+  }
+  if constexpr (kSweepRows == 2)
+    for (; h + 2 <= end; h += 2) {
+      const bool above = h > 0, below = h + 2 < p.height;
+      if (above && below)
+        kernel.template rows<Window<2, true, true>>(h);
+      else if (below)
+        kernel.template rows<Window<2, false, true>>(h);
+      else if (above)
+        kernel.template rows<Window<2, true, false>>(h);
+      else
+        kernel.template rows<Window<2, false, false>>(h);
+    }
+  for (; h < end; ++h) {
+    const bool above = h > 0, below = h + 1 < p.height;
+    if (above && below)
+      kernel.template rows<Window<1, true, true>>(h);
+    else if (below)
+      kernel.template rows<Window<1, false, true>>(h);
+    else if (above)
+      kernel.template rows<Window<1, true, false>>(h);
+    else
+      kernel.template rows<Window<1, false, false>>(h);
+  }
+}
+
+template <class T, Task TASK, bool PARTIAL>
+struct PoolLast {
+  const PoolMixerParams& p;
+  const T* x;     // of the sample, at the block's first channel
+  const T* grad;  // reduce
+  T* y;
+  int64_t n;  // channels of the block
+  Pair coef;  // gamma * layer_scale * drop_scale * rstd
+  vf shift;
+  float y_shift;
+  bool residual;
+  float* scratch;
+  YMoments moments{};
+  Pair q{};
+
+  template <class W>
+  __attribute__((noinline)) void rows(int64_t h) {
+    constexpr int ROWS = W::ROWS;
+    const int64_t channels = p.channels, row = p.width * channels, lanes = n;
+    const T *in = x, *gradient = grad + h * row;
+    T* out = y + h * row;
+    const float* count = p.col_taps;
+    const vf around = splat(y_shift), sub = shift;
+    const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
+    const Pair scale = coef;
+    const float* inv[ROWS];
+    vf taps[ROWS];
+    Block<ROWS> inner;
+    PK_EACH_ROW {
+      const int64_t valid = W::ANY ? valid_taps(h, p.height, p.pool) : W::taps(r);
+      inv[r] = p.inv + valid * p.width;
+      taps[r] = splat(float(valid));
+      const vf whole = splat(p.width > 2 ? inv[r][1] : 0);
+      inner.row[r] = {scale.a * whole, scale.b * whole};
+    }
+    YMoments local;
+    Pair total{};
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
+      const T* here = in + w * channels;
+      column_sums<W>(
+          p, h,
+          [&](int64_t r) PK_FORCED {
+            Pair v = get_pair<PARTIAL>(here + r * row, lanes);
+            if constexpr (kShifted<T>) v = {v.a - sub, v.b - sub};
+            return v;
+          },
+          sum, center);
+    };
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border) PK_FORCED {
+      PK_EACH_ROW {
+        Pair c = inner.row[r];
+        vf full = taps[r] * 3.0f;
+        if constexpr (decltype(border)::value) {
+          const vf here = splat(inv[r][w]);
+          c = {scale.a * here, scale.b * here};
+          full = taps[r] * splat(count[w]);
+        }
+        const Pair s = sum.row[r], m = center.row[r];
+        const Pair difference = {s.a - full * m.a, s.b - full * m.b};
+        if constexpr (TASK == Task::reduce) {
+          const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
+          total.a += (c.a * difference.a) * g.a;
+          total.b += (c.b * difference.b) * g.b;
+        } else {
+          Pair base = m;
+          if constexpr (kShifted<T>) base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
+          const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
+                              c.b * difference.b + (vf)((vu)base.b & mask)};
+          put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
+          if constexpr (TASK == Task::forward_stats) {
+            Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
+            if constexpr (PARTIAL) {
+              const Pair used = lanes_pair(lanes, out);
+              d = {d.a * used.a, d.b * used.b};
+            }
+            local.add(d.a);
+            local.add(d.b);
+          }
+        }
+      }
+    };
+    sweep<W>(p.width, p.pool, scratch, column, emit);
+    if constexpr (TASK == Task::forward_stats) moments.add(local);
+    if constexpr (TASK == Task::reduce) q = {q.a + total.a, q.b + total.b};
+  }
+};
+
+template <class T, Task TASK, bool PARTIAL>
+PK_INLINE void pool_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
+                          YMoments& moments) {
+  const int64_t offset = b * p.channels * p.height * p.width + c;
+  const T* tag = nullptr;
+  const vf scale = splat(p.scale[b]), one = splat(1);
+  const Pair coef = floats_pair(p.coef + c, n, tag);
+  PoolLast<T, TASK, PARTIAL> kernel{p,
+                                    static_cast<const T*>(p.x) + offset,
+                                    static_cast<const T*>(p.grad) + offset,
+                                    static_cast<T*>(p.out) + offset,
+                                    n,
+                                    TASK == Task::reduce ? Pair{one, one} : Pair{coef.a * scale, coef.b * scale},
+                                    splat(p.mean[b]),
+                                    p.residual ? p.mean[b] : 0,
+                                    p.residual,
+                                    scratch};
+  for_rows(p, strip, kernel);
+  if constexpr (TASK == Task::forward_stats) moments.add(kernel.moments);
+  if constexpr (TASK == Task::reduce)
+    store_floats(p.q_partials + (b * p.strips + strip) * p.channels + c, kernel.q, n, tag);
+}
+
+template <class T, Task TASK>
+void pool_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  for (int64_t strip = first; strip < last; ++strip) {
+    YMoments moments;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
+      pool_block<T, TASK, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
+    if (c < p.channels) pool_block<T, TASK, true>(p, b, strip, c, p.channels - c, scratch, moments);
+    if constexpr (TASK == Task::forward_stats) {
+      const int64_t begin = strip * p.strip_rows;
+      const int64_t rows = begin + p.strip_rows < p.height ? p.strip_rows : p.height - begin;
+      moments.write_partial(p.y_partials + (b * p.strips + strip) * 3, rows * p.width * p.channels,
+                            p.residual ? p.mean[b] : 0);
+    }
+  }
+}
+
+// dx, from e = P^T g - g at every element.
+template <class T, bool PARTIAL>
+struct BackwardLast {
+  const PoolMixerParams& p;
+  const T* x;  // of the sample, at the block's first channel
+  const T* grad;
+  T* dx;
+  int64_t n;
+  Pair coef;
+  vf mean, correct;
+  bool residual;
+  float* scratch;
+
+  template <class W>
+  __attribute__((noinline)) void rows(int64_t h) {
+    constexpr int ROWS = W::ROWS;
+    const int64_t channels = p.channels, row = p.width * channels, lanes = n;
+    const T *gradient = grad, *input = x + h * row;
+    T* out = dx + h * row;
+    const float *row_inv = p.row_inv, *col_inv = p.col_inv;
+    const Pair scale = coef;
+    const vf center_x = mean, k = correct;
+    const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
+    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
+      const T* here = gradient + w * channels;
+      const vf across = splat(col_inv[w]);
+      column_sums<W>(
+          p, h,
+          [&](int64_t r) PK_FORCED {
+            const Pair v = get_pair<PARTIAL>(here + r * row, lanes);
+            const vf weight = across * splat(row_inv[r]);
+            return Pair{v.a * weight, v.b * weight};
+          },
+          sum, center);
+    };
+    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>&, auto) PK_FORCED {
+      PK_EACH_ROW {
+        const int64_t here = r * row + w * channels;
+        const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);
+        const Pair s = sum.row[r], e = {s.a - g.a, s.b - g.b}, d = {in.a - center_x, in.b - center_x};
+        const Pair value = {(scale.a * e.a - d.a * k) + (vf)((vu)g.a & mask),
+                            (scale.b * e.b - d.b * k) + (vf)((vu)g.b & mask)};
+        put_pair<PARTIAL>(out + here, value, lanes);
+      }
+    };
+    sweep<W>(p.width, p.pool, scratch, column, emit);
+  }
+};
+
+template <class T, bool PARTIAL>
+PK_INLINE void backward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
+                              float* scratch) {
+  const int64_t offset = b * p.channels * p.height * p.width + c;
+  const vf scale = splat(p.scale[b]);
+  const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
+  BackwardLast<T, PARTIAL> kernel{p,
+                                  static_cast<const T*>(p.x) + offset,
+                                  static_cast<const T*>(p.grad) + offset,
+                                  static_cast<T*>(p.out) + offset,
+                                  n,
+                                  {coef.a * scale, coef.b * scale},
+                                  splat(p.mean[b]),
+                                  splat(p.correct[b]),
+                                  p.residual,
+                                  scratch};
+  for_rows(p, strip, kernel);
+}
+
+template <class T>
+void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+  for (int64_t strip = first; strip < last; ++strip) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes) backward_block<T, false>(p, b, strip, c, 2 * kLanes, scratch);
+    if (c < p.channels) backward_block<T, true>(p, b, strip, c, p.channels - c, scratch);
+  }
+}
