@@ -17,6 +17,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 TORCH_STAMP := $(VENV)/.torch-$(subst =,_,$(subst >,_,$(subst <,_,$(subst $() ,_,$(TORCH)))))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: setup demo test lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 

@@ -8,18 +8,19 @@ Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORC
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 # 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -34,10 +35,24 @@ def say(message: str) -> None:
     print(f"poolformer_kernels: {message}", file=sys.stderr, flush=True)
 
 
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 def compiler() -> str | None:
-    """The C++ compiler, or None if there is none."""
-    names = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((found for found in map(shutil.which, names) if found), None)
+    """A compiler that can build the extension (C++20, Python's headers, AVX-512), or None."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    options = ["-std=c++20", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only", "-x", "c++", "-"]
+    source = "#include <Python.h>\n#include <concepts>\n"
+    if platform.machine() == "x86_64":
+        source += '__attribute__((target("avx512f,avx512bf16"))) void level();\n'
+    for name in names:
+        if shutil.which(shlex.split(name)[0]):
+            probe = run([*shlex.split(name), *options], input=source)
+            if probe.returncode == 0:
+                return name
+            say(f"{name} cannot build the extension: {probe.stderr.strip().partition(chr(10))[0]}")
+    return None
 
 
 def nvcc() -> str | None:
@@ -49,21 +64,15 @@ def nvcc() -> str | None:
     return next((found for found in map(shutil.which, candidates) if found), None)
 
 
-def cuda_version(compiler_path: str) -> str:
-    text = subprocess.run([compiler_path, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
-
-
-def cudart_folder(compiler_path: str) -> Path:
-    """The folder of libcudart_static.a; the static runtime needs no CUDA where the extension is imported."""
-    command = [compiler_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
-    top = Path(
-        re.search(r"TOP=(.+)", subprocess.run(command, capture_output=True, text=True).stderr)[1].strip()
-    )
+def cuda_toolkit(nvcc_path: str) -> tuple[str, Path]:
+    """The version, and the folder of the static runtime: importing the extension then needs no CUDA."""
+    version = re.search(r"release (\d+\.\d+)", run([nvcc_path, "--version"], check=True).stdout)[1]
+    dry = run([nvcc_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stderr
+    top = Path(re.search(r"TOP=(.+)", dry)[1].strip()).resolve()
     for pattern in ("lib64", "lib", "targets/*/lib"):
-        for folder in top.resolve().glob(pattern):
+        for folder in top.glob(pattern):
             if (folder / "libcudart_static.a").exists():
-                return folder
+                return version, folder
     raise FileNotFoundError(f"libcudart_static.a is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
 
 
@@ -74,7 +83,7 @@ def arch_flags(archs: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
             raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are entries such as 8.0, 9.0a, 10.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are 8.0, 9.0a, 10.0+PTX and the like"
             )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
@@ -84,13 +93,12 @@ def arch_flags(archs: str) -> list[str]:
 
 
 def extension() -> tuple[list, dict]:
-    """(ext_modules, cmdclass); empty where the extension cannot be built."""
-    if flag("POOLFORMER_KERNELS_SKIP_EXT"):
-        say("POOLFORMER_KERNELS_SKIP_EXT is set: installing without the C++ extension")
+    """(ext_modules, cmdclass), empty where the extension cannot be built."""
+    cxx = None if flag("POOLFORMER_KERNELS_SKIP_EXT") else compiler()
+    if cxx is None:
+        say("installing without the C++ extension: no compiler, or POOLFORMER_KERNELS_SKIP_EXT is set")
         return [], {}
-    if compiler() is None:
-        say("no C++ compiler found (CXX, g++, c++, clang++): installing without the C++ extension")
-        return [], {}
+    os.environ["CXX"] = cxx
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
@@ -99,15 +107,16 @@ def extension() -> tuple[list, dict]:
         return [], {}
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     cuda_compiler = nvcc() if cuda_sources else None
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    cuda, cuda_libraries = cuda_toolkit(cuda_compiler) if cuda_compiler else ("", None)
+    cuda_link_args = [f"-L{cuda_libraries}", "-lcudart_static", "-lrt", "-ldl"] if cuda_compiler else []
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX"
     include = include_paths()  # torch brings pybind11's headers
     defines = [
         *DEFINES,
         ("PK_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("PK_CUDA_VERSION", f'"{cuda_version(cuda_compiler)}"' if cuda_compiler else '""'),
+        ("PK_CUDA_VERSION", f'"{cuda}"'),
         ("PK_CUDA_ARCHS", f'"{archs.replace(";", " ")}"' if cuda_compiler else '""'),
     ]
-
     user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
     class Build(BuildExtension):
@@ -122,7 +131,8 @@ def extension() -> tuple[list, dict]:
             target = Path(self.build_temp) / f"{source.stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [cuda_compiler, "-c", str(source), "-o", str(target), "-std=c++20", "-O3"]
-            command += [*arch_flags(archs), "-ccbin", compiler(), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            command += ["-ccbin", shlex.split(cxx)[-1], "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            command += arch_flags(archs)
             command += [f"-I{path}" for path in include] + [f"-D{name}={value}" for name, value in DEFINES]
             say(" ".join(command))
             subprocess.run(command, check=True)
@@ -131,16 +141,14 @@ def extension() -> tuple[list, dict]:
     module = Extension(
         "poolformer_kernels._C",
         sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))],
+        depends=[str(path) for path in (ROOT / "csrc").rglob("*.*")],
         include_dirs=include,
         define_macros=defines,
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args=[*CXX_FLAGS, *user_flags],
-        extra_link_args=user_flags,
+        extra_link_args=user_flags + cuda_link_args,
     )
-    if cuda_compiler:
-        cuda_libraries = cudart_folder(cuda_compiler)
-        module.extra_link_args += [f"-L{cuda_libraries}", "-lcudart_static", "-lrt", "-ldl"]
     return [module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
 
 

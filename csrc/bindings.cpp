@@ -35,7 +35,7 @@ static py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of poolformer_kernels";
-  pk::isa_chosen();  // a wrong POOLFORMER_KERNELS_ISA is an error at import, not at the first call
+  pk::isa_chosen();  // a wrong POOLFORMER_KERNELS_ISA fails the import, not the first call
   m.def(
       "build_info", &build_info,
       "The instruction-set levels compiled, supported here and chosen; compiler, torch and CUDA versions of the build; "

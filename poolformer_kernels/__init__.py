@@ -1,12 +1,13 @@
 """Fused Triton and C++/CUDA kernels for PoolFormer, behind drop-in modules."""
 
-from . import models, nn, ops, reference
+from . import backends, models, nn, ops, reference
 from .explain import explain
 from .models import convert_state_dict, create_model, list_models, load_checkpoint
 from .ops.backend import available_backends, use_backend
 
 __all__ = [
     "available_backends",
+    "backends",
     "convert_state_dict",
     "create_model",
     "explain",

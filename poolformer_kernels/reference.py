@@ -56,6 +56,8 @@ def pool_mixer(
     ``stats`` (partials ``[B, T, 3]`` of x, see `sample_stats`) replace the values of GroupNorm's mean and
     variance; the gradient still differentiates through the normalisation of x.
     """
+    if pool_size > 64:  # a pool wider than the image covers nothing more, but avg_pool2d overflows
+        pool_size = min(pool_size, 2 * max(x.shape[2], x.shape[3]) - 1)
     dtype = _compute_dtype(x)
     w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
     xc = x.to(dtype).contiguous()  # one call of to() with a memory format leaves x of the same dtype as it is

@@ -1,7 +1,7 @@
-// Compiles what follows for the instruction-set level PK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16
-// conversions. A build gives every
-// source the same flags, so the level is set here, and it holds to the end of the file. Nothing that the linker could
-// share between levels (inline functions with external linkage, so no STL) may be defined behind this line.
+// Compiles what follows for the instruction-set level PK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16 too.
+// A build gives every source the same flags, so the level is set here, and it holds to the end of the file. Nothing
+// that the linker could share between levels (inline functions with external linkage, so no STL) may be defined behind
+// this line.
 #pragma once
 
 #include <stdint.h>

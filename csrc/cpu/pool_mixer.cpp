@@ -125,8 +125,9 @@ float* grown(std::vector<float>& buffer, int64_t n) {
 
 float* worker_scratch(const PoolMixerParams& p) {
   thread_local std::vector<float> buffer;
-  const int64_t columns = 4 * (p.width + p.pool) * kLanesMax;
-  const int64_t rows = p.strip_rows + p.pool + 1, planes = rows * (p.width + p.pool + 3 * kLanesMax) + kLanesMax;
+  const int64_t columns = 4 * (p.width + p.half_w) * kLanesMax;  // sweep: pairs of vectors, with and without borders
+  const int64_t rows = std::min(p.height, p.strip_rows + 2 * p.half_h);  // Strip: padded rows, then a vector each
+  const int64_t planes = (rows + 1) * (p.width + p.half_w + 3 * kLanesMax);
   return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
 }
 
@@ -161,8 +162,11 @@ struct Call {
     p.residual = residual;
     p.channels_last = channels_last;
     p.chunks = (sample() + kChunk - 1) / kChunk;
-    const int64_t row = channels_last ? p.width * p.channels : p.width + pool + kLanesMax;
-    p.strip_rows = std::min(p.height, std::max<int64_t>(1, (channels_last ? kStripElements : kPlaneElements) / row));
+    p.half_h = pool == 3 ? 1 : std::min(pool / 2, p.height - 1);
+    p.half_w = pool == 3 ? 1 : std::min(pool / 2, p.width - 1);
+    p.strip_rows = channels_last ? kStripElements / (p.width * p.channels)
+                                 : std::max(kPlaneElements / (p.width + kLanesMax), p.half_h);
+    p.strip_rows = std::min(p.height, std::max<int64_t>(1, p.strip_rows));
     p.strip_rows += channels_last && p.strip_rows % 2;  // rows are swept in twos
     p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
     items = channels_last ? p.strips : p.channels * p.strips;

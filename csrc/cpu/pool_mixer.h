@@ -10,7 +10,8 @@ struct PoolMixerParams {
   const void* grad;  // backward: dL/dy in x's layout
   void* out;         // forward: y; backward: dx; in x's layout
   int64_t batch, channels, height, width;
-  int64_t pool;
+  int64_t pool;            // no larger than covers the image from any pixel
+  int64_t half_h, half_w;  // pool / 2, and no more than the image has rows or columns beyond a pixel (but for pool 3)
   bool channels_last, residual;
   int64_t chunks;      // partials a sample's input statistics are computed in
   int64_t strip_rows;  // output rows of one work item

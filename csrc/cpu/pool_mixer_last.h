@@ -21,7 +21,7 @@ template <class W, class At>
 PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Block<W::ROWS>& sum,
                            Block<W::ROWS>& center) {
   if constexpr (W::ANY) {
-    const int64_t half = p.pool / 2, first = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+    const int64_t half = p.half_h, first = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
     Pair total = at(first);
     if (first == h) center.row[0] = total;
     for (int64_t row = first + 1; row < first + taps; ++row) {
@@ -56,7 +56,7 @@ PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Bl
 
 // Horizontal sums: emit(w, sum, center, True or False) for each w, from column(w, sum, center). True: w may lack taps.
 template <class W, class Column, class Emit>
-PK_INLINE void sweep(int64_t width, int64_t pool, float* scratch, const Column& column, const Emit& emit) {
+PK_INLINE void sweep(int64_t width, int64_t half, float* scratch, const Column& column, const Emit& emit) {
   constexpr int ROWS = W::ROWS;
   if constexpr (!W::ANY) {
     Block<ROWS> center{}, next_center{}, previous{}, current{}, next{}, sum;
@@ -77,7 +77,6 @@ PK_INLINE void sweep(int64_t width, int64_t pool, float* scratch, const Column& 
     PK_EACH_ROW sum.row[r] = {current.row[r].a + next.row[r].a, current.row[r].b + next.row[r].b};
     emit(width - 1, sum, next_center, True{});
   } else {
-    const int64_t half = pool / 2;
     constexpr int64_t kPair = 2 * kLanes;
     float* columns = scratch;  // [half + width + half] pairs, zero outside the row
     float* centers = scratch + (width + 2 * half) * kPair;
@@ -91,7 +90,7 @@ PK_INLINE void sweep(int64_t width, int64_t pool, float* scratch, const Column& 
     }
     for (int64_t w = 0; w < width; ++w) {
       Pair total = read<Pair>(columns + w * kPair);
-      for (int64_t k = 1; k < pool; ++k) {
+      for (int64_t k = 1; k <= 2 * half; ++k) {
         const Pair v = read<Pair>(columns + (w + k) * kPair);
         total.a += v.a;
         total.b += v.b;
@@ -241,7 +240,7 @@ struct PoolLast {
         }
       }
     };
-    sweep<W>(p.width, p.pool, scratch, column, emit);
+    sweep<W>(p.width, p.half_w, scratch, column, emit);
     if constexpr (TASK == Task::forward_stats) moments.add(local);
     if constexpr (TASK == Task::reduce) q = {q.a + total.a, q.b + total.b};
   }
@@ -332,7 +331,7 @@ struct BackwardLast {
         put_pair<PARTIAL>(out + here, value, lanes);
       }
     };
-    sweep<W>(p.width, p.pool, scratch, column, emit);
+    sweep<W>(p.width, p.half_w, scratch, column, emit);
   }
 };
 

@@ -4,18 +4,18 @@
 // next.
 struct Strip {
   const PoolMixerParams& p;
-  int64_t half, stride, begin, end, first, last;  // rows [first, last) are read for rows [begin, end) of the output
+  int64_t half_w, stride, begin, end, first, last;  // rows [first, last) are read for rows [begin, end) of the output
   float *rows, *sums;
 
-  Strip(const PoolMixerParams& params, int64_t strip, float* scratch) : p(params), half(params.pool / 2) {
-    const int64_t pad = (half + kLanes - 1) / kLanes * kLanes;
+  Strip(const PoolMixerParams& params, int64_t strip, float* scratch) : p(params), half_w(params.half_w) {
+    const int64_t half = p.half_h, pad = (half_w + kLanes - 1) / kLanes * kLanes;
     stride = (p.width + kLanes - 1) / kLanes * kLanes + pad;
     begin = strip * p.strip_rows;
     end = begin + p.strip_rows < p.height ? begin + p.strip_rows : p.height;
     first = begin > half ? begin - half : 0;
     last = end + half < p.height ? end + half : p.height;
     rows = scratch + pad;
-    sums = rows + (p.strip_rows + 2 * half + 1) * stride;
+    sums = rows + (last - first) * stride;
     for (int64_t h = first - 1; h < last; ++h)
       for (int64_t i = stride - pad; i < stride; i += kLanes) write(row(h) + i, vf{});
   }
@@ -57,13 +57,13 @@ struct Strip {
       }
     } else {
       for (int64_t h = first; h < last; ++h) {
-        const float* at = row(h) + w - half;
+        const float* at = row(h) + w - half_w;
         vf sum = read<vf>(at);
-        for (int64_t k = 1; k < p.pool; ++k) sum += read<vf>(at + k);
+        for (int64_t k = 1; k <= 2 * half_w; ++k) sum += read<vf>(at + k);
         write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_inv[h]) : sum);
       }
       for (int64_t h = begin; h < end; ++h) {
-        const int64_t above = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+        const int64_t above = h > p.half_h ? h - p.half_h : 0, taps = valid_taps(h, p.height, p.pool);
         vf sum{};
         for (int64_t r = above; r < above + taps; ++r) sum += read<vf>(sums + (r - first) * kLanes);
         use(h, sum, read<vf>(row(h) + w));

@@ -50,11 +50,11 @@ PK_INLINE float hsum(vf v) {
   return sum[0];
 }
 
-// --- bfloat16 is the upper half of a float, rounded to nearest even; the NaNs that inputs and arithmetic give survive
+// --- bfloat16 is the upper half of a float, rounded to nearest even
 
 PK_INLINE vu round_bits(vf v) {
   const vu u = (vu)v;
-  return u + 0x7fffu + ((u >> 16) & 1u);
+  return v == v ? u + 0x7fffu + ((u >> 16) & 1u) : vu{} + 0x7fc00000u;
 }
 #if PK_LEVEL >= 2
 PK_INLINE vf widen(vh h, const bf16*) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16); }

@@ -1,9 +1,11 @@
 """The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
+import math
 from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from .backend import select_backend
@@ -106,7 +108,7 @@ def pool_mixer_with_stats(
     Returns:
         (y, partials of y or None).
     """
-    _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps)
+    _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
     backend = select_backend(x.device.type, x.dtype)
@@ -123,12 +125,31 @@ def pool_mixer_with_stats(
             stats=stats,
         )
         return y, reference.sample_stats(y.detach()) if return_stats else None
+    _refuse_forward_derivatives(backend, (x, weight, bias, layer_scale, drop_scale))
     y, _, y_stats = _call(
         _FORWARD_OPS[backend],
         *(x, weight, bias, layer_scale, drop_scale, stats),
         *(pool_size, float(eps), residual, return_stats),
     )
     return y, y_stats if return_stats else None
+
+
+def _refuse_forward_derivatives(backend: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """Kernels have a backward only: where a transform would drop or zero tangents, raise."""
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch
+    if forward_ad._current_level < 0 and transforms.peek_interpreter_stack() is None:
+        return
+    kinds = {interpreter.key() for interpreter in transforms.get_interpreter_stack() or ()}
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None
+    )
+    if dual or kinds & {transforms.TransformType.Grad, transforms.TransformType.Jvp}:
+        raise RuntimeError(
+            f"pool_mixer on the {backend!r} backend has no forward-mode derivative and no torch.func"
+            " gradient; use poolformer_kernels.use_backend('reference')"
+        )
 
 
 def _call(op, *args):
@@ -138,12 +159,14 @@ def _call(op, *args):
         return op(*args)
 
 
-def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps) -> None:
+def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     dtype = x.dtype
     if dtype not in _FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor (torch.strided), got {x.layout}")
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions [B, C, H, W], got shape {tuple(x.shape)}")
     batch, channels, height, width = x.shape
@@ -162,6 +185,8 @@ def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps) -> N
             raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
         if p.dtype != dtype and (p.dtype != torch.float32 or dtype == torch.float64):
             raise TypeError(f"{name} must be {_dtype_rule(dtype)} for x of {dtype}, got {p.dtype}")
+        if p.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {p.layout}")
         if p.dim() != 1 or p.shape[0] != size:
             what = "B" if name == "drop_scale" else "C"
             raise ValueError(f"{name} must have shape [{what}] = [{size}], got {list(p.shape)}")
@@ -171,12 +196,14 @@ def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps) -> N
         _check_stats(x, stats)
     if type(pool_size) is not int:
         raise TypeError(f"pool_size must be an int, got {type(pool_size).__name__}")
-    if pool_size < 1 or pool_size % 2 == 0:
-        raise ValueError(f"pool_size must be odd and positive, got {pool_size}")
+    if pool_size < 1 or pool_size % 2 == 0 or pool_size >= 2**31:
+        raise ValueError(f"pool_size must be odd, positive and below 2**31, got {pool_size}")
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if type(residual) is not bool:
+        raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
 
 
 def _check_stats(x: Tensor, stats: Tensor) -> None:
