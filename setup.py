@@ -1,10 +1,8 @@
 """Builds the extension `poolformer_kernels._C`; everything else about the package is in pyproject.toml.
 
-No GPU is needed to build, nvcc is optional, and without a C++ compiler the package installs without the
-extension.
-
-Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST
-("8.0;9.0a"), MAX_JOBS, CXX, CUDA_HOME, POOLFORMER_KERNELS_CXXFLAGS (appended: sanitizers, for one).
+No GPU is needed to build; nvcc is optional; without a C++ compiler there is no extension.
+Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST ("8.0;9.0a"),
+MAX_JOBS, CXX, CUDA_HOME, POOLFORMER_KERNELS_CXXFLAGS (appended: sanitizers, for one).
 """
 
 import os
@@ -21,6 +19,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
+CUDART = "libcudart_static.a"
 # 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -59,9 +58,8 @@ def nvcc() -> str | None:
     """The CUDA compiler, or None if there is none or it is not wanted."""
     if flag("POOLFORMER_KERNELS_SKIP_CUDA"):
         return None
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for found in map(shutil.which, candidates) if found), None)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
 
 
 def cuda_toolkit(nvcc_path: str) -> tuple[str, Path]:
@@ -69,11 +67,10 @@ def cuda_toolkit(nvcc_path: str) -> tuple[str, Path]:
     version = re.search(r"release (\d+\.\d+)", run([nvcc_path, "--version"], check=True).stdout)[1]
     dry = run([nvcc_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stderr
     top = Path(re.search(r"TOP=(.+)", dry)[1].strip()).resolve()
-    for pattern in ("lib64", "lib", "targets/*/lib"):
-        for folder in top.glob(pattern):
-            if (folder / "libcudart_static.a").exists():
-                return version, folder
-    raise FileNotFoundError(f"libcudart_static.a is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
+    found = [path for lib in ("lib64", "lib", "targets/*/lib") for path in top.glob(f"{lib}/{CUDART}")]
+    if found:
+        return version, found[0].parent
+    raise FileNotFoundError(f"{CUDART} is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
 
 
 def arch_flags(archs: str) -> list[str]:
@@ -82,9 +79,7 @@ def arch_flags(archs: str) -> list[str]:
     for arch in re.split(r"[;\s]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are 8.0, 9.0a, 10.0+PTX and the like"
-            )
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are 8.0, 9.0a, 10.0+PTX and such")
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
@@ -134,7 +129,6 @@ def extension() -> tuple[list, dict]:
             command += ["-ccbin", shlex.split(cxx)[-1], "-Xcompiler=-fPIC,-fvisibility=hidden"]
             command += arch_flags(archs)
             command += [f"-I{path}" for path in include] + [f"-D{name}={value}" for name, value in DEFINES]
-            say(" ".join(command))
             subprocess.run(command, check=True)
             return str(target)
 

@@ -1,0 +1,83 @@
+"""Installing: what the source distribution holds, and a package without its extension."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def setup(*arguments, check=True, **env):
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return ["--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
+
+
+def test_source_distribution_holds_every_source(tmp_path):
+    egg = ["egg_info", "--egg-base", str(tmp_path)]
+    setup(*egg, "sdist", "--dist-dir", str(tmp_path), POOLFORMER_KERNELS_SKIP_EXT="1")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    command = [
+        "git",
+        "ls-files",
+        "csrc",
+        "poolformer_kernels",
+        "tests",
+        "benchmarks",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    ]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    wanted = listed or [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
+    assert "csrc/cpu/pool_mixer.cpp" in wanted
+    assert set(wanted) - held == set()
+
+
+@pytest.mark.parametrize("env", [{"POOLFORMER_KERNELS_SKIP_EXT": "1"}, {"CXX": "no-such-compiler"}])
+def test_without_the_extension_the_package_runs_and_says_so_once(env, folders):
+    done = setup("build", *folders, **env)
+    assert done.stderr.count("installing without the C++ extension") == 1
+    code = (
+        "import torch, poolformer_kernels as pk\n"
+        "x = torch.randn(2, 3, 5, 5)\n"
+        "a, b = (pk.ops.pool_mixer(x, None, None) for _ in range(2))\n"
+        "with pk.use_backend('reference'): assert torch.equal(a, pk.ops.pool_mixer(x, None, None))\n"
+        "assert 'was not built' in pk.available_backends()['cpp']\n"
+        "try:\n"
+        "    with pk.use_backend('cpp'): pk.ops.pool_mixer(x, None, None)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    path = {**os.environ, "PYTHONPATH": folders[3]}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=folders[3], env=path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "backend 'cpp' was asked for and cannot run this call" in ran.stdout
+    assert ran.stderr.count("no C++ backend") == 1
+    assert ran.stderr.count("running the reference implementation") == 1
+
+
+def test_a_compiler_that_cannot_build_is_named(folders):
+    done = setup("build", *folders, CXX="false")
+    assert "false cannot build the extension" in done.stderr
+    assert "installing without the C++ extension" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_a_wrong_arch_list_is_refused(folders):
+    done = setup("build", *folders, check=False, TORCH_CUDA_ARCH_LIST="8.0;hopper")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST has 'hopper'" in done.stderr
