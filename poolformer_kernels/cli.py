@@ -3,18 +3,31 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from .ops.backend import BACKENDS
 
-__all__ = ["CommandError", "main"]
+__all__ = ["CommandError", "check_writable", "main"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 class CommandError(Exception):
     """What the user can mend: `main` prints it as one line and returns 2."""
+
+
+def check_writable(file: str | None, folder: str | None = None) -> None:
+    """Fail before the work, not after it: both are made where they do not exist."""
+    for path, parent in ((file, file and Path(file).parent), (folder, folder)):
+        try:
+            if parent is not None:
+                Path(parent).mkdir(parents=True, exist_ok=True)
+            if path is not None and path == file:
+                Path(path).open("a").close()
+        except OSError as error:
+            raise CommandError(f"cannot write to {path}: {error.strerror}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +42,13 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return value
+
+
+def _size(text: str) -> int:
+    value = _positive(text)
+    if value < 32:
+        raise argparse.ArgumentTypeError(f"must be at least 32, the model's stride, got {value}")
     return value
 
 
@@ -66,9 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--rounds", type=_positive, default=50, metavar="N", help="timing rounds (default: %(default)s)"
     )
-    demo.add_argument(
-        "--image-size", type=_positive, metavar="N", help="pixels (default: the model's own, 224)"
-    )
+    demo.add_argument("--image-size", type=_size, metavar="N", help="pixels (default: the model's own, 224)")
     demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     demo.add_argument(
         "--backend", choices=("auto", *BACKENDS), help="default: POOLFORMER_KERNELS_BACKEND, else auto"
@@ -118,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     except CommandError as error:
         message = " ".join(str(error).split())
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"{parser.prog}: error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (`| head`) has left; nothing may be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, create_model, ops
-from .cli import CommandError
+from .cli import CommandError, check_writable
 from .info import device_name
 from .models import model_config
 from .ops.backend import explain_selection, use_backend
@@ -299,8 +299,7 @@ def _run(args: argparse.Namespace) -> int:
     for backend, reason in chosen.values():
         if backend == "none":
             raise CommandError(reason)
-    for target in (args.json and Path(args.json).parent, args.report):
-        _writable(target)
+    check_writable(args.json, args.report)
 
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs (from 1 a CPU on, times are unreliable)"
     with _Steps(2 + 6 * len(args.dtype)) as steps:
@@ -358,13 +357,3 @@ def _run(args: argparse.Namespace) -> int:
     page = write_report(result, [crop(photo, config, size) for photo in photos], Path(args.report))
     print(f"report: {page}")
     return 0 if result["passed"] else 1
-
-
-def _writable(folder: str | Path | None) -> None:
-    """Fail before the work, not after it."""
-    if folder is None:
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to {folder}: {error.strerror}") from None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .cli import CommandError
+from .cli import CommandError, check_writable
 from .ops.backend import BACKENDS, explain_selection, use_backend
 
 __all__ = ["OPERATORS", "Check", "Operator", "errors", "tolerance", "verify"]
@@ -220,6 +220,7 @@ def run(args: argparse.Namespace) -> int:
     """The command: one table per backend, operator form, dtype and layout. 0, or 1 where a check failed."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
+    check_writable(args.json)
     checks: list[Check] = []
     heading = ""
     for backend in _backends(args.backend, args.device):

@@ -16,6 +16,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The few long tests first, so that no worker is left alone with one at the end."""
+    long = ("test_triton_pool_mixer", "test_isa", "large")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs on this backend, in it alone: an explicit choice never falls back."""

@@ -318,3 +318,21 @@ def test_help_exits_cleanly(capsys) -> None:
             main(command)
         assert exit_.value.code == 0
         assert "usage: poolformer-kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "verify"])
+def test_an_unwritable_json_file_ends_before_the_work(command, tmp_path, capsys):
+    if command == "demo":
+        demo_module()
+    arguments = [command, "--json", str(tmp_path)]
+    if command == "demo":
+        arguments += ["--report", str(tmp_path / "report")]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"poolformer-kernels: error: cannot write to .*: Is a directory\n", captured.err)
+    assert captured.out == ""
+
+
+def test_an_image_smaller_than_the_stride_is_refused(capsys):
+    assert main(["demo", "--image-size", "31"]) == 2
+    assert "must be at least 32, the model's stride, got 31" in capsys.readouterr().err

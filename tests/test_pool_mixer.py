@@ -23,8 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops import pool_mixer
+from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last")
 
 
@@ -93,6 +95,39 @@ def test_core_pool_sizes(backend, size, pool_size, layout):
         assert torch.equal(actual["y"], inputs["x"])
         assert torch.equal(actual["dx"], grad)
     assert_mixer_right(inputs, grad, layout, pool_size=pool_size, residual=False)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("pool_size", [3, 5, 9])
+@pytest.mark.parametrize("shape", [(1, 5, 100, 70), (1, 64, 40, 40), (1, 7, 300, 6)], ids=str)
+def test_core_pools_across_work_items(backend, shape, pool_size, layout):
+    """Images of several strips of rows: those at a strip's edge belong to the pool of the next."""
+    inputs = make_inputs(shape)
+    assert_mixer_right(inputs, make_grad(inputs), layout, pool_size=pool_size, residual=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("size", [(60, 1), (1, 60), (3, 50)], ids=str)
+def test_core_pool_far_wider_than_a_thin_image(backend, size, layout):
+    inputs = make_inputs((1, 3, *size))
+    expected = run(pool_mixer, inputs, make_grad(inputs), pool_size=2 * max(size) - 1)
+    assert_same(run(pool_mixer, inputs, make_grad(inputs), pool_size=2**31 - 1), expected)
+    assert_mixer_right(inputs, make_grad(inputs), layout, pool_size=151, residual=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_core_every_half_survives(dtype, layout, kernels):
+    """All 65536 values in and out unchanged, where the pool leaves the identity: infinities and NaN too."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 64, 32, 32)
+    if dtype == torch.bfloat16:  # hardware conversions may take a subnormal for zero
+        x = torch.where((x.abs() < torch.finfo(dtype).tiny), torch.zeros_like(x), x)
+    stats = torch.tensor([[[65536.0, 0.0, 65536.0]]])
+    finite = as_layout(torch.where(x.isfinite(), x, torch.ones_like(x)), layout)
+    y, _ = pool_mixer_with_stats(finite, None, None, pool_size=1, residual=True, stats=stats)
+    assert torch.equal(y, finite)
+    y, _ = pool_mixer_with_stats(as_layout(x, layout), None, None, pool_size=1, residual=True, stats=stats)
+    assert torch.equal(y.isfinite(), x.isfinite())
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -147,3 +147,34 @@ def test_gradients_accumulate_over_calls(backend):
     torch.autograd.backward([pool_mixer(**leaves, residual=True) for _ in range(2)], [grad, grad])
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, 2 * once[f"d{name}"], rtol=1e-6, atol=1e-6)
+
+
+# ---- forward mode and torch.func ---------------------------------------------------------------------------
+
+
+def jvp_by_func(x, tangent):
+    return torch.func.jvp(lambda a: pool_mixer(a, None, None), (x,), (tangent,))[1]
+
+
+def jvp_by_dual(x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        y = pool_mixer(torch.autograd.forward_ad.make_dual(x, tangent), None, None)
+        return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+
+def grad_by_func(x, tangent):
+    return torch.func.grad(lambda a: (pool_mixer(a, None, None) * tangent).sum())(x)
+
+
+@pytest.mark.parametrize("transform", [jvp_by_func, jvp_by_dual, grad_by_func])
+def test_transforms_run_on_the_reference_and_are_refused_by_kernels(kernels, transform):
+    """A kernel has no tangents: a zero or a missing one would be a wrong number."""
+    x, tangent = torch.randn(2, 3, 5, 6).double(), torch.randn(2, 3, 5, 6).double()
+    with pk.use_backend("reference"):
+        expected = transform(x, tangent)
+        step = 1e-6
+        if transform is not grad_by_func:
+            ahead, behind = (pool_mixer(x + s * step * tangent, None, None) for s in (1, -1))
+            torch.testing.assert_close(expected, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative and no torch\.func gradient; use"):
+        transform(x.float(), tangent.float())

@@ -21,6 +21,12 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 
 
 BAD = {
+    "x sparse": (TypeError, {"x": x_of().to_sparse()}, ["x must be a dense tensor", "torch.sparse_coo"]),
+    "weight sparse": (TypeError, {"weight": ones(C).to_sparse()}, ["weight must be a dense tensor"]),
+    "pool_size huge": (ValueError, {"pool_size": 10**30 + 1}, ["pool_size must be below 2**31"]),
+    "eps huge": (ValueError, {"eps": 10**400}, ["eps must be a finite float"]),
+    "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be a finite float", "inf"]),
+    "residual": (TypeError, {"residual": "a"}, ["residual must be a bool", "str"]),
     # x
     "x a list": (TypeError, {"x": [[1.0]]}, ["x must be a tensor", "list"]),
     "x None": (TypeError, {"x": None}, ["x must be a tensor", "NoneType"]),

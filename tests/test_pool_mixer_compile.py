@@ -1,6 +1,9 @@
 """The token mixer under torch.library.opcheck, FakeTensorMode, torch.compile and torch.export."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,3 +246,21 @@ def test_export_with_a_dynamic_batch(backend, layout, strict):
     for size in (1, 3, 20):
         x = as_layout(make_inputs((size, 5, 6, 7), seed=size)["x"], layout)
         assert torch.equal(bits(program.module()(x).detach()), bits(module(x).detach()))
+
+
+def test_an_exported_program_runs_in_a_new_process(kernels, tmp_path):
+    """Importing the package registers the kernels: nothing else has to be called first."""
+    x = torch.randn(2, 6, 5, 7)
+    module = pk.nn.PoolMixer(6)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "mixer.pt2")
+    torch.save((x, module(x).detach()), tmp_path / "values.pt")
+    code = (
+        "import sys, torch, poolformer_kernels\n"
+        "x, y = torch.load(sys.argv[1] + '/values.pt')\n"
+        "assert torch.equal(torch.export.load(sys.argv[1] + '/mixer.pt2').module()(x), y)\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

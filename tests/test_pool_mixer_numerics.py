@@ -117,6 +117,20 @@ def test_core_not_finite_where_eager_is_not(backend, dtype, name, bad, residual,
 
 
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("payload", [-1, 0x7FFFFFFF, 0x7F800001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_core_nan_of_any_payload(backend, dtype, payload, layout):
+    """Rounding to bfloat16 must not carry a NaN's bits over into a number."""
+    inputs = make_inputs((3, 17, 6, 9), dtype)
+    inputs["weight"] = inputs["weight"].float()
+    inputs["weight"].view(torch.int32)[1] = payload
+    inputs["x"] = as_layout(inputs["x"], layout)
+    y = pool_mixer(**inputs)
+    assert y[:, 1].isnan().all()
+    assert y[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_core_gradient_not_finite_stays_in_its_sample(backend, bad, layout):
     inputs = make_inputs((3, 17, 6, 9), parameters=("weight", "bias"))

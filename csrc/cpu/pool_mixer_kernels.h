@@ -3,7 +3,7 @@
 // The pool is separable. In channels_last two rows are swept along w with a block of channels: the vertical sums of the
 // next column are loaded, those of the last three stay in registers. In NCHW a strip of a plane is widened into
 // zero-padded float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs a
-// shift is subtracted on load (the sample's mean; in NCHW that of the plane's first row), so a large mean costs no
+// shift is subtracted on load (the sample's mean; in NCHW that of the strip), so a large mean costs no
 // digits.
 
 #include "sample_stats.h"

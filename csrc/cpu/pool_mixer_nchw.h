@@ -127,12 +127,12 @@ struct PoolPlane {
 };
 
 template <class T>
-PK_INLINE float row_mean(const T* row, int64_t width) {
+PK_INLINE float mean_of(const T* x, int64_t n) {
   vf sum{};
-  int64_t w = 0;
-  for (; w + kLanes <= width; w += kLanes) sum += load(row + w);
-  if (w < width) sum += load(row + w, width - w);
-  return hsum(sum) / width;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load(x + i);
+  if (i < n) sum += load(x + i, n - i);
+  return hsum(sum) / n;
 }
 
 template <class T, int POOL, Task TASK>
@@ -142,7 +142,7 @@ void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t las
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
     const Strip strip(p, item % p.strips, scratch);
     const T* x = static_cast<const T*>(p.x) + offset;
-    const vf shift = splat(kShifted<T> ? row_mean(x, p.width) : 0);
+    const vf shift = splat(kShifted<T> ? mean_of(x + strip.first * p.width, (strip.last - strip.first) * p.width) : 0);
     strip.fill(x, [&](vf v, int64_t w, auto partial) PK_FORCED {
       if constexpr (!kShifted<T>) return v;
       v = v - shift;

@@ -1,6 +1,6 @@
 """The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
-import math
+import sys
 from importlib import import_module
 
 import torch
@@ -153,7 +153,7 @@ def _refuse_forward_derivatives(backend: str, tensors: tuple[Tensor | None, ...]
 
 
 def _call(op, *args):
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
         return op(*args)
@@ -196,12 +196,16 @@ def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, resi
         _check_stats(x, stats)
     if type(pool_size) is not int:
         raise TypeError(f"pool_size must be an int, got {type(pool_size).__name__}")
-    if pool_size < 1 or pool_size % 2 == 0 or pool_size >= 2**31:
-        raise ValueError(f"pool_size must be odd, positive and below 2**31, got {pool_size}")
+    if pool_size < 1 or pool_size % 2 == 0:
+        raise ValueError(f"pool_size must be odd and positive, got {pool_size}")
+    if pool_size >= 2**31:
+        raise ValueError(f"pool_size must be below 2**31, got {pool_size}")
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if eps > sys.float_info.max:
+        raise ValueError(f"eps must be a finite float, got {eps}")
     if type(residual) is not bool:
         raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
 
