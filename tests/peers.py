@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 
-def require(name: str) -> ModuleType:
+def require(name: str, part: str = "") -> ModuleType:
     """The package, or the test is skipped without it; in CI that is a failure.
 
-    RuntimeError: torchvision beside a torch without CUDA.
+    ``part`` is a module of a package that imports its own lazily; RuntimeError: torchvision beside a torch
+    without CUDA.
     """
     try:
+        if part:
+            importlib.import_module(f"{name}.{part}")
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {name}: {error}")

@@ -47,7 +47,7 @@ def from_timm(**options):
 
 
 def from_huggingface():
-    transformers = require("transformers")
+    transformers = require("transformers", "models.poolformer.modeling_poolformer")
     torch.manual_seed(1)
     config = transformers.PoolFormerConfig(num_labels=CLASSES)
     model = randomise(transformers.PoolFormerForImageClassification(config), 1).eval()
@@ -213,7 +213,7 @@ def test_features_from_a_dense_backbone(prefix, tmp_path):
 
 
 def test_backbones_of_timm_and_transformers():
-    timm, transformers = require("timm"), require("transformers")
+    timm, transformers = require("timm"), require("transformers", "models.poolformer.modeling_poolformer")
     with torch.device("meta"):
         listed = timm.create_model("poolformer_s12", features_only=True).state_dict()
         plain = transformers.PoolFormerModel(transformers.PoolFormerConfig()).state_dict()

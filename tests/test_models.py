@@ -179,7 +179,7 @@ def test_logits_equal_the_official_formula(s12):
 
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformer_s24"])
 def test_logits_equal_transformers(name):
-    transformers = require("transformers")
+    transformers = require("transformers", "models.poolformer.modeling_poolformer")
     config = model_config(name)
     peer = transformers.PoolFormerConfig(depths=config.layers, hidden_sizes=config.dims, num_labels=20)
     theirs = randomise(transformers.PoolFormerForImageClassification(peer)).eval()
