@@ -1,10 +1,8 @@
-"""The kernels, one module per backend. Each says why it is UNAVAILABLE (or None) and on which DEVICES it
-runs.
+"""The kernels, a module per backend: why it is UNAVAILABLE (or None), and the DEVICES it runs on.
 
 Importing a backend registers its kernels under the schemas of `poolformer_kernels.ops`.
 """
 
-from .. import ops  # isort: skip  (the schemas come first)
 from . import cpp, triton
 
-__all__ = ["cpp", "ops", "triton"]
+__all__ = ["cpp", "triton"]
