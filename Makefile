@@ -39,7 +39,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 sanitize: $(VENV)/.extra-test $(VENV)/.extension
-	POOLFORMER_KERNELS_SKIP_CUDA=1 POOLFORMER_KERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	POOLFORMER_KERNELS_SKIP_CUDA=1 POOLFORMER_KERNELS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
