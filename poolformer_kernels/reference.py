@@ -6,11 +6,20 @@ computes the variance in one pass, and CUDA's channels_last ``avg_pool2d`` backw
 (pytorch#188344).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["memory_format_of", "merge_stats", "pool_mixer", "sample_stats"]
+__all__ = ["ACTIVATIONS", "memory_format_of", "merge_stats", "mlp", "pool_mixer", "sample_stats"]
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -61,24 +70,65 @@ def pool_mixer(
     dtype = _compute_dtype(x)
     w, b, s, d = (p if p is None else p.to(dtype) for p in (weight, bias, layer_scale, drop_scale))
     xc = x.to(dtype).contiguous()  # one call of to() with a memory format leaves x of the same dtype as it is
-    if w is None and b is not None:
-        w = torch.ones_like(b)  # torch 2.10's group_norm cannot differentiate a bias without a weight
-    if stats is None:
-        normed = torch.group_norm(xc, 1, w, b, eps)
-    else:
-        normed = _group_norm_given(xc, w, b, eps, stats.to(dtype))
+    normed = _group_norm(xc, w, b, eps, stats)
     y = F.avg_pool2d(normed, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False) - normed
-    if s is not None:
-        y = y * s.view(-1, 1, 1)
-    if d is not None:
-        y = y * d.view(-1, 1, 1, 1)
+    y = _scaled(y, s, d)
     if residual:
         y = xc + y
     return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    norm: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    residual: bool = False,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """The MLP of `poolformer_kernels.ops.mlp`, operation by operation; ``stats`` as in `pool_mixer`."""
+    dtype = _compute_dtype(x)
+    xc = x.to(dtype).contiguous()
+    v1, c1, v2, c2, w, b, s, d = (
+        p if p is None else p.to(dtype)
+        for p in (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
+    )
+    tokens = (_group_norm(xc, w, b, eps, stats) if norm else xc).flatten(2).transpose(1, 2)  # [B, H W, C]
+    hidden = ACTIVATIONS[activation](F.linear(tokens, v1.flatten(1), c1))
+    y = F.linear(hidden, v2.flatten(1), c2).transpose(1, 2).unflatten(2, x.shape[2:])
+    y = _scaled(y, s, d)
+    if residual:
+        y = xc + y
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def _scaled(y: Tensor, layer_scale: Tensor | None, drop_scale: Tensor | None) -> Tensor:
+    if layer_scale is not None:
+        y = y * layer_scale.view(-1, 1, 1)
+    return y if drop_scale is None else y * drop_scale.view(-1, 1, 1, 1)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, stats: Tensor | None
+) -> Tensor:
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch 2.10's group_norm cannot differentiate a bias without a weight
+    if stats is None:
+        return torch.group_norm(x, 1, weight, bias, eps)
+    return _group_norm_given(x, weight, bias, eps, stats.to(x.dtype))
 
 
 def _group_norm_given(

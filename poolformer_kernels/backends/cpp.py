@@ -7,7 +7,7 @@ import torch
 
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
-__all__ = ["DEVICES", "UNAVAILABLE", "build_info", "stats_tiles"]
+__all__ = ["DEVICES", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles"]
 
 DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
@@ -30,4 +30,9 @@ except ImportError as error:
 
 def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:
     """How many partials of a sample's statistics the kernel returns: it merges them itself."""
+    return 1
+
+
+def mlp_stats_tiles(shape: torch.Size, channels_last: bool, hidden: int) -> int:
+    """`stats_tiles` of the MLP's output of this shape."""
     return 1

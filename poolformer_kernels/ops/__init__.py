@@ -2,6 +2,7 @@
 
 from . import norm_stats
 from .backend import available_backends, use_backend
+from .mlp import mlp
 from .pool_mixer import pool_mixer
 
-__all__ = ["available_backends", "norm_stats", "pool_mixer", "use_backend"]
+__all__ = ["available_backends", "mlp", "norm_stats", "pool_mixer", "use_backend"]

@@ -1,8 +1,43 @@
-"""The torch.library namespace that every operator is defined in."""
+"""The torch.library namespace that every operator is defined in, and how operators are called."""
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "NAMESPACE"]
+from ..reference import memory_format_of
+
+__all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives"]
 
 NAMESPACE = "poolformer_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def refuse_forward_derivatives(operator: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """Kernels have a backward only: where a transform would drop or zero tangents, raise."""
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch
+    if forward_ad._current_level < 0 and transforms.peek_interpreter_stack() is None:
+        return
+    kinds = {interpreter.key() for interpreter in transforms.get_interpreter_stack() or ()}
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None
+    )
+    if dual or kinds & {transforms.TransformType.Grad, transforms.TransformType.Jvp}:
+        raise RuntimeError(
+            f"{operator} on the {backend!r} backend has no forward-mode derivative and no torch.func"
+            " gradient; use poolformer_kernels.use_backend('reference')"
+        )
+
+
+def call(op, *args):
+    """The op on these arguments, by the shortest way through the dispatcher."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
+        return op(*args)
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """An output for x: its shape and dtype, the memory format of an operator's result."""
+    return torch.empty_like(x, memory_format=memory_format_of(x))

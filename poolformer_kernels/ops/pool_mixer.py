@@ -1,19 +1,17 @@
 """The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
-import sys
 from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
 from .backend import select_backend
-from .library import LIBRARY, NAMESPACE
+from .checks import check_bool, check_eps, check_input, check_stats, check_vector
+from .library import LIBRARY, NAMESPACE, call, empty_output, refuse_forward_derivatives
 
 __all__ = ["pool_mixer"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORWARD = (
     "pool_mixer_{}(Tensor x, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_scale,"
     " Tensor? stats, int pool_size, float eps, bool residual, bool return_stats)"
@@ -125,8 +123,8 @@ def pool_mixer_with_stats(
             stats=stats,
         )
         return y, reference.sample_stats(y.detach()) if return_stats else None
-    _refuse_forward_derivatives(backend, (x, weight, bias, layer_scale, drop_scale))
-    y, _, y_stats = _call(
+    refuse_forward_derivatives("pool_mixer", backend, (x, weight, bias, layer_scale, drop_scale))
+    y, _, y_stats = call(
         _FORWARD_OPS[backend],
         *(x, weight, bias, layer_scale, drop_scale, stats),
         *(pool_size, float(eps), residual, return_stats),
@@ -134,100 +132,27 @@ def pool_mixer_with_stats(
     return y, y_stats if return_stats else None
 
 
-def _refuse_forward_derivatives(backend: str, tensors: tuple[Tensor | None, ...]) -> None:
-    """Kernels have a backward only: where a transform would drop or zero tangents, raise."""
-    if torch.compiler.is_compiling():
-        return
-    transforms = torch._C._functorch
-    if forward_ad._current_level < 0 and transforms.peek_interpreter_stack() is None:
-        return
-    kinds = {interpreter.key() for interpreter in transforms.get_interpreter_stack() or ()}
-    dual = forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None
-    )
-    if dual or kinds & {transforms.TransformType.Grad, transforms.TransformType.Jvp}:
-        raise RuntimeError(
-            f"pool_mixer on the {backend!r} backend has no forward-mode derivative and no torch.func"
-            " gradient; use poolformer_kernels.use_backend('reference')"
-        )
-
-
-def _call(op, *args):
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
-        return op(*args)
-
-
 def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    dtype = x.dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor (torch.strided), got {x.layout}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions [B, C, H, W], got shape {tuple(x.shape)}")
-    batch, channels, height, width = x.shape
-    if channels == 0 or height == 0 or width == 0:
-        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
-    device = x.device
+    check_input(x)
+    batch, channels = x.shape[:2]
     for name, p, size in (
         ("weight", weight, channels),
         ("bias", bias, channels),
         ("layer_scale", layer_scale, channels),
         ("drop_scale", drop_scale, batch),
     ):
-        if p is None:
-            continue
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
-        if p.dtype != dtype and (p.dtype != torch.float32 or dtype == torch.float64):
-            raise TypeError(f"{name} must be {_dtype_rule(dtype)} for x of {dtype}, got {p.dtype}")
-        if p.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {p.layout}")
-        if p.dim() != 1 or p.shape[0] != size:
-            what = "B" if name == "drop_scale" else "C"
-            raise ValueError(f"{name} must have shape [{what}] = [{size}], got {list(p.shape)}")
-        if p.device != device:
-            raise ValueError(f"{name} must be on x's device {device}, got {p.device}")
+        if p is not None:
+            check_vector(name, p, x, "B" if p is drop_scale else "C", size)
     if stats is not None:
-        _check_stats(x, stats)
+        check_stats(x, stats)
     if type(pool_size) is not int:
         raise TypeError(f"pool_size must be an int, got {type(pool_size).__name__}")
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(f"pool_size must be odd and positive, got {pool_size}")
     if pool_size >= 2**31:
         raise ValueError(f"pool_size must be below 2**31, got {pool_size}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    if eps > sys.float_info.max:
-        raise ValueError(f"eps must be a finite float, got {eps}")
-    if type(residual) is not bool:
-        raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
-
-
-def _check_stats(x: Tensor, stats: Tensor) -> None:
-    if not isinstance(stats, Tensor):
-        raise TypeError(f"stats must be a tensor or None, got {type(stats).__name__}")
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if stats.dtype != wanted:
-        raise TypeError(f"stats must be {wanted} for x of {x.dtype}, got {stats.dtype}")
-    if stats.dim() != 3 or stats.shape[0] != x.shape[0] or stats.shape[1] == 0 or stats.shape[2] != 3:
-        raise ValueError(f"stats must have shape [B, T, 3] = [{x.shape[0]}, T, 3], got {list(stats.shape)}")
-    if stats.device != x.device:
-        raise ValueError(f"stats must be on x's device {x.device}, got {stats.device}")
-
-
-def _dtype_rule(dtype: torch.dtype) -> str:
-    return f"{dtype}" if dtype in (torch.float32, torch.float64) else f"{dtype} or torch.float32"
-
-
-def _empty_output(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=reference.memory_format_of(x))
+    check_eps(eps)
+    check_bool("residual", residual)
 
 
 def _register(backend: str) -> None:
@@ -239,7 +164,7 @@ def _register(backend: str) -> None:
     def forward_fake(
         x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual, return_stats
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y = _empty_output(x)
+        y = empty_output(x)
         batch = x.shape[0]
         shape = (0,)
         if return_stats:
@@ -253,7 +178,7 @@ def _register(backend: str) -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, channels = x.shape[:2]
         vectors = (x.new_empty((size,), dtype=torch.float32) for size in (channels, channels, batch))
-        return _empty_output(x), *vectors
+        return empty_output(x), *vectors
 
     def setup_context(ctx, inputs, output) -> None:
         x, weight, bias, layer_scale, drop_scale, _, ctx.pool_size, _, ctx.residual, _ = inputs
@@ -267,7 +192,7 @@ def _register(backend: str) -> None:
         grads: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(grads)
-        dx, dweight, dlayer_scale, ddrop_scale = _call(
+        dx, dweight, dlayer_scale, ddrop_scale = call(
             _BACKWARD_OPS[backend],
             *(grad, x, mean_rstd, weight, bias, layer_scale, drop_scale),
             *(ctx.pool_size, ctx.residual),

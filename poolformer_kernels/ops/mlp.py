@@ -1,0 +1,329 @@
+"""The MLP operator: norm, fc1, activation, fc2, and the residual around them."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .backend import select_backend
+from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vector
+from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
+
+__all__ = ["mlp", "mlp_with_stats"]
+
+_HALVES = (torch.bfloat16, torch.float16)
+_PARAMETERS = (
+    "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor? layer_scale, Tensor? drop_scale"
+)
+_FORWARD = (
+    f"mlp_{{}}(Tensor x, {_PARAMETERS}, Tensor? stats, str activation, float eps, bool norm, bool residual,"
+    " bool return_stats, bool save_hidden)"
+    " -> (Tensor y, Tensor mean_rstd, Tensor y_stats, Tensor hidden)"
+)
+_BACKWARD = (
+    f"mlp_{{}}_backward(Tensor grad, Tensor x, Tensor mean_rstd, {_PARAMETERS}, Tensor? hidden,"
+    " str activation, bool norm, bool residual, bool parameter_grads, bool drop_grad)"
+    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight,"
+    " Tensor dnorm_bias, Tensor dlayer_scale, Tensor ddrop_scale)"
+)
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    norm: bool | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    residual: bool = False,
+    save_hidden: bool = False,
+) -> Tensor:
+    """The channel MLP; with ``norm_weight`` and ``residual=True`` the whole MLP sub-block.
+
+    Equivalent PyTorch, with ``w1`` and ``w2`` as ``[out, in, 1, 1]``::
+
+        n = F.group_norm(x, 1, norm_weight, norm_bias, eps) if norm else x
+        m = F.conv2d(F.gelu(F.conv2d(n, w1, b1)), w2, b2)
+        m = drop_scale[:, None, None, None] * layer_scale[:, None, None] * m   # each where given
+        y = x + m if residual else m
+
+    Args:
+        x: ``[B, C, H, W]``, float32, bfloat16, float16 or (reference only) float64. contiguous and
+            channels_last are computed as they are, any other strides at the price of one copy.
+        w1, w2: ``[hidden, C]`` and ``[out, hidden]``, or the same with ``[..., 1, 1]``; any sizes. One dtype
+            for both: x's, or float32 for a half x, or a half dtype for a float32 x.
+        b1, b2: ``[hidden]``, ``[out]``, or None; of x's dtype, the weights' or float32.
+        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        norm: normalise x by GroupNorm of one group; None: iff ``norm_weight`` or ``norm_bias`` is given.
+        norm_weight, norm_bias: GroupNorm's affine parameters ``[C]``, or None for 1 and 0.
+        eps: added to the variance, not negative.
+        layer_scale: ``[out]`` (LayerScale), or None for 1.
+        drop_scale: ``[B]`` (stochastic depth: 0 or 1/keep per sample), or None for 1.
+        residual: add x; ``out`` is then C.
+        save_hidden: keep fc1's output for the backward instead of computing it again from x: faster where
+            memory is plenty, ``hidden / C`` times the memory of x.
+
+    Returns:
+        y ``[B, out, H, W]``, of x's dtype; channels_last if x's channels are innermost, else contiguous.
+        Accumulation, statistics and activation are float32 for half inputs; the operands of the matrix
+        products are of the half dtype among x's and the weights'. Gradients have the dtype of what they
+        belong to.
+
+    Under autocast the weights are cast to its dtype. The plain form then returns that dtype; with
+    ``residual`` the stream keeps x's, and on CUDA a half x is computed in, and returned as, float32.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or of a dtype that is not supported.
+        ValueError: a wrong rank, size, device, activation or eps; norm parameters with ``norm=False``.
+        RuntimeError: the backend asked for cannot run this call; or a second derivative through a kernel
+            backend.
+
+    Source: MetaFormer (arXiv 2111.11418), equation 2 (``Z = sigma(Norm(Y) W1) W2 + Y``).
+    """
+    return mlp_with_stats(
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        activation=activation,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        layer_scale=layer_scale,
+        drop_scale=drop_scale,
+        residual=residual,
+        save_hidden=save_hidden,
+        return_stats=False,
+    )[0]
+
+
+def mlp_with_stats(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    norm: bool | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    residual: bool = False,
+    save_hidden: bool = False,
+    stats: Tensor | None = None,
+    return_stats: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`mlp` that takes x's statistics where the caller has them and returns y's; see `pool_mixer_with_stats`.
+
+    Returns:
+        (y, partials of y ``[B, T, 3]`` or None).
+    """
+    if norm is None:
+        norm = norm_weight is not None or norm_bias is not None
+    check_input(x)
+    device = x.device.type
+    narrow = None
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        x, w1, w2, narrow = _autocast(device, x, w1, w2, norm, residual)
+    _check(
+        *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
+        *(layer_scale, drop_scale, residual, save_hidden, stats),
+    )
+    backend = select_backend(device, x.dtype)
+    if backend == "reference":
+        y = reference.mlp(
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            activation=activation,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            layer_scale=layer_scale,
+            drop_scale=drop_scale,
+            residual=residual,
+            stats=stats,
+        )
+        y_stats = reference.sample_stats(y.detach()) if return_stats else None
+    else:
+        parameters = (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
+        refuse_forward_derivatives("mlp", backend, (x, *parameters))
+        y, _, y_stats, _ = call(
+            _FORWARD_OPS[backend],
+            *(x, *parameters, stats, activation, float(eps), norm, residual, return_stats),
+            save_hidden and torch.is_grad_enabled(),
+        )
+    if narrow is not None:
+        y = y.to(narrow)
+    return y, y_stats if return_stats else None
+
+
+def _autocast(
+    device: str, x: Tensor, w1: Tensor, w2: Tensor, norm: bool, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype | None]:
+    """x and the weights as eager AMP computes them, and the dtype of the result where it is not x's."""
+    half = torch.get_autocast_dtype(device)
+    w1, w2 = (w.to(half) if isinstance(w, Tensor) and w.is_floating_point() else w for w in (w1, w2))
+    if x.dtype == torch.float32 and not (norm or residual):
+        x = x.to(half)
+    elif x.is_cuda and (norm or residual):
+        x = x.float()
+    return x, w1, w2, None if residual or x.dtype != torch.float32 else half
+
+
+def _check(
+    x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps, layer_scale, drop_scale, residual,
+    save_hidden, stats,
+) -> None:  # fmt: skip
+    batch, channels = x.shape[:2]
+    dtype = x.dtype
+    hidden = _check_weight("w1", w1, x, "hidden, C", None, channels)
+    out = _check_weight("w2", w2, x, "out, hidden", channels if residual is True else None, hidden)
+    if w2.dtype != w1.dtype:
+        raise TypeError(f"w2 must be of w1's dtype {w1.dtype}, got {w2.dtype}")
+    vectors = (dtype,) if dtype == torch.float64 else (dtype, w1.dtype, torch.float32)
+    for name, p, what, size in (
+        ("b1", b1, "hidden", hidden),
+        ("b2", b2, "out", out),
+        ("norm_weight", norm_weight, "C", channels),
+        ("norm_bias", norm_bias, "C", channels),
+        ("layer_scale", layer_scale, "out", out),
+        ("drop_scale", drop_scale, "B", batch),
+    ):
+        if p is not None:
+            check_vector(name, p, x, what, size, vectors)
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    check_bool("norm", norm)
+    if not norm:
+        for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("stats", stats)):
+            if p is not None:
+                raise ValueError(f"{name} must be None where norm is False, got a tensor")
+    elif stats is not None:
+        check_stats(x, stats)
+    check_eps(eps)
+    check_bool("residual", residual)
+    check_bool("save_hidden", save_hidden)
+
+
+def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, columns: int) -> int:
+    """Checks a weight ``[rows, columns]`` or ``[rows, columns, 1, 1]``, any rows where None; returns rows."""
+    if x.dtype == torch.float64:
+        dtypes = (torch.float64,)
+    else:
+        dtypes = (x.dtype, torch.float32) if x.dtype in _HALVES else (torch.float32, *_HALVES)
+    check_tensor(name, w, x, dtypes, False)
+    shape = w.shape
+    if (
+        (len(shape) == 2 or (len(shape) == 4 and shape[2] == 1 and shape[3] == 1))
+        and shape[1] == columns
+        and (shape[0] == rows or (rows is None and shape[0] > 0))
+    ):
+        return shape[0]
+    first = "any" if rows is None else rows
+    raise ValueError(
+        f"{name} must have shape [{what}] = [{first}, {columns}], or [{first}, {columns}, 1, 1],"
+        f" got {list(shape)}"
+    )
+
+
+def _register(backend: str) -> None:
+    """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels."""
+    name = f"{NAMESPACE}::mlp_{backend}"
+    LIBRARY.define(_FORWARD.format(backend))
+    LIBRARY.define(_BACKWARD.format(backend))
+
+    def forward_fake(
+        x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps, norm,
+        residual, return_stats, save_hidden,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        batch, _, height, width = x.shape
+        hidden, out = w1.shape[0], w2.shape[0]
+        fmt = reference.memory_format_of(x)
+        y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
+        shape = (0,)
+        if return_stats:
+            kernels = import_module(f"..backends.{backend}", __package__)
+            tiles = kernels.mlp_stats_tiles(y.shape, fmt == torch.channels_last, hidden)
+            shape = (batch, tiles, 3)
+        operand = w1.dtype if x.dtype == torch.float32 else x.dtype
+        saved = (batch * height * width * hidden,) if save_hidden else (0,)
+        return (
+            y,
+            x.new_empty((batch, 2) if norm else (0,), dtype=torch.float32),
+            x.new_empty(shape, dtype=torch.float32),
+            x.new_empty(saved, dtype=operand),
+        )
+
+    def backward_fake(
+        grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
+        activation, norm, residual, parameter_grads, drop_grad,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dx = torch.empty_like(x, memory_format=reference.memory_format_of(x))
+        channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
+        dw1, dw2 = (w.new_empty(w.shape if parameter_grads else (0,)) for w in (w1, w2))
+        db1, db2, dnorm_weight, dnorm_bias, dlayer_scale = (
+            x.new_empty((size if parameter_grads else 0,), dtype=torch.float32)
+            for size in (width, out, channels, channels, out)
+        )
+        ddrop_scale = x.new_empty((x.shape[0] if drop_grad else 0,), dtype=torch.float32)
+        return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale
+
+    def setup_context(ctx, inputs, output) -> None:
+        x, *parameters = inputs[:9]
+        ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:]
+        _, mean_rstd, y_stats, hidden = output
+        ctx.mark_non_differentiable(mean_rstd, y_stats, hidden)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean_rstd, *parameters, hidden if saved else None)
+
+    def backward(ctx, grad, *_):
+        grads: list[Tensor | None] = [None] * 16
+        if grad is None:
+            return tuple(grads)
+        needed = ctx.needs_input_grad[:9]
+        saved = ctx.saved_tensors
+        computed = call(
+            _BACKWARD_OPS[backend],
+            *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),
+        )
+        for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
+            if needed[i]:
+                grads[i] = gradient.to(of.dtype)
+        return tuple(grads)
+
+    def double_backward(ctx, *_):
+        raise RuntimeError(
+            f"mlp on the {backend!r} backend has no second derivative;"
+            " use poolformer_kernels.use_backend('reference') for double backward"
+        )
+
+    torch.library.register_fake(name, forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"{name}_backward", backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"{name}_backward", double_backward, lib=LIBRARY)
+
+
+_FORWARD_OPS = {}
+_BACKWARD_OPS = {}
+for _backend in ("cpp", "triton"):
+    _register(_backend)
+    _FORWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"mlp_{_backend}").default
+    _BACKWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"mlp_{_backend}_backward").default
