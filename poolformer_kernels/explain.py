@@ -8,9 +8,11 @@ from .ops.backend import explain_selection
 
 __all__ = ["explain"]
 
+_OPERATORS = ("pool_mixer", "mlp")
+
 
 def explain(target: nn.Module | Tensor) -> str:
-    """A line per operator call of a module, or of a tensor: place, operator, backend and reason.
+    """A line per operator call of a module, or per operator for a tensor: place, operator, backend, reason.
 
     Args:
         target: a module, whose parameters give the device and dtype of its inputs; or the operator's input x.
@@ -27,13 +29,19 @@ def explain(target: nn.Module | Tensor) -> str:
 
         >>> print(poolformer_kernels.explain(poolformer_kernels.create_model("poolformer_s12")))
         network.0.0.token_mixer  pool_mixer  cpp        the fastest on cpu
-        network.0.0.mlp          mlp         modules    no kernel yet: fc1, act and fc2 run one by one
+        network.0.0.mlp          mlp         cpp        the fastest on cpu
         ...
     """
     if isinstance(target, Tensor):
-        rows = [("", "pool_mixer", *explain_selection(target.device.type, target.dtype))]
+        selection = explain_selection(target.device.type, target.dtype)
+        rows = [("", operator, *selection) for operator in _OPERATORS]
     elif isinstance(target, nn.Module):
-        rows = [row for name, module in target.named_modules() for row in _rows(name, module)]
+        rows, explained = [], set()
+        for name, module in target.named_modules():
+            if module not in explained:
+                rows += _rows(name, module)
+            if isinstance(module, PoolFormerBlock):
+                explained.add(module.mlp)
     else:
         raise TypeError(f"target must be a module or a tensor, got {type(target).__name__}")
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -44,12 +52,27 @@ def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
     if isinstance(module, PoolMixer):
         return [(name, "pool_mixer", *_selected(module))]
     if isinstance(module, PoolFormerBlock):
-        reason = module.unfused_reason()
-        place = f"{name}.token_mixer".lstrip(".")
-        return [(place, "pool_mixer", *(_selected(module) if reason is None else ("modules", reason)))]
+        reason = module.mixer_unfused_reason()
+        mixer = _selected(module) if reason is None else ("modules", reason)
+        reason = module.mlp_unfused_reason()
+        mlp = _selected(module) if reason is None else _mlp_alone(module.mlp, reason)
+        places = (f"{name}.{part}".lstrip(".") for part in ("token_mixer", "mlp"))
+        return [
+            (place, operator, *row)
+            for place, operator, row in zip(places, _OPERATORS, (mixer, mlp), strict=True)
+        ]
     if isinstance(module, Mlp):
-        return [(name, "mlp", "modules", "no kernel yet: fc1, act and fc2 run one by one")]
+        reason = module.unfused_reason()
+        return [(name, "mlp", *(_selected(module) if reason is None else ("modules", reason)))]
     return []
+
+
+def _mlp_alone(mlp: nn.Module, reason: str) -> tuple[str, str]:
+    """Of a block's MLP that is not one call with its norm and residual: it may still be one without them."""
+    if not isinstance(mlp, Mlp) or mlp.unfused_reason() is not None:
+        return "modules", reason
+    backend, why = _selected(mlp)
+    return backend, f"{why}; norm and residual as modules: {reason}"
 
 
 def _selected(module: nn.Module) -> tuple[str, str]:

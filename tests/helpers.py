@@ -216,7 +216,16 @@ def assert_close_to_fp64(
         )
 
 
-def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 4, **options) -> None:
+def assert_right(
+    actual: Tensors,
+    inputs: Tensors,
+    grad: Tensor,
+    *,
+    ulps: float = 4,
+    eager: Callable[..., Tensor] = eager,
+    truth: Callable[..., Truth] = truth,
+    **options,
+) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule."""
     plain = {name: t if t is None else t.detach().contiguous().clone() for name, t in inputs.items()}
     theirs = run(eager, plain, grad.contiguous(), **options)

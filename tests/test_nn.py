@@ -8,56 +8,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_fp64, randn
+from nn_helpers import gradients, make_block, official_block
 from peers import randomise, relative_error, require
 from torch import nn
 
 import poolformer_kernels as pk
-from poolformer_kernels.nn import DropPath, GroupNorm, Mlp, PoolFormerBlock, Pooling, PoolMixer
+from poolformer_kernels.nn import DropPath, GroupNorm, PoolFormerBlock, Pooling, PoolMixer
 
 BLOCK_KEYS = ["layer_scale_1", "layer_scale_2", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
 BLOCK_KEYS += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
 
 
-def official_block(block, x, pool_size=3, masks=(1.0, 1.0)):
-    """The paper's block from this block's parameters, in the dtype of x or as autocast decides."""
-    p = dict(block.named_parameters())
-    one = torch.ones(())
-    s1, s2 = (p.get(f"layer_scale_{i}", one).view(-1, 1, 1) for i in (1, 2))
-    m1, m2 = (torch.as_tensor(m, dtype=x.dtype).view(-1, 1, 1, 1) for m in masks)
-    n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"], 1e-5)
-    x = x + m1 * (s1 * (F.avg_pool2d(n, pool_size, 1, pool_size // 2, count_include_pad=False) - n))
-    n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"], 1e-5)
-    h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-    return x + m2 * (s2 * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"]))
-
-
-def make_block(dim=12, seed=0, **options):
-    torch.manual_seed(seed)
-    block = randomise(PoolFormerBlock(dim, **options))
-    for conv in (block.mlp.fc1, block.mlp.fc2):
-        nn.init.normal_(conv.weight, std=0.3)
-    return block
-
-
-def gradients(function, block, x, grad):
-    """The output, dx and every parameter's gradient."""
-    x = x.detach().requires_grad_()
-    y = function(block, x)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], grad.to(y.dtype))
-    names = ["y", "dx", *(name for name, _ in block.named_parameters())]
-    return dict(zip(names, [y.detach(), *grads], strict=True))
-
-
 @pytest.fixture
 def mixer_calls(monkeypatch):
-    """The keyword arguments of every call of ops.pool_mixer."""
-    calls, original = [], pk.ops.pool_mixer
+    """The keyword arguments of every call of the token mixer by a block."""
+    calls, original = [], pk.nn.block.pool_mixer_with_stats
 
     def counted(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pk.ops, "pool_mixer", counted)
+    monkeypatch.setattr(pk.nn.block, "pool_mixer_with_stats", counted)
     return calls
 
 
@@ -158,22 +129,6 @@ def test_pool_mixer_module():
     fresh = PoolMixer(4)
     assert torch.equal(fresh.weight, torch.ones(4))
     assert torch.equal(fresh.bias, torch.zeros(4))
-
-
-def test_mlp_formula_initialisation_and_dropout():
-    torch.manual_seed(0)
-    mlp = Mlp(64, 200, 32, act_layer=nn.ReLU, drop=0.4).eval()
-    assert 0.015 < mlp.fc1.weight.std() < 0.021
-    assert not mlp.fc1.bias.any()
-    assert not mlp.fc2.bias.any()
-    x = randn(2, 64, 3, 3)
-    h = F.relu(torch.einsum("oi,bihw->bohw", mlp.fc1.weight[:, :, 0, 0], x))
-    expected = torch.einsum("oi,bihw->bohw", mlp.fc2.weight[:, :, 0, 0], h)
-    assert relative_error(mlp(x), expected) < 1e-5
-    y = mlp.train()(x)
-    assert 0.3 < (y == 0).float().mean() < 0.5
-    assert list(Mlp(3).state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
-    assert Mlp(3).fc2.weight.shape == (3, 3, 1, 1)
 
 
 # ---- one operator call, or the modules ---------------------------------------------------------------------
@@ -388,8 +343,6 @@ def test_reprs_name_the_settings():
         (lambda: Pooling(-3), ValueError, ("pool_size", "-3", "positive")),
         (lambda: DropPath(1.0), ValueError, ("drop_prob", "1.0", "[0, 1)")),
         (lambda: DropPath(True), TypeError, ("drop_prob", "bool", "number")),
-        (lambda: Mlp(4, hidden_features=0), ValueError, ("hidden_features", "0", "positive")),
-        (lambda: Mlp(4, drop=float("nan")), ValueError, ("drop", "nan")),
         (lambda: PoolFormerBlock("x"), TypeError, ("dim", "str", "int")),
         (lambda: PoolFormerBlock(4, pool_size=4), ValueError, ("pool_size", "4", "odd")),
         (lambda: PoolFormerBlock(4, drop_path=1.5), ValueError, ("drop_path", "1.5", "[0, 1)")),

@@ -1,47 +1,20 @@
 // The token mixer's CPU operators: checks, output tensors, the plan of the work over torch's threads.
 #include "pool_mixer.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/chan.h"
 #include "../common/taps.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace pk {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kLanesMax = 16;
 constexpr int64_t kSerial = 32768;         // elements below which a second thread does not pay
 constexpr int64_t kStripElements = 32768;  // of one channels_last work item
 constexpr int64_t kPlaneElements = 4096;   // of one NCHW work item: its two float copies stay in the L1 cache
-
-// ---- tensors
-
-int dtype_index(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "pool_mixer_cpp: x must be float32, bfloat16 or float16");
-  }
-}
 
 const PoolMixerKernels& kernels_for(ScalarType dtype) {
   static const PoolMixerKernels* table = [] {
@@ -55,74 +28,6 @@ const PoolMixerKernels& kernels_for(ScalarType dtype) {
   return table[dtype_index(dtype)];
 }
 
-// The output's layout (poolformer_kernels.reference.memory_format_of).
-bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
-
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const bool dense = t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
-  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_like(const Tensor& x, bool channels_last) {
-  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  if (channels_last) return empty({b, c, h, w}, {c * h * w, 1, w * c, c}, dtype);
-  return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
-}
-
-inline float to_float(float value) { return value; }
-inline float to_float(Half value) { return static_cast<float>(value); }
-inline float to_float(BFloat16 value) {  // by hand, so that the loop over it is vectorised
-  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-template <class T>
-void copy_floats(const Tensor& t, float* out, int64_t n) {
-  const T* data = static_cast<const T*>(t.data_ptr());
-  const int64_t stride = t.stride(0);
-  if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i]);
-  else
-    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i * stride]);
-}
-
-// The parameter's values, or `absent` n times.
-void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
-  if (!t.has_value()) {
-    std::fill(out, out + n, absent);
-    return;
-  }
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "pool_mixer_cpp: ", name,
-                  " must be a CPU tensor of ", n, " elements");
-  switch (t->scalar_type()) {
-    case ScalarType::Float: return copy_floats<float>(*t, out, n);
-    case ScalarType::BFloat16: return copy_floats<BFloat16>(*t, out, n);
-    case ScalarType::Half: return copy_floats<Half>(*t, out, n);
-    default: STD_TORCH_CHECK(false, "pool_mixer_cpp: ", name, " must be float32, bfloat16 or float16");
-  }
-}
-
-// ---- scratch memory: grows to the largest call of a thread and is kept
-
-float* grown(std::vector<float>& buffer, int64_t n) {
-  if (static_cast<int64_t>(buffer.size()) < n + kLanesMax) buffer.resize(n + kLanesMax);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
-}
-
 float* worker_scratch(const PoolMixerParams& p) {
   thread_local std::vector<float> buffer;
   const int64_t columns = 4 * (p.width + p.half_w) * kLanesMax;  // sweep: pairs of vectors, with and without borders
@@ -130,24 +35,6 @@ float* worker_scratch(const PoolMixerParams& p) {
   const int64_t planes = (rows + 1) * (p.width + p.half_w + 3 * kLanesMax);
   return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
 }
-
-// One call's tables, cut from one buffer of the calling thread.
-class Arena {
- public:
-  explicit Arena(int64_t n) : next_(grown(buffer(), n)) {}
-  float* take(int64_t n) {
-    float* p = next_;
-    next_ += n;
-    return p;
-  }
-
- private:
-  static std::vector<float>& buffer() {
-    thread_local std::vector<float> kept;
-    return kept;
-  }
-  float* next_;
-};
 
 // ---- the plan
 
@@ -161,7 +48,7 @@ struct Call {
     p.pool = pool = std::min(pool, 2 * std::max(p.height, p.width) - 1);  // a wider one covers nothing more
     p.residual = residual;
     p.channels_last = channels_last;
-    p.chunks = (sample() + kChunk - 1) / kChunk;
+    p.chunks = (sample() + kStatsChunk - 1) / kStatsChunk;
     p.half_h = pool == 3 ? 1 : std::min(pool / 2, p.height - 1);
     p.half_w = pool == 3 ? 1 : std::min(pool / 2, p.width - 1);
     p.strip_rows = channels_last ? kStripElements / (p.width * p.channels)
@@ -229,12 +116,6 @@ struct Call {
   }
 };
 
-Moments<double> merged(const float* partials, int64_t n) {
-  Moments<double> m;
-  for (int64_t i = 0; i < n; ++i) m.merge(partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]);
-  return m;
-}
-
 void check(const Tensor& x, int64_t pool, double eps) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "pool_mixer_cpp: x must be a CPU tensor of 4 dimensions");
   STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "pool_mixer_cpp: x must have channels and pixels");
@@ -281,6 +162,10 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   float* saved = static_cast<float*>(mean_rstd.mutable_data_ptr());
   float* y_merged = static_cast<float*>(y_stats.mutable_data_ptr());
 
+  const auto stats_of = [&](int64_t b, int64_t first, int64_t last) {
+    const char* sample = static_cast<const char*>(p.x) + b * call.sample() * x.element_size();
+    kernels.stats(sample, call.sample(), first, last, p.x_partials + 3 * b * p.chunks);
+  };
   const auto begin_sample = [&](int64_t b) {
     const auto m = given_data ? merged(given_data + b * given_tiles * 3, given_tiles)
                               : merged(p.x_partials + b * p.chunks * 3, p.chunks);
@@ -298,14 +183,14 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   };
   if (call.by_sample()) {
     call.over(1, [&](int64_t b, int64_t, int64_t) {
-      if (!given_data) kernels.stats(p, b, 0, p.chunks);
+      if (!given_data) stats_of(b, 0, p.chunks);
       begin_sample(b);
       kernels.forward(p, b, 0, call.items, worker_scratch(p));
       end_sample(b);
     });
   } else {
     if (!given_data)
-      call.over(p.chunks, [&](int64_t b, int64_t first, int64_t last) { kernels.stats(p, b, first, last); });
+      call.over(p.chunks, stats_of);
     for (int64_t b = 0; b < batch; ++b) begin_sample(b);
     call.over(call.items,
               [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });

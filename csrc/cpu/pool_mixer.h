@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "stats.h"
+
 namespace pk {
 
 struct PoolMixerParams {
@@ -27,16 +29,14 @@ struct PoolMixerParams {
   const float* col_inv;   // [W] 1 / col_taps
   const float* inv;       // [pool + 1, W] 1 / (taps * col_taps)
 
-  float* x_partials;  // [B, chunks, 3] (count, mean, M2)
+  float* x_partials;  // [B, chunks, 3], see stats.h
   float* y_partials;  // [B, items, 3], or null
   float* q_partials;  // backward: channels_last [B, strips, C], NCHW [B, C, strips]: sum of g (P x - x)
 };
 
-constexpr int64_t kChunk = 8192;  // elements of one partial of the input statistics
-
 struct PoolMixerKernels {
-  // Items of one sample: partials of x's statistics; (strip) in channels_last, (channel, strip) in NCHW.
-  void (*stats)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last);
+  StatsKernel stats;
+  // Items of one sample: (strip) in channels_last, (channel, strip) in NCHW.
   void (*forward)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
   void (*backward_reduce)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
   void (*backward_apply)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);

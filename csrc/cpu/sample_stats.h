@@ -13,7 +13,7 @@ PK_INLINE void write_moments(float* out, int64_t n, float shift, float sum, floa
   out[2] = m2 < 0 ? 0 : m2;
 }
 
-#if PK_LEVEL == 3
+#if PK_LEVEL >= 3
 // Sums by bfloat16 dot products, a third of the instructions, and no shift: false where the mean costs digits.
 PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
   constexpr int kWays = 4, kWords = 2 * kLanes;
@@ -36,13 +36,12 @@ PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
 #endif
 
 template <class T>
-void stats(const PoolMixerParams& p, int64_t b, int64_t first_chunk, int64_t last_chunk) {
-  const int64_t size = p.channels * p.height * p.width;
+void stats(const void* sample, int64_t size, int64_t first_chunk, int64_t last_chunk, float* partials) {
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-    const int64_t begin = chunk * kChunk, n = begin + kChunk < size ? kChunk : size - begin;
-    const T* x = static_cast<const T*>(p.x) + b * size + begin;
-    float* out = p.x_partials + (b * p.chunks + chunk) * 3;
-#if PK_LEVEL == 3
+    const int64_t begin = chunk * kStatsChunk, n = begin + kStatsChunk < size ? kStatsChunk : size - begin;
+    const T* x = static_cast<const T*>(sample) + begin;
+    float* out = partials + chunk * 3;
+#if PK_LEVEL >= 3
     if constexpr (__is_same(T, bf16))
       if (quick_moments(x, n, out)) continue;
 #endif

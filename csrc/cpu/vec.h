@@ -50,6 +50,21 @@ PK_INLINE float hsum(vf v) {
   return sum[0];
 }
 
+// e^x to an ulp or two; 0 below -88 and inf above 88.8.
+PK_INLINE vf exponential(vf x) {
+  x = x < -88.1f ? splat(-88.1f) : x;
+  x = x > 88.8f ? splat(88.8f) : x;
+  const vf shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;  // n in the low bits of `shifted`
+  const vf f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = f * (1.0f / 5040) + 1.0f / 720;
+  p = p * f + 1.0f / 120;
+  p = p * f + 1.0f / 24;
+  p = p * f + 1.0f / 6;
+  p = p * f + 0.5f;
+  p = p * (f * f) + f + 1.0f;
+  return p * (vf)(((vu)shifted + 127u) << 23);
+}
+
 // --- bfloat16 is the upper half of a float, rounded to nearest even
 
 PK_INLINE vu round_bits(vf v) {
@@ -63,7 +78,7 @@ PK_INLINE vf widen(vh h, const bf16*) { return (vf)_mm256_slli_epi32(_mm256_cvte
 #else
 PK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 #endif
-#if PK_LEVEL == 3
+#if PK_LEVEL >= 3
 PK_INLINE vh narrow(vf v, const bf16*) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
 PK_INLINE vf rounded(vf v, const bf16* tag) { return widen(narrow(v, tag), tag); }
 #elif PK_LEVEL == 2
@@ -168,7 +183,7 @@ PK_INLINE void store_pair(T* p, Pair v) {
   store(p + kLanes, v.b);
 }
 PK_INLINE void store_pair(bf16* p, Pair v) {
-#if PK_LEVEL == 3
+#if PK_LEVEL >= 3
   typedef uint16_t Words __attribute__((vector_size(64)));
   Words order{};
   for (int i = 0; i < kLanes; ++i) order[2 * i] = i, order[2 * i + 1] = kLanes + i;

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import GroupNorm, PoolFormerBlock
+from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
 
 __all__ = ["HEADS", "ModelConfig", "PoolFormer", "list_models", "model_config"]
 
@@ -131,7 +131,7 @@ class PoolFormer(nn.Module):
                 PoolFormerBlock(dim, drop_path=step * i, layer_scale_init_value=config.layer_scale_init)
                 for i in range(done, done + depth)
             )
-            network.append(nn.Sequential(*blocks))
+            network.append(PoolFormerStage(*blocks))
             done += depth
         self.network = nn.ModuleList(network)
         if features_only:

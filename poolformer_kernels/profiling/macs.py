@@ -5,12 +5,15 @@ from collections import Counter
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import register_flop_formula
 
+from ..nn import Mlp
 from ..ops.backend import use_backend
 
 __all__ = ["count_macs"]
 
 _aten = torch.ops.aten
+_ours = torch.ops.poolformer_kernels
 
 
 def _convolution(x, weight, bias, stride, padding, dilation, transposed, *_, out) -> int:
@@ -38,6 +41,28 @@ _COUNTED = {
 }
 
 
+# For FlopCounterMode, which counts what is executed, at two flops a multiply-accumulate.
+
+
+@register_flop_formula([_ours.mlp_cpp, _ours.mlp_triton])
+def _mlp_flops(x, w1, b1, w2, *_, out_shape, **__) -> int:
+    return 2 * _tokens(x) * w1[0] * (w1[1] + w2[0])
+
+
+@register_flop_formula([_ours.mlp_cpp_backward, _ours.mlp_triton_backward])
+def _mlp_backward_flops(
+    grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
+    activation, norm, residual, parameter_grads, drop_grad, *, out_shape,
+) -> int:  # fmt: skip
+    """fc1 again unless its output was saved, the gradients of both inputs and, where asked, both weights."""
+    recomputed = w1[1] if hidden is None else 0
+    return 2 * _tokens(x) * w1[0] * ((w1[1] + w2[0]) * (1 + parameter_grads) + recomputed)
+
+
+def _tokens(shape) -> int:
+    return shape[0] * shape[2] * shape[3]
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +81,8 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
 
     fvcore's convention, the one of the published PoolFormer figures: a convolution or matrix product counts
     its multiplications, a normalisation 5 per element (4 without affine parameters), pooling, activations and
-    additions nothing. A fused operator counts as the operations it stands for.
+    additions nothing. A fused operator counts as the operations it stands for, in the forward pass alone
+    (PyTorch's ``FlopCounterMode``, where this module registers the operators, counts what a kernel executes).
 
     Args:
         model: any module; it runs on meta tensors in eval mode, so nothing is computed and no weight copied.
@@ -70,11 +96,15 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     counter = _Counter()
+    # a hook makes an Mlp call the layers that its operator stands for
+    hooks = [m.fc1.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, Mlp)]
     try:
         # no_grad, not inference_mode: there composite operators would reach the counter undecomposed
         with torch.no_grad(), use_backend("reference"), counter:
             torch.func.functional_call(model, state, (x,))
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, training in modes:
             module.training = training
     return counter.macs

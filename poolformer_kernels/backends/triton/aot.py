@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,20 +23,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import pool_mixer, statistics
+from . import mlp, pool_mixer, statistics
 from .config import stats_tiles
+from .mlp_config import mlp_stats_tiles
 
-__all__ = ["ARCHS", "SHAPES", "Case", "Launch", "Resources", "compile_launch", "launches", "resource_table"]
+__all__ = [
+    "ARCHS",
+    "SHAPES",
+    "Case",
+    "Launch",
+    "MlpCase",
+    "Resources",
+    "compile_launch",
+    "distinct",
+    "launches",
+    "resource_table",
+]
 
 ARCHS = (80, 90, 100)
 #: (channels, height = width) of the four stages of the S and of the M family at 224x224
 SHAPES = ((64, 56), (128, 28), (320, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # mma.sync, wgmma, tcgen05
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Case(NamedTuple):
-    """One call of the operator, forward and backward."""
+    """One call of the token mixer, forward and backward."""
 
     dtype: torch.dtype
     channels_last: bool
@@ -52,6 +66,57 @@ class Case(NamedTuple):
         name += f" pool {self.pool_size}" if self.pool_size != 3 else ""
         flags = zip(("plain", "own stats", "no y stats"), self[-3:], strict=True)
         return ", ".join([name, *(text for text, usual in flags if not usual)])
+
+    def call(self) -> None:
+        fmt = torch.channels_last if self.channels_last else torch.contiguous_format
+        shape = (2, self.channels, self.size, self.size)
+        x = torch.empty(shape, dtype=self.dtype, device="meta", memory_format=fmt)
+        weight, bias, scale = (_meta(self.dtype, self.channels) for _ in range(3))
+        drop = _meta(self.dtype, 2)
+        tiles = stats_tiles(shape, self.channels_last, self.pool_size)
+        stats = _meta(torch.float32, 2, tiles, 3) if self.given_stats else None
+        options = (self.pool_size, 1e-5, self.residual, self.return_stats)
+        y, mean_rstd, _ = pool_mixer.forward(x, weight, bias, scale, drop, stats, *options)
+        pool_mixer.backward(y, x, mean_rstd, weight, bias, scale, drop, self.pool_size, self.residual)
+
+
+class MlpCase(NamedTuple):
+    """One call of the MLP sub-block on channels_last data, forward and backward."""
+
+    dtype: torch.dtype
+    channels: int
+    size: int
+    weight_dtype: torch.dtype | None = None  # x's
+    activation: str = "gelu"
+    save_hidden: bool = False
+    backward: bool = True
+
+    def __str__(self) -> str:
+        name = f"{_TYPES[self.dtype]} {self.channels}x{self.size}"
+        name += f" {self.activation}" if self.activation != "gelu" else ""
+        name += f" {_TYPES[self.weight_dtype]} weights" if self.weight_dtype else ""
+        return name + (", saved" if self.save_hidden else "")
+
+    def call(self) -> None:
+        shape = (2, self.channels, self.size, self.size)
+        x = torch.empty(shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
+        width = 4 * self.channels
+        w1, w2 = (
+            _meta(self.weight_dtype or self.dtype, *sizes)
+            for sizes in ((width, self.channels), (self.channels, width))
+        )
+        b1 = _meta(w1.dtype, width)
+        b2, gamma, beta, scale = (_meta(w1.dtype, self.channels) for _ in range(4))
+        parameters = (w1, b1, w2, b2, gamma, beta, scale, _meta(self.dtype, 2))
+        stats = _meta(torch.float32, 2, mlp_stats_tiles(shape, True, width), 3)
+        y, mean_rstd, _, hidden = mlp.forward(
+            x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden
+        )
+        if self.backward:
+            saved = hidden if self.save_hidden else None
+            mlp_backward.backward(
+                y, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +137,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """A row of the table. ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads."""
+    """A row of the table. ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads.
+
+    ``matrix``: the matrix instructions, by kind; ``clamps``: what gelu's polynomial does once an element.
+    """
 
     kernel: str
     config: str
@@ -83,21 +151,18 @@ class Resources:
     ldg128: int
     ldg: int
     instructions: int
+    matrix: dict[str, int]
+    clamps: int
 
 
-def launches(case: Case) -> list[Launch]:
+def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(case: Case | MlpCase) -> list[Launch]:
     """The launches of one call, recorded from the launchers themselves on tensors without data."""
-    fmt = torch.channels_last if case.channels_last else torch.contiguous_format
-    shape = (2, case.channels, case.size, case.size)
-    x = torch.empty(shape, dtype=case.dtype, device="meta", memory_format=fmt)
-    weight, bias, scale = (torch.empty(case.channels, dtype=case.dtype, device="meta") for _ in range(3))
-    drop = torch.empty(2, dtype=case.dtype, device="meta")
-    tiles = stats_tiles(shape, case.channels_last, case.pool_size)
-    stats = torch.empty((2, tiles, 3), device="meta") if case.given_stats else None
-    options = (case.pool_size, 1e-5, case.residual, case.return_stats)
     with _recorded(str(case)) as log:
-        y, mean_rstd, _ = pool_mixer.forward(x, weight, bias, scale, drop, stats, *options)
-        pool_mixer.backward(y, x, mean_rstd, weight, bias, scale, drop, case.pool_size, case.residual)
+        case.call()
     return log
 
 
@@ -128,6 +193,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         ldg128=sum(".128" in name for name in loads) + 2 * sum(".256" in name for name in loads),
         ldg=len(loads),
         instructions=len(instructions),
+        matrix={name: n for name, n in Counter(i.split(".")[0] for i in instructions).items() if name in _MATRIX},
+        clamps=len(re.findall(r"min\S*\.f32", compiled.asm["ptx"])),
     )
 
 
@@ -191,7 +258,7 @@ def _kernels() -> dict[str, tuple[ModuleType, triton.JITFunction]]:
     """Every Triton function of the operator's modules; only kernels are ever launched."""
     return {
         name: (module, function)
-        for module in (statistics, pool_mixer)
+        for module in (statistics, pool_mixer, mlp)
         for name, function in vars(module).items()
         if isinstance(function, triton.JITFunction) and function.__module__ == module.__name__
     }

@@ -1,0 +1,8 @@
+// The MLP's activations, for host and device.
+#pragma once
+
+namespace pk {
+
+enum class Activation { gelu, gelu_tanh, relu, silu };
+
+}  // namespace pk

@@ -1,0 +1,73 @@
+// Matrix products for one instruction-set level, out[r][l] (+)= sum_k a[r][k] b[k][l], of operands in words of 32 bits:
+// a word is a float, or a pair of bfloat16 that are neighbours along k. Included after vec.h.
+//
+// l runs along vectors, r over scalars that are broadcast: with tokens along l, weights are read as they lie in memory.
+
+using word = uint32_t;
+
+struct Floats {
+  static constexpr int kPer = 1;    // elements of a word
+  static constexpr int kStep = 1;   // k is a multiple of it
+  using Element = float;
+  static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
+    return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
+  }
+};
+
+#if PK_LEVEL >= 3
+struct Bf16Pairs {
+  static constexpr int kPer = 2;
+  static constexpr int kStep = 1;
+  using Element = bf16;
+  static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
+};
+#endif
+
+constexpr int kRows = PK_LEVEL >= 2 ? 8 : 4;  // of `a` in one product
+constexpr int kVecs = 3;                      // of `b` in registers: kRows * kVecs sums, kVecs vectors of b
+
+template <class Op, int VECS>
+__attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
+                                              float* out, int64_t out_row, bool add) {
+  vf sum[kRows][VECS];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(out + r * out_row + v * kLanes) : vf{};
+  for (int64_t i = 0; i < k; ++i) {
+    vu column[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) column[v] = read<vu>(b + i * b_row + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) sum[r][v] = Op::multiply_add(sum[r][v], a[r * a_row + i], column[v]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) store(out + r * out_row + v * kLanes, sum[r][v]);
+}
+
+// kRows rows of out, `lanes` (a multiple of kLanes) wide. k counts words.
+template <class Op>
+PK_INLINE void multiply(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t lanes, int64_t k,
+                        float* out, int64_t out_row, bool add) {
+  for (int64_t left = lanes / kLanes; left > 0;) {
+    int64_t take = kVecs;
+    if (left == 1) {
+      take = 1;
+      multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add);
+    } else if (left == 2 || left == 4) {
+      take = 2;
+      multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add);
+    } else {
+      multiply_block<Op, kVecs>(a, a_row, b, b_row, k, out, out_row, add);
+    }
+    b += take * kLanes;
+    out += take * kLanes;
+    left -= take;
+  }
+}

@@ -1,0 +1,227 @@
+// The MLP's CPU operators: checks, output tensors, the plan of the work over torch's threads.
+#include "mlp.h"
+
+#include <cmath>
+#include <string>
+#include <tuple>
+
+#include "isa.h"
+#include "tensors.h"
+
+namespace pk {
+namespace {
+
+constexpr int64_t kTileTokens = 192;   // of a forward tile at most
+constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
+
+const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
+  static const MlpKernels* table = [] {
+#if defined(__x86_64__)
+    if (isa_chosen() == Isa::avx512_bf16) return mlp_avx512_bf16;
+    if (isa_chosen() == Isa::avx512) return mlp_avx512;
+    if (isa_chosen() == Isa::avx2) return mlp_avx2;
+#endif
+    return mlp_baseline;
+  }();
+  const int io = dtype_index(x), weights = dtype_index(w);
+  return table[io == 0 && weights > 0 ? 2 + weights : io];
+}
+
+Activation activation_named(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "mlp_cpp: activation must be gelu, gelu_tanh, relu or silu, got ", name);
+}
+
+// A weight [rows, cols] or [rows, cols, 1, 1] with dense rows.
+Tensor dense_rows(const Tensor& w, const char* name, int64_t cols) {
+  STD_TORCH_CHECK(w.is_cpu() && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) &&
+                      w.size(0) > 0 && w.size(1) == cols,
+                  "mlp_cpp: ", name, " must be a CPU tensor [out, in] with in = ", cols);
+  return w.stride(1) == 1 || cols == 1 ? w : torch::stable::contiguous(w);
+}
+
+Weight weight(const Tensor& w) { return {w.data_ptr(), w.stride(0), dtype_index(w.scalar_type())}; }
+
+uint32_t* worker_scratch(int64_t words) {
+  thread_local std::vector<float> buffer;
+  return reinterpret_cast<uint32_t*>(grown(buffer, words));
+}
+
+struct Parameters {
+  const Tensor w1, w2;
+  OptionalTensor b1, b2, norm_weight, norm_bias, layer_scale, drop_scale;
+};
+
+// The call's shapes and its parameters as padded float vectors.
+struct Call {
+  MlpParams p{};
+  float *mean, *rstd;
+
+  static int64_t padded(int64_t n) { return (n + kRowsMax + 15) / 16 * 16; }
+  static int64_t tables(const Tensor& x, const Parameters& of) {
+    return padded(of.w1.size(0)) + 2 * padded(of.w2.size(0)) + 2 * padded(x.size(1)) + 3 * padded(x.size(0));
+  }
+
+  Call(const Tensor& x, const Parameters& of, const std::string& activation, bool norm, bool residual,
+       bool channels_last, Arena& arena) {
+    p.batch = x.size(0), p.channels = x.size(1), p.hidden = of.w1.size(0), p.out = of.w2.size(0);
+    p.pixels = x.size(2) * x.size(3);
+    p.tokens = p.batch * p.pixels;
+    p.channels_last = channels_last || p.pixels == 1;
+    p.residual = residual;
+    p.norm = norm;
+    p.activation = activation_named(activation);
+    p.w1 = weight(of.w1);
+    p.w2 = weight(of.w2);
+    p.x = x.data_ptr();
+    STD_TORCH_CHECK(!residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
+    p.b1 = vector(arena, of.b1, "b1", p.hidden, 0);
+    p.b2 = vector(arena, of.b2, "b2", p.out, 0);
+    p.gamma = vector(arena, of.norm_weight, "norm_weight", p.channels, 1);
+    p.beta = vector(arena, of.norm_bias, "norm_bias", p.channels, 0);
+    p.scale = vector(arena, of.layer_scale, "layer_scale", p.out, 1);
+    p.drop = vector(arena, of.drop_scale, "drop_scale", p.batch, 1);
+    p.mean = mean = arena.take(padded(p.batch));
+    p.rstd = rstd = arena.take(padded(p.batch));
+  }
+
+  static float* vector(Arena& arena, const OptionalTensor& t, const char* name, int64_t n, float absent) {
+    float* out = arena.take(padded(n));
+    read_vector(t, name, out, n, absent);
+    std::fill(out + n, out + padded(n), 0.0f);
+    return out;
+  }
+
+  // Tokens of a tile: no more than `most`, the same number of tiles for every thread, whole vectors.
+  int64_t balanced(int64_t most) const {
+    const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads();
+    const int64_t rounds = (p.tokens + threads * most - 1) / (threads * most);
+    const int64_t tile = (p.tokens + threads * rounds - 1) / (threads * rounds);
+    return (tile + kLanesMax - 1) / kLanesMax * kLanesMax;
+  }
+
+  double work() const { return double(p.tokens) * p.hidden * (p.channels + p.out); }
+
+  // f(first, last) over `count` items that share `work()`
+  template <class F>
+  void over(int64_t count, const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, int64_t(kSerialWork / (work() / count + 1)));
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+};
+
+void check(const Tensor& x, double eps) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "mlp_cpp: x must be a CPU tensor of 4 dimensions");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "mlp_cpp: x must have channels and pixels");
+  STD_TORCH_CHECK(eps >= 0, "mlp_cpp: eps must not be negative, got ", eps);
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// Mean and rstd of x's samples, from the statistics given or from x.
+void fill_statistics(Call& call, const MlpKernels& kernels, const OptionalTensor& stats, double eps, int64_t element,
+                     float* saved) {
+  const MlpParams& p = call.p;
+  const int64_t sample = p.channels * p.pixels;
+  int64_t tiles = (sample + kStatsChunk - 1) / kStatsChunk;
+  const float* partials;
+  std::vector<float> own;
+  Tensor given;
+  if (stats.has_value()) {
+    given = in_layout(*stats, false);
+    STD_TORCH_CHECK(given.is_cpu() && given.scalar_type() == ScalarType::Float && given.dim() == 3 &&
+                        given.size(0) == p.batch && given.size(2) == 3,
+                    "mlp_cpp: stats must be a float32 CPU tensor of shape [B, T, 3]");
+    tiles = given.size(1);
+    partials = static_cast<const float*>(given.data_ptr());
+  } else {
+    own.resize(3 * p.batch * tiles);
+    partials = own.data();
+    torch::stable::parallel_for(0, p.batch * tiles, 4, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t b = begin / tiles, stop = std::min(end, (b + 1) * tiles);
+        kernels.stats(static_cast<const char*>(p.x) + b * sample * element, sample, begin - b * tiles,
+                      stop - b * tiles, own.data() + 3 * b * tiles);
+        begin = stop;
+      }
+    });
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const auto m = merged(partials + 3 * b * tiles, tiles);
+    call.mean[b] = saved[2 * b] = m.mean;
+    call.rstd[b] = saved[2 * b + 1] = 1.0 / std::sqrt(m.m2 / m.count + eps);
+  }
+}
+
+// A sample's partial from those of its tokens, of `size` elements each.
+void merge_tokens(const float* moments, int64_t tokens, int64_t size, float* out) {
+  double sum = 0, m2 = 0, spread = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    sum += moments[2 * t];
+    m2 += moments[2 * t + 1];
+  }
+  const double mean = sum / tokens;
+  for (int64_t t = 0; t < tokens; ++t) spread += (moments[2 * t] - mean) * (moments[2 * t] - mean);
+  out[0] = tokens * size;
+  out[1] = mean;
+  out[2] = m2 + spread * size;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+                                               OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                               OptionalTensor layer_scale, OptionalTensor drop_scale,
+                                               OptionalTensor stats, std::string activation, double eps, bool norm,
+                                               bool residual, bool return_stats, bool save_hidden) {
+  check(input, eps);
+  const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last);
+  const Parameters of{dense_rows(w1, "w1", x.size(1)), dense_rows(w2, "w2", w1.size(0)),
+                      b1, b2, norm_weight, norm_bias, layer_scale, drop_scale};
+  Arena arena(Call::tables(x, of));
+  Call call(x, of, activation, norm, residual, channels_last, arena);
+  MlpParams& p = call.p;
+
+  const int32_t f32 = aoti_torch_dtype_float32();
+  const int64_t h = x.size(2), w = x.size(3), c = p.out;
+  Tensor y = channels_last ? empty({p.batch, c, h, w}, {c * h * w, 1, w * c, c}, dtype_of(x))
+                           : empty({p.batch, c, h, w}, {c * h * w, h * w, w, 1}, dtype_of(x));
+  Tensor mean_rstd = norm ? empty({p.batch, 2}, {2, 1}, f32) : empty({0}, {1}, f32);
+  Tensor y_stats = return_stats ? empty({p.batch, 1, 3}, {3, 3, 1}, f32) : empty({0}, {1}, f32);
+  const int32_t operand = dtype_index(x.scalar_type()) == 0 ? dtype_of(w1) : dtype_of(x);
+  Tensor hidden = empty({save_hidden ? p.tokens * p.hidden : 0}, {1}, operand);
+  if (p.batch == 0) return {y, mean_rstd, y_stats, hidden};
+
+  p.y = y.mutable_data_ptr();
+  p.saved = save_hidden ? hidden.mutable_data_ptr() : nullptr;
+  if (norm)
+    fill_statistics(call, kernels, stats, eps, x.element_size(), static_cast<float*>(mean_rstd.mutable_data_ptr()));
+  std::vector<float> moments(return_stats ? 2 * p.tokens : 0);
+  p.token_moments = return_stats ? moments.data() : nullptr;
+  p.lanes = call.balanced(kTileTokens);
+  const int64_t tile = p.lanes, words = kernels.forward_scratch(p);
+  call.over((p.tokens + tile - 1) / tile, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.forward(p, i * tile, std::min(tile, p.tokens - i * tile), worker_scratch(words));
+  });
+  if (return_stats) {
+    float* out = static_cast<float*>(y_stats.mutable_data_ptr());
+    torch::stable::parallel_for(0, p.batch, 1 + 16384 / p.pixels, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        merge_tokens(p.token_moments + 2 * b * p.pixels, p.pixels, p.out, out + 3 * b);
+    });
+  }
+  return {y, mean_rstd, y_stats, hidden};
+}
+
+}  // namespace
+}  // namespace pk
+
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) { m.impl("mlp_cpp", TORCH_BOX(&pk::mlp)); }

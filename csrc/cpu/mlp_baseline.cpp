@@ -1,0 +1,15 @@
+#define PK_LEVEL 0
+#include "mlp.h"
+// The level applies from here on.
+#include "level.h"
+
+namespace pk {
+namespace {
+#include "vec.h"
+// After vec.h.
+#include "mlp_kernels.h"
+}  // namespace
+
+const MlpKernels PK_TABLE(mlp)[5] = PK_MLP_TABLE;
+
+}  // namespace pk

@@ -1,0 +1,17 @@
+// The MLP's kernels for one instruction-set level. Included after vec.h.
+
+#include "../common/activation_math.h"
+#include "gemm.h"
+#include "sample_stats.h"
+#include "token_tile.h"
+// After them.
+#include "mlp_forward.h"
+
+// T: elements of x. S: what the operands of the products are rounded to.
+template <class T, class S>
+constexpr MlpKernels kernels() {
+  return {stats<T>, forward_scratch<T, S>, mlp_forward<T, S>};
+}
+
+#define PK_MLP_TABLE \
+  {kernels<float, float>(), kernels<bf16, bf16>(), kernels<fp16, fp16>(), kernels<float, bf16>(), kernels<float, fp16>()}

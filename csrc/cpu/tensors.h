@@ -1,0 +1,130 @@
+// Tensors of the stable ABI and scratch memory, for the launchers of the CPU operators.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "../common/chan.h"
+
+namespace pk {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kLanesMax = 16;
+
+int dtype_index(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: STD_TORCH_CHECK(false, "poolformer_kernels: tensors must be float32, bfloat16 or float16");
+  }
+}
+
+// The output's layout (poolformer_kernels.reference.memory_format_of).
+bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
+
+Tensor in_layout(const Tensor& t, bool channels_last) {
+  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const bool dense = t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
+  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_like(const Tensor& x, bool channels_last) {
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  if (channels_last) return empty({b, c, h, w}, {c * h * w, 1, w * c, c}, dtype);
+  return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(Half value) { return static_cast<float>(value); }
+inline float to_float(BFloat16 value) {  // by hand, so that the loop over it is vectorised
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <class T>
+void copy_floats(const Tensor& t, float* out, int64_t n) {
+  const T* data = static_cast<const T*>(t.data_ptr());
+  const int64_t stride = t.stride(0);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i * stride]);
+}
+
+// The parameter's values, or `absent` n times.
+void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
+  if (!t.has_value()) {
+    std::fill(out, out + n, absent);
+    return;
+  }
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, "poolformer_kernels: ", name,
+                  " must be a CPU tensor of ", n, " elements");
+  switch (t->scalar_type()) {
+    case ScalarType::Float: return copy_floats<float>(*t, out, n);
+    case ScalarType::BFloat16: return copy_floats<BFloat16>(*t, out, n);
+    case ScalarType::Half: return copy_floats<Half>(*t, out, n);
+    default: STD_TORCH_CHECK(false, "poolformer_kernels: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// ---- scratch memory: grows to the largest call of a thread and is kept
+
+float* grown(std::vector<float>& buffer, int64_t n) {
+  if (static_cast<int64_t>(buffer.size()) < n + kLanesMax) buffer.resize(n + kLanesMax);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+// One call's tables, cut from one buffer of the calling thread.
+class Arena {
+ public:
+  explicit Arena(int64_t n) : next_(grown(buffer(), n)) {}
+  float* take(int64_t n) {
+    float* p = next_;
+    next_ += n;
+    return p;
+  }
+
+ private:
+  static std::vector<float>& buffer() {
+    thread_local std::vector<float> kept;
+    return kept;
+  }
+  float* next_;
+};
+
+Moments<double> merged(const float* partials, int64_t n) {
+  Moments<double> m;
+  for (int64_t i = 0; i < n; ++i) m.merge(partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]);
+  return m;
+}
+
+}  // namespace
+}  // namespace pk

@@ -1,0 +1,183 @@
+// Tiles of tokens for one instruction-set level: tile[c][t], tokens along vectors, two half-precision channels to a
+// word of 32 bits. Included after gemm.h.
+
+// dst[c][r] = src[r][c], rows apart by bytes.
+PK_INLINE void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step) {
+#if PK_LEVEL >= 2
+  __m512i r[16], s[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = read<__m512i>(src + i * src_step);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // r[i + 2 j + k] has column 4 lane + 2 j + k of rows i .. i + 3
+      r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m512i low = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), high = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
+    write(dst + k * dst_step, _mm512_shuffle_i32x4(low, low2, 0x88));
+    write(dst + (4 + k) * dst_step, _mm512_shuffle_i32x4(high, high2, 0x88));
+    write(dst + (8 + k) * dst_step, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    write(dst + (12 + k) * dst_step, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+#else
+  word block[16][16];
+  for (int r = 0; r < 16; ++r) {
+    word row[16];
+    __builtin_memcpy(row, src + r * src_step, sizeof row);
+    for (int c = 0; c < 16; ++c) block[c][r] = row[c];
+  }
+  for (int c = 0; c < 16; ++c) __builtin_memcpy(dst + c * dst_step, block[c], sizeof block[c]);
+#endif
+}
+
+// dst[c][r] = src[r][c] for words in rows `step` bytes apart.
+__attribute__((noinline)) void transpose_words(const void* from, int64_t src_step, void* to, int64_t dst_step,
+                                               int64_t rows, int64_t cols) {
+  const char* src = static_cast<const char*>(from);
+  char* dst = static_cast<char*>(to);
+  const int64_t whole_rows = rows / 16 * 16, whole_cols = cols / 16 * 16;
+  for (int64_t r = 0; r < whole_rows; r += 16)
+    for (int64_t c = 0; c < whole_cols; c += 16)
+      transpose_block(src + r * src_step + c * 4, src_step, dst + c * dst_step + r * 4, dst_step);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c)
+      __builtin_memcpy(dst + c * dst_step + r * 4, src + r * src_step + c * 4, 4);
+}
+
+// Channels 2 i and 2 i + 1 of tokens l .. l + kLanes - 1, from and to a tile of elements T.
+template <class T>
+struct Tile {
+  word* data;
+  int64_t row;  // words
+  static constexpr int kPer = 4 / sizeof(T);
+
+  static int64_t rows(int64_t channels) { return (channels + 1) / 2 * (2 / kPer); }
+
+  PK_INLINE Pair get(int64_t i, int64_t l) const {
+    if constexpr (kPer == 1) {
+      const float* at = reinterpret_cast<const float*>(data) + 2 * i * row + l;
+      return {load(at), load(at + row)};
+    } else {
+      const vu words = read<vu>(data + i * row + l);
+      if constexpr (__is_same(T, bf16)) return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
+      return {widen(half_words(words & 0xffffu), static_cast<const T*>(nullptr)),
+              widen(half_words(words >> 16), static_cast<const T*>(nullptr))};
+    }
+  }
+  PK_INLINE void put(int64_t i, int64_t l, Pair v) const {
+    if constexpr (kPer == 1) {
+      float* at = reinterpret_cast<float*>(data) + 2 * i * row + l;
+      store(at, v.a);
+      store(at + row, v.b);
+    } else {
+      word* at = data + i * row + l;
+      if constexpr (__is_same(T, bf16)) return store_pair(reinterpret_cast<bf16*>(at), v);
+      const T* tag = nullptr;
+      write(at, full_words(narrow(v.a, tag)) | full_words(narrow(v.b, tag)) << 16);
+    }
+  }
+
+ private:
+#if PK_LEVEL >= 2
+  static PK_INLINE vh half_words(vu v) { return (vh)_mm512_cvtepi32_epi16((__m512i)v); }
+  static PK_INLINE vu full_words(vh v) { return (vu)_mm512_cvtepu16_epi32((__m256i)v); }
+#else
+  static PK_INLINE vh half_words(vu v) { return __builtin_convertvector(v, vh); }
+  static PK_INLINE vu full_words(vh v) { return __builtin_convertvector(v, vu); }
+#endif
+};
+
+// Where a tensor [B, C, H, W] has its tokens: `pixels` a sample.
+struct Place {
+  int64_t channels, pixels;
+  bool channels_last;
+};
+
+// f(sample, pixel, lane, count) for the runs of tokens first .. first + count - 1 that share a sample.
+template <class F>
+PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F& f) {
+  for (int64_t lane = 0; lane < count;) {
+    const int64_t b = (first + lane) / pixels, pixel = first + lane - b * pixels;
+    const int64_t run = pixels - pixel < count - lane ? pixels - pixel : count - lane;
+    f(b, pixel, lane, run);
+    lane += run;
+  }
+}
+
+PK_INLINE void clear_words(word* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(word)); }
+
+// Tokens first .. first + count - 1 of x into a tile; the lanes from count to the row's end are zero.
+template <class T>
+void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const Tile<T>& tile) {
+  constexpr int kPer = Tile<T>::kPer;
+  const int64_t channels = at.channels, whole = channels / kPer;
+  if (at.channels_last) {
+    const T* rows = x + first * channels;
+    transpose_words(rows, channels * sizeof(T), tile.data, tile.row * 4, count, whole);
+    if (whole * kPer < channels)
+      for (int64_t t = 0; t < count; ++t) {
+        word last = 0;
+        __builtin_memcpy(&last, rows + t * channels + channels - 1, sizeof(T));
+        tile.data[whole * tile.row + t] = last;
+      }
+  } else {
+    each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
+      const T* plane = x + b * channels * at.pixels + pixel;
+      for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
+        word* out = tile.data + c / kPer * tile.row + lane;
+        if constexpr (kPer == 1) {
+          __builtin_memcpy(out, plane, run * sizeof(word));
+        } else {
+          const uint16_t *low = &plane->bits, *high = c + 1 < channels ? low + at.pixels : nullptr;
+          if (high)
+            for (int64_t t = 0; t < run; ++t) out[t] = low[t] | word{high[t]} << 16;
+          else
+            for (int64_t t = 0; t < run; ++t) out[t] = low[t];
+        }
+      }
+    });
+  }
+  const int64_t used = (channels + kPer - 1) / kPer, rows = Tile<T>::rows(channels);
+  if (count < tile.row)
+    for (int64_t c = 0; c < used; ++c) clear_words(tile.data + c * tile.row + count, tile.row - count);
+  clear_words(tile.data + used * tile.row, (rows - used) * tile.row);
+}
+
+// And back: the first `count` tokens of a tile.
+template <class T>
+void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t count, T* y) {
+  constexpr int kPer = Tile<T>::kPer;
+  const int64_t channels = at.channels, whole = channels / kPer;
+  if (at.channels_last) {
+    T* rows = y + first * channels;
+    transpose_words(tile.data, tile.row * 4, rows, channels * sizeof(T), whole, count);
+    if (whole * kPer < channels)
+      for (int64_t t = 0; t < count; ++t)
+        __builtin_memcpy(rows + t * channels + channels - 1, tile.data + whole * tile.row + t, sizeof(T));
+    return;
+  }
+  each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
+    T* plane = y + b * channels * at.pixels + pixel;
+    for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
+      const word* in = tile.data + c / kPer * tile.row + lane;
+      if constexpr (kPer == 1) {
+        __builtin_memcpy(plane, in, run * sizeof(word));
+      } else {
+        uint16_t* low = &plane->bits;
+        for (int64_t t = 0; t < run; ++t) low[t] = uint16_t(in[t]);
+        if (c + 1 < channels)
+          for (int64_t t = 0; t < run; ++t) low[at.pixels + t] = in[t] >> 16;
+      }
+    }
+  });
+}

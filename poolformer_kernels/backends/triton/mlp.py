@@ -1,0 +1,476 @@
+"""The MLP's forward in Triton: kernels, then the launcher. Formulas: algebra, "MLP sub-block".
+
+Tokens are rows ``[B H W, C]`` of channels_last data, numbered through all samples, and a tile of them may hold
+the end of one sample and the start of the next. C <= 192: one kernel, the hidden activations stay in registers.
+Else fc1 writes them (after the activation), and fc2 reads them.
+"""
+
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...reference import memory_format_of
+from .activation import activate
+from .config import OPTIONS, next_power_of_2
+from .mlp_config import (
+    FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, FUSED_CHANNELS, fused, gemm, mlp_stats_tiles, out_tile, split
+)
+from .statistics import few, flat_stats, merged
+from .tile import _INTERPRETED, rounded, vector
+
+__all__ = ["forward"]
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b; the interpreter cannot multiply bf16."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def offset(ptr, index, ok):
+    """A bias in fp32, or 0 where there is none."""
+    if ptr is None:
+        return tl.zeros(index.shape, tl.float32)
+    else:
+        return tl.load(ptr + index, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tokens(tile, batch, HW, BM: tl.constexpr):
+    """Of a tile: first row, rows left from there, first sample, its rows that come before the tile."""
+    start = tile.to(tl.int64) * BM
+    left = tl.minimum(batch * HW.to(tl.int64) - start, BM).to(tl.int32)
+    first = start // HW
+    return start, left, first, (start - first * HW).to(tl.int32)
+
+
+@triton.jit
+def normalised(x, mean, rstd, gamma, beta, dtype: tl.constexpr):
+    """GroupNorm of a tile of x ``[rows, channels]`` in fp32, rounded to the operands' dtype."""
+    return rounded((x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], dtype)
+
+
+@triton.jit
+def columns_of(
+    x_ptr, at, ok, c, c_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND: tl.constexpr, NORM: tl.constexpr
+):
+    """fc1's operand: a tile of x, normalised where NORM, with zeros where C ends."""
+    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
+    if NORM:
+        gamma = vector(gamma_ptr, c, c_ok)
+        return normalised(x.to(tl.float32), mean, rstd, gamma, offset(beta_ptr, c, c_ok), OPERAND)
+    elif x.dtype == OPERAND:
+        return x
+    else:
+        return rounded(x.to(tl.float32), OPERAND)
+
+
+@triton.jit
+def stored(acc, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, at, c, ok, c_ok, RESIDUAL: tl.constexpr):
+    """Writes ``x + d s (acc + b2)`` and returns it in fp32 as it was rounded."""
+    y = (acc + offset(b2_ptr, c, c_ok)[None, :]) * vector(scale_ptr, c, c_ok)[None, :]
+    if drop is not None:
+        y *= drop[:, None]
+    at = at[:, None] + c[None, :]
+    ok = ok[:, None] & c_ok[None, :]
+    if RESIDUAL:
+        y += tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    y = rounded(y, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=ok)
+    return y.to(tl.float32)
+
+
+@triton.jit
+def row_stats(y0, y1, c0_ok, c1_ok, count):
+    """(mean, M2) of each row of the tiles y0 and y1 (or None), of ``count`` columns in all."""
+    total = tl.sum(tl.where(c0_ok[None, :], y0, 0.0), 1)
+    if y1 is not None:
+        total += tl.sum(tl.where(c1_ok[None, :], y1, 0.0), 1)
+    mean = total / count
+    off = tl.where(c0_ok[None, :], y0 - mean[:, None], 0.0)
+    m2 = tl.sum(off * off, 1)
+    if y1 is not None:
+        off = tl.where(c1_ok[None, :], y1 - mean[:, None], 0.0)
+        m2 += tl.sum(off * off, 1)
+    return mean, m2
+
+
+@triton.jit
+def store_stats(
+    y_stats_ptr, mean, m2, count, local, ok, tile, first, column, HW, slots, COLUMNS: tl.constexpr,
+    BM: tl.constexpr, SEGMENTS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The partials of every sample in a tile; a sample's last tile also clears the slots that are left over."""
+    t = tl.arange(0, SLOTS)
+    for s in tl.static_range(SEGMENTS):
+        inside = ok & (local == s)
+        rows = tl.sum(inside.to(tl.float32))
+        average = tl.sum(tl.where(inside, mean, 0.0)) / tl.maximum(rows, 1.0)
+        off = tl.where(inside, mean - average, 0.0)
+        spread = tl.sum(tl.where(inside, m2, 0.0)) + count * tl.sum(off * off)
+        b = first + s
+        slot = (tile - b * HW // BM).to(tl.int32)
+        out = y_stats_ptr + (b * slots * COLUMNS + column) * 3
+        at = out + slot * (COLUMNS * 3)
+        tl.store(at, count * rows, mask=rows > 0)
+        tl.store(at + 1, average, mask=rows > 0)
+        tl.store(at + 2, spread, mask=rows > 0)
+        end = tl.where((rows > 0) & ((b + 1) * HW <= (tile + 1) * BM), slots, 0)
+        for i in tl.static_range(3):
+            tl.store(out + t * (COLUMNS * 3) + i, tl.zeros([SLOTS], tl.float32), mask=(t > slot) & (t < end))
+
+
+@triton.jit
+def weights(w1_ptr, w2_ptr, j, j_ok, c, c_ok, C: tl.constexpr, HIDDEN: tl.constexpr):
+    """Of both weights the channels c and the hidden columns j: fc1's ``[c, j]`` and fc2's ``[j, c]``."""
+    w1 = tl.load(w1_ptr + j[None, :] * C + c[:, None], mask=c_ok[:, None] & j_ok[None, :], other=0.0)
+    w2 = tl.load(w2_ptr + c[None, :] * HIDDEN + j[:, None], mask=j_ok[:, None] & c_ok[None, :], other=0.0)
+    return w1, w2
+
+
+@triton.jit(do_not_specialize=["batch", "HW", "T", "slots"])
+def mlp_fwd(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
+    y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    C0: tl.constexpr, C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """GROUP tiles of tokens, C = C0 + C1 channels: norm, fc1, activation and fc2 chunk by chunk of HIDDEN.
+
+    Where GROUP > 1 the weights are one chunk, without C1, and stay in shared memory.
+    """
+    OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
+    NORM: tl.constexpr = stats_ptr is not None
+    row = tl.arange(0, BM)
+    c0 = tl.arange(0, C0)
+    c0_ok = c0 < C
+    c1 = C0 + tl.arange(0, C1 if C1 > 0 else C0)
+    c1_ok = c1 < C
+    if GROUP > 1:
+        tl.static_assert(BN >= HIDDEN and C1 == 0)
+        all_j = tl.arange(0, BN)
+        all_w1, all_w2 = weights(w1_ptr, w2_ptr, all_j, all_j < HIDDEN, c0, c0_ok, C, HIDDEN)
+    for g in range(GROUP):
+        tile = tl.program_id(0) * GROUP + g
+        start, left, first, before = tokens(tile, batch, HW, BM)
+        ok = row < left
+        local = (before + row) // HW
+        drop = None
+        if drop_ptr is not None:
+            drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
+        mean = tl.zeros([BM], tl.float32)
+        rstd = tl.zeros([BM], tl.float32)
+        if NORM:
+            for s in tl.static_range(SEGMENTS):
+                b = tl.minimum(first + s, batch - 1)
+                mean_b, variance = merged(stats_ptr, b, T, MERGE)
+                rstd_b = 1.0 / tl.sqrt_rn(variance + eps)
+                mean = tl.where(local == s, mean_b, mean)
+                rstd = tl.where(local == s, rstd_b, rstd)
+                starts_here = (b == first + s) & (b * HW >= start) & (b * HW < start + BM)
+                tl.store(mean_rstd_ptr + b * 2, mean_b, mask=starts_here)
+                tl.store(mean_rstd_ptr + b * 2 + 1, rstd_b, mask=starts_here)
+
+        x = x_ptr + start * C
+        y = y_ptr + start * C
+        n0 = columns_of(x, row * C, ok, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+        acc0 = tl.zeros([BM, C0], tl.float32)
+        if C1 > 0:
+            n1 = columns_of(x, row * C, ok, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+            acc1 = tl.zeros([BM, C1], tl.float32)
+        for j0 in range(0, HIDDEN, BN):
+            j = j0 + tl.arange(0, BN)
+            j_ok = j < HIDDEN
+            if GROUP > 1:
+                w1, w2 = all_w1, all_w2
+            else:
+                w1, w2 = weights(w1_ptr, w2_ptr, j, j_ok, c0, c0_ok, C, HIDDEN)
+            h = dot(n0, w1, tl.zeros([BM, BN], tl.float32))
+            if C1 > 0:
+                w1, v2 = weights(w1_ptr, w2_ptr, j, j_ok, c1, c1_ok, C, HIDDEN)
+                h = dot(n1, w1, h)
+            h += offset(b1_ptr, j, j_ok)[None, :]
+            if hidden_ptr is not None:
+                saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
+                tl.store(saved, rounded(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
+            p = activate(h, ACTIVATION, OPERAND == tl.float32)
+            if HIDDEN % BN != 0:
+                p = tl.where(j_ok[None, :], p, 0.0)
+            p = rounded(p, OPERAND)
+            acc0 = dot(p, w2, acc0)
+            if C1 > 0:
+                acc1 = dot(p, v2, acc1)
+
+        y0 = stored(acc0, x, y, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
+        y1 = None
+        if C1 > 0:
+            y1 = stored(acc1, x, y, b2_ptr, scale_ptr, drop, row * C, c1, ok, c1_ok, RESIDUAL)
+        if y_stats_ptr is not None:
+            y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
+            store_stats(
+                y_stats_ptr, y_mean, m2, C, local, ok, tile, first, 0, HW, slots, 1, BM, SEGMENTS, SLOTS
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def mlp_prepare(
+    stats_ptr, mean_rstd_ptr, w1_ptr, b1_ptr, gamma_ptr, beta_ptr, folded_ptr, u_ptr, v_ptr, T, eps,
+    C: tl.constexpr, HIDDEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FOLDS: tl.constexpr,
+    MERGE: tl.constexpr,
+):  # fmt: skip
+    """GroupNorm folded into fc1, BN rows of it a program: W1 diag(gamma) rounded to bf16, u its row sums and
+    v = b1 + W1 beta. Programs from FOLDS on: (mean, rstd) of a sample."""
+    pid = tl.program_id(0)
+    if pid >= FOLDS:
+        b = (pid - FOLDS).to(tl.int64)
+        mean, variance = merged(stats_ptr, b, T, MERGE)
+        tl.store(mean_rstd_ptr + b * 2, mean)
+        tl.store(mean_rstd_ptr + b * 2 + 1, 1.0 / tl.sqrt_rn(variance + eps))
+    elif FOLDS > 0:
+        j = pid * BN + tl.arange(0, BN)
+        u = tl.zeros([BN], tl.float32)
+        v = offset(b1_ptr, j, j < HIDDEN)
+        for k in range(0, C, BK):
+            c = k + tl.arange(0, BK)
+            ok = (j < HIDDEN)[:, None] & (c < C)[None, :]
+            at = j[:, None] * C + c[None, :]
+            w = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            folded = rounded(w * vector(gamma_ptr, c, c < C)[None, :], folded_ptr.dtype.element_ty)
+            tl.store(folded_ptr + at, folded, mask=ok)
+            u += tl.sum(folded.to(tl.float32), 1)
+            v += tl.sum(w * offset(beta_ptr, c, c < C)[None, :], 1)
+        tl.store(u_ptr + j, u, mask=j < HIDDEN)
+        tl.store(v_ptr + j, v, mask=j < HIDDEN)
+
+
+@triton.jit(do_not_specialize=["batch", "HW"])
+def mlp_fc1(
+    x_ptr, w1_ptr, b1_ptr, u_ptr, gamma_ptr, beta_ptr, mean_rstd_ptr, p_ptr, hidden_ptr, batch, HW,
+    C: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """p = activation(h) of one tile; the norm is folded into w1, b1 and u where u is given, else applied to x."""
+    OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
+    NORM: tl.constexpr = mean_rstd_ptr is not None
+    TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
+    start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
+    row = tl.arange(0, BM)
+    mean = tl.zeros([BM], tl.float32)
+    rstd = tl.zeros([BM], tl.float32)
+    if NORM:
+        of = mean_rstd_ptr + (first + (before + row) // HW) * 2
+        mean = tl.load(of, mask=row < left, other=0.0)
+        rstd = tl.load(of + 1, mask=row < left, other=0.0)
+    j = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
+    j_ok = j < HIDDEN
+    w1_ptr += (j if HIDDEN % BN == 0 else tl.minimum(j, HIDDEN - 1))[None, :] * C
+    x_ptr += start * C
+    h = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, C, BK):
+        c = k + tl.arange(0, BK)
+        n = columns_of(
+            x_ptr, row * C, row < left, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
+        )
+        h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h)
+    if u_ptr is not None:
+        h = (h - mean[:, None] * offset(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
+    h += offset(b1_ptr, j, j_ok)[None, :]
+    at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
+    ok = (row < left)[:, None] & j_ok[None, :]
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + at, rounded(h, OPERAND), mask=ok)
+    tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, OPERAND == tl.float32), OPERAND), mask=ok)
+
+
+@triton.jit(do_not_specialize=["batch", "HW", "slots"])
+def mlp_fc2(
+    p_ptr, w2_ptr, b2_ptr, scale_ptr, drop_ptr, x_ptr, y_ptr, y_stats_ptr, batch, HW, slots,
+    HIDDEN: tl.constexpr, OUT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, SEGMENTS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One tile of y, N0 + N1 columns of it, and the partials of its samples."""
+    TILES: tl.constexpr = (OUT + N0 + N1 - 1) // (N0 + N1)
+    tile = tl.program_id(0) // TILES
+    column = tl.program_id(0) % TILES
+    start, left, first, before = tokens(tile, batch, HW, BM)
+    row = tl.arange(0, BM)
+    ok = row < left
+    local = (before + row) // HW
+    c0 = column * (N0 + N1) + tl.arange(0, N0)
+    c0_ok = c0 < OUT
+    acc0 = tl.zeros([BM, N0], tl.float32)
+    w0 = w2_ptr + (c0 if OUT % (N0 + N1) == 0 else tl.minimum(c0, OUT - 1))[None, :] * HIDDEN
+    if N1 > 0:
+        c1 = column * (N0 + N1) + N0 + tl.arange(0, N1)
+        c1_ok = c1 < OUT
+        acc1 = tl.zeros([BM, N1], tl.float32)
+        w1 = w2_ptr + (c1 if OUT % (N0 + N1) == 0 else tl.minimum(c1, OUT - 1))[None, :] * HIDDEN
+    p_ptr += start * HIDDEN
+    for k in range(0, HIDDEN, BK):
+        j = k + tl.arange(0, BK)
+        p = tl.load(p_ptr + row[:, None] * HIDDEN + j[None, :], mask=ok[:, None] & (j < HIDDEN)[None, :], other=0.0)
+        acc0 = dot(p, tl.load(w0 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc0)
+        if N1 > 0:
+            acc1 = dot(p, tl.load(w1 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc1)
+
+    drop = None
+    if drop_ptr is not None:
+        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x_ptr += start * OUT
+    y_ptr += start * OUT
+    y0 = stored(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c0, ok, c0_ok, RESIDUAL)
+    y1 = None
+    if N1 > 0:
+        y1 = stored(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c1, ok, c1_ok, RESIDUAL)
+    else:
+        c1_ok = c0_ok
+    if y_stats_ptr is not None:
+        count = tl.minimum(OUT - column * (N0 + N1), N0 + N1).to(tl.float32)
+        mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, count)
+        store_stats(
+            y_stats_ptr, mean, m2, count, local, ok, tile, first, column, HW, slots, TILES, BM, SEGMENTS, SLOTS
+        )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    stats: Tensor | None,
+    activation: str,
+    eps: float,
+    norm: bool,
+    residual: bool,
+    return_stats: bool,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op ``mlp_triton``: y, (mean, rstd) of x ``[B, 2]``, partials of y ``[B, T, 3]``, fc1's output.
+
+    The last three are empty (0,) where there is no norm, ``return_stats`` or ``save_hidden``; fc1's output is
+    ``[B H W, hidden]`` flat, in the operands' dtype.
+    """
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(x):
+            return forward(
+                x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps,
+                norm, residual, return_stats, save_hidden,
+            )  # fmt: skip
+    batch, channels, height, width = x.shape
+    hidden, out = w1.shape[0], w2.shape[0]
+    pixels, fmt = height * width, memory_format_of(x)
+    operand = w1.dtype if x.dtype == torch.float32 else x.dtype
+    new = {"dtype": torch.float32, "device": x.device}
+    partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
+    y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
+    mean_rstd = torch.empty((batch, 2) if norm else (0,), **new)
+    own_stats = return_stats and pixels >= FEW_PIXELS
+    y_stats = torch.empty((batch, partials, 3) if return_stats else (0,), **new)
+    size = batch * pixels * hidden if save_hidden else 0
+    saved = torch.empty((size,), dtype=operand, device=x.device)
+    if y.numel() == 0:
+        return y, mean_rstd, y_stats, saved
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
+    if norm:
+        stats = few(flat_stats(x) if stats is None else stats.contiguous())
+    launch = _fused if channels == out and out <= FUSED_CHANNELS and pixels >= FEW_PIXELS else _pair
+    launch(
+        x, _matrix(w1, operand), _dense(b1), _matrix(w2, operand), _dense(b2), _dense(norm_weight),
+        _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats, mean_rstd if norm else None, last,
+        y_stats if own_stats else None, saved if save_hidden else None,
+        activation, eps, residual,
+    )  # fmt: skip
+    if return_stats and not own_stats:
+        y_stats = flat_stats(last)
+    return y if last is y else y.copy_(last), mean_rstd, y_stats, saved
+
+
+def _fused(
+    x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
+    activation, eps, residual,
+) -> None:  # fmt: skip
+    batch, channels, height, width = x.shape
+    pixels, hidden = height * width, w1.shape[0]
+    tiles = fused(channels, w1.element_size())
+    merge, slots = _partials(stats, y_stats, 1)
+    group = tiles.group
+    mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows * group),)](
+        x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
+        saved, batch, pixels, 0 if stats is None else stats.shape[1], slots, eps, channels, hidden, activation,
+        residual, tiles.rows, tiles.hidden, group, *split(channels), _segments(pixels, tiles.rows), merge,
+        next_power_of_2(max(slots, 1)), num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers, **OPTIONS,
+    )  # fmt: skip
+
+
+def _pair(
+    x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
+    activation, eps, residual,
+) -> None:  # fmt: skip
+    batch, channels, height, width = x.shape
+    pixels, hidden, out = height * width, w1.shape[0], w2.shape[0]
+    u = None
+    if stats is not None:
+        folds = 0
+        # bf16 can hold W1 diag(gamma) for any gamma, and a half x needs no centring before the product
+        if x.dtype == torch.bfloat16:
+            folds = triton.cdiv(hidden, FOLD_ROWS)
+            folded = torch.empty_like(w1)
+            u, v = torch.empty((2, hidden), dtype=torch.float32, device=x.device)
+        else:
+            folded, v = w1, b1
+        mlp_prepare[(folds + batch,)](
+            stats, mean_rstd, w1, b1, norm_weight, norm_bias, folded, u, v, stats.shape[1], eps, channels,
+            hidden, FOLD_ROWS, FOLD_DEPTH, folds, next_power_of_2(stats.shape[1]), **OPTIONS,
+        )  # fmt: skip
+        w1, b1 = folded, v
+    p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
+    tiles = gemm(w1.element_size(), False)
+    mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns),)](
+        x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
+        activation, tiles.rows, tiles.columns, tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+        **OPTIONS,
+    )  # fmt: skip
+    tiles = gemm(w2.element_size(), True)
+    columns = out_tile(out)
+    column_tiles = triton.cdiv(out, sum(columns))
+    _, slots = _partials(None, y_stats, column_tiles)
+    mlp_fc2[(triton.cdiv(batch * pixels, tiles.rows) * column_tiles,)](
+        p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels, slots,
+        hidden, out, residual, tiles.rows, tiles.depth, *columns, _segments(pixels, tiles.rows),
+        next_power_of_2(max(slots, 1)), num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def _segments(pixels: int, rows: int) -> int:
+    """The most samples that a tile of so many rows can touch."""
+    return (pixels - gcd(pixels, rows) + rows - 1) // pixels + 1
+
+
+def _partials(stats: Tensor | None, y_stats: Tensor | None, column_tiles: int) -> tuple[int, int]:
+    """Lanes that merge x's partials, and row tiles that a sample of y has partials for."""
+    merge = 1 if stats is None else next_power_of_2(stats.shape[1])
+    return merge, 0 if y_stats is None else y_stats.shape[1] // column_tiles
+
+
+def _matrix(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return w.flatten(1).to(dtype).contiguous()
+
+
+def _dense(p: Tensor | None) -> Tensor | None:
+    return p if p is None else p.contiguous()

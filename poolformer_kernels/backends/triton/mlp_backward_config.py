@@ -1,0 +1,67 @@
+"""The static configuration of the MLP's backward in Triton; no triton import, like `config`."""
+
+from functools import cache
+from typing import NamedTuple
+
+from .config import next_power_of_2
+
+__all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "pieces", "plan"]
+
+FUSED = 128  # the widest stream whose weight gradients fit in registers beside a tile of hidden activations
+WORKSPACE = 2**24  # elements of one hidden buffer where the hidden activations are materialised, chunk by chunk
+_PROGRAMS = 528  # four for each of 132 SMs
+
+
+class Fused(NamedTuple):
+    """C <= FUSED: hidden activations stay in registers; computed once for the weights and once for x."""
+
+    weight_tokens: int  # of a tile of the weight gradients' kernel
+    weight_hidden: int
+    weight_warps: int
+    tokens: int  # of a tile of dx's kernel
+    hidden: int
+    warps: int
+    programs: int  # of the weight gradients' kernel, about
+
+
+class Gemm(NamedTuple):
+    """Wider streams: the hidden gradient and activation of a chunk of samples, then matrix products."""
+
+    tokens: int  # of a tile of the hidden kernel and of dx's
+    hidden: int
+    channels: int  # of a tile of dx and of the weight gradients
+    depth: int  # of a step of every product
+    warps: int
+    stages: int
+    programs: int  # of one weight gradient's kernel, about
+
+
+# pieces of (C, out): weight_tokens, weight_hidden, weight_warps, tokens, hidden, warps
+_FUSED = {64: (64, 64, 4, 64, 64, 4), 96: (32, 64, 4, 64, 32, 4), 128: (32, 64, 4, 64, 32, 4)}
+
+
+def pieces(size: int) -> tuple[int, int]:
+    """One or two powers of two that cover the size with less padding than one alone: 96 is 64 + 32."""
+    whole = max(16, next_power_of_2(size))
+    half = whole // 2
+    rest = max(16, next_power_of_2(max(1, size - half)))
+    return (half, rest) if half >= 16 and size > half and half + rest < whole else (whole, 0)
+
+
+@cache
+def plan(channels: int, out: int, hidden: int, itemsize: int) -> Fused | Gemm:
+    """Launch configuration for one shape and size of the matrix products' operands."""
+    width = max(sum(pieces(channels)), sum(pieces(out)))
+    block = max(16, next_power_of_2(hidden))
+    if width <= (FUSED if itemsize == 2 else FUSED // 2):
+        size = next(limit for limit in _FUSED if width <= limit)
+        weight_tokens, weight_hidden, weight_warps, tokens, columns, warps = _FUSED[size]
+        if itemsize == 4:
+            weight_tokens, weight_hidden, tokens, columns = 32, 32, 32, 32
+        return Fused(
+            weight_tokens, min(weight_hidden, block), weight_warps, tokens, min(columns, block), warps, _PROGRAMS
+        )
+    narrow = itemsize == 4 or channels % 128 != 0
+    if itemsize == 4:
+        return Gemm(64, min(64, block), 64, 16, 4, 2, _PROGRAMS // 2)
+    return Gemm(128, min(128, block), 64 if narrow else 128, 64, 8, 3, _PROGRAMS // 4)

@@ -1,0 +1,248 @@
+"""The MLP's backward where C is small: the hidden activations stay in registers and are computed twice.
+
+One kernel walks over the tokens with a block of hidden channels, whose weight gradients it keeps in registers
+(transposed, so that the activations are the register operand of the products), and leaves GroupNorm's two sums
+per token. The other has those sums and writes dx. Formulas: algebra, "MLP sub-block".
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate_with_derivative
+from .config import OPTIONS
+from .mlp_backward_config import Fused, pieces
+from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
+from .tile import rounded, vector
+
+__all__ = ["dx_and_sums", "weight_partials"]
+
+
+@triton.jit
+def _vectors(ptr, default: tl.constexpr, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """The pieces of a parameter ``[C]`` in fp32."""
+    out = ()
+    for i in tl.static_range(2 if P1 > 0 else 1):
+        c = i * P0 + tl.arange(0, P1 if i else P0)
+        value = vector(ptr, c, c < C) if default == 1 else shift(ptr, c, c < C)
+        out = out + (value,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _rows(ptr, j, J: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """The pieces of rows j of a weight ``[J, C]``."""
+    out = ()
+    for i in tl.static_range(2 if P1 > 0 else 1):
+        c = i * P0 + tl.arange(0, P1 if i else P0)
+        at = ptr + j[:, None] * C + c[None, :]
+        if J % BLOCK == 0 and C % P0 == 0 and P0 + P1 == C:
+            out = out + (tl.load(at),)  # noqa: RUF005
+        else:
+            out = out + (tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _loaded(
+    ptr, start, ok, mean, rstd, gamma, beta, HW, NORM: tl.constexpr, C: tl.constexpr, P0: tl.constexpr,
+    P1: tl.constexpr, TOKENS: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The pieces of a tile of tokens, normalised where ``NORM``, as operands."""
+    out = ()
+    for i in tl.static_range(2 if P1 > 0 else 1):
+        c = i * P0 + tl.arange(0, P1 if i else P0)
+        mask = inside(ok, c, C, i * P0 + (P1 if i else P0))
+        at = image(ptr, start, c, HW, C, TOKENS, LAST)
+        tile = normalised(
+            at, mask, mean, rstd, gamma[i] if NORM else mean, beta[i] if NORM else mean, NORM, DTYPE
+        )
+        out = out + (tile,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _products(a, b, acc):
+    """``acc + sum a_i b_i^T`` over the pieces."""
+    for i in tl.static_range(len(a)):
+        acc = dot(a[i], tl.trans(b[i]), acc)
+    return acc
+
+
+@triton.jit
+def _accumulated(acc, a, b):
+    """``acc_i + a b_i`` for the pieces."""
+    out = ()
+    for i in tl.static_range(len(b)):
+        out = out + (dot(a, b[i], acc[i]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    out = (tl.zeros([ROWS, P0], tl.float32),)
+    if P1 > 0:
+        out = out + (tl.zeros([ROWS, P1], tl.float32),)  # noqa: RUF005
+    return out
+
+
+@triton.jit(do_not_specialize=["HW", "T", "tiles", "per_split"])
+def mlp_bwd_wgrad(
+    grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, b2_ptr, hidden_ptr, w1_ptr,
+    w2t_ptr, table_ptr, rows_ptr, dw1_ptr, dw2_ptr, db1_ptr, HW, T, tiles, per_split,
+    C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
+    Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Of a block of hidden channels and a split of the tokens: partial dw1, ``G2`` and db1; sums per token."""
+    BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    block = tl.program_id(0) % BLOCKS
+    split = tl.program_id(0) // BLOCKS
+    plane = T.to(tl.int64)
+    j = block * HIDDEN + tl.arange(0, HIDDEN)
+    j_ok = j < J
+    w1 = _rows(w1_ptr, j, J, HIDDEN, C, P0, P1)
+    w2 = _rows(w2t_ptr, j, J, HIDDEN, O, Q0, Q1)
+    b1 = tl.load(table_ptr + j, mask=j_ok, other=0.0)
+    peak = tl.load(table_ptr + J + j, mask=j_ok, other=0.0)
+    u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
+    v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
+    gamma = _vectors(gamma_ptr, 1, C, P0, P1)
+    beta = _vectors(beta_ptr, 0, C, P0, P1)
+    dw1 = _zeros(HIDDEN, P0, P1)
+    dw2 = _zeros(HIDDEN, Q0, Q1)
+    db1 = tl.zeros([HIDDEN], tl.float32)
+    for tile in range(split * per_split, tl.minimum(split * per_split + per_split, tiles)):
+        start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+        mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
+        n = _loaded(x_ptr, start, ok, mean, rstd, gamma, beta, HW, NORM, C, P0, P1, TOKENS, LAST, DTYPE)
+        g = _loaded(grad_ptr, start, ok, mean, rstd, gamma, beta, HW, False, O, Q0, Q1, TOKENS, LAST, DTYPE)
+        i = tl.arange(0, TOKENS)
+        if hidden_ptr is None:
+            h = _products(w1, n, tl.zeros([HIDDEN, TOKENS], tl.float32)) + b1[:, None]
+        else:
+            at = hidden_ptr + start * J + i[None, :] * J + j[:, None]
+            h = tl.load(at, mask=ok[None, :] & j_ok[:, None], other=0.0).to(tl.float32)
+        dp = _products(w2, g, tl.zeros([HIDDEN, TOKENS], tl.float32))
+        if SCALED:
+            dp *= peak[:, None]
+        p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
+        dh = dp * slope
+        if drop_ptr is not None:
+            dh *= drop[None, :]
+        row = rows_ptr + block * plane + start + i
+        if NORM:
+            tl.store(row, tl.sum(dh * u[:, None], 0), mask=ok)
+            tl.store(row + BLOCKS * plane, tl.sum(dh * (h - v[:, None]), 0), mask=ok)
+        if DROP:
+            total = tl.sum(p * dp, 0)
+            if b2_ptr is not None:
+                s = _vectors(scale_ptr, 1, O, Q0, Q1)
+                b2 = _vectors(b2_ptr, 0, O, Q0, Q1)
+                for k in tl.static_range(len(g)):
+                    bias = tl.sum(g[k].to(tl.float32) * (s[k] * b2[k])[None, :], 1)
+                    total += tl.where(block == 0, bias, 0.0)
+            tl.store(row + 2 * BLOCKS * plane, total, mask=ok)
+        if dw1_ptr is not None:
+            db1 += tl.sum(dh, 1)
+            dw1 = _accumulated(dw1, rounded(dh, DTYPE), n)
+            if drop_ptr is not None:
+                p *= drop[None, :]
+            dw2 = _accumulated(dw2, rounded(p, DTYPE), g)
+    if dw1_ptr is not None:
+        tl.store(db1_ptr + split * J + j, db1, mask=j_ok)
+        base = split.to(tl.int64) * J
+        for k in tl.static_range(len(dw1)):
+            c = k * P0 + tl.arange(0, P1 if k else P0)
+            at = dw1_ptr + base * C + j[:, None] * C + c[None, :]
+            tl.store(at, dw1[k], mask=j_ok[:, None] & (c < C)[None, :])
+        for k in tl.static_range(len(dw2)):
+            o = k * Q0 + tl.arange(0, Q1 if k else Q0)
+            at = dw2_ptr + base * O + o[None, :] * J + j[:, None]
+            tl.store(at, dw2[k], mask=j_ok[:, None] & (o < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["HW", "T"])
+def mlp_bwd_dx(
+    grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr,
+    k_ptr, dx_ptr, norm_sums_ptr, grad_sums_ptr, HW, T,
+    C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
+    Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile of tokens, and its sums over tokens: ``dn x_hat``, ``dn`` and ``d g``."""
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    tile = tl.program_id(0)
+    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
+    gamma = _vectors(gamma_ptr, 1, C, P0, P1)
+    beta = _vectors(beta_ptr, 0, C, P0, P1)
+    n = _loaded(x_ptr, start, ok, mean, rstd, gamma, beta, HW, NORM, C, P0, P1, TOKENS, LAST, DTYPE)
+    g = _loaded(grad_ptr, start, ok, mean, rstd, gamma, beta, HW, False, O, Q0, Q1, TOKENS, LAST, DTYPE)
+    i = tl.arange(0, TOKENS)
+    dn = _zeros(TOKENS, P0, P1)
+    for j0 in range(0, J, HIDDEN):
+        j = j0 + tl.arange(0, HIDDEN)
+        j_ok = j < J
+        w1 = _rows(w1_ptr, j, J, HIDDEN, C, P0, P1)
+        w2 = _rows(w2t_ptr, j, J, HIDDEN, O, Q0, Q1)
+        if hidden_ptr is None:
+            b1 = tl.load(table_ptr + j, mask=j_ok, other=0.0)
+            h = _products(n, w1, tl.zeros([TOKENS, HIDDEN], tl.float32)) + b1[None, :]
+        else:
+            at = hidden_ptr + start * J + i[:, None] * J + j[None, :]
+            h = tl.load(at, mask=ok[:, None] & j_ok[None, :], other=0.0).to(tl.float32)
+        dp = _products(g, w2, tl.zeros([TOKENS, HIDDEN], tl.float32))
+        if SCALED:
+            dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
+        _, slope = activate_with_derivative(h, ACTIVATION, EXACT)
+        dh = dp * slope
+        if drop_ptr is not None:
+            dh *= drop[:, None]
+        dn = _accumulated(dn, rounded(dh, DTYPE), w1)
+    k0 = mean
+    k1 = mean
+    if NORM:
+        k0 = tl.load(k_ptr + b * 2, mask=ok, other=0.0)
+        k1 = tl.load(k_ptr + b * 2 + 1, mask=ok, other=0.0)
+    for k in tl.static_range(len(dn)):
+        c = k * P0 + tl.arange(0, P1 if k else P0)
+        xhat = finished(
+            dn[k], image(x_ptr, start, c, HW, C, TOKENS, LAST),
+            image(grad_ptr, start, c, HW, C, TOKENS, LAST), image(dx_ptr, start, c, HW, C, TOKENS, LAST),
+            inside(ok, c, C, k * P0 + (P1 if k else P0)), gamma[k], mean, rstd, k0, k1, NORM, RESIDUAL,
+        )  # fmt: skip
+        if norm_sums_ptr is not None:
+            at = norm_sums_ptr + tile.to(tl.int64) * (2 * C) + c
+            tl.store(at, tl.sum(dn[k] * xhat, 0), mask=c < C)
+            tl.store(at + C, tl.sum(dn[k], 0), mask=c < C)
+    if grad_sums_ptr is not None:
+        for k in tl.static_range(len(g)):
+            o = k * Q0 + tl.arange(0, Q1 if k else Q0)
+            at = image(grad_ptr, start, o, HW, O, TOKENS, LAST)
+            mask = inside(ok, o, O, k * Q0 + (Q1 if k else Q0))
+            total = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * drop[:, None], 0)
+            tl.store(grad_sums_ptr + tile.to(tl.int64) * O + o, total, mask=o < O)
+
+
+def _image(t: Tensor) -> tuple[int, int, int]:
+    """(samples, pixels of one, channels) of an image batch."""
+    return t.shape[0], t.shape[2] * t.shape[3], t.shape[1]
+
+
+def _tiles(samples: int, pixels: int, tokens: int, channels_last: bool) -> int:
+    if channels_last:
+        return triton.cdiv(samples * pixels, tokens)
+    return samples * triton.cdiv(pixels, tokens)
+
+
+def weight_partials(
+    p: Fused,
+    call: Call,
+    sums: bool,
+) -> None:
+    pass

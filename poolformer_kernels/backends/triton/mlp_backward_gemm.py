@@ -1,0 +1,175 @@
+"""The MLP's backward where C is large: the hidden gradient of a chunk of samples, then matrix products.
+
+The hidden buffers hold at most WORKSPACE elements each (or one sample); a chunk's weight gradients are added
+to the last one's, in order. Formulas: algebra, "MLP sub-block".
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate_with_derivative
+from .config import OPTIONS
+from .mlp_backward_config import WORKSPACE, Gemm
+from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
+from .tile import rounded, vector
+
+__all__ = ["backward"]
+
+
+@triton.jit(do_not_specialize=["HW", "T"])
+def mlp_bwd_tokens(
+    x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, tokens_ptr, sums_ptr, HW, T,
+    C: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """An image as operand rows ``[T, C]``, normalised where ``NORM``; its sums ``d x`` over tokens."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0) // BLOCKS
+    c = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
+    mask = inside(ok, c, C, BLOCKS * CHANNELS)
+    at = image(x_ptr, start, c, HW, C, TOKENS, LAST)
+    if tokens_ptr is not None:
+        gamma = vector(gamma_ptr, c, c < C)
+        beta = shift(beta_ptr, c, c < C)
+        n = normalised(at, mask, mean, rstd, gamma, beta, NORM, tokens_ptr.dtype.element_ty)
+        tl.store(image(tokens_ptr, start, c, HW, C, TOKENS, True), n, mask=mask)
+    if sums_ptr is not None:
+        total = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * drop[:, None], 0)
+        tl.store(sums_ptr + tile.to(tl.int64) * C + c, total, mask=c < C)
+
+
+@triton.jit
+def _matrix(ptr, rows, columns, WIDTH: tl.constexpr, ok, EVEN: tl.constexpr):
+    """A tile of a row-major matrix; ``ok``: the rows that exist; ``EVEN``: so do all columns."""
+    at = ptr + rows[:, None] * WIDTH + columns[None, :]
+    mask = ok[:, None]
+    if not EVEN:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["HW", "T"])
+def mlp_bwd_hidden(
+    n_ptr, g_ptr, scale_ptr, drop_ptr, b2_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
+    rows_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
+    TOKENS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """The hidden activation (times d) and gradient ``[T, J]``; sums per token, and over a tile's tokens."""
+    BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    block = tl.program_id(0) % BLOCKS
+    tile = tl.program_id(0) // BLOCKS
+    i = tl.arange(0, TOKENS)
+    j = block * HIDDEN + tl.arange(0, HIDDEN)
+    j_ok = j < J
+    start, ok, b = token_tile(tile, HW, T, TOKENS, True)
+    _, _, drop = sample_values(None, drop_ptr, b, ok, False)
+    dp = tl.zeros([TOKENS, HIDDEN], tl.float32)
+    bias = tl.zeros([TOKENS], tl.float32)
+    for o0 in range(0, O, DEPTH):
+        o = o0 + tl.arange(0, DEPTH)
+        g = _matrix(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
+        w2 = _matrix(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
+        dp = dot(g, tl.trans(w2), dp)
+        if DROP and b2_ptr is not None:
+            sb = vector(scale_ptr, o, o < O) * shift(b2_ptr, o, o < O)
+            bias += tl.sum(g.to(tl.float32) * sb[None, :], 1)
+    if hidden_ptr is None:
+        h = tl.zeros([TOKENS, HIDDEN], tl.float32)
+        for c0 in range(0, C, DEPTH):
+            c = c0 + tl.arange(0, DEPTH)
+            n = _matrix(n_ptr + start * C, i, c, C, ok, C % DEPTH == 0)
+            w1 = _matrix(w1_ptr, j, c, C, j_ok, C % DEPTH == 0)
+            h = dot(n, tl.trans(w1), h)
+        h += tl.load(table_ptr + j, mask=j_ok, other=0.0)[None, :]
+    else:
+        h = _matrix(hidden_ptr + start * J, i, j, J, ok, J % HIDDEN == 0).to(tl.float32)
+    if SCALED:
+        dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
+    p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
+    dh = dp * slope
+    if drop_ptr is not None:
+        dh *= drop[:, None]
+    mask = inside(ok, j, J, BLOCKS * HIDDEN)
+    at = start * J + i[:, None] * J + j[None, :]
+    tl.store(dh_ptr + at, rounded(dh, DTYPE), mask=mask)
+    plane = T.to(tl.int64)
+    row = rows_ptr + block * plane + start + i
+    if NORM:
+        u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
+        v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
+        tl.store(row, tl.sum(dh * u[None, :], 1), mask=ok)
+        tl.store(row + BLOCKS * plane, tl.sum(dh * (h - v[None, :]), 1), mask=ok)
+    if DROP:
+        total = tl.sum(p * dp, 1) + tl.where(block == 0, bias, 0.0)
+        tl.store(row + 2 * BLOCKS * plane, total, mask=ok)
+    if p_ptr is not None:
+        if drop_ptr is not None:
+            p *= drop[:, None]
+        tl.store(p_ptr + at, rounded(p, DTYPE), mask=mask)
+        tl.store(db1_ptr + tile.to(tl.int64) * J + j, tl.sum(dh, 0), mask=j_ok)
+
+
+@triton.jit(do_not_specialize=["T", "per_split"])
+def mlp_bwd_outer(
+    a_ptr, b_ptr, partial_ptr, T, per_split, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Adds ``a^T b`` over a split's tokens, ``per_split`` steps of DEPTH, to its partial ``[M, N]``."""
+    ROW_TILES: tl.constexpr = (M + ROWS - 1) // ROWS
+    COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    pid = tl.program_id(0)
+    m = pid // COLUMN_TILES % ROW_TILES * ROWS + tl.arange(0, ROWS)
+    n = pid % COLUMN_TILES * COLUMNS + tl.arange(0, COLUMNS)
+    split = (pid // (ROW_TILES * COLUMN_TILES)).to(tl.int64)
+    t = tl.arange(0, DEPTH)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(0, per_split):
+        start = (split * per_split + step) * DEPTH
+        ok = t < T - start
+        a = _matrix(a_ptr + start * M, t, m, M, ok, M % ROWS == 0)
+        b = _matrix(b_ptr + start * N, t, n, N, ok, N % COLUMNS == 0)
+        acc = dot(tl.trans(a), b, acc)
+    at = partial_ptr + split * (M * N) + m[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["HW", "T"])
+def mlp_bwd_dn(
+    dh_ptr, w1_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, k_ptr, dx_ptr, sums_ptr, HW, T,
+    C: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """dx from ``dn = dh W1``, and the sums ``dn x_hat`` and ``dn`` over a tile's tokens."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0) // BLOCKS
+    i = tl.arange(0, TOKENS)
+    c = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    mean, rstd, _ = sample_values(mean_rstd_ptr, None, b, ok, NORM)
+    dn = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    for j0 in range(0, J, DEPTH):
+        j = j0 + tl.arange(0, DEPTH)
+        dh = _matrix(dh_ptr + start * J, i, j, J, ok, J % DEPTH == 0)
+        w1 = _matrix(w1_ptr, j, c, C, j < J, C % CHANNELS == 0)
+        dn = dot(dh, w1, dn)
+    k0 = mean
+    k1 = mean
+    if NORM:
+        k0 = tl.load(k_ptr + b * 2, mask=ok, other=0.0)
+        k1 = tl.load(k_ptr + b * 2 + 1, mask=ok, other=0.0)
+    xhat = finished(
+        dn, image(x_ptr, start, c, HW, C, TOKENS, LAST), image(grad_ptr, start, c, HW, C, TOKENS, LAST),
+        image(dx_ptr, start, c, HW, C, TOKENS, LAST), inside(ok, c, C, BLOCKS * CHANNELS),
+        vector(gamma_ptr, c, c < C), mean, rstd, k0, k1, NORM, RESIDUAL,
+    )  # fmt: skip
+    if sums_ptr is not None:
+        at = sums_ptr + tile.to(tl.int64) * (2 * C) + c
+        tl.store(at, tl.sum(dn * xhat, 0), mask=c < C)
+        tl.store(at + C, tl.sum(dn, 0), mask=c < C)

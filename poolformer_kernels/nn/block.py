@@ -1,0 +1,220 @@
+"""The PoolFormer block, two operator calls; the stage, where statistics travel with the activations."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.backend import select_backend
+from ..ops.mlp import mlp_with_stats
+from ..ops.pool_mixer import pool_mixer_with_stats
+from .checks import hooked, is_number, positive_int, probability
+from .layers import DropPath, GroupNorm, Pooling
+from .mlp import Mlp
+
+__all__ = ["PoolFormerBlock", "PoolFormerStage"]
+
+
+class PoolFormerBlock(nn.Module):
+    """One PoolFormer block, with the official constructor and parameter names.
+
+    Equivalent PyTorch::
+
+        x = x + drop_path(layer_scale_1[:, None, None] * token_mixer(norm1(x)))
+        x = x + drop_path(layer_scale_2[:, None, None] * mlp(norm2(x)))
+
+    Each line is one operator call, `poolformer_kernels.ops.pool_mixer` and `poolformer_kernels.ops.mlp`, as
+    long as its norm is a GroupNorm of one group, ``token_mixer`` a `Pooling`, ``mlp`` an `Mlp` of
+    convolutions that is one call itself and ``drop_path`` a `DropPath` or Identity, none of them hooked or
+    subclassed; otherwise the modules of that line are called one by one.
+
+    Args:
+        dim: channels C of x, ``[B, C, H, W]``.
+        pool_size: odd and positive.
+        mlp_ratio: hidden channels of the MLP per channel.
+        act_layer: the MLP's activation, called without arguments.
+        norm_layer: called with ``dim``.
+        drop: dropout probability in the MLP.
+        drop_path: probability that training skips a branch for a sample.
+        use_layer_scale: scale each branch by a learned vector ``[C]``.
+        layer_scale_init_value: its initial value.
+        save_hidden: see `poolformer_kernels.ops.mlp`.
+
+    Returns:
+        y, of x's shape and memory format. Under autocast on the CPU a bfloat16 x stays bfloat16, while the
+        plain PyTorch lines would widen it to float32 at the float32 LayerScale; on CUDA it becomes float32,
+        as there.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range.
+
+    Source: MetaFormer (arXiv 2111.11418), equations 1 to 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        pool_size: int = 3,
+        mlp_ratio: float = 4.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = GroupNorm,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        use_layer_scale: bool = True,
+        layer_scale_init_value: float = 1e-5,
+        *,
+        save_hidden: bool = False,
+    ) -> None:
+        super().__init__()
+        positive_int("dim", dim)
+        if not is_number(mlp_ratio) or int(dim * mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio must be a number that leaves at least one channel, got {mlp_ratio!r}"
+            )
+        self.norm1 = norm_layer(dim)
+        self.token_mixer = Pooling(pool_size)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, save_hidden=save_hidden)
+        self.drop_path = DropPath(drop_path) if probability("drop_path", drop_path) > 0 else nn.Identity()
+        self.use_layer_scale = use_layer_scale
+        for name in ("layer_scale_1", "layer_scale_2"):
+            scale = (
+                nn.Parameter(torch.full((dim,), float(layer_scale_init_value))) if use_layer_scale else None
+            )
+            self.register_parameter(name, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_with_stats(x)[0]
+
+    def forward_with_stats(
+        self, x: Tensor, stats: Tensor | None = None, return_stats: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` that takes x's statistics where the caller has them and hands on y's where asked.
+
+        Returns:
+            (y, partials of y ``[B, T, 3]``); None for the partials where no kernel that could save them
+            computed y. See `poolformer_kernels.ops.pool_mixer.pool_mixer_with_stats`.
+        """
+        fused = self.mlp_unfused_reason() is None
+        # the reference gains nothing by statistics that it would have to compute in another pass
+        kernels = isinstance(x, Tensor) and select_backend(x.device.type, x.dtype) != "reference"
+        norm, mixer = self.norm1, self.token_mixer
+        if self.mixer_unfused_reason() is None:
+            x, stats = pool_mixer_with_stats(
+                x,
+                norm.weight,
+                norm.bias,
+                pool_size=mixer.pool_size,
+                eps=norm.eps,
+                layer_scale=self.layer_scale_1,
+                drop_scale=self._drop_scale(x),
+                residual=True,
+                stats=stats,
+                return_stats=fused and kernels,
+            )
+        else:
+            x, stats = self._add(x, mixer(norm(x)), self.layer_scale_1), None
+        norm, mlp = self.norm2, self.mlp
+        if not fused:
+            return self._add(x, mlp(norm(x)), self.layer_scale_2), None
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        return mlp_with_stats(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            activation=mlp.activation,
+            norm=True,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            layer_scale=self.layer_scale_2,
+            drop_scale=self._drop_scale(x),
+            residual=True,
+            save_hidden=mlp.save_hidden,
+            stats=stats,
+            return_stats=return_stats and kernels,
+        )
+
+    def mixer_unfused_reason(self) -> str | None:
+        """Why the token mixer sub-block is not one operator call, or None where it is."""
+        mixer = self.token_mixer
+        if type(mixer) is not Pooling:
+            return f"token_mixer is {type(mixer).__name__}, not Pooling"
+        if hooked(mixer):
+            return "token_mixer has hooks"
+        return self._around_unfused_reason("norm1", self.norm1)
+
+    def mlp_unfused_reason(self) -> str | None:
+        """Why the MLP sub-block is not one operator call, or None where it is."""
+        mlp = self.mlp
+        if type(mlp) is not Mlp:
+            return f"mlp is {type(mlp).__name__}, not Mlp"
+        reason = mlp.unfused_reason()
+        if reason is not None:
+            return reason
+        if type(mlp.fc1) is not nn.Conv2d:
+            return "mlp has linear layers, not convolutions"
+        if hooked(mlp):
+            return "mlp has hooks"
+        return self._around_unfused_reason("norm2", self.norm2)
+
+    def _around_unfused_reason(self, name: str, norm: nn.Module) -> str | None:
+        drop_path = self.drop_path
+        if type(norm) not in _GROUP_NORMS or norm.num_groups != 1:
+            return f"{name} is {type(norm).__name__}, not a GroupNorm of one group"
+        if type(drop_path) not in _DROP_PATHS:
+            return f"drop_path is {type(drop_path).__name__}, not DropPath or Identity"
+        if hooked(norm) or hooked(drop_path):
+            return f"{name} or drop_path has hooks"
+        return None
+
+    def _drop_scale(self, x: Tensor) -> Tensor | None:
+        drop_path = self.drop_path
+        return drop_path.sample(x) if type(drop_path) is DropPath else None
+
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+        # float32 parameters do not widen a half residual stream
+        dtype = torch.promote_types(x.dtype, branch.dtype)
+        if scale is not None:
+            branch = branch * scale.view(-1, 1, 1)
+        return (x + self.drop_path(branch)).to(dtype)
+
+
+class PoolFormerStage(nn.Sequential):
+    """Blocks in a row, as ``nn.Sequential(*blocks)``, handing each other the statistics of what they write.
+
+    So each block is two kernels, and only the first kernel of the stage reads its input to normalise it. A
+    block that is hooked, compiled on its own or of another class is called as a module, as all of them are
+    while PyTorch's global module hooks are set; statistics then start anew behind it.
+
+    x and the result are ``[B, C, H, W]``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        takes_stats = [*map(_takes_stats, self), False]
+        stats = None
+        for i, block in enumerate(self):
+            if takes_stats[i] is None:
+                x, stats = block(x), None
+            else:
+                x, stats = block.forward_with_stats(x, stats, takes_stats[i + 1] is True)
+        return x
+
+
+def _takes_stats(block: nn.Module) -> bool | None:
+    """Whether a block uses statistics that it is given; None: it must be called as a module."""
+    if (
+        type(block) is not PoolFormerBlock
+        or hooked(block)
+        or block._compiled_call_impl is not None
+        or _has_any_global_hook()
+    ):
+        return None
+    return block.mixer_unfused_reason() is None
+
+
+_GROUP_NORMS = (GroupNorm, nn.GroupNorm)
+_DROP_PATHS = (nn.Identity, DropPath)

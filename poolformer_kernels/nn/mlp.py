@@ -1,0 +1,138 @@
+"""The channel MLP as a module: `poolformer_kernels.ops.mlp` where that computes the same."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import ops
+from .checks import boolean, hooked, positive_int, probability
+
+__all__ = ["Mlp"]
+
+
+class Mlp(nn.Module):
+    """Two 1x1 convolutions (or linear layers) with an activation between: the official and timm's ``Mlp``.
+
+    Equivalent PyTorch::
+
+        y = drop(fc2(drop(act(fc1(x)))))
+
+    This is one call of `poolformer_kernels.ops.mlp` as long as `unfused_reason` is None; otherwise the
+    modules are called one by one.
+
+    Args:
+        in_features: channels C of x.
+        hidden_features: channels between; ``in_features`` when None.
+        out_features: channels of the result; ``in_features`` when None.
+        act_layer: called without arguments. The operator computes ``nn.GELU`` (both forms), ``nn.ReLU`` and
+            ``nn.SiLU``.
+        drop: dropout probability after the activation and after fc2.
+        bias: fc1 and fc2 have biases.
+        use_conv: fc1 and fc2 are ``nn.Conv2d`` and x is ``[B, C, H, W]`` (or ``[C, H, W]``); else they are
+            ``nn.Linear`` and x is ``[..., C]``.
+        save_hidden: see `poolformer_kernels.ops.mlp`.
+
+    A state dict with weights ``[out, in]`` or ``[out, in, 1, 1]`` loads into either kind of layer.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range.
+
+    Source: MetaFormer (arXiv 2111.11418), equation 2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        *,
+        bias: bool = True,
+        use_conv: bool = True,
+        save_hidden: bool = False,
+    ) -> None:
+        super().__init__()
+        positive_int("in_features", in_features)
+        hidden = in_features if hidden_features is None else positive_int("hidden_features", hidden_features)
+        out = in_features if out_features is None else positive_int("out_features", out_features)
+        boolean("bias", bias)
+        kernel = (1,) if boolean("use_conv", use_conv) else ()
+        layer = nn.Conv2d if use_conv else nn.Linear
+        self.save_hidden = boolean("save_hidden", save_hidden)
+        self.fc1 = layer(in_features, hidden, *kernel, bias=bias)
+        self.act = act_layer()
+        self.fc2 = layer(hidden, out, *kernel, bias=bias)
+        self.drop = nn.Dropout(probability("drop", drop))
+        for fc in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(fc.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        linear = type(self.fc1) is nn.Linear
+        if self.unfused_reason() is not None or (linear and x.numel() == 0):  # no pixel to make an image of
+            x = self.drop(self.act(self.fc1(x)))
+            return self.drop(self.fc2(x))
+        if not linear:
+            return self._operator(x[None])[0] if x.dim() == 3 else self._operator(x)
+        if x.dim() == 0:
+            raise ValueError("x must have shape [..., C], got []")
+        # all tokens are one image, channels_last and one pixel high: a view of x
+        tokens = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+        return self._operator(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+    def _operator(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        return ops.mlp(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            activation=self.activation,
+            save_hidden=self.save_hidden,
+        )
+
+    @property
+    def activation(self) -> str | None:
+        """The operator's name for ``act``, or None where it has none."""
+        act = self.act
+        if type(act) is nn.GELU:
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+        return _ACTIVATIONS.get(type(act))
+
+    def unfused_reason(self) -> str | None:
+        """Why a call is not one operator call, or None where it is."""
+        fc1, act, fc2, drop = self.fc1, self.act, self.fc2, self.drop
+        if self.activation is None:
+            return f"act is {type(act).__name__}, not GELU, ReLU or SiLU"
+        if type(drop) is nn.Dropout:
+            if drop.p > 0 and drop.training:
+                return f"drop is active (p = {drop.p})"
+        elif type(drop) is not nn.Identity:
+            return f"drop is {type(drop).__name__}, not Dropout or Identity"
+        if type(fc1) is nn.Conv2d and type(fc2) is nn.Conv2d:
+            for name, fc in (("fc1", fc1), ("fc2", fc2)):
+                if not (fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1):
+                    return f"{name} is not a 1x1 convolution of stride 1, without padding and groups"
+        elif type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
+            return f"fc1 and fc2 are {type(fc1).__name__} and {type(fc2).__name__}, not Conv2d or Linear"
+        if hooked(fc1) or hooked(act) or hooked(fc2) or hooked(drop):
+            return "fc1, act, fc2 or drop has hooks"
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name, fc in (("fc1", self.fc1), ("fc2", self.fc2)):
+            key = f"{prefix}{name}.weight"
+            given, own = state_dict.get(key), getattr(fc, "weight", None)
+            if isinstance(given, Tensor) and isinstance(own, Tensor):
+                sizes = [(*t.shape, 1, 1)[:4] for t in (given, own)]
+                if given.dim() != own.dim() and sizes[0] == sizes[1]:
+                    state_dict[key] = given.detach().reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}

@@ -1,0 +1,372 @@
+"""nn.Mlp against the plain modules and timm's; when the operator runs and when the modules."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_fp64, randn
+from peers import relative_error, require
+from torch import nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.nn import Mlp
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+KEYS = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+
+
+def make_mlp(*args, seed=0, dtype=torch.float32, **options) -> Mlp:
+    mlp = Mlp(*args, **options)
+    with torch.no_grad():
+        for i, p in enumerate(mlp.parameters()):
+            p.copy_(randn(*p.shape, mean=0.1, sigma=0.3, seed=seed + i))
+    return mlp.to(dtype)
+
+
+def plain(mlp: Mlp) -> nn.Sequential:
+    """The same layers, one by one, as the official module calls them."""
+    return nn.Sequential(mlp.fc1, mlp.act, mlp.drop, mlp.fc2, mlp.drop)
+
+
+def gradients(module: nn.Module, parameters, x, grad) -> dict[str, torch.Tensor]:
+    """The output, dx and the parameters' gradients."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    values = torch.autograd.grad(y, [x, *parameters], grad.to(y.dtype))
+    return dict(
+        zip(["y", "dx", *(f"d{i}" for i in range(len(values) - 1))], [y.detach(), *values], strict=True)
+    )
+
+
+@pytest.fixture
+def mlp_calls(monkeypatch):
+    """The arguments of every call of ops.mlp."""
+    calls, original = [], pk.ops.mlp
+
+    def counted(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pk.ops, "mlp", counted)
+    return calls
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["nchw", "channels_last", "linear"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_and_gradients_equal_the_modules(activation, kind, dtype, training, backend, mlp_calls):
+    sizes = (12, 31, 9) if kind == "linear" else (12, 40)
+    options = {"use_conv": kind != "linear", "bias": activation != "relu", "drop": 0.0 if training else 0.5}
+    mlp = make_mlp(*sizes, act_layer=ACTIVATIONS[activation], dtype=dtype, **options).train(training)
+    shape = (3, 5, 7, 12) if kind == "linear" else (3, 12, 5, 7)
+    x = randn(*shape, dtype=dtype, mean=-0.6, sigma=0.8)
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    parameters = list(mlp.parameters())
+    double = copy.deepcopy(mlp).double()
+    grad = torch.empty_like(mlp(x)).copy_(randn(*mlp(x).shape, mean=0.3, seed=9))
+    mlp_calls.clear()
+    ours = gradients(mlp, parameters, x, grad)
+    assert mlp_calls[0][1]["activation"] == activation
+    eager = gradients(plain(mlp), parameters, x, grad)
+    exact = gradients(plain(double), list(double.parameters()), x.double(), grad.double())
+    assert ours["y"].stride() == eager["y"].stride()
+    tokens = x.numel() // 12
+    for name, value in ours.items():
+        scale = exact[name].abs() * (1 if name in ("y", "dx") else tokens**0.5)
+        assert value.dtype == dtype
+        assert_close_to_fp64(value, eager[name], exact[name], scale=scale, what=name)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (4, 12), (2, 3, 12), (2, 3, 2, 12), (0, 12), (2, 0, 12)])
+def test_linear_layers_take_any_leading_sizes(shape, backend):
+    mlp = make_mlp(12, 20, 7, use_conv=False)
+    x = randn(*shape)
+    y, expected = mlp(x), plain(mlp)(x)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    if x.dim() > 1:
+        x = x.transpose(0, -2)  # neither a view of tokens in this order nor contiguous
+        torch.testing.assert_close(mlp(x), plain(mlp)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_copy_neither_tokens_nor_result(mlp_calls, backend):
+    mlp = make_mlp(12, 20, 7, use_conv=False)
+    x = randn(2, 5, 12)
+    with torch.no_grad():
+        y = mlp(x)
+    (given, *_), _ = mlp_calls[0]
+    assert given.shape == (1, 12, 1, 10)
+    assert given.data_ptr() == x.data_ptr()
+    assert given.is_contiguous(memory_format=torch.channels_last)
+    assert y._base is not None
+
+
+def test_image_without_a_batch(backend, mlp_calls):
+    mlp = make_mlp(6, 10, 4)
+    x = randn(6, 3, 5)
+    torch.testing.assert_close(mlp(x), plain(mlp)(x), rtol=1e-5, atol=1e-5)
+    assert len(mlp_calls) == 1
+
+
+def test_autocast_returns_what_the_modules_return(backend, mlp_calls):
+    mlp, x = make_mlp(12, 40), randn(2, 12, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, eager = mlp(x), plain(mlp)(x)
+    exact = plain(copy.deepcopy(mlp).double())(x.double())
+    assert y.dtype == eager.dtype == torch.bfloat16
+    assert relative_error(y, exact) < 1.5 * relative_error(eager, exact) + 2e-3
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in mlp.parameters())
+    assert len(mlp_calls) == 1
+
+
+def test_float64_is_the_formula(mlp_calls):
+    mlp, x = make_mlp(12, 40, dtype=torch.float64), randn(2, 12, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(mlp(x), plain(mlp)(x), rtol=1e-12, atol=1e-12)
+    assert len(mlp_calls) == 1
+
+
+@pytest.mark.parametrize("use_conv", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_timm_and_loads_its_weights(use_conv, bias, backend):
+    layers = require("timm.layers")
+    theirs = layers.Mlp(12, hidden_features=30, out_features=5, bias=bias, use_conv=use_conv, drop=0.1).eval()
+    ours = Mlp(12, hidden_features=30, out_features=5, bias=bias, use_conv=use_conv, drop=0.1).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = randn(2, 12, 5, 7) if use_conv else randn(2, 5, 12)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    theirs.load_state_dict(make_mlp(12, 30, 5, bias=bias, use_conv=use_conv).state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_conv", [True, False])
+def test_active_dropout_is_the_modules_own(use_conv, backend, mlp_calls):
+    mlp = make_mlp(64, 200, 32, act_layer=nn.ReLU, drop=0.4, use_conv=use_conv)
+    x = randn(2, 64, 3, 4) if use_conv else randn(2, 12, 64)
+    torch.manual_seed(3)
+    y = mlp(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, plain(mlp)(x))
+    assert 0.3 < (y == 0).float().mean() < 0.5
+    assert not mlp_calls
+    assert mlp.unfused_reason() == "drop is active (p = 0.4)"
+    torch.testing.assert_close(mlp.eval()(x), plain(mlp)(x), rtol=1e-5, atol=1e-5)
+    mlp.train().drop.p = 0.0
+    mlp(x)
+    mlp.drop = nn.Identity()
+    mlp(x)
+    assert len(mlp_calls) == 3
+
+
+# ---- one operator call, or the modules ---------------------------------------------------------------------
+
+
+def hook_fc1(mlp, fired):
+    mlp.fc1.register_forward_hook(lambda *_: fired.append("fc1"))
+
+
+def hook_act_before(mlp, fired):
+    mlp.act.register_forward_pre_hook(lambda *_: fired.append("act"))
+
+
+def hook_fc2_backward(mlp, fired):
+    mlp.fc2.register_full_backward_hook(lambda *_: fired.append("fc2"))
+
+
+def hook_drop(mlp, fired):
+    mlp.drop.register_forward_hook(lambda *_: fired.append("drop"))
+
+
+def forward_of_an_instance(mlp, fired):
+    original = mlp.fc2.forward
+    mlp.fc2.forward = lambda x: fired.append("fc2") or original(x)
+
+
+def subclass_of_a_layer(mlp, fired):
+    class Layer(nn.Conv2d):
+        def forward(self, x):
+            fired.append("layer")
+            return super().forward(x)
+
+    layer = Layer(12, 40, 1)
+    layer.load_state_dict(mlp.fc1.state_dict())
+    mlp.fc1 = layer
+
+
+def weight_norm(mlp, fired):
+    nn.utils.parametrizations.weight_norm(mlp.fc1)
+    fired.append("type of fc1")
+
+
+def foreign_activation(mlp, fired):
+    class Activation(nn.Module):
+        def forward(self, x):
+            fired.append("act")
+            return F.gelu(x)
+
+    mlp.act = Activation()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook_fc1, "fc1, act, fc2 or drop has hooks"),
+        (hook_act_before, "fc1, act, fc2 or drop has hooks"),
+        (hook_fc2_backward, "fc1, act, fc2 or drop has hooks"),
+        (hook_drop, "fc1, act, fc2 or drop has hooks"),
+        (forward_of_an_instance, "fc1, act, fc2 or drop has hooks"),
+        (subclass_of_a_layer, "fc1 and fc2 are Layer and Conv2d, not Conv2d or Linear"),
+        (weight_norm, "fc1 and fc2 are ParametrizedConv2d and Conv2d, not Conv2d or Linear"),
+        (foreign_activation, "act is Activation, not GELU, ReLU or SiLU"),
+    ],
+)
+def test_hooks_and_foreign_layers_are_called(change, reason, backend, mlp_calls):
+    mlp, fired = make_mlp(12, 40), []
+    x, grad = randn(2, 12, 5, 7), randn(2, 12, 5, 7, seed=1)
+    expected = gradients(mlp, [], x, grad)
+    assert len(mlp_calls) == 1
+    change(mlp, fired)
+    ours = gradients(mlp, [], x, grad)
+    assert fired
+    assert len(mlp_calls) == 1
+    assert mlp.unfused_reason() == reason
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(12, 40, 3, padding=1), (5, 7)),
+        (nn.Conv2d(12, 40, 1, stride=2), (3, 4)),
+        (nn.Conv2d(12, 40, 1, padding=1), (7, 9)),
+        (nn.Conv2d(12, 40, 1, groups=4), (5, 7)),
+    ],
+    ids=["3x3", "stride", "padding", "groups"],
+)
+def test_other_convolutions_keep_their_meaning(layer, size, mlp_calls):
+    mlp = make_mlp(12, 40)
+    mlp.fc1 = layer
+    x = randn(2, 12, 5, 7)
+    y = mlp(x)
+    assert y.shape[2:] == size
+    assert torch.equal(y, mlp.fc2(F.gelu(layer(x))))
+    assert mlp.unfused_reason() == "fc1 is not a 1x1 convolution of stride 1, without padding and groups"
+    assert not mlp_calls
+
+
+def test_compiled_module_has_no_graph_break(backend):
+    torch.compiler.reset()
+    for use_conv, shape in ((True, (2, 12, 5, 7)), (False, (2, 5, 12))):
+        mlp = make_mlp(12, 40, use_conv=use_conv)
+        compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+        x, grad = randn(*shape), randn(*shape, seed=1)
+        parameters = list(mlp.parameters())
+        ours, expected = (gradients(f, parameters, x, grad) for f in (compiled, mlp))
+        for name, value in ours.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+# ---- modules as objects ------------------------------------------------------------------------------------
+
+
+def test_initialisation_and_keys():
+    torch.manual_seed(0)
+    mlp = Mlp(64, 200, 32)
+    assert 0.015 < mlp.fc1.weight.std() < 0.021
+    assert not mlp.fc1.bias.any()
+    assert not mlp.fc2.bias.any()
+    assert list(Mlp(3).state_dict()) == list(Mlp(3, use_conv=False).state_dict()) == KEYS
+    assert list(Mlp(3, bias=False).state_dict()) == KEYS[::2]
+    assert Mlp(3).fc2.weight.shape == (3, 3, 1, 1)
+    assert Mlp(3, use_conv=False).fc2.weight.shape == (3, 3)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("use_conv", [True, False])
+def test_either_weight_shape_loads(use_conv, assign):
+    source, target = make_mlp(6, 10, 4, use_conv=not use_conv), Mlp(6, 10, 4, use_conv=use_conv)
+    state = {f"0.{name}": t for name, t in source.state_dict().items()}
+    shapes = {name: t.shape for name, t in state.items()}
+    nn.Sequential(target).load_state_dict(state, assign=assign)
+    assert {name: t.shape for name, t in state.items()} == shapes  # the caller's dict is left as it was
+    for name, p in target.named_parameters():
+        assert isinstance(p, nn.Parameter)
+        assert p.requires_grad
+        assert p.shape == Mlp(6, 10, 4, use_conv=use_conv).get_parameter(name).shape
+        assert torch.equal(p.flatten(), source.get_parameter(name).flatten())
+    tokens = randn(15, 6)
+    image = tokens.T.reshape(1, 6, 3, 5)
+    by_pixel = (target if use_conv else source)(image).flatten(2)[0].T
+    torch.testing.assert_close(by_pixel, (source if use_conv else target)(tokens))
+
+
+def test_a_wrong_weight_shape_does_not_load():
+    state = make_mlp(6, 10, use_conv=False).state_dict()
+    for wrong in (state["fc1.weight"].T, randn(10, 6, 3, 3)):
+        with pytest.raises(RuntimeError, match=r"size mismatch for fc1.weight"):
+            Mlp(6, 10).load_state_dict({**state, "fc1.weight": wrong})
+    result = Mlp(6, 10).load_state_dict({"fc1.weight": state["fc1.weight"]}, strict=False)
+    assert result.missing_keys == KEYS[1:]
+
+
+def test_copies_compute_the_same(backend):
+    mlp = make_mlp(12, 40)
+    x = randn(2, 12, 5, 7)
+    expected = mlp(x)
+    copies = [copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))]
+    for same in copies:
+        assert torch.equal(same(x), expected)
+    with torch.no_grad():
+        copies[0].fc1.weight.add_(1)
+        mlp.fc2.bias.add_(1)
+    assert torch.equal(copies[1](x), expected)
+    torch.testing.assert_close(mlp(x), expected + 1)
+
+
+def test_save_hidden_reaches_the_operator(mlp_calls):
+    x = randn(2, 4, 3, 3)
+    for save in (True, False):
+        Mlp(4, save_hidden=save)(x)
+    Mlp(4)(x)
+    assert [kwargs["save_hidden"] for _, kwargs in mlp_calls] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Mlp(4, hidden_features=0), ValueError, ("hidden_features", "0", "positive")),
+        (lambda: Mlp(4, out_features=2.0), TypeError, ("out_features", "float", "int")),
+        (lambda: Mlp(4, drop=float("nan")), ValueError, ("drop", "nan")),
+        (lambda: Mlp(4, bias=1), TypeError, ("bias", "int", "bool")),
+        (lambda: Mlp(4, use_conv=None), TypeError, ("use_conv", "NoneType", "bool")),
+        (lambda: Mlp(4, save_hidden="yes"), TypeError, ("save_hidden", "str", "bool")),
+        (lambda: Mlp(4)(torch.zeros(2, 4)), ValueError, ("x", "[B, C, H, W]", "(2, 4)")),
+        (lambda: Mlp(4)(torch.zeros(2, 3, 5, 5)), ValueError, ("w1", "[any, 3]", "[4, 4, 1, 1]")),
+        (lambda: Mlp(4)([1.0]), TypeError, ("x", "tensor", "list")),
+        (lambda: Mlp(4, use_conv=False)(torch.tensor(1.0)), ValueError, ("x", "[..., C]", "[]")),
+        (lambda: Mlp(4, use_conv=False)(torch.zeros(2, 5)), ValueError, ("w1", "[any, 5]", "[4, 4]")),
+    ],
+)
+def test_bad_arguments(make, error, words):
+    with pytest.raises(error) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
