@@ -141,8 +141,9 @@ def main() -> None:
                         median_s=t.median,
                         p20_s=t.p20,
                         p80_s=t.p80,
-                        gb_per_s=rate,
-                        fraction_of_copy=times["copy"].median / t.median,
+                        rate=rate,
+                        unit="GB/s",
+                        fraction=times["copy"].median / t.median,
                     )
                 )
             m = {name: t.median for name, t in times.items()}

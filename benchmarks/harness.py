@@ -34,7 +34,7 @@ def settle(threads: int) -> None:
 
 @dataclass
 class Row:
-    """One measurement: seconds per call, and the useful bytes per second of its minimal traffic."""
+    """One measurement: seconds per call, and what it makes of the limit that was measured beside it."""
 
     benchmark: str
     direction: str
@@ -46,8 +46,9 @@ class Row:
     median_s: float
     p20_s: float
     p80_s: float
-    gb_per_s: float
-    fraction_of_copy: float
+    rate: float  # in `unit`: useful bytes of the minimal traffic, or FLOPs, per second
+    unit: str
+    fraction: float  # of the copy's or the large matrix product's rate
 
 
 def device_name(device: str) -> str:

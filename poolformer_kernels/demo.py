@@ -4,8 +4,9 @@ timm's model and ours run on the same photos with the same weights. Both are com
 (from the dtype-rounded weights and pixels, NCHW), and ours must satisfy the rule of
 `poolformer_kernels.verify` against timm's in the same dtype and layout (convolutions round differently in
 each). Then timm's modules (eager and through torch.compile) and ours are timed in the same run, all in
-channels_last, the fast layout: the token mixer sub-block ``x + layer_scale * (pool(norm(x)) - norm(x))`` of
-each stage, on the photos' own activations, and the whole model.
+channels_last, the fast layout: both sub-blocks of each stage's first block, on the photos' own activations,
+the mixer ``x + layer_scale * (pool(norm(x)) - norm(x))`` and the MLP ``x + layer_scale * mlp(norm(x))``; and
+the whole model.
 
 The JSON file (``--json``), all times in milliseconds per call::
 
@@ -18,7 +19,7 @@ The JSON file (``--json``), all times in milliseconds per call::
                     allowed_max, top1_agreement, top5_agreement, passed}]; error_l2 is relative, error_max
                     absolute, agreement the share of float64's top-k classes; allowed_* and passed are null
                     for eager
-    timing        [{dtype, what: "mixer" | "model", stage, shape: [B, C, H, W], providers: {"eager" |
+    timing        [{dtype, what: "mixer" | "mlp" | "model", stage, shape: [B, C, H, W], providers: {"eager" |
                     "compile" | "ours": {median, p20, p80, rounds, noisy} or {unavailable: reason}}}]; stage
                     is null for the model; noisy: p80 > 2 p20
 """
@@ -61,7 +62,7 @@ from .report import PROVIDERS, print_tables, write_report
 __all__ = ["make_models", "time_all", "verify_logits"]
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-_MIXER_S, _MODEL_S = 2.0, 10.0  # time limits of one interleaved measurement
+_SUB_BLOCK_S, _MODEL_S = 2.0, 10.0  # time limits of one interleaved measurement
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -185,24 +186,45 @@ def _verification_row(dtype, layout, implementation, logits, exact, allowed) -> 
     }
 
 
-class _TimmMixer(nn.Module):
-    """The token mixer sub-block, of timm's modules."""
+class _TimmSubBlock(nn.Module):
+    """A sub-block of timm's modules: norm, branch, LayerScale, residual."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, branch: nn.Module, layer_scale: nn.Module) -> None:
         super().__init__()
-        self.norm, self.token_mixer, self.layer_scale = block.norm1, block.token_mixer, block.layer_scale1
+        self.norm, self.branch, self.layer_scale = norm, branch, layer_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer_scale(self.token_mixer(self.norm(x)))
+        return x + self.layer_scale(self.branch(self.norm(x)))
 
 
-def _our_mixer(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    def call(x: Tensor) -> Tensor:
-        norm = block.norm1
-        scale = block.layer_scale_1
+def _timm_sub_blocks(block: nn.Module) -> dict[str, _TimmSubBlock]:
+    return {
+        "mixer": _TimmSubBlock(block.norm1, block.token_mixer, block.layer_scale1),
+        "mlp": _TimmSubBlock(block.norm2, block.mlp, block.layer_scale2),
+    }
+
+
+def _our_sub_blocks(block: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    def mixer(x: Tensor) -> Tensor:
+        norm, scale = block.norm1, block.layer_scale_1
         return ops.pool_mixer(x, norm.weight, norm.bias, eps=norm.eps, layer_scale=scale, residual=True)
 
-    return call
+    def mlp(x: Tensor) -> Tensor:
+        norm, fc1, fc2 = block.norm2, block.mlp.fc1, block.mlp.fc2
+        return ops.mlp(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            layer_scale=block.layer_scale_2,
+            residual=True,
+        )
+
+    return {"mixer": mixer, "mlp": mlp}
 
 
 def _compiled(module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, str]:
@@ -249,17 +271,22 @@ def _stage_inputs(peer: nn.Module, x: Tensor) -> list[Tensor]:
 def time_all(
     peer: nn.Module, ours: nn.Module, x: Tensor, args: argparse.Namespace, steps: _Steps
 ) -> list[dict]:
-    """Rows of the JSON's ``timing`` for one dtype: each stage's mixer, then the model, in channels_last."""
+    """Rows of the JSON's ``timing`` for one dtype: mixers, MLPs, then the model, all in channels_last."""
     dtype = _short(x.dtype)
     peer, ours, x = (v.to(memory_format=torch.channels_last) for v in (peer, ours, x))
     rows = []
     with torch.inference_mode():
-        blocks = [module[0] for module in ours.network if isinstance(module, nn.Sequential)]
-        for i, (stage, block, h) in enumerate(zip(peer.stages, blocks, _stage_inputs(peer, x), strict=True)):
-            h = h.contiguous(memory_format=torch.channels_last)
-            steps(f"timing {dtype}, mixer of stage {i + 1} ({'x'.join(map(str, h.shape[1:]))})")
-            providers = _time(_TimmMixer(stage.blocks[0]), _our_mixer(block), h, args, _MIXER_S)
-            rows.append(_timing_row(dtype, "mixer", i + 1, h, providers))
+        theirs = [_timm_sub_blocks(stage.blocks[0]) for stage in peer.stages]
+        own = [_our_sub_blocks(module[0]) for module in ours.network if isinstance(module, nn.Sequential)]
+        inputs = _stage_inputs(peer, x)
+        for what in ("mixer", "mlp"):
+            for i, h in enumerate(inputs):
+                h = h.contiguous(memory_format=torch.channels_last)
+                steps(f"timing {dtype}, {what} of stage {i + 1} ({'x'.join(map(str, h.shape[1:]))})")
+                eager = theirs[i][what]
+                providers = _time(eager, own[i][what], h, args, _SUB_BLOCK_S)
+                rows.append(_timing_row(dtype, what, i + 1, h, providers))
+                inputs[i] = eager(h)  # what the MLP receives
         steps(f"timing {dtype}, whole model")
         rows.append(_timing_row(dtype, "model", None, x, _time(peer, ours, x, args, _MODEL_S)))
     torch.compiler.reset()  # the next dtype's graphs must not count as recompilations of this one's
@@ -302,7 +329,7 @@ def _run(args: argparse.Namespace) -> int:
     check_writable(args.json, args.report)
 
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs (from 1 a CPU on, times are unreliable)"
-    with _Steps(2 + 6 * len(args.dtype)) as steps:
+    with _Steps(2 + 10 * len(args.dtype)) as steps:
         steps("reading the photos")
         paths = args.image or default_photos()
         photos = [load_photo(path) for path in paths]

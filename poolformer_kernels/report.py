@@ -17,6 +17,7 @@ from rich.table import Table
 __all__ = ["PROVIDERS", "print_tables", "render", "write_report"]
 
 PROVIDERS = {"eager": "timm eager", "compile": "timm compiled", "ours": "ours"}  # key in the JSON -> name
+_NAMES = {"mixer": "mixer", "mlp": "MLP", "model": "model"}
 _WIDE = 120  # columns that the tables need; narrower ones leave the maximum errors and the spread out
 _LABEL, _PLOT, _VALUE, _BAR, _GAP = (
     200,
@@ -122,7 +123,7 @@ def _error_cells(row: dict) -> list[str]:
 def _time_table(rows: list[dict], wide: bool) -> Table:
     title = "Milliseconds: interleaved medians" + " (20th to 80th percentile)" * wide
     table = _table(f"{title}, timm eager, timm compiled and ours, all in channels_last")
-    for name in ("dtype", "mixer or model"):
+    for name in ("dtype", "sub-block or model"):
         table.add_column(name, no_wrap=True)
     for name in ("eager", "compiled", "ours", "vs eager", "vs compiled"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -135,7 +136,7 @@ def _time_table(rows: list[dict], wide: bool) -> Table:
     for row in rows:
         t = row["providers"]
         ratios = (_ratio(t, base) or "-" for base in ("eager", "compile"))
-        what = f"{row['what']} {'x'.join(map(str, row['shape'][1:]))}"
+        what = f"{_NAMES[row['what']]} {'x'.join(map(str, row['shape'][1:]))}"
         table.add_row(row["dtype"], what, *map(cell, t.values()), *ratios)
     return table
 
@@ -201,16 +202,12 @@ def _tiles(result: dict) -> str:
     for row in result["timing"]:
         if row["what"] != "model":
             continue
-        mixers = [
-            r["providers"] for r in result["timing"] if (r["what"], r["dtype"]) == ("mixer", row["dtype"])
-        ]
         for base in ("eager", "compile"):
-            if all("median" in p[base] for p in (*mixers, row["providers"])):
-                speedups = [p[base]["median"] / p["ours"]["median"] for p in mixers]
-                unsure = "~" if any("~" in _ratio(p, base) for p in mixers) else ""
-                value = f"{unsure}{min(speedups):.1f} – {max(speedups):.1f}×"
+            mixers, mlps = (_range(result["timing"], what, row["dtype"], base) for what in ("mixer", "mlp"))
+            model = _ratio(row["providers"], base)
+            if mixers and mlps and model:
                 what = f"mixers against {PROVIDERS[base]}, {row['dtype']}"
-                tiles.append((value, f"{what}; the whole model {_ratio(row['providers'], base)}"))
+                tiles.append((mixers, f"{what}; MLPs {mlps}; the whole model {model}"))
     model = result["model"]
     tiles.append((f"{model['params'] / 1e6:.2f} M", f"parameters ({model['params']:,})"))
     macs = model["macs_official_head"]
@@ -220,6 +217,16 @@ def _tiles(result: dict) -> str:
         for value, what in tiles
     )
     return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _range(rows: list[dict], what: str, dtype: str, base: str) -> str:
+    """The smallest and the largest `_ratio` of a kind of row; "" where one is untimed."""
+    providers = [row["providers"] for row in rows if (row["what"], row["dtype"]) == (what, dtype)]
+    if not all("median" in p[base] for p in providers):
+        return ""
+    speedups = [p[base]["median"] / p["ours"]["median"] for p in providers]
+    unsure = "~" if any("~" in _ratio(p, base) for p in providers) else ""
+    return f"{unsure}{min(speedups):.1f} – {max(speedups):.1f}×"
 
 
 def _photos(result: dict, photos: list[Image.Image]) -> str:
@@ -285,8 +292,9 @@ def _charts(result: dict) -> str:
     parts = [
         "<section><h2>Time, relative to eager</h2>",
         '<p class="soft">Shorter is better. Medians of interleaved rounds in one run, all in channels_last; '
-        "the thin line spans the 20th to the 80th percentile. A mixer is the whole sub-block: norm, pool "
-        f'minus identity, LayerScale, residual.</p><div class="legend">{legend}</div>',
+        "the thin line spans the 20th to the 80th percentile. Mixer and MLP are the whole sub-blocks: norm, "
+        "pool minus identity or fc1, GELU and fc2, LayerScale, residual.</p>"
+        f'<div class="legend">{legend}</div>',
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         parts.append(f"<h3>{dtype}</h3>{_bars([row for row in rows if row['dtype'] == dtype])}")
@@ -304,7 +312,7 @@ def _bars(rows: list[dict]) -> str:
     for row, providers, base in zip(rows, timed, bases, strict=True):
         batch, *image = row["shape"]
         height = _BAR * len(providers)
-        title = "whole model" if row["what"] == "model" else f"mixer, stage {row['stage']}"
+        title = f"{_NAMES[row['what']]}, stage {row['stage']}" if row["stage"] else "whole model"
         middle = y + height / 2
         marks.append(f'<text x="0" y="{middle - 3:.0f}" font-weight="600">{title}</text>')
         marks.append(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import poolformer_kernels as pk
 from poolformer_kernels.profiling import count_macs
@@ -25,11 +27,17 @@ def test_published_figures(name: str) -> None:
     assert count_macs(model, (1, 3, 224, 224)).total() == macs
 
 
+def test_the_figure_does_not_depend_on_the_backend_or_on_training(backend: str) -> None:
+    with torch.device("meta"):
+        model = pk.create_model("poolformer_s12").train()
+    assert count_macs(model, (1, 3, 224, 224)).total() == FIGURES["poolformer_s12"][1]
+
+
 def test_kinds_and_batch() -> None:
     with torch.device("meta"):
         model = pk.create_model("poolformer_s12", num_classes=10)
     one, three = count_macs(model, (1, 3, 64, 64)), count_macs(model, (3, 3, 64, 64))
-    assert one["linear"] == 512 * 10
+    assert one["linear"] == 512 * 10  # fc1 and fc2 are convolutions
     # two norms a block and the head's, 5 an element, on 16 x 16 to 2 x 2 tokens
     elements = 2 * (2 * 64 * 256 + 2 * 128 * 64 + 6 * 320 * 16 + 2 * 512 * 4) + 512 * 4
     assert one["group_norm"] == 5 * elements
@@ -53,6 +61,8 @@ def test_timm_head_normalises_the_mean() -> None:
         (nn.Linear(5, 7), (2, 3, 5), {"linear": 2 * 3 * 5 * 7}),
         (nn.GroupNorm(2, 6, affine=False), (2, 6, 3, 3), {"group_norm": 4 * 2 * 6 * 9}),
         (nn.Sequential(nn.GELU(), nn.AvgPool2d(3)), (2, 6, 9, 9), {}),
+        (pk.nn.Mlp(6, 8, 5), (2, 6, 9, 7), {"convolution": 2 * 63 * 8 * (6 + 5)}),
+        (pk.nn.Mlp(6, 8, 5, use_conv=False), (2, 3, 6), {"linear": 6 * 8 * (6 + 5)}),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
@@ -67,3 +77,34 @@ def test_leaves_the_model_as_it_was() -> None:
     count_macs(model, (2, 3, 4, 4))
     assert [m.training for m in model.modules()] == [True, True, False, False, False]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_leaves_hooks_and_fusion_as_they_were() -> None:
+    mlp = pk.nn.Mlp(6)
+    count_macs(mlp, (1, 6, 2, 2))
+    assert mlp.unfused_reason() is None
+
+
+# ---- PyTorch's own counter ---------------------------------------------------------------------------------
+
+
+def flops(call, x: torch.Tensor) -> int:
+    """What FlopCounterMode counts in ``call(x)`` while nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+        call(fake.from_tensor(x))
+    return counter.get_total_flops()
+
+
+def test_flop_counter_sees_the_kernels(kernels: str) -> None:
+    model = pk.create_model("poolformer_s12").requires_grad_(False)
+    macs = count_macs(model, (2, 3, 64, 64))
+    assert flops(model, torch.zeros(2, 3, 64, 64)) == 2 * (macs["convolution"] + macs["linear"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("save_hidden", [False, True])
+def test_flop_counter_counts_the_backward_that_runs(save_hidden: bool, frozen: bool, kernels: str) -> None:
+    mlp = pk.nn.Mlp(12, 40, 9, save_hidden=save_hidden).requires_grad_(not frozen)
+    counted = flops(lambda x: mlp(x).sum().backward(), torch.zeros(3, 12, 5, 7, requires_grad=True))
+    products = 2 * (12 + 9) + (0 if frozen else 12 + 9) + (0 if save_hidden else 12)
+    assert counted == 2 * 3 * 35 * 40 * products

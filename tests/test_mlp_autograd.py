@@ -40,14 +40,17 @@ def test_subsets_of_requires_grad(backend, residual, save_hidden):
     for subset in SUBSETS:
         leaves = {name: t.clone().requires_grad_(name in subset) for name, t in inputs.items()}
         y = mlp(**leaves, **options)
-        assert torch.equal(bits(y.detach()), bits(full["y"])), subset
+        if backend == "reference":  # eager takes other ways through the same sums
+            torch.testing.assert_close(y.detach(), full["y"], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(bits(y.detach()), bits(full["y"])), subset
         assert y.requires_grad == bool(subset), subset
         if subset:
             y.backward(grad)
         for name, leaf in leaves.items():
             if name not in subset:
                 assert leaf.grad is None, (subset, name)
-            elif backend == "reference":  # eager sums in another order where it has less to compute
+            elif backend == "reference":
                 torch.testing.assert_close(leaf.grad, full[f"d{name}"], rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(bits(leaf.grad), bits(full[f"d{name}"])), (subset, name)

@@ -46,12 +46,19 @@ INF, NAN = float("inf"), float("nan")
     ids=str,
 )
 def test_core_mean_far_from_zero(backend, dtype, mean, sigma, residual, layout):
-    """The mean is a float32 and its last digit a matter of luck, in eager too: an ulp of it is allowed."""
+    """The mean is a float32 and its last digit a matter of luck, in eager too: an ulp of it is allowed.
+
+    Its error is the same for all tokens of a sample: where terms are summed it adds up, as rounding does not.
+    """
     inputs = make_inputs((2, 24, 11, 14), 56, dtype, mean=mean, sigma=sigma)
     inputs["x"] = as_layout(inputs["x"], layout)
     grad = as_layout(make_grad(inputs), layout)
     actual = run(mlp, inputs, grad, residual=residual)
-    assert_right(actual, inputs, grad, residual=residual, ulps=8 + abs(mean) / sigma)
+    summed = {name: value for name, value in actual.items() if name[1:] in VECTORS}
+    others = {name: value for name, value in actual.items() if name not in summed}
+    assert_right(others, inputs, grad, residual=residual, ulps=8 + abs(mean) / sigma)
+    coherent = inputs["x"][0].numel() ** 0.5
+    assert_right(summed, inputs, grad, residual=residual, ulps=8 + coherent * abs(mean) / sigma)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

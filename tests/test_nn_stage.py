@@ -104,8 +104,8 @@ def test_handed_on_statistics_are_as_good_as_its_own(kernels):
     alone = gradients(lambda s, t: nn.Sequential(*s)(t), stage, x, grad)
     for name, value in chained.items():
         if not name.endswith("norm1.bias"):
-            scale = 4 * exact[name].abs()
-            assert_close_to_fp64(value, alone[name], exact[name], scale=scale, what=name)
+            allowed = 1.5 * relative_error(alone[name], exact[name]) + 2 * torch.finfo(torch.float32).eps
+            assert relative_error(value, exact[name]) <= allowed, name
 
 
 def test_float64_is_the_formula():
@@ -240,13 +240,10 @@ def test_active_dropout_is_the_modules_own(backend, mlp_calls):
     x = randn(3, 12, 6, 5)
     torch.manual_seed(3)
     y = block(x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "gelu", lambda h: F.dropout(torch._C._nn.gelu(h), 0.4))
-        torch.manual_seed(3)
-        middle = official_block(block, x, masks=(1.0, 0.0))
-        hidden = block.mlp.fc1(F.group_norm(middle, 1, block.norm2.weight, block.norm2.bias))
-        torch.manual_seed(3)
-        branch = F.dropout(block.mlp.fc2(F.gelu(hidden)), 0.4)
+    middle = official_block(block, x, masks=(1.0, 0.0))
+    n, mlp = F.group_norm(middle, 1, block.norm2.weight, block.norm2.bias), block.mlp
+    torch.manual_seed(3)
+    branch = mlp.drop(mlp.fc2(mlp.drop(mlp.act(mlp.fc1(n)))))
     assert relative_error(y, middle + block.layer_scale_2.view(-1, 1, 1) * branch) < 1e-6
     assert not mlp_calls
     block.eval()

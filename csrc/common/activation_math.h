@@ -1,6 +1,10 @@
 // The activations and their slopes, for host and device; V is float or a vector of floats. Included inside namespace pk,
 // by the CPU's instruction-set levels each in their unnamed namespace.
 
+// The bound or x, which may be a NaN. Vectors have their own.
+PK_HOST_DEVICE static inline float larger(float bound, float x) { return bound > x ? bound : x; }
+PK_HOST_DEVICE static inline float lesser(float bound, float x) { return bound < x ? bound : x; }
+
 template <class V>
 struct Activated {
   V value, slope;
@@ -17,16 +21,13 @@ PK_HOST_DEVICE static inline V gelu_phi(V x) {
   q = q * t + 8.9339546e-3f;
   q = q * t - 6.4869879e-2f;
   q = q * t + 0.39802214f;
-  const V phi = x * q + 0.5f, one = V{} + 1.0f;
-  const V low = phi < 0.0f ? V{} : phi;
-  return low > 1.0f ? one : low;
+  return lesser(V{} + 1.0f, larger(V{}, x * q + 0.5f));
 }
 
 // gelu'(x) - 0.5 is odd: a polynomial up to |x| = 4.4, where it is 0.5; error below 1.9e-4.
 template <class V>
 PK_HOST_DEVICE static inline V gelu_slope(V x) {
-  const V limit = V{} + 4.4f, low = x < -limit ? -limit : x, c = low > limit ? limit : low;
-  const V t = c * c;
+  const V c = lesser(V{} + 4.4f, larger(V{} - 4.4f, x)), t = c * c;
   V q = t * 4.7474194e-10f - 4.7161633e-8f;
   q = q * t + 2.0303019e-6f;
   q = q * t - 4.9921965e-5f;

@@ -11,7 +11,7 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kTileTokens = 192;   // of a forward tile at most
+constexpr int64_t kTileTokens = 208;   // of a forward tile at most
 constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
 
 const MlpKernels& kernels_for(ScalarType x, ScalarType w) {

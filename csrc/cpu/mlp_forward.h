@@ -56,20 +56,38 @@ PK_INLINE auto weight_at(const Weight& w, int64_t row, int64_t col, const F& f) 
   return f(static_cast<const fp16*>(w.data) + at);
 }
 
-// panel[i] = row + i of w, columns col .. col + k - 1, in operand words; rows from `valid` on are zero.
+template <class T>
+struct Plain;
+template <class T>
+struct Plain<const T*> {
+  using Type = T;
+};
+
+struct Panel {
+  const word* data;
+  int64_t row;
+};
+
+// Rows row .. row + kRows - 1 of w, columns col .. col + k - 1, in operand words: where they lie if they are such words,
+// else in `copy`, with zeros beyond k and from row `valid` on.
 template <class Op>
-__attribute__((noinline)) void pack_rows(const Weight& w, int64_t row, int64_t valid, int64_t col, int64_t k,
-                                         word* panel, int64_t panel_row) {
+__attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t valid, int64_t col, int64_t k,
+                                           word* copy) {
   using E = typename Op::Element;
-  for (int64_t i = 0; i < kRows; ++i) {
-    word* out = panel + i * panel_row;
-    if (i >= valid) {
-      clear_words(out, panel_row);
-      continue;
+  constexpr int kUnit = Op::kPer * Op::kStep;
+  return weight_at(w, row, col, [&](auto* from) PK_FORCED {
+    using Source = typename Plain<decltype(from)>::Type;
+    if (__is_same(Source, E) && valid >= kRows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
+        reinterpret_cast<uintptr_t>(from) % sizeof(word) == 0)
+      return Panel{reinterpret_cast<const word*>(from), w.step / Op::kPer};
+    const int64_t words = words_of<Op>(k);
+    for (int64_t i = 0; i < kRows; ++i) {
+      word* out = copy + i * words;
+      if (i >= valid || k % kUnit) clear_words(out, words);
+      if (i < valid) convert_row(from + i * w.step, reinterpret_cast<E*>(out), k);
     }
-    if (k < panel_row * Op::kPer) clear_words(out + k / Op::kPer, panel_row - k / Op::kPer);
-    weight_at(w, row + i, col, [&](auto* from) PK_FORCED { convert_row(from, reinterpret_cast<E*>(out), k); });
-  }
+    return Panel{copy, words};
+  });
 }
 
 // ---- what a tile needs to know of its tokens
@@ -112,33 +130,33 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 
 // ---- fc1's epilogue
 
-// p = act(h) over kRows rows of h, which has its bias already.
-template <Activation A, bool EXACT, class E>
-__attribute__((noinline)) void activate_rows(const float* h, int64_t lanes, const Tile<E>& p, int64_t row) {
+// p = act(h + bias) over kRows rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h + bias
+// is left in h.
+template <Activation A, bool EXACT, bool SAVED, class E>
+__attribute__((noinline)) void activate_rows(float* h, int64_t lanes, const float* bias, int64_t valid,
+                                             const Tile<E>& p, int64_t row) {
+  if (valid < kRows) __builtin_memset(h + valid * lanes, 0, (kRows - valid) * lanes * sizeof(float));
   for (int i = 0; i < kRows / 2; ++i) {
-    const float *a = h + 2 * i * lanes, *b = a + lanes;
-    for (int64_t l = 0; l < lanes; l += kLanes)
-      p.put(row / 2 + i, l,
-            {activate<A, EXACT>(load(a + l), exponential).value, activate<A, EXACT>(load(b + l), exponential).value});
+    float *row_a = h + 2 * i * lanes, *row_b = row_a + lanes;
+    const vf bias_a = splat(bias[2 * i]), bias_b = splat(bias[2 * i + 1]);
+    for (int64_t l = 0; l < lanes; l += kLanes) {
+      const vf a = load(row_a + l) + bias_a, b = load(row_b + l) + bias_b;
+      if constexpr (SAVED) {
+        store(row_a + l, a);
+        store(row_b + l, b);
+      }
+      p.put(row / 2 + i, l, {activate<A, EXACT>(a, exponential).value, activate<A, EXACT>(b, exponential).value});
+    }
   }
 }
 
-template <bool EXACT, class E>
-PK_INLINE void activate_rows(Activation activation, const float* h, int64_t lanes, const Tile<E>& p, int64_t row) {
+template <bool EXACT, bool SAVED, class... Args>
+PK_INLINE void activate_rows(Activation activation, const Args&... args) {
   switch (activation) {
-    case Activation::gelu: return activate_rows<Activation::gelu, EXACT>(h, lanes, p, row);
-    case Activation::gelu_tanh: return activate_rows<Activation::gelu_tanh, EXACT>(h, lanes, p, row);
-    case Activation::relu: return activate_rows<Activation::relu, EXACT>(h, lanes, p, row);
-    case Activation::silu: return activate_rows<Activation::silu, EXACT>(h, lanes, p, row);
-  }
-}
-
-// Rows from `valid` on become zero: where x is infinite, they are not.
-PK_INLINE void add_bias(float* h, int64_t lanes, const float* bias, int64_t valid) {
-  for (int r = 0; r < kRows; ++r) {
-    const vf b = splat(bias[r]);
-    if (r >= valid) __builtin_memset(h + r * lanes, 0, lanes * sizeof(float));
-    for (int64_t l = 0; l < lanes; l += kLanes) store(h + r * lanes + l, load(h + r * lanes + l) + b);
+    case Activation::gelu: return activate_rows<Activation::gelu, EXACT, SAVED>(args...);
+    case Activation::gelu_tanh: return activate_rows<Activation::gelu_tanh, EXACT, SAVED>(args...);
+    case Activation::relu: return activate_rows<Activation::relu, EXACT, SAVED>(args...);
+    case Activation::silu: return activate_rows<Activation::silu, EXACT, SAVED>(args...);
   }
 }
 
@@ -246,17 +264,20 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
   for (int64_t j = 0; j < p.hidden; j += kHiddenChunk) {
     const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
-      pack_rows<Op>(p.w1, j + r, size - r, 0, p.channels, s.panel, k1);
-      multiply<Op>(s.panel, k1, s.n, lanes, lanes, k1, s.h, lanes, false);
-      add_bias(s.h, lanes, p.b1 + j + r, size - r);
-      if (p.saved) save_rows<S>(p, s.h, j + r, first, count);
-      activate_rows<kExact>(p.activation, s.h, lanes, hidden, r);
+      const Panel a = rows_panel<Op>(p.w1, j + r, size - r, 0, p.channels, s.panel);
+      multiply<Op>(a.data, a.row, s.n, lanes, lanes, k1, s.h, lanes, false);
+      if (p.saved) {
+        activate_rows<kExact, true>(p.activation, s.h, lanes, p.b1 + j + r, size - r, hidden, r);
+        save_rows<S>(p, s.h, j + r, first, count);
+      } else {
+        activate_rows<kExact, false>(p.activation, s.h, lanes, p.b1 + j + r, size - r, hidden, r);
+      }
     }
     const bool last = j + size == p.hidden;
     for (int64_t c = 0; c < p.out; c += kRows) {
       float* o = p.hidden > kHiddenChunk ? s.o + c * lanes : s.o;
-      pack_rows<Op>(p.w2, c, p.out - c, j, size, s.panel, k2);
-      multiply<Op>(s.panel, k2, s.p, lanes, lanes, k2, o, lanes, j > 0);
+      const Panel a = rows_panel<Op>(p.w2, c, p.out - c, j, size, s.panel);
+      multiply<Op>(a.data, a.row, s.p, lanes, lanes, k2, o, lanes, j > 0);
       if (last) write_rows(p, o, lanes, s.of.drop, c, x);
     }
   }

@@ -50,10 +50,21 @@ PK_INLINE float hsum(vf v) {
   return sum[0];
 }
 
+// The bound or x, which may be a NaN.
+#if PK_LEVEL >= 2
+PK_INLINE vf larger(vf bound, vf x) { return (vf)_mm512_max_ps((__m512)bound, (__m512)x); }
+PK_INLINE vf lesser(vf bound, vf x) { return (vf)_mm512_min_ps((__m512)bound, (__m512)x); }
+#elif PK_LEVEL == 1
+PK_INLINE vf larger(vf bound, vf x) { return (vf)_mm256_max_ps((__m256)bound, (__m256)x); }
+PK_INLINE vf lesser(vf bound, vf x) { return (vf)_mm256_min_ps((__m256)bound, (__m256)x); }
+#else
+PK_INLINE vf larger(vf bound, vf x) { return bound > x ? bound : x; }
+PK_INLINE vf lesser(vf bound, vf x) { return bound < x ? bound : x; }
+#endif
+
 // e^x to an ulp or two; 0 below -88 and inf above 88.8.
 PK_INLINE vf exponential(vf x) {
-  x = x < -88.1f ? splat(-88.1f) : x;
-  x = x > 88.8f ? splat(88.8f) : x;
+  x = lesser(splat(88.8f), larger(splat(-88.1f), x));
   const vf shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;  // n in the low bits of `shifted`
   const vf f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = f * (1.0f / 5040) + 1.0f / 720;

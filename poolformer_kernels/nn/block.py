@@ -99,7 +99,8 @@ class PoolFormerBlock(nn.Module):
         fused = self.mlp_unfused_reason() is None
         # the reference gains nothing by statistics that it would have to compute in another pass
         kernels = isinstance(x, Tensor) and select_backend(x.device.type, x.dtype) != "reference"
-        norm, mixer = self.norm1, self.token_mixer
+        modules = self._modules  # an attribute of a module costs nearly 1 us
+        norm, mixer = modules["norm1"], modules["token_mixer"]
         if self.mixer_unfused_reason() is None:
             x, stats = pool_mixer_with_stats(
                 x,
@@ -115,10 +116,10 @@ class PoolFormerBlock(nn.Module):
             )
         else:
             x, stats = self._add(x, mixer(norm(x)), self.layer_scale_1), None
-        norm, mlp = self.norm2, self.mlp
+        norm, mlp = modules["norm2"], modules["mlp"]
         if not fused:
             return self._add(x, mlp(norm(x)), self.layer_scale_2), None
-        fc1, fc2 = mlp.fc1, mlp.fc2
+        fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
         return mlp_with_stats(
             x,
             fc1.weight,
@@ -140,29 +141,29 @@ class PoolFormerBlock(nn.Module):
 
     def mixer_unfused_reason(self) -> str | None:
         """Why the token mixer sub-block is not one operator call, or None where it is."""
-        mixer = self.token_mixer
+        mixer = self._modules["token_mixer"]
         if type(mixer) is not Pooling:
             return f"token_mixer is {type(mixer).__name__}, not Pooling"
         if hooked(mixer):
             return "token_mixer has hooks"
-        return self._around_unfused_reason("norm1", self.norm1)
+        return self._around_unfused_reason("norm1")
 
     def mlp_unfused_reason(self) -> str | None:
         """Why the MLP sub-block is not one operator call, or None where it is."""
-        mlp = self.mlp
+        mlp = self._modules["mlp"]
         if type(mlp) is not Mlp:
             return f"mlp is {type(mlp).__name__}, not Mlp"
         reason = mlp.unfused_reason()
         if reason is not None:
             return reason
-        if type(mlp.fc1) is not nn.Conv2d:
+        if type(mlp._modules["fc1"]) is not nn.Conv2d:
             return "mlp has linear layers, not convolutions"
         if hooked(mlp):
             return "mlp has hooks"
-        return self._around_unfused_reason("norm2", self.norm2)
+        return self._around_unfused_reason("norm2")
 
-    def _around_unfused_reason(self, name: str, norm: nn.Module) -> str | None:
-        drop_path = self.drop_path
+    def _around_unfused_reason(self, name: str) -> str | None:
+        norm, drop_path = self._modules[name], self._modules["drop_path"]
         if type(norm) not in _GROUP_NORMS or norm.num_groups != 1:
             return f"{name} is {type(norm).__name__}, not a GroupNorm of one group"
         if type(drop_path) not in _DROP_PATHS:
@@ -172,7 +173,7 @@ class PoolFormerBlock(nn.Module):
         return None
 
     def _drop_scale(self, x: Tensor) -> Tensor | None:
-        drop_path = self.drop_path
+        drop_path = self._modules["drop_path"]
         return drop_path.sample(x) if type(drop_path) is DropPath else None
 
     def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        linear = type(self.fc1) is nn.Linear
+        linear = type(self._modules["fc1"]) is nn.Linear
         if self.unfused_reason() is not None or (linear and x.numel() == 0):  # no pixel to make an image of
             x = self.drop(self.act(self.fc1(x)))
             return self.drop(self.fc2(x))
@@ -85,7 +85,7 @@ class Mlp(nn.Module):
         return self._operator(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
     def _operator(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+        fc1, fc2 = self._modules["fc1"], self._modules["fc2"]
         return ops.mlp(
             x,
             fc1.weight,
@@ -99,14 +99,15 @@ class Mlp(nn.Module):
     @property
     def activation(self) -> str | None:
         """The operator's name for ``act``, or None where it has none."""
-        act = self.act
+        act = self._modules["act"]
         if type(act) is nn.GELU:
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
         return _ACTIVATIONS.get(type(act))
 
     def unfused_reason(self) -> str | None:
         """Why a call is not one operator call, or None where it is."""
-        fc1, act, fc2, drop = self.fc1, self.act, self.fc2, self.drop
+        modules = self._modules  # an attribute of a module costs nearly 1 us, and this is asked in every call
+        fc1, act, fc2, drop = modules["fc1"], modules["act"], modules["fc2"], modules["drop"]
         if self.activation is None:
             return f"act is {type(act).__name__}, not GELU, ReLU or SiLU"
         if type(drop) is nn.Dropout:

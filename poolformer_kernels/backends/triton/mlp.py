@@ -58,11 +58,9 @@ def normalised(x, mean, rstd, gamma, beta, dtype: tl.constexpr):
 
 
 @triton.jit
-def columns_of(
-    x_ptr, at, ok, c, c_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND: tl.constexpr, NORM: tl.constexpr
-):
+def columns_of(x_ptr, at, c, c_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND: tl.constexpr, NORM: tl.constexpr):
     """fc1's operand: a tile of x, normalised where NORM, with zeros where C ends."""
-    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
+    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=c_ok[None, :], other=0.0)
     if NORM:
         gamma = vector(gamma_ptr, c, c_ok)
         return normalised(x.to(tl.float32), mean, rstd, gamma, offset(beta_ptr, c, c_ok), OPERAND)
@@ -127,96 +125,84 @@ def store_stats(
             tl.store(out + t * (COLUMNS * 3) + i, tl.zeros([SLOTS], tl.float32), mask=(t > slot) & (t < end))
 
 
-@triton.jit
-def weights(w1_ptr, w2_ptr, j, j_ok, c, c_ok, C: tl.constexpr, HIDDEN: tl.constexpr):
-    """Of both weights the channels c and the hidden columns j: fc1's ``[c, j]`` and fc2's ``[j, c]``."""
-    w1 = tl.load(w1_ptr + j[None, :] * C + c[:, None], mask=c_ok[:, None] & j_ok[None, :], other=0.0)
-    w2 = tl.load(w2_ptr + c[None, :] * HIDDEN + j[:, None], mask=j_ok[:, None] & c_ok[None, :], other=0.0)
-    return w1, w2
-
-
 @triton.jit(do_not_specialize=["batch", "HW", "T", "slots"])
 def mlp_fwd(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
     y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-    C0: tl.constexpr, C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr, SLOTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C0: tl.constexpr,
+    C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """GROUP tiles of tokens, C = C0 + C1 channels: norm, fc1, activation and fc2 chunk by chunk of HIDDEN.
-
-    Where GROUP > 1 the weights are one chunk, without C1, and stay in shared memory.
-    """
+    """One tile of tokens, C = C0 + C1 channels of it: norm, fc1, activation and fc2 chunk by chunk of HIDDEN."""
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
     NORM: tl.constexpr = stats_ptr is not None
+    tile = tl.program_id(0)
+    start, left, first, before = tokens(tile, batch, HW, BM)
     row = tl.arange(0, BM)
+    ok = row < left
+    local = (before + row) // HW
+    mean = tl.zeros([BM], tl.float32)
+    rstd = tl.zeros([BM], tl.float32)
+    drop = None
+    if drop_ptr is not None:
+        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
+    if NORM:
+        for s in tl.static_range(SEGMENTS):
+            b = tl.minimum(first + s, batch - 1)
+            mean_b, variance = merged(stats_ptr, b, T, MERGE)
+            rstd_b = 1.0 / tl.sqrt_rn(variance + eps)
+            mean = tl.where(local == s, mean_b, mean)
+            rstd = tl.where(local == s, rstd_b, rstd)
+            starts_here = (b == first + s) & (b * HW >= start) & (b * HW < start + BM)
+            tl.store(mean_rstd_ptr + b * 2, mean_b, mask=starts_here)
+            tl.store(mean_rstd_ptr + b * 2 + 1, rstd_b, mask=starts_here)
+
+    x_ptr += start * C
+    y_ptr += start * C
+    at = tl.minimum(row, left - 1) * C
     c0 = tl.arange(0, C0)
     c0_ok = c0 < C
-    c1 = C0 + tl.arange(0, C1 if C1 > 0 else C0)
-    c1_ok = c1 < C
-    if GROUP > 1:
-        tl.static_assert(BN >= HIDDEN and C1 == 0)
-        all_j = tl.arange(0, BN)
-        all_w1, all_w2 = weights(w1_ptr, w2_ptr, all_j, all_j < HIDDEN, c0, c0_ok, C, HIDDEN)
-    for g in range(GROUP):
-        tile = tl.program_id(0) * GROUP + g
-        start, left, first, before = tokens(tile, batch, HW, BM)
-        ok = row < left
-        local = (before + row) // HW
-        drop = None
-        if drop_ptr is not None:
-            drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
-        mean = tl.zeros([BM], tl.float32)
-        rstd = tl.zeros([BM], tl.float32)
-        if NORM:
-            for s in tl.static_range(SEGMENTS):
-                b = tl.minimum(first + s, batch - 1)
-                mean_b, variance = merged(stats_ptr, b, T, MERGE)
-                rstd_b = 1.0 / tl.sqrt_rn(variance + eps)
-                mean = tl.where(local == s, mean_b, mean)
-                rstd = tl.where(local == s, rstd_b, rstd)
-                starts_here = (b == first + s) & (b * HW >= start) & (b * HW < start + BM)
-                tl.store(mean_rstd_ptr + b * 2, mean_b, mask=starts_here)
-                tl.store(mean_rstd_ptr + b * 2 + 1, rstd_b, mask=starts_here)
+    n0 = columns_of(x_ptr, at, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+    acc0 = tl.zeros([BM, C0], tl.float32)
+    if C1 > 0:
+        c1 = C0 + tl.arange(0, C1)
+        c1_ok = c1 < C
+        n1 = columns_of(x_ptr, at, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+        acc1 = tl.zeros([BM, C1], tl.float32)
 
-        x = x_ptr + start * C
-        y = y_ptr + start * C
-        n0 = columns_of(x, row * C, ok, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
-        acc0 = tl.zeros([BM, C0], tl.float32)
+    for j0 in range(0, HIDDEN, BN):
+        j = j0 + tl.arange(0, BN)
+        j_ok = j < HIDDEN
+        w1 = w1_ptr + j[None, :] * C
+        w2 = w2_ptr + j[:, None]
+        h = tl.zeros([BM, BN], tl.float32)
+        h = dot(n0, tl.load(w1 + c0[:, None], mask=c0_ok[:, None] & j_ok[None, :], other=0.0), h)
         if C1 > 0:
-            n1 = columns_of(x, row * C, ok, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
-            acc1 = tl.zeros([BM, C1], tl.float32)
-        for j0 in range(0, HIDDEN, BN):
-            j = j0 + tl.arange(0, BN)
-            j_ok = j < HIDDEN
-            if GROUP > 1:
-                w1, w2 = all_w1, all_w2
-            else:
-                w1, w2 = weights(w1_ptr, w2_ptr, j, j_ok, c0, c0_ok, C, HIDDEN)
-            h = dot(n0, w1, tl.zeros([BM, BN], tl.float32))
-            if C1 > 0:
-                w1, v2 = weights(w1_ptr, w2_ptr, j, j_ok, c1, c1_ok, C, HIDDEN)
-                h = dot(n1, w1, h)
-            h += offset(b1_ptr, j, j_ok)[None, :]
-            if hidden_ptr is not None:
-                saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
-                tl.store(saved, rounded(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
-            p = activate(h, ACTIVATION, OPERAND == tl.float32)
-            if HIDDEN % BN != 0:
-                p = tl.where(j_ok[None, :], p, 0.0)
-            p = rounded(p, OPERAND)
-            acc0 = dot(p, w2, acc0)
-            if C1 > 0:
-                acc1 = dot(p, v2, acc1)
+            h = dot(n1, tl.load(w1 + c1[:, None], mask=c1_ok[:, None] & j_ok[None, :], other=0.0), h)
+        h += offset(b1_ptr, j, j_ok)[None, :]
+        if hidden_ptr is not None:
+            saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
+            tl.store(saved, rounded(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
+        p = activate(h, ACTIVATION, OPERAND == tl.float32)
+        if HIDDEN % BN != 0:
+            p = tl.where(j_ok[None, :], p, 0.0)
+        p = rounded(p, OPERAND)
+        v = tl.load(w2 + c0[None, :] * HIDDEN, mask=j_ok[:, None] & c0_ok[None, :], other=0.0)
+        acc0 = dot(p, v, acc0)
+        if C1 > 0:
+            v = tl.load(w2 + c1[None, :] * HIDDEN, mask=j_ok[:, None] & c1_ok[None, :], other=0.0)
+            acc1 = dot(p, v, acc1)
 
-        y0 = stored(acc0, x, y, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
-        y1 = None
-        if C1 > 0:
-            y1 = stored(acc1, x, y, b2_ptr, scale_ptr, drop, row * C, c1, ok, c1_ok, RESIDUAL)
-        if y_stats_ptr is not None:
-            y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
-            store_stats(
-                y_stats_ptr, y_mean, m2, C, local, ok, tile, first, 0, HW, slots, 1, BM, SEGMENTS, SLOTS
-            )  # fmt: skip
+    y0 = stored(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
+    y1 = None
+    if C1 > 0:
+        y1 = stored(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c1, ok, c1_ok, RESIDUAL)
+    else:
+        c1_ok = c0_ok
+    if y_stats_ptr is not None:
+        y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
+        store_stats(
+            y_stats_ptr, y_mean, m2, C, local, ok, tile, first, 0, HW, slots, 1, BM, SEGMENTS, SLOTS
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -261,13 +247,13 @@ def mlp_fc1(
     NORM: tl.constexpr = mean_rstd_ptr is not None
     TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
     start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
-    row = tl.arange(0, BM)
+    row = tl.minimum(tl.arange(0, BM), left - 1)
     mean = tl.zeros([BM], tl.float32)
     rstd = tl.zeros([BM], tl.float32)
     if NORM:
         of = mean_rstd_ptr + (first + (before + row) // HW) * 2
-        mean = tl.load(of, mask=row < left, other=0.0)
-        rstd = tl.load(of + 1, mask=row < left, other=0.0)
+        mean = tl.load(of)
+        rstd = tl.load(of + 1)
     j = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
     j_ok = j < HIDDEN
     w1_ptr += (j if HIDDEN % BN == 0 else tl.minimum(j, HIDDEN - 1))[None, :] * C
@@ -276,12 +262,13 @@ def mlp_fc1(
     for k in range(0, C, BK):
         c = k + tl.arange(0, BK)
         n = columns_of(
-            x_ptr, row * C, row < left, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
+            x_ptr, row * C, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
         )
         h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h)
     if u_ptr is not None:
         h = (h - mean[:, None] * offset(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
     h += offset(b1_ptr, j, j_ok)[None, :]
+    row = tl.arange(0, BM)
     at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
     ok = (row < left)[:, None] & j_ok[None, :]
     if hidden_ptr is not None:
@@ -313,9 +300,10 @@ def mlp_fc2(
         acc1 = tl.zeros([BM, N1], tl.float32)
         w1 = w2_ptr + (c1 if OUT % (N0 + N1) == 0 else tl.minimum(c1, OUT - 1))[None, :] * HIDDEN
     p_ptr += start * HIDDEN
+    from_row = tl.minimum(row, left - 1)[:, None] * HIDDEN
     for k in range(0, HIDDEN, BK):
         j = k + tl.arange(0, BK)
-        p = tl.load(p_ptr + row[:, None] * HIDDEN + j[None, :], mask=ok[:, None] & (j < HIDDEN)[None, :], other=0.0)
+        p = tl.load(p_ptr + from_row + j[None, :], mask=(j < HIDDEN)[None, :], other=0.0)
         acc0 = dot(p, tl.load(w0 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc0)
         if N1 > 0:
             acc1 = dot(p, tl.load(w1 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc1)
@@ -408,11 +396,10 @@ def _fused(
     pixels, hidden = height * width, w1.shape[0]
     tiles = fused(channels, w1.element_size())
     merge, slots = _partials(stats, y_stats, 1)
-    group = tiles.group
-    mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows * group),)](
+    mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
         saved, batch, pixels, 0 if stats is None else stats.shape[1], slots, eps, channels, hidden, activation,
-        residual, tiles.rows, tiles.hidden, group, *split(channels), _segments(pixels, tiles.rows), merge,
+        residual, tiles.rows, tiles.hidden, *split(channels), _segments(pixels, tiles.rows), merge,
         next_power_of_2(max(slots, 1)), num_warps=tiles.warps, num_stages=tiles.stages,
         maxnreg=tiles.registers, **OPTIONS,
     )  # fmt: skip

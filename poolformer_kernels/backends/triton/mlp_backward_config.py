@@ -8,7 +8,7 @@ from .config import next_power_of_2
 __all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "pieces", "plan"]
 
 FUSED = 128  # the widest stream whose weight gradients fit in registers beside a tile of hidden activations
-WORKSPACE = 2**24  # elements of one hidden buffer where the hidden activations are materialised, chunk by chunk
+WORKSPACE = 2**24  # elements of one hidden buffer of the wider form, which works chunk by chunk
 _PROGRAMS = 528  # four for each of 132 SMs
 
 
@@ -18,9 +18,11 @@ class Fused(NamedTuple):
     weight_tokens: int  # of a tile of the weight gradients' kernel
     weight_hidden: int
     weight_warps: int
+    weight_stages: int
     tokens: int  # of a tile of dx's kernel
     hidden: int
     warps: int
+    stages: int
     programs: int  # of the weight gradients' kernel, about
 
 
@@ -29,15 +31,20 @@ class Gemm(NamedTuple):
 
     tokens: int  # of a tile of the hidden kernel and of dx's
     hidden: int
-    channels: int  # of a tile of dx and of the weight gradients
+    channels: int  # of a tile of dx; columns of a tile of the weight gradients
+    rows: int  # of a tile of the weight gradients
     depth: int  # of a step of every product
     warps: int
     stages: int
     programs: int  # of one weight gradient's kernel, about
 
 
-# pieces of (C, out): weight_tokens, weight_hidden, weight_warps, tokens, hidden, warps
-_FUSED = {64: (64, 64, 4, 64, 64, 4), 96: (32, 64, 4, 64, 32, 4), 128: (32, 64, 4, 64, 32, 4)}
+# up to C: the fields of Fused
+_FUSED = {
+    64: Fused(64, 64, 4, 2, 64, 64, 4, 2, _PROGRAMS),
+    96: Fused(32, 64, 4, 2, 64, 32, 4, 2, _PROGRAMS),
+    128: Fused(32, 64, 4, 2, 64, 32, 4, 2, _PROGRAMS),
+}
 
 
 def pieces(size: int) -> tuple[int, int]:
@@ -54,14 +61,10 @@ def plan(channels: int, out: int, hidden: int, itemsize: int) -> Fused | Gemm:
     width = max(sum(pieces(channels)), sum(pieces(out)))
     block = max(16, next_power_of_2(hidden))
     if width <= (FUSED if itemsize == 2 else FUSED // 2):
-        size = next(limit for limit in _FUSED if width <= limit)
-        weight_tokens, weight_hidden, weight_warps, tokens, columns, warps = _FUSED[size]
+        p = next(p for limit, p in _FUSED.items() if width <= limit)
         if itemsize == 4:
-            weight_tokens, weight_hidden, tokens, columns = 32, 32, 32, 32
-        return Fused(
-            weight_tokens, min(weight_hidden, block), weight_warps, tokens, min(columns, block), warps, _PROGRAMS
-        )
-    narrow = itemsize == 4 or channels % 128 != 0
+            p = Fused(32, 32, 4, 2, 32, 32, 4, 2, _PROGRAMS)
+        return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
     if itemsize == 4:
-        return Gemm(64, min(64, block), 64, 16, 4, 2, _PROGRAMS // 2)
-    return Gemm(128, min(128, block), 64 if narrow else 128, 64, 8, 3, _PROGRAMS // 4)
+        return Gemm(64, min(64, block), 64, 64, 16, 4, 2, _PROGRAMS // 2)
+    return Gemm(128, min(128, block), 64 if channels % 128 else 128, 128, 64, 8, 3, _PROGRAMS // 4)

@@ -1,22 +1,22 @@
 """The MLP's backward where C is small: the hidden activations stay in registers and are computed twice.
 
-One kernel walks over the tokens with a block of hidden channels, whose weight gradients it keeps in registers
-(transposed, so that the activations are the register operand of the products), and leaves GroupNorm's two sums
-per token. The other has those sums and writes dx. Formulas: algebra, "MLP sub-block".
+One kernel walks over the tokens with a block of hidden channels, whose weight gradients it keeps in
+registers (transposed, so that the activations are the register operand of the products), and leaves
+GroupNorm's two sums per token. The other has those sums and writes dx. Formulas: algebra, "MLP sub-block".
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .activation import activate_with_derivative
 from .config import OPTIONS
+from .mlp_backward_common import Partials, Problem, sample_sums
 from .mlp_backward_config import Fused, pieces
 from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
 from .tile import rounded, vector
 
-__all__ = ["dx_and_sums", "weight_partials"]
+__all__ = ["partials"]
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def mlp_bwd_wgrad(
     Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of hidden channels and a split of the tokens: partial dw1, ``G2`` and db1; sums per token."""
+    """Of a block of hidden channels and a split of the tokens: dw1, ``G2`` and db1; sums per token."""
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(0) // BLOCKS
     plane = T.to(tl.int64)
@@ -115,8 +115,9 @@ def mlp_bwd_wgrad(
     dw1 = _zeros(HIDDEN, P0, P1)
     dw2 = _zeros(HIDDEN, Q0, Q1)
     db1 = tl.zeros([HIDDEN], tl.float32)
-    for tile in range(split * per_split, tl.minimum(split * per_split + per_split, tiles)):
-        start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    first = split * per_split
+    for step in range(tl.minimum(per_split, tiles - first)):
+        start, ok, b = token_tile(first + step, HW, T, TOKENS, LAST)
         mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
         n = _loaded(x_ptr, start, ok, mean, rstd, gamma, beta, HW, NORM, C, P0, P1, TOKENS, LAST, DTYPE)
         g = _loaded(grad_ptr, start, ok, mean, rstd, gamma, beta, HW, False, O, Q0, Q1, TOKENS, LAST, DTYPE)
@@ -133,10 +134,10 @@ def mlp_bwd_wgrad(
         dh = dp * slope
         if drop_ptr is not None:
             dh *= drop[None, :]
-        row = rows_ptr + block * plane + start + i
+        row = start + block * plane + i
         if NORM:
-            tl.store(row, tl.sum(dh * u[:, None], 0), mask=ok)
-            tl.store(row + BLOCKS * plane, tl.sum(dh * (h - v[:, None]), 0), mask=ok)
+            tl.store(rows_ptr + row, tl.sum(dh * u[:, None], 0), mask=ok)
+            tl.store(rows_ptr + row + BLOCKS * plane, tl.sum(dh * (h - v[:, None]), 0), mask=ok)
         if DROP:
             total = tl.sum(p * dp, 0)
             if b2_ptr is not None:
@@ -145,7 +146,7 @@ def mlp_bwd_wgrad(
                 for k in tl.static_range(len(g)):
                     bias = tl.sum(g[k].to(tl.float32) * (s[k] * b2[k])[None, :], 1)
                     total += tl.where(block == 0, bias, 0.0)
-            tl.store(row + 2 * BLOCKS * plane, total, mask=ok)
+            tl.store(rows_ptr + row + 2 * BLOCKS * plane, total, mask=ok)
         if dw1_ptr is not None:
             db1 += tl.sum(dh, 1)
             dw1 = _accumulated(dw1, rounded(dh, DTYPE), n)
@@ -175,7 +176,7 @@ def mlp_bwd_dx(
 ):  # fmt: skip
     """dx of a tile of tokens, and its sums over tokens: ``dn x_hat``, ``dn`` and ``d g``."""
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0)
     start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
     mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
@@ -229,20 +230,44 @@ def mlp_bwd_dx(
             tl.store(grad_sums_ptr + tile.to(tl.int64) * O + o, total, mask=o < O)
 
 
-def _image(t: Tensor) -> tuple[int, int, int]:
-    """(samples, pixels of one, channels) of an image batch."""
-    return t.shape[0], t.shape[2] * t.shape[3], t.shape[1]
-
-
-def _tiles(samples: int, pixels: int, tokens: int, channels_last: bool) -> int:
-    if channels_last:
-        return triton.cdiv(samples * pixels, tokens)
-    return samples * triton.cdiv(pixels, tokens)
-
-
-def weight_partials(
-    p: Fused,
-    call: Call,
-    sums: bool,
-) -> None:
-    pass
+def partials(problem: Problem, p: Fused) -> Partials:
+    """Writes dx; returns the sums over tokens."""
+    x = problem.x
+    batch, _, height, width = x.shape
+    pixels = height * width
+    channels, out, hidden = sizes = problem.sizes
+    vectors = {"dtype": torch.float32, "device": x.device}
+    blocks = triton.cdiv(hidden, p.weight_hidden)
+    tiles = problem.tiles(p.weight_tokens)
+    per_split = triton.cdiv(tiles, max(1, p.programs // blocks))
+    splits = triton.cdiv(tiles, per_split)
+    dw1 = dw2 = db1 = k = ddrop = rows = None
+    if problem.parameter_grads:
+        dw1 = torch.empty((splits, hidden, channels), **vectors)
+        dw2 = torch.empty((splits, out, hidden), **vectors)
+        db1 = torch.empty((splits, hidden), **vectors)
+    if problem.norm or problem.drop_grad:
+        rows = torch.empty((3, blocks, batch * pixels), **vectors)
+    shape = (*sizes, *pieces(channels), *pieces(out))
+    if rows is not None or problem.parameter_grads:
+        mlp_bwd_wgrad[(splits * blocks,)](
+            problem.grad, x, problem.mean_rstd, problem.gamma, problem.beta, problem.scale, problem.drop,
+            problem.b2, problem.hidden, problem.w1, problem.w2t, problem.table, rows, dw1, dw2, db1,
+            pixels, batch * pixels, tiles, per_split, *shape, p.weight_tokens, p.weight_hidden,
+            problem.activation, problem.last, problem.norm, problem.drop_grad, problem.scaled,
+            num_warps=p.weight_warps, num_stages=p.weight_stages, **OPTIONS,
+        )  # fmt: skip
+    if rows is not None:
+        k, ddrop = sample_sums(problem, rows)
+    tiles = problem.tiles(p.tokens)
+    dnorm = grad_sums = None
+    if problem.parameter_grads:
+        dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
+        grad_sums = torch.empty((tiles, out), **vectors)
+    mlp_bwd_dx[(tiles,)](
+        problem.grad, x, problem.mean_rstd, problem.gamma, problem.beta, problem.drop, problem.hidden,
+        problem.w1, problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
+        *shape, p.tokens, p.hidden, problem.activation, problem.last, problem.norm, problem.residual,
+        problem.scaled, num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+    )  # fmt: skip
+    return Partials(dw1, dw2, db1, dnorm, grad_sums, ddrop)

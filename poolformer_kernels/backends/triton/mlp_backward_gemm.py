@@ -4,18 +4,23 @@ The hidden buffers hold at most WORKSPACE elements each (or one sample); a chunk
 to the last one's, in order. Formulas: algebra, "MLP sub-block".
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate_with_derivative
-from .config import OPTIONS
+from .config import OPTIONS, next_power_of_2
+from .mlp_backward_common import Partials, Problem, sample_sums
 from .mlp_backward_config import WORKSPACE, Gemm
 from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
 from .tile import rounded, vector
 
-__all__ = ["backward"]
+__all__ = ["partials"]
+
+_COPY_TOKENS = 64  # of a tile of `mlp_bwd_tokens`
 
 
 @triton.jit(do_not_specialize=["HW", "T"])
@@ -61,7 +66,7 @@ def mlp_bwd_hidden(
     """The hidden activation (times d) and gradient ``[T, J]``; sums per token, and over a tile's tokens."""
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     block = tl.program_id(0) % BLOCKS
     tile = tl.program_id(0) // BLOCKS
     i = tl.arange(0, TOKENS)
@@ -99,15 +104,15 @@ def mlp_bwd_hidden(
     at = start * J + i[:, None] * J + j[None, :]
     tl.store(dh_ptr + at, rounded(dh, DTYPE), mask=mask)
     plane = T.to(tl.int64)
-    row = rows_ptr + block * plane + start + i
+    row = start + block * plane + i
     if NORM:
         u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
         v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
-        tl.store(row, tl.sum(dh * u[None, :], 1), mask=ok)
-        tl.store(row + BLOCKS * plane, tl.sum(dh * (h - v[None, :]), 1), mask=ok)
+        tl.store(rows_ptr + row, tl.sum(dh * u[None, :], 1), mask=ok)
+        tl.store(rows_ptr + row + BLOCKS * plane, tl.sum(dh * (h - v[None, :]), 1), mask=ok)
     if DROP:
         total = tl.sum(p * dp, 1) + tl.where(block == 0, bias, 0.0)
-        tl.store(row + 2 * BLOCKS * plane, total, mask=ok)
+        tl.store(rows_ptr + row + 2 * BLOCKS * plane, total, mask=ok)
     if p_ptr is not None:
         if drop_ptr is not None:
             p *= drop[:, None]
@@ -129,7 +134,7 @@ def mlp_bwd_outer(
     split = (pid // (ROW_TILES * COLUMN_TILES)).to(tl.int64)
     t = tl.arange(0, DEPTH)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(0, per_split):
+    for step in range(per_split):
         start = (split * per_split + step) * DEPTH
         ok = t < T - start
         a = _matrix(a_ptr + start * M, t, m, M, ok, M % ROWS == 0)
@@ -173,3 +178,146 @@ def mlp_bwd_dn(
         at = sums_ptr + tile.to(tl.int64) * (2 * C) + c
         tl.store(at, tl.sum(dn * xhat, 0), mask=c < C)
         tl.store(at + C, tl.sum(dn, 0), mask=c < C)
+
+
+def partials(problem: Problem, p: Gemm) -> Partials:
+    """Writes dx; returns the sums over tokens."""
+    x = problem.x
+    batch, _, height, width = x.shape
+    channels, out, hidden = problem.sizes
+    pixels = height * width
+    vectors = {"dtype": torch.float32, "device": x.device}
+    step = _samples(batch, pixels, hidden)
+    tokens = step * pixels
+    operand = {"dtype": problem.w1.dtype, "device": x.device}
+    direct = problem.last and x.dtype == problem.w1.dtype  # the image is its own operand
+    buffers = _Buffers(
+        n=torch.empty((tokens, channels), **operand) if problem.norm or not direct else None,
+        g=torch.empty((tokens, out), **operand) if not direct else None,
+        p=torch.empty((tokens, hidden), **operand) if problem.parameter_grads else None,
+        dh=torch.empty((tokens, hidden), **operand),
+        rows=torch.empty((3, triton.cdiv(hidden, p.hidden), tokens), **vectors),
+    )
+    dw1 = dw2 = None
+    if problem.parameter_grads:
+        dw1 = torch.zeros((_splits(p, hidden, channels, tokens), hidden, channels), **vectors)
+        dw2 = torch.zeros((_splits(p, out, hidden, tokens), out, hidden), **vectors)
+    sums = []
+    for first in range(0, batch, step):
+        chunk = _chunk(problem, first, min(first + step, batch))
+        sums.append(_chunk_partials(chunk, p, buffers, dw1, dw2))
+    db1, dnorm, grad, ddrop = (
+        None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts)
+        for parts in zip(*sums, strict=True)
+    )
+    return Partials(dw1, dw2, db1, dnorm, grad, ddrop)
+
+
+class _Buffers(NamedTuple):
+    """Of one chunk of tokens, row-major: fc1's input, the gradient, activation and hidden gradient, sums."""
+
+    n: Tensor | None
+    g: Tensor | None
+    p: Tensor | None
+    dh: Tensor
+    rows: Tensor
+
+
+def _samples(batch: int, pixels: int, hidden: int) -> int:
+    """How many samples a chunk has; whole eights keep vectors that start at a chunk aligned."""
+    most = max(1, WORKSPACE // (pixels * hidden))
+    if most >= batch:
+        return batch
+    chunks = triton.cdiv(batch, most)
+    even = triton.cdiv(batch, chunks)
+    return min(most, triton.cdiv(even, 8) * 8)
+
+
+def _splits(p: Gemm, rows: int, columns: int, tokens: int) -> int:
+    tiles = triton.cdiv(rows, p.rows) * triton.cdiv(columns, p.channels)
+    return max(1, min(p.programs // tiles, tokens // (4 * p.depth)))
+
+
+def _chunk(problem: Problem, first: int, last: int) -> Problem:
+    """The call's samples from first to last."""
+    if last - first == problem.x.shape[0]:
+        return problem
+    pixels = problem.x.shape[2] * problem.x.shape[3]
+    hidden = problem.sizes[2]
+    part = lambda t: None if t is None else t[first:last]  # noqa: E731
+    saved = problem.hidden
+    if saved is not None:
+        saved = saved[first * pixels * hidden : last * pixels * hidden]
+    return problem._replace(
+        grad=part(problem.grad),
+        x=part(problem.x),
+        dx=part(problem.dx),
+        mean_rstd=part(problem.mean_rstd) if problem.norm else problem.mean_rstd,
+        drop=part(problem.drop),
+        hidden=saved,
+    )
+
+
+def _chunk_partials(
+    problem: Problem, p: Gemm, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """dx of a chunk; adds to dw1 and dw2, returns the chunk's (db1, dnorm, grad, ddrop) of `Partials`."""
+    x = problem.x
+    batch, _, height, width = x.shape
+    channels, out, hidden = problem.sizes
+    pixels = height * width
+    tokens = batch * pixels
+    vectors = {"dtype": torch.float32, "device": x.device}
+    tiles = problem.tiles(p.tokens)
+    blocks = triton.cdiv(hidden, p.hidden)
+    db1 = dnorm = grad_sums = k = ddrop = None
+    if problem.parameter_grads:
+        db1 = torch.empty((triton.cdiv(tokens, p.tokens), hidden), **vectors)
+        dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
+        grad_sums = torch.empty((problem.tiles(_COPY_TOKENS), out), **vectors)
+    if buffers.n is not None:
+        _to_tokens(problem, x, buffers.n, None, problem.norm)
+    if buffers.g is not None or grad_sums is not None:
+        _to_tokens(problem, problem.grad, buffers.g, grad_sums, False)
+    n = x if buffers.n is None else buffers.n
+    g = problem.grad if buffers.g is None else buffers.g
+    rows = buffers.rows.view(-1)[: 3 * blocks * tokens].view(3, blocks, tokens)
+    mlp_bwd_hidden[(triton.cdiv(tokens, p.tokens) * blocks,)](
+        n, g, problem.scale, problem.drop, problem.b2, problem.hidden, problem.w1, problem.w2t, problem.table,
+        buffers.p, buffers.dh, rows, db1, pixels, tokens, channels, out, hidden, p.tokens, p.hidden, p.depth,
+        problem.activation, problem.norm, problem.drop_grad, problem.scaled,
+        num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+    )  # fmt: skip
+    if problem.norm or problem.drop_grad:
+        k, ddrop = sample_sums(problem, rows)
+    if dw1 is not None:
+        _add_products(p, buffers.dh, n, dw1, tokens)
+        _add_products(p, g, buffers.p, dw2, tokens)
+    mlp_bwd_dn[(tiles * triton.cdiv(channels, p.channels),)](
+        buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, dnorm,
+        pixels, tokens, channels, hidden, p.tokens, p.channels, p.depth, problem.last, problem.norm,
+        problem.residual, num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+    )  # fmt: skip
+    return db1, dnorm, grad_sums, ddrop
+
+
+def _to_tokens(
+    problem: Problem, image_: Tensor, tokens: Tensor | None, sums: Tensor | None, norm: bool
+) -> None:
+    batch, channels, height, width = image_.shape
+    block = min(64, max(16, next_power_of_2(channels)))
+    mlp_bwd_tokens[(problem.tiles(_COPY_TOKENS) * triton.cdiv(channels, block),)](
+        image_, problem.mean_rstd, problem.gamma, problem.beta, problem.drop, tokens, sums, height * width,
+        batch * height * width, channels, _COPY_TOKENS, block, problem.last, norm, **OPTIONS,
+    )  # fmt: skip
+
+
+def _add_products(p: Gemm, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
+    """Adds a chunk's ``a^T b`` to the splits of a weight gradient."""
+    splits, m, n = partial.shape
+    per_split = triton.cdiv(triton.cdiv(tokens, p.depth), splits)
+    tiles = triton.cdiv(m, p.rows) * triton.cdiv(n, p.channels)
+    mlp_bwd_outer[(splits * tiles,)](
+        a, b, partial, tokens, per_split, m, n, p.rows, p.channels, p.depth,
+        num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+    )  # fmt: skip

@@ -37,7 +37,6 @@ class Fused(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-    group: int = 1  # row tiles of a program at most; above 1 it keeps all of both weights in shared memory
 
 
 class Gemm(NamedTuple):
@@ -83,9 +82,9 @@ def mlp_stats_tiles(shape, channels_last: bool, hidden: int) -> int:
 
 _FUSED = {
     # (C up to, bytes of an operand): tiles
-    (64, 2): Fused(64, 64, 4, 2),
-    (96, 2): Fused(128, 64, 8, 2),
-    (128, 2): Fused(128, 32, 8, 2),
+    (64, 2): Fused(128, 64, 8, 2, 128),
+    (96, 2): Fused(128, 32, 8, 2, 128),
+    (128, 2): Fused(128, 32, 8, 3),
     (192, 2): Fused(128, 32, 8, 2),
     (64, 4): Fused(64, 32, 8, 1),
     (96, 4): Fused(64, 32, 8, 1),

@@ -1,0 +1,100 @@
+"""The MLP's backward in Triton: prepares a call, chooses between its two forms, finishes the reductions."""
+
+import torch
+from torch import Tensor
+
+from ...reference import memory_format_of
+from . import mlp_backward_fused, mlp_backward_gemm
+from .mlp_backward_common import Problem, finish_weight, prepare, summed
+from .mlp_backward_config import Fused, plan
+
+__all__ = ["backward"]
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    mean_rstd: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    hidden: Tensor | None,
+    activation: str,
+    norm: bool,
+    residual: bool,
+    parameter_grads: bool,
+    drop_grad: bool,
+) -> tuple[Tensor, ...]:
+    """The op ``mlp_triton_backward``: the gradients of x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale
+    and drop_scale.
+
+    dx like x in its memory format, dw1 and dw2 dense and of the weights' dtype and shape, vectors float32;
+    what is not asked for is empty.
+    """
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(x):
+            return backward(
+                *(grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale),
+                *(hidden, activation, norm, residual, parameter_grads, drop_grad),
+            )
+    fmt = memory_format_of(x)
+    dx = torch.empty_like(x, memory_format=fmt)
+    channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
+    vectors = {"dtype": torch.float32, "device": x.device}
+    none = torch.empty(0, **vectors)
+    if x.shape[0] == 0:
+        if not parameter_grads:
+            return (dx, w1.new_empty(0), none, w2.new_empty(0), none, none, none, none, none)
+        dw1, dw2 = (torch.zeros(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w2))
+        db1, db2, dgamma, dbeta, dscale = (
+            torch.zeros(size, **vectors) for size in (width, out, channels, channels, out)
+        )
+        return dx, dw1, db1, dw2, db2, dgamma, dbeta, dscale, none
+
+    operand = x.dtype if x.dtype in _HALVES else w1.dtype
+    dense = [None if p is None else p.contiguous() for p in (w1, w2, b1, b2, norm_weight, norm_bias)]
+    w1, w2, b1, b2, norm_weight, norm_bias = dense
+    layer_scale, drop_scale, hidden = (
+        None if p is None else p.contiguous() for p in (layer_scale, drop_scale, hidden)
+    )
+    operands, w2t, table, scaled = prepare(w1, b1, w2, norm_weight, norm_bias, layer_scale, operand)
+    problem = Problem(
+        grad.contiguous(memory_format=fmt),
+        x.contiguous(memory_format=fmt),
+        dx,
+        mean_rstd.contiguous(),
+        norm_weight,
+        norm_bias,
+        layer_scale,
+        drop_scale,
+        b2,
+        hidden,
+        operands,
+        w2t,
+        table,
+        activation,
+        fmt is torch.channels_last,
+        norm,
+        residual,
+        parameter_grads,
+        drop_grad,
+        scaled,
+    )
+    p = plan(channels, out, width, operand.itemsize)
+    form = mlp_backward_fused if isinstance(p, Fused) else mlp_backward_gemm
+    sums = form.partials(problem, p)
+    ddrop = sums.ddrop if drop_grad else none
+    if not parameter_grads:
+        return dx, w1.new_empty(0), none, w2.new_empty(0), none, none, none, none, ddrop
+    dw1, _, _ = finish_weight(sums.dw1, w1)
+    dw2, dscale, db2 = finish_weight(sums.dw2, w2, layer_scale, w2, b2, summed(sums.grad))
+    dnorm = summed(sums.dnorm) if norm else torch.zeros(2 * channels, **vectors)
+    dgamma, dbeta = dnorm[:channels], dnorm[channels:]
+    return dx, dw1, summed(sums.db1), dw2, db2, dgamma, dbeta, dscale, ddrop
