@@ -5,9 +5,13 @@
 
 using word = uint32_t;
 
+constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4;  // kBlockRows * kBlockVecs sums and kBlockVecs vectors of b are
+constexpr int kBlockVecs = 3;                      // in registers
+
 struct Floats {
-  static constexpr int kPer = 1;    // elements of a word
-  static constexpr int kStep = 1;   // k is a multiple of it
+  static constexpr int kPer = 1;   // elements of a word
+  static constexpr int kStep = 1;  // k is a multiple of it,
+  static constexpr int kRows = kBlockRows;  // and the rows of that
   using Element = float;
   static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
     return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
@@ -18,6 +22,7 @@ struct Floats {
 struct Bf16Pairs {
   static constexpr int kPer = 2;
   static constexpr int kStep = 1;
+  static constexpr int kRows = kBlockRows;
   using Element = bf16;
   static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -25,15 +30,12 @@ struct Bf16Pairs {
 };
 #endif
 
-constexpr int kRows = PK_LEVEL >= 2 ? 8 : 4;  // of `a` in one product
-constexpr int kVecs = 3;                      // of `b` in registers: kRows * kVecs sums, kVecs vectors of b
-
 template <class Op, int VECS>
 __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
                                               float* out, int64_t out_row, bool add) {
-  vf sum[kRows][VECS];
+  vf sum[kBlockRows][VECS];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(out + r * out_row + v * kLanes) : vf{};
   for (int64_t i = 0; i < k; ++i) {
@@ -41,33 +43,34 @@ __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, cons
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) column[v] = read<vu>(b + i * b_row + v * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) sum[r][v] = Op::multiply_add(sum[r][v], a[r * a_row + i], column[v]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) store(out + r * out_row + v * kLanes, sum[r][v]);
 }
 
-// kRows rows of out, `lanes` (a multiple of kLanes) wide. k counts words.
 template <class Op>
-PK_INLINE void multiply(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t lanes, int64_t k,
-                        float* out, int64_t out_row, bool add) {
+PK_INLINE void multiply_vecs(int64_t vecs, const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
+                             float* out, int64_t out_row, bool add) {
+  if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add);
+  if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add);
+  multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add);
+}
+
+// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words.
+template <class Op>
+void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
+              float* out, int64_t out_row, bool add) {
   for (int64_t left = lanes / kLanes; left > 0;) {
-    int64_t take = kVecs;
-    if (left == 1) {
-      take = 1;
-      multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add);
-    } else if (left == 2 || left == 4) {
-      take = 2;
-      multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add);
-    } else {
-      multiply_block<Op, kVecs>(a, a_row, b, b_row, k, out, out_row, add);
-    }
-    b += take * kLanes;
-    out += take * kLanes;
-    left -= take;
+    const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
+    for (int64_t r = 0; r < rows; r += kBlockRows)
+      multiply_vecs<Op>(vecs, a + r * a_row, a_row, b, b_row, k, out + r * out_row, out_row, add);
+    b += vecs * kLanes;
+    out += vecs * kLanes;
+    left -= vecs;
   }
 }

@@ -221,7 +221,217 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
   return {y, mean_rstd, y_stats, hidden};
 }
 
+// ---- backward
+
+constexpr int64_t kGroupTokens = 3136;    // of whole samples whose gradient waits for GroupNorm's sums, if one is no larger
+constexpr int64_t kBlockElements = 1 << 18;  // tokens times channels of a block, whose operands stay in the caches
+constexpr int64_t kBlockTokens = 1600;
+
+int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// One tensor of scratch, cut into arrays of whole cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t words) : tensor_(empty({words + 16}, {1}, aoti_torch_dtype_float32())) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
+    next_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+  template <class T>
+  void take(T*& p, int64_t n) {
+    p = reinterpret_cast<T*>(next_);
+    next_ += rounded_up(n, 16);
+  }
+
+ private:
+  Tensor tensor_;
+  float* next_;
+};
+
+// What the backward keeps beyond the gradients it returns.
+struct Workspace {
+  uint32_t *n, *g, *dh, *x_tokens, *g_tokens, *w1t;
+  float *drop_lanes, *drop_rows, *e, *g_p, *x_dh, *db1, *t, *g_sums;
+  double* sums;
+
+  // f(array, words) for each
+  template <class F>
+  void each(const MlpBackwardParams& p, int per, int64_t group, int64_t chunks, const F& f) {
+    const int64_t block = p.block_lanes, rows = rounded_up(p.hidden, kRowsMax), slack = 64;
+    const int64_t in = rounded_up(p.channels, kRowsMax), out = rounded_up(p.out, kRowsMax);
+    const int64_t tokens = p.parameter_grads ? block / per : 0;
+    f(n, (in / per + slack) * block);
+    f(g, (out / per + slack) * block);
+    f(dh, (rows / per + slack) * block);
+    f(x_tokens, tokens * p.channels + slack);
+    f(g_tokens, tokens * p.out + slack);
+    f(w1t, in * (rows / per + slack));
+    f(drop_lanes, block);
+    f(drop_rows, p.drop_grad ? (1 + rows / kRowsMax) * block : 0);
+    f(e, group * p.channels);
+    f(g_p, p.parameter_grads ? rows * out : 0);
+    f(x_dh, p.parameter_grads ? rows * in : 0);
+    f(db1, rows);
+    f(t, out);
+    f(g_sums, (block / p.lanes + 1) * out);
+    f(sums, 4 * chunks);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
+    Tensor gradient, Tensor input, Tensor mean_rstd, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+    OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor layer_scale, OptionalTensor drop_scale,
+    OptionalTensor hidden, std::string activation, bool norm, bool residual, bool parameter_grads, bool drop_grad) {
+  check(input, 0);
+  const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last), grad = in_layout(gradient, channels_last);
+  const Parameters of{dense_rows(w1, "w1", x.size(1)), dense_rows(w2, "w2", w1.size(0)),
+                      b1, b2, norm_weight, norm_bias, layer_scale, drop_scale};
+  Arena arena(Call::tables(x, of));
+  Call call(x, of, activation, norm, residual, channels_last, arena);
+  MlpBackwardParams p{call.p};
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 &&
+                      grad.size(0) == p.batch && grad.size(1) == p.out && grad.size(2) == x.size(2) &&
+                      grad.size(3) == x.size(3),
+                  "mlp_cpp_backward: grad must have y's device, dtype and shape");
+  const Tensor saved = in_layout(mean_rstd, false);
+  STD_TORCH_CHECK(!norm || (saved.is_cpu() && saved.scalar_type() == ScalarType::Float && saved.dim() == 2 &&
+                            saved.size(0) == p.batch && saved.size(1) == 2),
+                  "mlp_cpp_backward: mean_rstd must be a float32 CPU tensor of shape [B, 2]");
+
+  const int32_t f32 = aoti_torch_dtype_float32(), weights = dtype_of(w1);
+  const auto like = [&](const Tensor& w) {
+    if (!parameter_grads) return empty({0}, {1}, weights);
+    const int64_t rows = w.size(0), cols = w.size(1);
+    if (w.dim() == 2) return empty({rows, cols}, {cols, 1}, weights);
+    return empty({rows, cols, 1, 1}, {cols, 1, 1, 1}, weights);
+  };
+  const auto vector = [&](int64_t n) { return empty({parameter_grads ? n : 0}, {1}, f32); };
+  Tensor dx = empty_like(x, channels_last), dw1 = like(w1), dw2 = like(w2);
+  Tensor db1 = vector(p.hidden), db2 = vector(p.out), dnorm_weight = vector(p.channels);
+  Tensor dnorm_bias = vector(p.channels), dlayer_scale = vector(p.out);
+  Tensor ddrop_scale = empty({drop_grad ? p.batch : 0}, {1}, f32);
+  const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+
+  p.grad = grad.data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.saved = hidden.has_value() ? const_cast<void*>(static_cast<const void*>(hidden->data_ptr())) : nullptr;
+  p.parameter_grads = parameter_grads;
+  p.drop_grad = drop_grad;
+  p.dw1 = dw1.mutable_data_ptr(), p.dw2 = dw2.mutable_data_ptr();
+  p.db2 = floats(db2), p.dgamma = floats(dnorm_weight), p.dbeta = floats(dnorm_bias), p.dscale = floats(dlayer_scale);
+  for (int64_t b = 0; norm && b < p.batch; ++b) {
+    call.mean[b] = static_cast<const float*>(saved.data_ptr())[2 * b];
+    call.rstd[b] = static_cast<const float*>(saved.data_ptr())[2 * b + 1];
+  }
+
+  // The plan, which depends on shapes alone: sums are the same for any number of threads.
+  const int64_t sample = p.channels * p.pixels, per = kernels.operand_per, element = x.element_size();
+  const int64_t group_samples = std::max<int64_t>(1, std::min(p.batch, kGroupTokens / p.pixels));
+  const int64_t group = group_samples * p.pixels;
+  const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / std::max(p.channels, p.out)));
+  const int64_t blocks = (group + most - 1) / most;
+  p.lanes = 96, p.input_lanes = 192;
+  p.block_lanes = rounded_up((group + blocks - 1) / blocks, 32);
+  const int64_t chunks = (sample + kStatsChunk - 1) / kStatsChunk;
+  Workspace own;
+  int64_t words = 0;
+  own.each(p, per, group, group_samples * chunks, [&](auto*&, int64_t n) { words += rounded_up(n, 16); });
+  Scratch scratch(words);
+  own.each(p, per, group, group_samples * chunks, [&](auto*& array, int64_t n) { scratch.take(array, n); });
+  p.n = own.n, p.g = own.g, p.dh = own.dh, p.x_tokens = own.x_tokens, p.g_tokens = own.g_tokens, p.w1t = own.w1t;
+  p.drop_lanes = own.drop_lanes, p.drop_rows = own.drop_rows, p.e = own.e;
+  p.g_p = own.g_p, p.x_dh = own.x_dh, p.db1 = own.db1, p.t = own.t;
+  std::fill(own.db1, own.db1 + rounded_up(p.hidden, kRowsMax), 0.0f);
+  std::vector<double> t(p.out), drops(p.batch);
+  const int64_t worker_words = kernels.backward_scratch(p), items = (p.hidden + kRowsMax - 1) / kRowsMax;
+
+  torch::stable::parallel_for(0, (p.channels + kRowsMax - 1) / kRowsMax, 1 + 65536 / (p.hidden * kRowsMax),
+                              [&](int64_t begin, int64_t end) {
+                                kernels.pack_input(p, begin * kRowsMax, std::min(p.channels, end * kRowsMax));
+                              });
+  for (int64_t b0 = 0; b0 < p.batch; b0 += group_samples) {
+    const int64_t samples = std::min(group_samples, p.batch - b0), first = b0 * p.pixels, last = samples * p.pixels;
+    for (int64_t at = 0; at < last; at += p.block_lanes) {
+      const int64_t count = std::min(p.block_lanes, last - at);
+      const auto tiles = [&](int64_t lanes, const auto& f) {
+        call.over((p.block_lanes + lanes - 1) / lanes, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t lane = i * lanes, used = std::min(lanes, p.block_lanes - lane);
+            f(i, lane, used, std::max<int64_t>(0, std::min(used, count - lane)));
+          }
+        });
+      };
+      tiles(p.lanes, [&](int64_t i, int64_t lane, int64_t lanes, int64_t tokens) {
+        kernels.prepare(p, first + at + lane, tokens, lane, lanes, own.g_sums + i * p.out,
+                        worker_scratch(worker_words));
+      });
+      for (int64_t i = 0; i * p.lanes < count; ++i)
+        for (int64_t c = 0; c < p.out; ++c) t[c] += own.g_sums[i * p.out + c];
+      call.over(items, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(worker_words));
+      });
+      p.add = true;
+      tiles(p.input_lanes, [&](int64_t, int64_t lane, int64_t lanes, int64_t tokens) {
+        if (tokens > 0) kernels.input(p, at + lane, tokens, lane, lanes, worker_scratch(worker_words));
+      });
+      for (int64_t i = 0; drop_grad && i <= items; ++i)
+        for (int64_t l = 0; l < count; ++l)
+          drops[(first + at + l) / p.pixels] += own.drop_rows[i * p.block_lanes + l];
+    }
+    const auto at_chunk = [&](int64_t i, const auto& f) {
+      const int64_t b = i / chunks, begin = i % chunks * kStatsChunk;
+      const int64_t offset = (b0 + b) * sample + begin;
+      f(b, static_cast<const char*>(p.x) + offset * element, own.e + b * sample + begin, offset * element,
+        std::min(kStatsChunk, sample - begin));
+    };
+    if (norm)
+      torch::stable::parallel_for(0, samples * chunks, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          at_chunk(i, [&](int64_t b, const void* in, const float* e, int64_t, int64_t n) {
+            kernels.reduce(in, e, call.mean[b0 + b], n, own.sums + 2 * i);
+          });
+      });
+    std::vector<float> k(2 * samples);
+    for (int64_t b = 0; norm && b < samples; ++b) {
+      double sum = 0, projected = 0;
+      for (int64_t i = b * chunks; i < (b + 1) * chunks; ++i) {
+        sum += own.sums[2 * i];
+        projected += own.sums[2 * i + 1];
+      }
+      const double rstd = call.rstd[b0 + b];
+      k[2 * b] = rstd * sum / sample;
+      k[2 * b + 1] = rstd * rstd * rstd * projected / sample;
+    }
+    torch::stable::parallel_for(0, samples * chunks, 2, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        at_chunk(i, [&](int64_t b, const void* in, const float* e, int64_t offset, int64_t n) {
+          kernels.finish(in, residual ? static_cast<const char*>(p.grad) + offset : nullptr, e,
+                         norm ? call.mean[b0 + b] : 0, norm ? call.rstd[b0 + b] : 1, k[2 * b], k[2 * b + 1], n,
+                         static_cast<char*>(p.dx) + offset);
+        });
+    });
+  }
+
+  if (drop_grad) std::copy(drops.begin(), drops.end(), floats(ddrop_scale));
+  if (parameter_grads) {
+    if (!p.add) {  // no tokens
+      std::fill(own.g_p, own.g_p + rounded_up(p.hidden, kRowsMax) * rounded_up(p.out, kRowsMax), 0.0f);
+      std::fill(own.x_dh, own.x_dh + rounded_up(p.hidden, kRowsMax) * rounded_up(p.channels, kRowsMax), 0.0f);
+    }
+    std::copy(t.begin(), t.end(), own.t);
+    std::copy(own.db1, own.db1 + p.hidden, floats(db1));
+    torch::stable::parallel_for(0, (p.channels + 15) / 16 + (p.out + 15) / 16, 1 + 16384 / (16 * p.hidden),
+                                [&](int64_t begin, int64_t end) { kernels.weights(p, begin, end); });
+  }
+  return {dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale};
+}
+
 }  // namespace
 }  // namespace pk
 
-STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) { m.impl("mlp_cpp", TORCH_BOX(&pk::mlp)); }
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {
+  m.impl("mlp_cpp", TORCH_BOX(&pk::mlp));
+  m.impl("mlp_cpp_backward", TORCH_BOX(&pk::mlp_backward));
+}

@@ -68,20 +68,20 @@ struct Panel {
   int64_t row;
 };
 
-// Rows row .. row + kRows - 1 of w, columns col .. col + k - 1, in operand words: where they lie if they are such words,
+// Rows row .. row + rows - 1 of w, columns col .. col + k - 1, in operand words: where they lie if they are such words,
 // else in `copy`, with zeros beyond k and from row `valid` on.
 template <class Op>
-__attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t valid, int64_t col, int64_t k,
-                                           word* copy) {
+__attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t rows, int64_t valid, int64_t col,
+                                           int64_t k, word* copy) {
   using E = typename Op::Element;
   constexpr int kUnit = Op::kPer * Op::kStep;
   return weight_at(w, row, col, [&](auto* from) PK_FORCED {
     using Source = typename Plain<decltype(from)>::Type;
-    if (__is_same(Source, E) && valid >= kRows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
+    if (__is_same(Source, E) && valid >= rows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
         reinterpret_cast<uintptr_t>(from) % sizeof(word) == 0)
       return Panel{reinterpret_cast<const word*>(from), w.step / Op::kPer};
     const int64_t words = words_of<Op>(k);
-    for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       word* out = copy + i * words;
       if (i >= valid || k % kUnit) clear_words(out, words);
       if (i < valid) convert_row(from + i * w.step, reinterpret_cast<E*>(out), k);
@@ -130,13 +130,13 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 
 // ---- fc1's epilogue
 
-// p = act(h + bias) over kRows rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h + bias
+// p = act(h + bias) over `rows` rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h + bias
 // is left in h.
 template <Activation A, bool EXACT, bool SAVED, class E>
-__attribute__((noinline)) void activate_rows(float* h, int64_t lanes, const float* bias, int64_t valid,
-                                             const Tile<E>& p, int64_t row) {
-  if (valid < kRows) __builtin_memset(h + valid * lanes, 0, (kRows - valid) * lanes * sizeof(float));
-  for (int i = 0; i < kRows / 2; ++i) {
+__attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lanes, const float* bias,
+                                             int64_t valid, const Tile<E>& p, int64_t row) {
+  if (valid < rows) __builtin_memset(h + valid * lanes, 0, (rows - valid) * lanes * sizeof(float));
+  for (int64_t i = 0; i < rows / 2; ++i) {
     float *row_a = h + 2 * i * lanes, *row_b = row_a + lanes;
     const vf bias_a = splat(bias[2 * i]), bias_b = splat(bias[2 * i + 1]);
     for (int64_t l = 0; l < lanes; l += kLanes) {
@@ -162,11 +162,11 @@ PK_INLINE void activate_rows(Activation activation, const Args&... args) {
 
 // ---- fc2's epilogue
 
-// Rows c .. c + kRows - 1: y = x + d s (o + b2), rounded, over x's words where there is a residual.
+// Rows c .. c + rows - 1: y = x + d s (o + b2), rounded, over x's words where there is a residual.
 template <class T>
-__attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, int64_t lanes, const float* drop,
-                                          int64_t c, const Tile<T>& y) {
-  for (int i = 0; i < kRows / 2 && c + 2 * i < p.out; ++i) {
+__attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, int64_t rows, int64_t lanes,
+                                          const float* drop, int64_t c, const Tile<T>& y) {
+  for (int64_t i = 0; i < rows / 2 && c + 2 * i < p.out; ++i) {
     const float *row_a = o + 2 * i * lanes, *row_b = row_a + lanes;
     const int64_t channel = c + 2 * i;
     const vf bias_a = splat(p.b2[channel]), bias_b = splat(p.b2[channel + 1]);
@@ -231,10 +231,10 @@ struct ForwardScratch {
     const int64_t k1 = words_of<Op>(q.channels), k2 = words_of<Op>(chunk);
     x = cut.words(Tile<T>::rows(wide) * lanes);
     n = cut.words((k1 + 1) * lanes);  // a last pair of rows may reach one beyond
-    p = cut.words((k2 + kRows) * lanes);
-    panel = cut.words(kRows * (k1 > k2 ? k1 : k2));
-    h = cut.floats(kRows * lanes);
-    o = cut.floats((q.hidden > chunk ? rounded_up(q.out, kRows) : kRows) * lanes);
+    p = cut.words((k2 + Op::kRows) * lanes);
+    panel = cut.words(Op::kRows * (k1 > k2 ? k1 : k2));
+    h = cut.floats(Op::kRows * lanes);
+    o = cut.floats((q.hidden > chunk ? rounded_up(q.out, Op::kRows) : Op::kRows) * lanes);
     of = {cut.floats(lanes), cut.floats(lanes), cut.floats(lanes)};
     end = cut.next;
   }
@@ -242,8 +242,8 @@ struct ForwardScratch {
 
 // Rows of fc1's output, with its bias, for the backward.
 template <class S>
-void save_rows(const MlpParams& p, const float* h, int64_t row, int64_t first, int64_t count) {
-  for (int64_t r = 0; r < kRows && row + r < p.hidden; ++r) {
+void save_rows(const MlpParams& p, const float* h, int64_t rows, int64_t row, int64_t first, int64_t count) {
+  for (int64_t r = 0; r < rows && row + r < p.hidden; ++r) {
     S* out = static_cast<S*>(p.saved) + (row + r) * p.tokens + first;
     convert_row(h + r * p.lanes, out, count);
   }
@@ -254,6 +254,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
   using Op = typename OperandOf<S>::Op;
   using E = typename Op::Element;
   constexpr bool kExact = !__is_same(S, bf16);
+  constexpr int64_t kRows = Op::kRows;
   const ForwardScratch<T, Op> s(p, scratch);
   const int64_t lanes = p.lanes, k1 = words_of<Op>(p.channels);
   const Tile<T> x{s.x, lanes};
@@ -264,21 +265,21 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
   for (int64_t j = 0; j < p.hidden; j += kHiddenChunk) {
     const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
-      const Panel a = rows_panel<Op>(p.w1, j + r, size - r, 0, p.channels, s.panel);
-      multiply<Op>(a.data, a.row, s.n, lanes, lanes, k1, s.h, lanes, false);
+      const Panel a = rows_panel<Op>(p.w1, j + r, kRows, size - r, 0, p.channels, s.panel);
+      multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false);
       if (p.saved) {
-        activate_rows<kExact, true>(p.activation, s.h, lanes, p.b1 + j + r, size - r, hidden, r);
-        save_rows<S>(p, s.h, j + r, first, count);
+        activate_rows<kExact, true>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
+        save_rows<S>(p, s.h, kRows, j + r, first, count);
       } else {
-        activate_rows<kExact, false>(p.activation, s.h, lanes, p.b1 + j + r, size - r, hidden, r);
+        activate_rows<kExact, false>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
       }
     }
     const bool last = j + size == p.hidden;
     for (int64_t c = 0; c < p.out; c += kRows) {
       float* o = p.hidden > kHiddenChunk ? s.o + c * lanes : s.o;
-      const Panel a = rows_panel<Op>(p.w2, c, p.out - c, j, size, s.panel);
-      multiply<Op>(a.data, a.row, s.p, lanes, lanes, k2, o, lanes, j > 0);
-      if (last) write_rows(p, o, lanes, s.of.drop, c, x);
+      const Panel a = rows_panel<Op>(p.w2, c, kRows, p.out - c, j, size, s.panel);
+      multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, o, lanes, j > 0);
+      if (last) write_rows(p, o, kRows, lanes, s.of.drop, c, x);
     }
   }
   if (p.token_moments) token_moments(x, p.out, count, p.token_moments + 2 * first);

@@ -6,11 +6,24 @@
 #include "token_tile.h"
 // After them.
 #include "mlp_forward.h"
+// After that.
+#include "mlp_backward.h"
 
 // T: elements of x. S: what the operands of the products are rounded to.
 template <class T, class S>
 constexpr MlpKernels kernels() {
-  return {stats<T>, forward_scratch<T, S>, mlp_forward<T, S>};
+  return {stats<T>,
+          forward_scratch<T, S>,
+          mlp_forward<T, S>,
+          backward_scratch<T, S>,
+          OperandOf<S>::Op::kPer,
+          mlp_pack_input<T, S>,
+          mlp_prepare<T, S>,
+          mlp_hidden<T, S>,
+          mlp_input<T, S>,
+          mlp_reduce<T>,
+          mlp_finish<T>,
+          mlp_weights};
 }
 
 #define PK_MLP_TABLE \

@@ -1,0 +1,371 @@
+// The MLP's backward for one instruction-set level (README, "Algebra"), tokens along vectors as in the forward.
+//
+// A block of tokens at a time, whose operands are prepared once: `prepare` (by tiles of tokens) writes them, `hidden`
+// (by kItemRows hidden channels) computes h again, its gradient and the products that become weight gradients, `input`
+// (by tiles of tokens) the gradient of the normalised input. Each gradient has one owner and a fixed order of sums.
+// `reduce` and `finish` then go through GroupNorm's backward once the sums over whole samples are known, and `weights`
+// turns the products into gradients (by channels).
+
+// Words of w^T: panel[i] = column row + i of w, in operand words along w's rows.
+template <class Op>
+void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int64_t k, word* panel) {
+  using E = typename Op::Element;
+  constexpr int kUnit = 16 * Op::kPer;  // rows of w in a block of words
+  const int64_t words = words_of<Op>(k);
+  word block[16 * 16];
+  const Tile<E> tile{block, 16};
+  for (int64_t c = 0; c < rows; c += 16) {
+    const int64_t n = cols - row - c < 16 ? cols - row - c : 16, panels = rows - c < 16 ? rows - c : 16;
+    for (int64_t i = 0; i < k; i += kUnit) {
+      clear_words(block, 256);
+      for (int64_t r = 0; r < kUnit && i + r < k; r += 2)
+        for (int64_t l = 0; l < n; l += kLanes) {
+          const int64_t left = n - l < kLanes ? n - l : kLanes;
+          const auto at = [&](int64_t line) PK_FORCED {
+            return line < k ? weight_at(w, line, row + c + l, [&](auto* p) PK_FORCED { return load(p, left); }) : vf{};
+          };
+          tile.put(r / 2, l, {at(i + r), at(i + r + 1)});
+        }
+      const int64_t left = words - i / Op::kPer < 16 ? words - i / Op::kPer : 16;
+      transpose_words(block, 64, panel + c * words + i / Op::kPer, words * 4, left, panels);
+    }
+  }
+}
+
+// ---- prepare
+
+// rows[t / kPer][c]: words along tokens, of a tile whose words are along channels.
+template <class E>
+void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows, word* out, int64_t out_tokens) {
+  store_tile(tile, {channels, count, true}, 0, count, rows);
+  if constexpr (sizeof(E) == 4) {
+    __builtin_memcpy(out, rows, count * channels * sizeof(E));
+    clear_words(out + count * channels, (out_tokens - count) * channels);
+  } else {
+    for (int64_t t = 0; t < out_tokens; t += 2, out += channels) {
+      const uint16_t *even = &rows[t * channels].bits, *odd = even + channels;
+      if (t + 1 < count)
+        for (int64_t c = 0; c < channels; ++c) out[c] = even[c] | word{odd[c]} << 16;
+      else if (t < count)
+        for (int64_t c = 0; c < channels; ++c) out[c] = even[c];
+      else
+        clear_words(out, channels);
+    }
+  }
+}
+
+template <class T, class Op>
+struct PrepareScratch {
+  word *tile, *operand, *rows;
+  Lanes of;
+  word* end;
+
+  PrepareScratch(const MlpBackwardParams& q, word* base) {
+    Cut cut{base};
+    const int64_t wide = (q.channels > q.out ? q.channels : q.out) + 1;
+    tile = cut.words(Tile<T>::rows(wide) * q.lanes);
+    operand = cut.words(Tile<typename Op::Element>::rows(wide) * q.lanes);
+    rows = cut.words((wide * (q.lanes + 1) + Op::kPer - 1) / Op::kPer);
+    of = {cut.floats(q.lanes), cut.floats(q.lanes), cut.floats(q.lanes)};
+    end = cut.next;
+  }
+};
+
+// Tokens first .. first + count - 1, lanes lane .. lane + lanes - 1 of the block; g_sums [out]: sum d g.
+template <class T, class S>
+void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64_t lane, int64_t lanes, float* g_sums,
+                 word* scratch) {
+  using Op = typename OperandOf<S>::Op;
+  using E = typename Op::Element;
+  const PrepareScratch<T, Op> s(p, scratch);
+  const Tile<T> raw{s.tile, lanes};
+  const Tile<E> operand{s.operand, lanes};
+  E* rows = reinterpret_cast<E*>(s.rows);
+  const int64_t block = p.block_lanes, words = lanes / Op::kPer;
+  s.of.fill(p, first, count, lanes);
+  __builtin_memcpy(p.drop_lanes + lane, s.of.drop, lanes * sizeof(float));
+
+  load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, raw);
+  normalise(p, raw, s.of, lanes, Tile<E>{p.n + lane, block});
+  if (p.parameter_grads) {
+    for (int64_t i = 0; i < (p.channels + 1) / 2; ++i)
+      for (int64_t l = 0; l < lanes; l += kLanes) {
+        const vf mean = load(s.of.mean + l), rstd = load(s.of.rstd + l);
+        const Pair v = raw.get(i, l);
+        operand.put(i, l, {(v.a - mean) * rstd, (v.b - mean) * rstd});
+      }
+    along_tokens(operand, p.channels, count, rows, p.x_tokens + lane / Op::kPer * p.channels, words * Op::kPer);
+  }
+
+  load_tile(static_cast<const T*>(p.grad), {p.out, p.pixels, p.channels_last}, first, count, raw);
+  const Tile<E> g{p.g + lane, block};
+  if (p.drop_grad) __builtin_memset(p.drop_rows + lane, 0, lanes * sizeof(float));
+  for (int64_t i = 0; i < (p.out + 1) / 2; ++i) {
+    const vf scale_a = splat(p.scale[2 * i]), scale_b = splat(p.scale[2 * i + 1]);
+    const vf bias_a = splat(p.b2[2 * i]), bias_b = splat(p.b2[2 * i + 1]);
+    Pair sum{};
+    for (int64_t l = 0; l < lanes; l += kLanes) {
+      const vf d = load(s.of.drop + l);
+      const Pair v = raw.get(i, l), scaled = {v.a * scale_a, v.b * scale_b}, dropped = {v.a * d, v.b * d};
+      g.put(i, l, scaled);
+      operand.put(i, l, dropped);
+      sum = {sum.a + dropped.a, sum.b + dropped.b};
+      if (p.drop_grad) {
+        float* at = p.drop_rows + lane + l;
+        store(at, load(at) + scaled.a * bias_a + scaled.b * bias_b);
+      }
+    }
+    g_sums[2 * i] = hsum(sum.a);
+    if (2 * i + 1 < p.out) g_sums[2 * i + 1] = hsum(sum.b);
+  }
+  if (p.parameter_grads)
+    along_tokens(operand, p.out, count, rows, p.g_tokens + lane / Op::kPer * p.out, words * Op::kPer);
+}
+
+// ---- hidden
+
+constexpr int64_t kItemRows = 32;
+
+template <class Op>
+struct HiddenScratch {
+  word *a1, *a2, *p, *dh;
+  float *h, *dp, *drop;
+  word* end;
+
+  HiddenScratch(const MlpBackwardParams& q, word* base) {
+    Cut cut{base};
+    a1 = cut.words(kItemRows * words_of<Op>(q.channels));
+    a2 = cut.words(kItemRows * words_of<Op>(q.out));
+    p = cut.words(kItemRows * (q.block_lanes / Op::kPer));
+    dh = cut.words(kItemRows * (q.block_lanes / Op::kPer));
+    h = cut.floats(kItemRows * q.lanes);
+    dp = cut.floats(kItemRows * q.lanes);
+    end = cut.next;
+  }
+};
+
+// From h and dp = W2^T s g: p, dh = d dp act'(h), in rows of the item and dh as the operand of `input`.
+template <Activation A, bool EXACT, class Op>
+__attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const HiddenScratch<Op>& s, int64_t row,
+                                               int64_t lane, int64_t lanes) {
+  using E = typename Op::Element;
+  const Tile<E> dh_tile{p.dh + lane, p.block_lanes};
+  E *p_rows = reinterpret_cast<E*>(s.p) + lane, *dh_rows = reinterpret_cast<E*>(s.dh) + lane;
+  float* drop_row = p.drop_rows + (1 + row / kItemRows) * p.block_lanes + lane;
+  for (int64_t r = 0; r < kItemRows; r += 2) {
+    const float *h = s.h + r * lanes, *dp = s.dp + r * lanes;
+    const vf bias_a = splat(p.saved ? 0 : p.b1[row + r]), bias_b = splat(p.saved ? 0 : p.b1[row + r + 1]);
+    Pair sum{};
+    for (int64_t l = 0; l < lanes; l += kLanes) {
+      const vf d = load(p.drop_lanes + lane + l);
+      const auto a = activate<A, EXACT>(load(h + l) + bias_a, exponential);
+      const auto b = activate<A, EXACT>(load(h + lanes + l) + bias_b, exponential);
+      const vf dp_a = load(dp + l), dp_b = load(dp + lanes + l);
+      const Pair dh = {dp_a * d * a.slope, dp_b * d * b.slope};
+      dh_tile.put((row + r) / 2, l, dh);
+      if (p.parameter_grads) {
+        E* at = p_rows + r * p.block_lanes + l;
+        store(at, a.value);
+        store(at + p.block_lanes, b.value);
+        at = dh_rows + r * p.block_lanes + l;
+        store(at, dh.a);
+        store(at + p.block_lanes, dh.b);
+        sum = {sum.a + dh.a, sum.b + dh.b};
+      }
+      if (p.drop_grad) {
+        const vf before = r ? load(drop_row + l) : vf{};
+        store(drop_row + l, before + a.value * dp_a + b.value * dp_b);
+      }
+    }
+    if (p.parameter_grads) {
+      p.db1[row + r] += hsum(sum.a);
+      p.db1[row + r + 1] += hsum(sum.b);
+    }
+  }
+}
+
+template <bool EXACT, class... Args>
+PK_INLINE void hidden_gradient(Activation activation, const Args&... args) {
+  switch (activation) {
+    case Activation::gelu: return hidden_gradient<Activation::gelu, EXACT>(args...);
+    case Activation::gelu_tanh: return hidden_gradient<Activation::gelu_tanh, EXACT>(args...);
+    case Activation::relu: return hidden_gradient<Activation::relu, EXACT>(args...);
+    case Activation::silu: return hidden_gradient<Activation::silu, EXACT>(args...);
+  }
+}
+
+// Hidden channels row .. row + kItemRows - 1 (zeros beyond the last) over the block's tokens, `first` the first.
+template <class T, class S>
+void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t tokens, word* scratch) {
+  using Op = typename OperandOf<S>::Op;
+  constexpr bool kExact = !__is_same(S, bf16);
+  const HiddenScratch<Op> s(p, scratch);
+  const int64_t block = p.block_lanes, k1 = words_of<Op>(p.channels), k2 = words_of<Op>(p.out);
+  const int64_t valid = p.hidden - row < kItemRows ? p.hidden - row : kItemRows;
+  const Panel a1 = rows_panel<Op>(p.w1, row, kItemRows, valid, 0, p.channels, s.a1);
+  columns_panel<Op>(p.w2, row, kItemRows, p.hidden, p.out, s.a2);
+  for (int64_t lane = 0; lane < block; lane += p.lanes) {
+    const int64_t lanes = block - lane < p.lanes ? block - lane : p.lanes;
+    if (p.saved) {
+      const int64_t count = tokens - lane < lanes ? tokens - lane : lanes;
+      __builtin_memset(s.h, 0, kItemRows * lanes * sizeof(float));
+      for (int64_t r = 0; r < valid; ++r)
+        convert_row(static_cast<const S*>(p.saved) + (row + r) * p.tokens + first + lane, s.h + r * lanes, count);
+    } else {
+      multiply<Op>(a1.data, a1.row, kItemRows, p.n + lane, block, lanes, k1, s.h, lanes, false);
+      if (valid < kItemRows) __builtin_memset(s.h + valid * lanes, 0, (kItemRows - valid) * lanes * sizeof(float));
+    }
+    multiply<Op>(s.a2, k2, kItemRows, p.g + lane, block, lanes, k2, s.dp, lanes, false);
+    hidden_gradient<kExact>(p.activation, p, s, row, lane, lanes);
+  }
+  if (!p.parameter_grads) return;
+  const int64_t k = block / Op::kPer, wide_in = rounded_up(p.channels, kLanes), wide_out = rounded_up(p.out, kLanes);
+  multiply<Op>(s.p, k, kItemRows, p.g_tokens, p.out, wide_out, k, p.g_p + row * wide_out, wide_out, p.add);
+  multiply<Op>(s.dh, k, kItemRows, p.x_tokens, p.channels, wide_in, k, p.x_dh + row * wide_in, wide_in, p.add);
+}
+
+// ---- input
+
+template <class T, class S>
+void mlp_pack_input(const MlpBackwardParams& p, int64_t first_row, int64_t last_row) {
+  using Op = typename OperandOf<S>::Op;
+  for (int64_t c = first_row; c < last_row; c += kItemRows)
+    columns_panel<Op>(p.w1, c, kItemRows, p.channels, p.hidden, p.w1t + c * words_of<Op>(p.hidden));
+}
+
+// gamma W1^T dh of a tile's tokens, the first of them token `at` of the group.
+template <class T, class S>
+void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t lane, int64_t lanes, word* scratch) {
+  using Op = typename OperandOf<S>::Op;
+  constexpr int64_t kRows = Op::kRows;
+  float* out = reinterpret_cast<float*>(scratch);
+  const int64_t k = words_of<Op>(p.hidden);
+  for (int64_t c = 0; c < p.channels; c += kRows) {
+    float* rows = out + c * lanes;
+    multiply<Op>(p.w1t + c * k, k, kRows, p.dh + lane, p.block_lanes, lanes, k, rows, lanes, false);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const vf gamma = splat(p.gamma[c + r]);
+      for (int64_t l = 0; l < lanes; l += kLanes)
+        store(rows + r * lanes + l, load(rows + r * lanes + l) * gamma);
+    }
+  }
+  store_tile(Tile<float>{scratch, lanes}, {p.channels, p.pixels, p.channels_last}, at, count, p.e);
+}
+
+// ---- GroupNorm's backward, over elements of a sample as they lie in memory
+
+// Sums of e and of e (x - mean) over n elements.
+template <class T>
+void mlp_reduce(const void* x, const float* e, float mean, int64_t n, double* sums) {
+  const T* in = static_cast<const T*>(x);
+  vf first{}, second{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf v = load(e + i);
+    first += v;
+    second += v * (load(in + i) - mean);
+  }
+  if (i < n) {
+    const vf v = load(e + i, n - i);
+    first += v;
+    second += v * (load(in + i, n - i) - mean);
+  }
+  sums[0] = hsum(first);
+  sums[1] = hsum(second);
+}
+
+// dx = r e - k0 - (x - mean) k1, plus g where it is given.
+template <class T>
+void mlp_finish(const void* x, const void* grad, const float* e, float mean, float rstd, float k0, float k1, int64_t n,
+                void* dx) {
+  const T *in = static_cast<const T*>(x), *g = static_cast<const T*>(grad);
+  T* out = static_cast<T*>(dx);
+  const auto value = [&](vf v, vf input) PK_FORCED { return (v * rstd - k0) - (input - mean) * k1; };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf own = value(load(e + i), load(in + i));
+    store(out + i, g ? own + load(g + i) : own);
+  }
+  if (i < n) {
+    const vf own = value(load(e + i, n - i), load(in + i, n - i));
+    store(out + i, g ? own + load(g + i, n - i) : own, n - i);
+  }
+}
+
+// ---- weights
+
+// Channels c .. c + n - 1 of the input: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M, dbeta = W1^T db1.
+template <class W>
+void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
+  const int64_t wide = rounded_up(p.channels, kLanes);
+  const vf gamma = load(p.gamma + c), beta = load(p.beta + c);
+  vf dgamma{}, dbeta{};
+  for (int64_t j = 0; j < p.hidden; ++j) {
+    const vf m = load(p.x_dh + j * wide + c);
+    const vf w = weight_at(p.w1, j, c, [&](auto* at) PK_FORCED { return load(at, n); });
+    const vf db1 = splat(p.db1[j]);
+    dgamma += w * m;
+    dbeta += w * db1;
+    store(static_cast<W*>(p.dw1) + j * p.channels + c, m * gamma + db1 * beta, n);
+  }
+  store(p.dgamma + c, dgamma, n);
+  store(p.dbeta + c, dbeta, n);
+}
+
+// Channels c .. c + n - 1 of the output, 16 at most: dW2 = diag(s) G2, ds = sum_j W2 G2 + b2 t, db2 = s t.
+template <class W>
+void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
+  constexpr int64_t kSpan = 512;
+  const int64_t wide = rounded_up(p.out, kLanes);
+  float rows[16 * kSpan];
+  vf sum[16] = {};
+  for (int64_t j = 0; j < p.hidden; j += kSpan) {
+    const int64_t size = p.hidden - j < kSpan ? p.hidden - j : kSpan;
+    transpose_words(p.g_p + j * wide + c, wide * 4, rows, kSpan * 4, size, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const vf scale = splat(p.scale[c + i]);
+      for (int64_t l = 0; l < size; l += kLanes) {
+        const int64_t left = size - l < kLanes ? size - l : kLanes;
+        const vf g = load(rows + i * kSpan + l, left);
+        sum[i] += g * weight_at(p.w2, c + i, j + l, [&](auto* at) PK_FORCED { return load(at, left); });
+        store(static_cast<W*>(p.dw2) + (c + i) * p.hidden + j + l, g * scale, left);
+      }
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    p.dscale[c + i] = hsum(sum[i]) + p.b2[c + i] * p.t[c + i];
+    p.db2[c + i] = p.scale[c + i] * p.t[c + i];
+  }
+}
+
+// Items first .. last - 1: 16 channels of the input each, then 16 channels of the output.
+template <class W>
+void weight_gradients(const MlpBackwardParams& p, int64_t first, int64_t last) {
+  const int64_t inputs = (p.channels + 15) / 16;
+  for (int64_t i = first; i < last; ++i) {
+    if (i < inputs) {
+      const int64_t end = 16 * i + 16 < p.channels ? 16 * i + 16 : p.channels;
+      for (int64_t c = 16 * i; c < end; c += kLanes) input_channels<W>(p, c, end - c < kLanes ? end - c : kLanes);
+    } else {
+      const int64_t c = 16 * (i - inputs);
+      output_channels<W>(p, c, p.out - c < 16 ? p.out - c : 16);
+    }
+  }
+}
+
+PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t first, int64_t last) {
+  if (p.w1.dtype == 0) return weight_gradients<float>(p, first, last);
+  if (p.w1.dtype == 1) return weight_gradients<bf16>(p, first, last);
+  weight_gradients<fp16>(p, first, last);
+}
+
+// Words of the largest scratch of `prepare`, `hidden` and `input`.
+template <class T, class S>
+int64_t backward_scratch(const MlpBackwardParams& p) {
+  using Op = typename OperandOf<S>::Op;
+  const int64_t prepare = reinterpret_cast<uintptr_t>(PrepareScratch<T, Op>(p, nullptr).end) / sizeof(word);
+  const int64_t hidden = reinterpret_cast<uintptr_t>(HiddenScratch<Op>(p, nullptr).end) / sizeof(word);
+  const int64_t input = rounded_up(p.channels, kItemRows) * p.input_lanes;
+  const int64_t most = prepare > hidden ? prepare : hidden;
+  return most > input ? most : input;
+}
