@@ -123,7 +123,7 @@ def _error_cells(row: dict) -> list[str]:
 def _time_table(rows: list[dict], wide: bool) -> Table:
     title = "Milliseconds: interleaved medians" + " (20th to 80th percentile)" * wide
     table = _table(f"{title}, timm eager, timm compiled and ours, all in channels_last")
-    for name in ("dtype", "sub-block or model"):
+    for name in ("dtype", "part"):
         table.add_column(name, no_wrap=True)
     for name in ("eager", "compiled", "ours", "vs eager", "vs compiled"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -69,9 +69,9 @@ def test_demo_verifies_times_and_reports(quick, tmp_path, capsys) -> None:
         assert row["passed"] is (None if row["implementation"] == "eager" else True)
         if row["dtype"] == "float32":
             assert row["top5_agreement"] == 1.0
-    assert [row["shape"] for row in r["timing"][:5]] == [
-        [2, 64, 16, 16], [2, 128, 8, 8], [2, 320, 4, 4], [2, 512, 2, 2], [2, 3, 64, 64],
-    ]  # fmt: skip
+    stages = [[2, 64, 16, 16], [2, 128, 8, 8], [2, 320, 4, 4], [2, 512, 2, 2]]
+    assert [row["shape"] for row in r["timing"][:9]] == [*stages, *stages, [2, 3, 64, 64]]
+    assert [row["what"] for row in r["timing"]] == 2 * [*["mixer"] * 4, *["mlp"] * 4, "model"]
     for row in r["timing"]:
         for provider in ("eager", "ours"):
             t = row["providers"][provider]
@@ -92,13 +92,14 @@ def test_report_is_self_contained(quick, tmp_path) -> None:
     assert "The classes mean nothing then" in page
 
 
-def test_demo_fails_on_a_wrong_operator(quick, tmp_path, capsys, monkeypatch) -> None:
-    right = pk.ops.pool_mixer
+@pytest.mark.parametrize("operator", ["pool_mixer", "mlp"])
+def test_demo_fails_on_a_wrong_operator(operator, quick, tmp_path, capsys, monkeypatch) -> None:
+    right = getattr(pk.nn.block, f"{operator}_with_stats")
 
-    def wrong(x, weight, bias, **options):
-        return right(x, weight * 1.001, bias, **options)
+    def wrong(x, weight, *args, **options):
+        return right(x, weight * 1.001, *args, **options)
 
-    monkeypatch.setattr(pk.ops, "pool_mixer", wrong)
+    monkeypatch.setattr(pk.nn.block, f"{operator}_with_stats", wrong)
     assert main([*quick, "--dtype", "float32"]) == 1
     assert "VERIFICATION FAILED" in capsys.readouterr().out
     r = result(tmp_path)
@@ -107,7 +108,9 @@ def test_demo_fails_on_a_wrong_operator(quick, tmp_path, capsys, monkeypatch) ->
     assert "Verification FAILED" in (tmp_path / "report" / "index.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["network.0.1.layer_scale_1", "network.4.5.norm1.weight", "head.bias"])
+@pytest.mark.parametrize(
+    "name", ["network.0.1.layer_scale_1", "network.4.5.norm1.weight", "network.2.0.norm2.bias", "head.bias"]
+)
 def test_one_wrong_weight_is_seen(name: str) -> None:
     demo = demo_module()
     peer, ours = demo.make_models("poolformer_s12", None)

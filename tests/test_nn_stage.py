@@ -335,6 +335,19 @@ def test_global_hooks_see_every_block(backend):
     assert seen == list(stage)
 
 
+def test_hooks_on_a_models_blocks_see_their_features(backend):
+    model, seen = pk.create_model("poolformer_s12", num_classes=5).eval(), []
+    x = randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, features = model(x), model.forward_features(x)
+        for stage in model.network[::2]:
+            for block in stage:
+                block.register_forward_hook(lambda _, args, y: seen.append(y))
+        assert relative_error(model(x), logits) < 1e-5
+    assert [y.shape[1] for y in seen] == [64] * 2 + [128] * 2 + [320] * 6 + [512] * 2
+    assert relative_error(seen[-1], features) < 1e-5
+
+
 def test_the_chain_goes_around_what_takes_no_statistics(kernels):
     x = randn(2, 12, 6, 5)
     stage = make_stage()
@@ -346,6 +359,15 @@ def test_the_chain_goes_around_what_takes_no_statistics(kernels):
     assert calls_of(stage, x) == [FIRST, MLP, mixer, mlp, FIRST, LAST]
     stage.insert(1, nn.ReLU())
     assert calls_of(stage, x) == [FIRST, LAST, ("pool_mixer_cpp", False, False), mlp, FIRST, LAST]
+
+
+def test_statistics_of_x_are_dropped_where_modules_read_it(kernels):
+    block, x = make_block(), randn(2, 12, 6, 5)
+    block.norm1.register_forward_hook(lambda *_: None)
+    y, stats = block.forward_with_stats(x, pk.reference.sample_stats(3 * x + 1), return_stats=True)
+    assert relative_error(y, official_block(block, x)) < 1e-5
+    expected = pk.reference.merge_stats(pk.reference.sample_stats(y))
+    torch.testing.assert_close(pk.reference.merge_stats(stats), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_stage_has_no_graph_break(backend):

@@ -5,6 +5,12 @@
 
 using word = uint32_t;
 
+#if PK_LEVEL == 4
+#include "amx.h"
+#else
+
+struct MatrixUnit {};  // nothing to set up at the other levels
+
 constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4;  // kBlockRows * kBlockVecs sums and kBlockVecs vectors of b are
 constexpr int kBlockVecs = 3;                      // in registers
 
@@ -18,7 +24,7 @@ struct Floats {
   }
 };
 
-#if PK_LEVEL >= 3
+#if PK_LEVEL == 3
 struct Bf16Pairs {
   static constexpr int kPer = 2;
   static constexpr int kStep = 1;
@@ -74,3 +80,4 @@ void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t
     left -= vecs;
   }
 }
+#endif

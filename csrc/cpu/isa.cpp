@@ -1,5 +1,11 @@
 #include "isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -7,6 +13,7 @@ namespace pk {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx: return "amx";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
@@ -16,11 +23,26 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> isa_compiled() {
 #if defined(__x86_64__)
-  return {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+  return {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 #else
   return {Isa::baseline};
 #endif
 }
+
+#if defined(__x86_64__)
+// AMX with bfloat16: the processor has it, and Linux grants this process the tile registers, which it does on request.
+static bool amx_granted() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kAmxBf16 | kAmxTile))) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 static bool supported(Isa isa) {
 #if defined(__x86_64__)
@@ -31,7 +53,9 @@ static bool supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::avx512) return avx512;
-  if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512_bf16) return bf16;
+  if (isa == Isa::amx) return bf16 && amx_granted();
 #endif
   return isa == Isa::baseline;
 }

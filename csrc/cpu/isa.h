@@ -6,7 +6,7 @@
 
 namespace pk {
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> isa_compiled();

@@ -1,4 +1,5 @@
-// Compiles what follows for the instruction-set level PK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16 too.
+// Compiles what follows for the instruction-set level PK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16 too,
+// 4 and AMX.
 // A build gives every source the same flags, so the level is set here, and it holds to the end of the file. Nothing
 // that the linker could share between levels (inline functions with external linkage, so no STL) may be defined behind
 // this line.
@@ -12,7 +13,10 @@
 
 #include "../common/taps.h"
 
-#if PK_LEVEL == 3
+#if PK_LEVEL == 4
+#define PK_TABLE(name) name##_amx
+#define PK_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"
+#elif PK_LEVEL == 3
 #define PK_TABLE(name) name##_avx512_bf16
 #define PK_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"
 #elif PK_LEVEL == 2

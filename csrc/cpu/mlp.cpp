@@ -15,16 +15,17 @@ constexpr int64_t kTileTokens = 208;   // of a forward tile at most
 constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
 
 const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
-  static const MlpKernels* table = [] {
+  const int io = dtype_index(x), weights = dtype_index(w), index = io == 0 && weights > 0 ? 2 + weights : io;
 #if defined(__x86_64__)
-    if (isa_chosen() == Isa::avx512_bf16) return mlp_avx512_bf16;
-    if (isa_chosen() == Isa::avx512) return mlp_avx512;
-    if (isa_chosen() == Isa::avx2) return mlp_avx2;
+  switch (isa_chosen()) {
+    case Isa::amx: return index == 1 ? mlp_amx[0] : index == 3 ? mlp_amx[1] : mlp_avx512_bf16[index];
+    case Isa::avx512_bf16: return mlp_avx512_bf16[index];
+    case Isa::avx512: return mlp_avx512[index];
+    case Isa::avx2: return mlp_avx2[index];
+    default: break;
+  }
 #endif
-    return mlp_baseline;
-  }();
-  const int io = dtype_index(x), weights = dtype_index(w);
-  return table[io == 0 && weights > 0 ? 2 + weights : io];
+  return mlp_baseline[index];
 }
 
 Activation activation_named(const std::string& name) {

@@ -85,5 +85,6 @@ extern const MlpKernels mlp_baseline[5];
 extern const MlpKernels mlp_avx2[5];
 extern const MlpKernels mlp_avx512[5];
 extern const MlpKernels mlp_avx512_bf16[5];
+extern const MlpKernels mlp_amx[2];  // those whose operands are bfloat16
 
 }  // namespace pk

@@ -6,7 +6,7 @@
 // `reduce` and `finish` then go through GroupNorm's backward once the sums over whole samples are known, and `weights`
 // turns the products into gradients (by channels).
 
-// Words of w^T: panel[i] = column row + i of w, in operand words along w's rows.
+// Words of w^T: panel[i] = column row + i of w, in operand words along w's rows; zeros beyond `cols` and k.
 template <class Op>
 void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int64_t k, word* panel) {
   using E = typename Op::Element;
@@ -14,22 +14,27 @@ void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int
   const int64_t words = words_of<Op>(k);
   word block[16 * 16];
   const Tile<E> tile{block, 16};
-  for (int64_t c = 0; c < rows; c += 16) {
-    const int64_t n = cols - row - c < 16 ? cols - row - c : 16, panels = rows - c < 16 ? rows - c : 16;
-    for (int64_t i = 0; i < k; i += kUnit) {
-      clear_words(block, 256);
-      for (int64_t r = 0; r < kUnit && i + r < k; r += 2)
-        for (int64_t l = 0; l < n; l += kLanes) {
-          const int64_t left = n - l < kLanes ? n - l : kLanes;
-          const auto at = [&](int64_t line) PK_FORCED {
-            return line < k ? weight_at(w, line, row + c + l, [&](auto* p) PK_FORCED { return load(p, left); }) : vf{};
-          };
-          tile.put(r / 2, l, {at(i + r), at(i + r + 1)});
+  weight_at(w, 0, row, [&](auto* first) PK_FORCED {
+    for (int64_t c = 0; c < rows; c += 16) {
+      const int64_t n = cols - row - c < 16 ? cols - row - c : 16, panels = rows - c < 16 ? rows - c : 16;
+      for (int64_t i = 0; i < words * Op::kPer; i += kUnit) {
+        const auto* from = first + i * w.step + c;
+        if (n == 16 && k - i >= kUnit) {
+          for (int64_t r = 0; r < kUnit; r += 2, from += 2 * w.step)
+            for (int64_t l = 0; l < 16; l += kLanes) tile.put(r / 2, l, {load(from + l), load(from + w.step + l)});
+        } else {
+          clear_words(block, 256);
+          for (int64_t r = 0; r < k - i && r < kUnit; r += 2, from += 2 * w.step)
+            for (int64_t l = 0; l < n; l += kLanes) {
+              const int64_t left = n - l < kLanes ? n - l : kLanes;
+              tile.put(r / 2, l, {load(from + l, left), r + 1 < k - i ? load(from + w.step + l, left) : vf{}});
+            }
         }
-      const int64_t left = words - i / Op::kPer < 16 ? words - i / Op::kPer : 16;
-      transpose_words(block, 64, panel + c * words + i / Op::kPer, words * 4, left, panels);
+        const int64_t left = words - i / Op::kPer < 16 ? words - i / Op::kPer : 16;
+        transpose_words(block, 64, panel + c * words + i / Op::kPer, words * 4, left, panels);
+      }
     }
-  }
+  });
 }
 
 // ---- prepare
@@ -99,6 +104,7 @@ void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64
 
   load_tile(static_cast<const T*>(p.grad), {p.out, p.pixels, p.channels_last}, first, count, raw);
   const Tile<E> g{p.g + lane, block};
+  clear_rows(g, p.out, lanes);
   if (p.drop_grad) __builtin_memset(p.drop_rows + lane, 0, lanes * sizeof(float));
   for (int64_t i = 0; i < (p.out + 1) / 2; ++i) {
     const vf scale_a = splat(p.scale[2 * i]), scale_b = splat(p.scale[2 * i + 1]);
@@ -199,6 +205,7 @@ template <class T, class S>
 void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t tokens, word* scratch) {
   using Op = typename OperandOf<S>::Op;
   constexpr bool kExact = !__is_same(S, bf16);
+  [[maybe_unused]] const MatrixUnit unit;
   const HiddenScratch<Op> s(p, scratch);
   const int64_t block = p.block_lanes, k1 = words_of<Op>(p.channels), k2 = words_of<Op>(p.out);
   const int64_t valid = p.hidden - row < kItemRows ? p.hidden - row : kItemRows;
@@ -238,6 +245,7 @@ template <class T, class S>
 void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t lane, int64_t lanes, word* scratch) {
   using Op = typename OperandOf<S>::Op;
   constexpr int64_t kRows = Op::kRows;
+  [[maybe_unused]] const MatrixUnit unit;
   float* out = reinterpret_cast<float*>(scratch);
   const int64_t k = words_of<Op>(p.hidden);
   for (int64_t c = 0; c < p.channels; c += kRows) {

@@ -6,15 +6,25 @@
 
 // Elements S are what the products' operands are rounded to, where the level multiplies them.
 template <class S>
-struct OperandOf {
+struct OperandOf;
+#if PK_LEVEL < 4
+template <>
+struct OperandOf<float> {
   using Op = Floats;
 };
-#if PK_LEVEL >= 3
 template <>
-struct OperandOf<bf16> {
-  using Op = Bf16Pairs;
+struct OperandOf<fp16> {
+  using Op = Floats;
 };
 #endif
+template <>
+struct OperandOf<bf16> {
+#if PK_LEVEL >= 3
+  using Op = Bf16Pairs;
+#else
+  using Op = Floats;
+#endif
+};
 
 template <class Op>
 PK_INLINE int64_t words_of(int64_t elements) {
@@ -109,10 +119,19 @@ struct Lanes {
   }
 };
 
+// Zeros from the last channels to the end of a product's k.
+template <class E>
+PK_INLINE void clear_rows(const Tile<E>& tile, int64_t channels, int64_t lanes) {
+  using Op = typename OperandOf<E>::Op;
+  for (int64_t i = (channels + Op::kPer - 1) / Op::kPer; i < words_of<Op>(channels); ++i)
+    clear_words(tile.data + i * tile.row, lanes);
+}
+
 // n = (x - mean) rstd gamma + beta, rounded to the operand's elements.
 template <class T, class E>
 __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, const Lanes& of, int64_t lanes,
                                          const Tile<E>& n) {
+  clear_rows(n, p.channels, lanes);
   for (int64_t i = 0; i < (p.channels + 1) / 2; ++i) {
     if (!p.norm) {
       for (int64_t l = 0; l < lanes; l += kLanes) n.put(i, l, x.get(i, l));
@@ -255,6 +274,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
   using E = typename Op::Element;
   constexpr bool kExact = !__is_same(S, bf16);
   constexpr int64_t kRows = Op::kRows;
+  [[maybe_unused]] const MatrixUnit unit;
   const ForwardScratch<T, Op> s(p, scratch);
   const int64_t lanes = p.lanes, k1 = words_of<Op>(p.channels);
   const Tile<T> x{s.x, lanes};

@@ -26,5 +26,10 @@ constexpr MlpKernels kernels() {
           mlp_weights};
 }
 
-#define PK_MLP_TABLE \
-  {kernels<float, float>(), kernels<bf16, bf16>(), kernels<fp16, fp16>(), kernels<float, bf16>(), kernels<float, fp16>()}
+#if PK_LEVEL == 4
+#define PK_MLP_TABLE {kernels<bf16, bf16>(), kernels<float, bf16>()}
+#else
+#define PK_MLP_TABLE                                                                          \
+  {kernels<float, float>(), kernels<bf16, bf16>(), kernels<fp16, fp16>(), kernels<float, bf16>(), \
+   kernels<float, fp16>()}
+#endif

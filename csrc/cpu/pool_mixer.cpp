@@ -19,7 +19,7 @@ constexpr int64_t kPlaneElements = 4096;   // of one NCHW work item: its two flo
 const PoolMixerKernels& kernels_for(ScalarType dtype) {
   static const PoolMixerKernels* table = [] {
 #if defined(__x86_64__)
-    if (isa_chosen() == Isa::avx512_bf16) return pool_mixer_avx512_bf16;
+    if (isa_chosen() >= Isa::avx512_bf16) return pool_mixer_avx512_bf16;
     if (isa_chosen() == Isa::avx512) return pool_mixer_avx512;
     if (isa_chosen() == Isa::avx2) return pool_mixer_avx2;
 #endif

@@ -132,7 +132,7 @@ class Mlp(nn.Module):
             if isinstance(given, Tensor) and isinstance(own, Tensor):
                 sizes = [(*t.shape, 1, 1)[:4] for t in (given, own)]
                 if given.dim() != own.dim() and sizes[0] == sizes[1]:
-                    state_dict[key] = given.detach().reshape(own.shape)
+                    state_dict[key] = given.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,0 +1,128 @@
+// Products of bfloat16 pairs on AMX tiles. Included by gemm.h at the level that has them.
+//
+// Assembly, since gcc 12's _tile_loadconfig lets the stores of the configuration be dropped and its _tile_loadd does not
+// say that it reads memory. With PK_EMULATE_TILES the eight registers are arrays, for tests on other machines.
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+#if !defined(PK_EMULATE_TILES)
+// Tiles are there while this lives: one in each kernel.
+struct MatrixUnit {
+  PK_INLINE MatrixUnit() {
+    const TileConfig config;
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  PK_INLINE ~MatrixUnit() { asm volatile("tilerelease"); }
+};
+template <int TILE>
+PK_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(TILE));
+}
+template <int TILE>
+PK_INLINE void tile_load(const void* p, int64_t step) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
+}
+template <int TILE>
+PK_INLINE void tile_store(void* p, int64_t step) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(p), "r"(step) : "memory");
+}
+template <int SUM, int A, int B>
+PK_INLINE void tile_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
+}
+#else
+struct MatrixUnit {};
+word tiles[8][16][16];
+template <int TILE>
+void tile_zero() {
+  __builtin_memset(tiles[TILE], 0, sizeof tiles[TILE]);
+}
+template <int TILE>
+void tile_load(const void* p, int64_t step) {
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+}
+template <int TILE>
+void tile_store(void* p, int64_t step) {
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
+}
+template <int SUM, int A, int B>
+void tile_multiply_add() {
+  const auto low = [](word w) { return __builtin_bit_cast(float, w << 16); };
+  const auto high = [](word w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
+  for (int r = 0; r < 16; ++r)
+    for (int c = 0; c < 16; ++c) {
+      float sum = __builtin_bit_cast(float, tiles[SUM][r][c]);
+      for (int k = 0; k < 16; ++k) {
+        const word a = tiles[A][r][k], b = tiles[B][k][c];
+        sum = low(a) * low(b) + sum;
+        sum = high(a) * high(b) + sum;
+      }
+      tiles[SUM][r][c] = __builtin_bit_cast(word, sum);
+    }
+}
+#endif
+
+// 32 rows of 16 * COLUMNS lanes: two tiles of a, COLUMNS of b, a step of k is 16 words.
+template <int COLUMNS>
+PK_INLINE void multiply_tiles(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k, float* out,
+                              int64_t out_row, bool add) {
+  const int64_t out_step = out_row * sizeof(float), a_step = a_row * sizeof(word), b_step = b_row * sizeof(word);
+  if (add) {
+    tile_load<0>(out, out_step);
+    tile_load<1>(out + 16 * out_row, out_step);
+    if constexpr (COLUMNS == 2) {
+      tile_load<2>(out + 16, out_step);
+      tile_load<3>(out + 16 * out_row + 16, out_step);
+    }
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    if constexpr (COLUMNS == 2) {
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+  }
+  for (int64_t i = 0; i < k; i += 16) {
+    tile_load<4>(a + i, a_step);
+    tile_load<5>(a + 16 * a_row + i, a_step);
+    tile_load<6>(b + i * b_row, b_step);
+    tile_multiply_add<0, 4, 6>();
+    tile_multiply_add<1, 5, 6>();
+    if constexpr (COLUMNS == 2) {
+      tile_load<7>(b + i * b_row + 16, b_step);
+      tile_multiply_add<2, 4, 7>();
+      tile_multiply_add<3, 5, 7>();
+    }
+  }
+  tile_store<0>(out, out_step);
+  tile_store<1>(out + 16 * out_row, out_step);
+  if constexpr (COLUMNS == 2) {
+    tile_store<2>(out + 16, out_step);
+    tile_store<3>(out + 16 * out_row + 16, out_step);
+  }
+}
+
+struct Bf16Pairs {
+  static constexpr int kPer = 2;
+  static constexpr int kStep = 16;
+  static constexpr int kRows = 32;
+  using Element = bf16;
+};
+
+// See the general `multiply` in gemm.h.
+template <class Op>
+void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
+              float* out, int64_t out_row, bool add) {
+  static_assert(__is_same(Op, Bf16Pairs));
+  for (int64_t l = 0; l < lanes; l += 32)
+    for (int64_t r = 0; r < rows; r += 32) {
+      if (lanes - l >= 32)
+        multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add);
+      else
+        multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add);
+    }
+}
