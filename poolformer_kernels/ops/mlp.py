@@ -13,6 +13,7 @@ from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
 __all__ = ["mlp", "mlp_with_stats"]
 
 _HALVES = (torch.bfloat16, torch.float16)
+_AUTOCAST = ("cpu", "cuda")  # where kernels run; elsewhere the reference's own operators obey autocast
 _PARAMETERS = (
     "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor? layer_scale, Tensor? drop_scale"
@@ -137,7 +138,7 @@ def mlp_with_stats(
     check_input(x)
     device = x.device.type
     narrow = None
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x, w1, w2, narrow = _autocast(device, x, w1, w2, norm, residual)
     _check(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
@@ -180,11 +181,12 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor, torch.dtype | None]:
     """x and the weights as eager AMP computes them, and the dtype of the result where it is not x's."""
     half = torch.get_autocast_dtype(device)
-    w1, w2 = (w.to(half) if isinstance(w, Tensor) and w.is_floating_point() else w for w in (w1, w2))
-    if x.dtype == torch.float32 and not (norm or residual):
+    if not (norm or residual):
         x = x.to(half)
-    elif x.is_cuda and (norm or residual):
+    elif x.is_cuda:
         x = x.float()
+    operand = half if x.dtype == torch.float32 else x.dtype
+    w1, w2 = (w.to(operand) if isinstance(w, Tensor) and w.is_floating_point() else w for w in (w1, w2))
     return x, w1, w2, None if residual or x.dtype != torch.float32 else half
 
 
@@ -209,7 +211,7 @@ def _check(
     ):
         if p is not None:
             check_vector(name, p, x, what, size, vectors)
-    if activation not in reference.ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     check_bool("norm", norm)
     if not norm:
