@@ -44,7 +44,7 @@ def tolerance(
     """The allowed (relative L2, maximum absolute) error, given eager's.
 
     The floor is half an ulp in L2 (correct rounding costs at most that) and one ulp of the largest value in
-    the maximum. A gradient that sums ``terms`` products adds sqrt(terms) roundings of a float32 accumulator.
+    the maximum. A value that sums ``terms`` products adds sqrt(terms) roundings of a float32 accumulator.
     """
     ulp = torch.finfo(dtype).eps
     accumulated = terms**0.5 * torch.finfo(torch.float32).eps
@@ -64,6 +64,7 @@ class Operator:
     zero_gradients: dict[
         str, str
     ]  # argument whose gradient is exactly zero -> the one its error is relative to
+    terms: int = 0  # how many products each element of y and dx sums at the least; see `tolerance`
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,25 @@ class Check:
         return self.error_l2 <= self.allowed_l2 and self.error_max <= self.allowed_max
 
 
+def _normal(rng: torch.Generator, size: tuple[int, ...], mean: float, std: float) -> Tensor:
+    return mean + std * torch.randn(size, generator=rng, dtype=torch.float64)
+
+
+def _residual_inputs(shape: tuple[int, int, int, int], rng: torch.Generator) -> dict[str, Tensor]:
+    """LayerScale, and stochastic depth: dropped, kept at 1/0.8, ..."""
+    drop_scale = torch.arange(shape[0], dtype=torch.float64) % 2 * 1.25
+    return {"layer_scale": _normal(rng, shape[1:2], 0.5, 0.2), "drop_scale": drop_scale}
+
+
 def _pool_mixer_inputs(
     shape: tuple[int, int, int, int], form: str, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    batch, channels = shape[:2]
-
-    def normal(size: tuple[int, ...], mean: float, std: float) -> Tensor:
-        return mean + std * torch.randn(size, generator=rng, dtype=torch.float64)
-
     tensors = {
-        "x": normal(shape, -2.3, 0.5),
-        "weight": normal((channels,), 1.0, 0.2),
-        "bias": normal((channels,), 0.3, 0.2),
+        "x": _normal(rng, shape, -2.3, 0.5),
+        "weight": _normal(rng, shape[1:2], 1.0, 0.2),
+        "bias": _normal(rng, shape[1:2], 0.3, 0.2),
     }
-    if form == "residual":
-        tensors["layer_scale"] = normal((channels,), 0.5, 0.2)
-        tensors["drop_scale"] = (
-            torch.arange(batch, dtype=torch.float64) % 2 * 1.25
-        )  # dropped, kept at 1/0.8, ...
-    return tensors
+    return tensors | (_residual_inputs(shape, rng) if form == "residual" else {})
 
 
 def _pool_mixer_ours(tensors: dict[str, Tensor], form: str) -> Tensor:
@@ -122,6 +123,38 @@ def _pool_mixer_eager(tensors: dict[str, Tensor], form: str) -> Tensor:
     x = tensors["x"]
     n = F.group_norm(x, 1, tensors["weight"], tensors["bias"], 1e-5)
     m = F.avg_pool2d(n, size, 1, size // 2, count_include_pad=False) - n
+    if form != "residual":
+        return m
+    return x + tensors["drop_scale"].view(-1, 1, 1, 1) * (tensors["layer_scale"].view(-1, 1, 1) * m)
+
+
+def _mlp_inputs(shape: tuple[int, int, int, int], form: str, rng: torch.Generator) -> dict[str, Tensor]:
+    channels = shape[1]
+    hidden = 4 * channels
+    tensors = {
+        "x": _normal(rng, shape, -2.3, 0.5),
+        "w1": _normal(rng, (hidden, channels, 1, 1), 0.0, channels**-0.5),
+        "w2": _normal(rng, (channels, hidden, 1, 1), 0.0, hidden**-0.5),
+    }
+    if form != "no bias":
+        tensors |= {"b1": _normal(rng, (hidden,), 0.1, 0.3), "b2": _normal(rng, (channels,), 0.1, 0.3)}
+    if form == "residual":
+        tensors["norm_weight"] = _normal(rng, (channels,), 1.0, 0.2)
+        tensors["norm_bias"] = _normal(rng, (channels,), 0.3, 0.2)
+        tensors |= _residual_inputs(shape, rng)
+    return tensors
+
+
+def _mlp_ours(tensors: dict[str, Tensor], form: str) -> Tensor:
+    return ops.mlp(**{"b1": None, "b2": None, **tensors}, residual=form == "residual")
+
+
+def _mlp_eager(tensors: dict[str, Tensor], form: str) -> Tensor:
+    x = n = tensors["x"]
+    if form == "residual":
+        n = F.group_norm(x, 1, tensors["norm_weight"], tensors["norm_bias"], 1e-5)
+    h = F.gelu(F.conv2d(n, tensors["w1"], tensors.get("b1")))
+    m = F.conv2d(h, tensors["w2"], tensors.get("b2"))
     if form != "residual":
         return m
     return x + tensors["drop_scale"].view(-1, 1, 1, 1) * (tensors["layer_scale"].view(-1, 1, 1) * m)
@@ -142,6 +175,23 @@ OPERATORS = {
         ours=_pool_mixer_ours,
         eager=_pool_mixer_eager,
         zero_gradients={"bias": "weight"},
+    ),
+    "mlp": Operator(
+        forms=("plain", "no bias", "residual"),
+        shapes=(
+            (2, 64, 20, 20),
+            (2, 320, 7, 7),
+            (2, 512, 7, 7),
+            (2, 96, 14, 14),
+            (2, 192, 7, 7),
+            (3, 17, 5, 13),
+            (4, 32, 1, 7),
+        ),
+        inputs=_mlp_inputs,
+        ours=_mlp_ours,
+        eager=_mlp_eager,
+        zero_gradients={},
+        terms=17,
     ),
 }
 
@@ -193,8 +243,8 @@ def _case(name, operator, form, backend, device, dtype, layout, shape) -> list[C
         if argument in operator.zero_gradients:
             truth, scale = torch.zeros_like(truth), exact[f"d{operator.zero_gradients[argument]}"]
         error, base = errors(value, truth, scale), errors(eager[quantity], truth, scale)
-        summed = quantity not in ("y", "dx")
-        allowed = tolerance(base, scale, dtype, terms=tokens if summed else 0)
+        terms = operator.terms if quantity in ("y", "dx") else tokens
+        allowed = tolerance(base, scale, dtype, terms=terms)
         pairs = [v for triple in zip(error, base, allowed, strict=True) for v in triple]
         name_of_dtype = str(dtype).removeprefix("torch.")
         checks.append(Check(name, form, backend, device, name_of_dtype, layout, shape, quantity, *pairs))

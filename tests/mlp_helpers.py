@@ -179,8 +179,8 @@ def size_of(value: Tensor, squares: Tensor) -> Tensor:
     return torch.maximum(value.abs(), squares.sqrt())
 
 
-def ulps_of(dtype: torch.dtype, operands: torch.dtype, ulps: float = 8) -> float:
-    """The floor of a value, in ulps of its accumulators: two sums and a norm deep.
+def ulps_of(dtype: torch.dtype, operands: torch.dtype, ulps: float = 4) -> float:
+    """The floor of a value, in ulps of its accumulators.
 
     A float32 sum of products of half precision operands is as exact as they are: half an ulp of theirs.
     """
@@ -189,7 +189,7 @@ def ulps_of(dtype: torch.dtype, operands: torch.dtype, ulps: float = 8) -> float
     return ulps
 
 
-def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 8, **options) -> None:
+def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 4, **options) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule."""
     operands = inputs["x" if inputs["x"].dtype in helpers.HALVES else "w1"].dtype
     for dtype in {value.dtype for value in actual.values()}:

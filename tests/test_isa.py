@@ -12,7 +12,8 @@ from poolformer_kernels.backends import cpp
 
 VARIABLE = "POOLFORMER_KERNELS_ISA"
 TESTS = Path(__file__).parent
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+CORE = ("pool_mixer", "pool_mixer_numerics", "mlp", "mlp_numerics")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def in_a_process(level: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -45,7 +46,7 @@ def test_core_at_this_level(level):
         pytest.skip(f"this machine or this build has no {level}")
     code = "from poolformer_kernels.backends.cpp import build_info; print(build_info()['isa_chosen'])"
     assert in_a_process(level, "-c", code).stdout.strip() == level
-    files = [str(TESTS / name) for name in ("test_pool_mixer.py", "test_pool_mixer_numerics.py")]
+    files = [str(TESTS / f"test_{name}.py") for name in CORE]
     done = in_a_process(
         level,
         "-m",

@@ -13,8 +13,10 @@ from helpers import (
     VECTOR_LAYOUTS,
     as_layout,
     as_vector_layout,
+    assert_close_to_fp64,
     assert_same,
     run,
+    tiled_stats,
 )
 from mlp_helpers import (
     PLAIN,
@@ -23,14 +25,18 @@ from mlp_helpers import (
     WEIGHTS,
     as_weight_layout,
     assert_right,
+    eager,
     make_grad,
     make_inputs,
+    truth,
+    y_of_mlp_with_stats,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference
 from poolformer_kernels.ops import mlp
+from poolformer_kernels.ops.mlp import mlp_with_stats
 
 DTYPES = (torch.float32, *HALVES)
 FORMATS = ("nchw", "channels_last")
@@ -135,6 +141,17 @@ def test_core_plain_to_another_width(backend, dtype, shape, hidden, out, layout)
     """sigma(X W1) W2: no norm, no residual, any number of channels out."""
     inputs = make_inputs(shape, hidden, dtype, out=out, parameters=PLAIN)
     assert_mlp_right(inputs, make_grad(inputs), layout)
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(320, 1280), (768, 96), (24, 3072)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_long_sums(backend, dtype, channels, hidden):
+    """No residual hides them: one running float32 sum over a long row is less exact than eager's."""
+    inputs = make_inputs((2, channels, 5, 7), hidden, dtype, parameters=PLAIN)
+    grad = make_grad(inputs)
+    actual, theirs, right = run(mlp, inputs, grad), run(eager, inputs, grad), truth(inputs, grad)
+    for name in ("y", "dx"):  # relative to the values themselves
+        assert_close_to_fp64(actual[name], theirs[name], right.values[name], what=name)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -293,6 +310,7 @@ def test_each_vector_has_its_own_dtype(backend):
     assert_mlp_right(inputs, make_grad(inputs), residual=True)
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch cannot copy even fake CUDA tensors")
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
@@ -313,3 +331,33 @@ def test_cuda_autocast_dtypes(dtype, normed, residual, enabled):
         assert y.dtype == dtype
     else:
         assert y.dtype == (torch.float32 if residual else half)
+
+
+# ---- determinism -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(5, 19, 14, 13), (1, 64, 14, 14), (3, 96, 7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_core_ten_runs_are_bitwise_equal(backend, dtype, shape, layout):
+    """Kernels: over thread counts too, because their reductions keep one order whoever computes the parts."""
+    inputs = make_inputs(shape, 3 * shape[1], dtype)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    grad = as_layout(make_grad(inputs), layout)
+    threads = torch.get_num_threads()
+    stats = tiled_stats(inputs["x"], 3)
+
+    def everything() -> dict:
+        returned = mlp_with_stats(**inputs, residual=True)[1]
+        given = run(y_of_mlp_with_stats, inputs, grad, residual=True, stats=stats, save_hidden=True)
+        own = run(mlp, inputs, grad, residual=True)
+        return own | {"stats": returned} | {f"given {name}": value for name, value in given.items()}
+
+    try:
+        expected = everything()
+        for i in range(9):
+            if backend != "reference":
+                torch.set_num_threads((1, 2, 3)[i % 3])
+            assert_same(everything(), expected)
+    finally:
+        torch.set_num_threads(threads)

@@ -13,8 +13,12 @@ POOL_MIXER = OPERATORS["pool_mixer"]
 SMALL = dataclasses.replace(POOL_MIXER, shapes=((2, 64, 14, 14), (3, 17, 5, 9)))
 
 
+MLP = OPERATORS["mlp"]
+SMALL_MLP = dataclasses.replace(MLP, shapes=((2, 32, 7, 7), (3, 17, 5, 9)))
+
+
 def failures(operator, backend: str = "reference") -> set[str]:
-    cases = verify(backend, "cpu", operators={"pool_mixer": operator})
+    cases = verify(backend, "cpu", operators={"operator": operator})
     return {check.quantity for case in cases for check in case if not check.passed}
 
 
@@ -31,6 +35,34 @@ def test_every_backend_passes_all_quantities(backend: str) -> None:
     }  # fmt: skip
     assert all(check.passed for case in cases for check in case)
     assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
+
+
+def test_every_backend_passes_all_quantities_of_the_mlp(backend: str) -> None:
+    cases = list(verify(backend, "cpu", operators={"mlp": SMALL_MLP}))
+    assert len(cases) == 3 * 3 * 2 * 2  # forms, dtypes, layouts, shapes
+    without_bias = {"y", "dx", "dw1", "dw2"}
+    plain = without_bias | {"db1", "db2"}
+    residual = plain | {"dnorm_weight", "dnorm_bias", "dlayer_scale", "ddrop_scale"}
+    wanted = {"plain": plain, "no bias": without_bias, "residual": residual}
+    for case in cases:
+        assert {c.quantity for c in case} == wanted[case[0].form]
+        assert [c.quantity for c in case if not c.passed] == []
+    assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "caught"),
+    [
+        (lambda t, y: 1.01 * y, {"y", "dx", "dw1", "dw2", "db1", "db2"}),
+        (lambda t, y: y + 1e-2 * t["x"].detach().mean(), {"y"}),
+        (lambda t, y: y + 1e-2 * (t["w1"] - t["w1"].detach()).sum(), {"dw1"}),
+        (lambda t, y: y * float("nan"), {"y", "dw2"}),
+    ],
+    ids=["scaled", "shifted", "a gradient", "NaN"],
+)
+def test_catches_a_wrong_mlp(wrong, caught) -> None:
+    ours = lambda tensors, form: wrong(tensors, MLP.ours(tensors, form))  # noqa: E731
+    assert caught <= failures(dataclasses.replace(SMALL_MLP, ours=ours))
 
 
 def test_catches_a_wrong_value() -> None:
@@ -82,7 +114,7 @@ def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
     written = json.loads(file.read_text())
     assert written["passed"] is True
     count = len(written["checks"])
-    assert count == (4 + 4 + 6) * 2 * len(POOL_MIXER.shapes)
+    assert count == (4 + 4 + 6) * 2 * len(POOL_MIXER.shapes) + (6 + 4 + 10) * 2 * len(MLP.shapes)
     assert f"{count} of {count} values" in out
     assert "pool_mixer (residual), float32, channels_last: reference on cpu" in out
     first = written["checks"][0]

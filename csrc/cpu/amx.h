@@ -1,7 +1,7 @@
 // Products of bfloat16 pairs on AMX tiles. Included by gemm.h at the level that has them.
 //
-// Assembly, since gcc 12's _tile_loadconfig lets the stores of the configuration be dropped and its _tile_loadd does not
-// say that it reads memory. With PK_EMULATE_TILES the eight registers are arrays, for tests on other machines.
+// Assembly, since gcc 12's _tile_loadconfig lets the stores of the configuration be dropped and its _tile_loadd does
+// not say that it reads memory. With PK_EMULATE_TILES the eight registers are arrays, for tests on other machines.
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

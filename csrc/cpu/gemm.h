@@ -15,13 +15,11 @@ constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4;  // kBlockRows * kBlockVecs su
 constexpr int kBlockVecs = 3;                      // in registers
 
 struct Floats {
-  static constexpr int kPer = 1;   // elements of a word
-  static constexpr int kStep = 1;  // k is a multiple of it,
+  static constexpr int kPer = 1;            // elements of a word
+  static constexpr int kStep = 1;           // k is a multiple of it,
   static constexpr int kRows = kBlockRows;  // and the rows of that
   using Element = float;
-  static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
-    return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
-  }
+  static PK_INLINE vf multiply_add(vf sum, word a, vu b) { return sum + splat(__builtin_bit_cast(float, a)) * (vf)b; }
 };
 
 #if PK_LEVEL == 3
@@ -43,7 +41,7 @@ __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, cons
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(out + r * out_row + v * kLanes) : vf{};
+    for (int v = 0; v < VECS; ++v) sum[r][v] = vf{};
   for (int64_t i = 0; i < k; ++i) {
     vu column[VECS];
 #pragma GCC unroll 4
@@ -56,7 +54,10 @@ __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, cons
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) store(out + r * out_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < VECS; ++v) {
+      float* at = out + r * out_row + v * kLanes;
+      store(at, add ? sum[r][v] + load(at) : sum[r][v]);
+    }
 }
 
 template <class Op>
@@ -67,14 +68,19 @@ PK_INLINE void multiply_vecs(int64_t vecs, const word* a, int64_t a_row, const w
   multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add);
 }
 
+// A sum of more words is one of sums of so many: float32's rounding errors grow with the longest.
+constexpr int64_t kSumWords = 256;
+
 // `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words.
 template <class Op>
 void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
               float* out, int64_t out_row, bool add) {
   for (int64_t left = lanes / kLanes; left > 0;) {
     const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
-    for (int64_t r = 0; r < rows; r += kBlockRows)
-      multiply_vecs<Op>(vecs, a + r * a_row, a_row, b, b_row, k, out + r * out_row, out_row, add);
+    for (int64_t i = 0; i < k; i += kSumWords)
+      for (int64_t r = 0; r < rows; r += kBlockRows)
+        multiply_vecs<Op>(vecs, a + r * a_row + i, a_row, b + i * b_row, b_row, k - i < kSumWords ? k - i : kSumWords,
+                          out + r * out_row, out_row, add || i > 0);
     b += vecs * kLanes;
     out += vecs * kLanes;
     left -= vecs;

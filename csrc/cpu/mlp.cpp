@@ -11,7 +11,7 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kTileTokens = 208;   // of a forward tile at most
+constexpr int64_t kTileTokens = 208;      // of a forward tile at most
 constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
 
 const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
@@ -38,8 +38,8 @@ Activation activation_named(const std::string& name) {
 
 // A weight [rows, cols] or [rows, cols, 1, 1] with dense rows.
 Tensor dense_rows(const Tensor& w, const char* name, int64_t cols) {
-  STD_TORCH_CHECK(w.is_cpu() && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) &&
-                      w.size(0) > 0 && w.size(1) == cols,
+  STD_TORCH_CHECK(w.is_cpu() && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) && w.size(0) > 0 &&
+                      w.size(1) == cols,
                   "mlp_cpp: ", name, " must be a CPU tensor [out, in] with in = ", cols);
   return w.stride(1) == 1 || cols == 1 ? w : torch::stable::contiguous(w);
 }
@@ -78,6 +78,7 @@ struct Call {
     p.w1 = weight(of.w1);
     p.w2 = weight(of.w2);
     p.x = x.data_ptr();
+    STD_TORCH_CHECK(of.w1.scalar_type() == of.w2.scalar_type(), "mlp_cpp: w1 and w2 must have one dtype");
     STD_TORCH_CHECK(!residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
     p.b1 = vector(arena, of.b1, "b1", p.hidden, 0);
     p.b2 = vector(arena, of.b2, "b2", p.out, 0);
@@ -96,13 +97,12 @@ struct Call {
     return out;
   }
 
-  // Tokens of a tile: no more than `most`, the same number of tiles for every thread, whole vectors.
+  // How many tiles of `most` tokens at most share all tokens: as many for each thread.
   int64_t balanced(int64_t most) const {
     const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads();
-    const int64_t rounds = (p.tokens + threads * most - 1) / (threads * most);
-    const int64_t tile = (p.tokens + threads * rounds - 1) / (threads * rounds);
-    return (tile + kLanesMax - 1) / kLanesMax * kLanesMax;
+    return std::min(vectors(), threads * ((vectors() * kLanesMax + threads * most - 1) / (threads * most)));
   }
+  int64_t vectors() const { return (p.tokens + kLanesMax - 1) / kLanesMax; }
 
   double work() const { return double(p.tokens) * p.hidden * (p.channels + p.out); }
 
@@ -148,8 +148,8 @@ void fill_statistics(Call& call, const MlpKernels& kernels, const OptionalTensor
     torch::stable::parallel_for(0, p.batch * tiles, 4, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t b = begin / tiles, stop = std::min(end, (b + 1) * tiles);
-        kernels.stats(static_cast<const char*>(p.x) + b * sample * element, sample, begin - b * tiles,
-                      stop - b * tiles, own.data() + 3 * b * tiles);
+        kernels.stats(static_cast<const char*>(p.x) + b * sample * element, sample, begin - b * tiles, stop - b * tiles,
+                      own.data() + 3 * b * tiles);
         begin = stop;
       }
     });
@@ -184,8 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
   const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last);
-  const Parameters of{dense_rows(w1, "w1", x.size(1)), dense_rows(w2, "w2", w1.size(0)),
-                      b1, b2, norm_weight, norm_bias, layer_scale, drop_scale};
+  const Parameters of{dense_rows(w1, "w1", x.size(1)),
+                      dense_rows(w2, "w2", w1.size(0)),
+                      b1,
+                      b2,
+                      norm_weight,
+                      norm_bias,
+                      layer_scale,
+                      drop_scale};
   Arena arena(Call::tables(x, of));
   Call call(x, of, activation, norm, residual, channels_last, arena);
   MlpParams& p = call.p;
@@ -206,11 +212,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
     fill_statistics(call, kernels, stats, eps, x.element_size(), static_cast<float*>(mean_rstd.mutable_data_ptr()));
   std::vector<float> moments(return_stats ? 2 * p.tokens : 0);
   p.token_moments = return_stats ? moments.data() : nullptr;
-  p.lanes = call.balanced(kTileTokens);
-  const int64_t tile = p.lanes, words = kernels.forward_scratch(p);
-  call.over((p.tokens + tile - 1) / tile, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.forward(p, i * tile, std::min(tile, p.tokens - i * tile), worker_scratch(words));
+  const int64_t tiles = call.balanced(kTileTokens), vectors = call.vectors();
+  p.lanes = (vectors + tiles - 1) / tiles * kLanesMax;
+  const int64_t words = kernels.forward_scratch(p);
+  call.over(tiles, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
+      kernels.forward(p, first, std::min(last, p.tokens) - first, worker_scratch(words));
+    }
   });
   if (return_stats) {
     float* out = static_cast<float*>(y_stats.mutable_data_ptr());
@@ -224,7 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
 
 // ---- backward
 
-constexpr int64_t kGroupTokens = 3136;    // of whole samples whose gradient waits for GroupNorm's sums, if one is no larger
+constexpr int64_t kGroupTokens =
+    3136;  // of whole samples whose gradient waits for GroupNorm's sums, if one is no larger
 constexpr int64_t kBlockElements = 1 << 18;  // tokens times channels of a block, whose operands stay in the caches
 constexpr int64_t kBlockTokens = 1600;
 
@@ -286,8 +296,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), grad = in_layout(gradient, channels_last);
-  const Parameters of{dense_rows(w1, "w1", x.size(1)), dense_rows(w2, "w2", w1.size(0)),
-                      b1, b2, norm_weight, norm_bias, layer_scale, drop_scale};
+  const Parameters of{dense_rows(w1, "w1", x.size(1)),
+                      dense_rows(w2, "w2", w1.size(0)),
+                      b1,
+                      b2,
+                      norm_weight,
+                      norm_bias,
+                      layer_scale,
+                      drop_scale};
   Arena arena(Call::tables(x, of));
   Call call(x, of, activation, norm, residual, channels_last, arena);
   MlpBackwardParams p{call.p};
@@ -378,8 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         if (tokens > 0) kernels.input(p, at + lane, tokens, lane, lanes, worker_scratch(worker_words));
       });
       for (int64_t i = 0; drop_grad && i <= items; ++i)
-        for (int64_t l = 0; l < count; ++l)
-          drops[(first + at + l) / p.pixels] += own.drop_rows[i * p.block_lanes + l];
+        for (int64_t l = 0; l < count; ++l) drops[(first + at + l) / p.pixels] += own.drop_rows[i * p.block_lanes + l];
     }
     const auto at_chunk = [&](int64_t i, const auto& f) {
       const int64_t b = i / chunks, begin = i % chunks * kStatsChunk;
@@ -423,7 +438,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     }
     std::copy(t.begin(), t.end(), own.t);
     std::copy(own.db1, own.db1 + p.hidden, floats(db1));
-    torch::stable::parallel_for(0, (p.channels + 15) / 16 + (p.out + 15) / 16, 1 + 16384 / (16 * p.hidden),
+    torch::stable::parallel_for(0, kernels.weight_items(p), 1 + 4096 / p.hidden,
                                 [&](int64_t begin, int64_t end) { kernels.weights(p, begin, end); });
   }
   return {dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale};

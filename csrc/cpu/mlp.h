@@ -15,9 +15,9 @@ struct Weight {
 };
 
 struct MlpParams {
-  const void* x;     // [B, C, H, W], contiguous or channels_last
-  void* y;           // [B, out, H, W] in x's layout
-  void* saved;       // fc1's output [hidden, tokens], or null
+  const void* x;  // [B, C, H, W], contiguous or channels_last
+  void* y;        // [B, out, H, W] in x's layout
+  void* saved;    // fc1's output [hidden, tokens], or null
   int64_t batch, channels, hidden, out, pixels;
   int64_t tokens;  // batch * pixels
   bool channels_last, residual, norm;
@@ -32,8 +32,8 @@ struct MlpParams {
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 
-// Arrays are padded as vectors of channels are read: to kRowsMax channels and kLanesMax tokens more. A word is an operand
-// of the products: a float, or two bfloat16.
+// Arrays are padded as vectors of channels are read: to kRowsMax channels and kLanesMax tokens more. A word is an
+// operand of the products: a float, or two bfloat16.
 struct MlpBackwardParams : MlpParams {
   const void* grad;  // dL/dy [B, out, H, W] in x's layout
   void* dx;
@@ -41,13 +41,13 @@ struct MlpBackwardParams : MlpParams {
 
   // A block of tokens, in lanes: a multiple of 32. `lanes` are those of a tile of `prepare` and `hidden`.
   int64_t block_lanes, input_lanes;
-  uint32_t *n, *g, *dh;             // operands [channels | out | hidden, block_lanes]: of fc1, s g, and dL/dh
-  uint32_t *x_tokens, *g_tokens;    // words along tokens [block_lanes, C | out]: normalised x, d g
-  float* drop_lanes;                // [block_lanes], 0 where there is no token
-  float* drop_rows;                 // [1 + hidden items, block_lanes]: terms of drop_scale's gradient
-  uint32_t* w1t;                    // W1^T in operand words
-  float* e;                         // gamma W1^T dh of the group's samples, in x's layout
-  bool add;                         // whether this is not the first block
+  uint32_t *n, *g, *dh;           // operands [channels | out | hidden, block_lanes]: of fc1, s g, and dL/dh
+  uint32_t *x_tokens, *g_tokens;  // words along tokens [block_lanes, C | out]: normalised x, d g
+  float* drop_lanes;              // [block_lanes], 0 where there is no token
+  float* drop_rows;               // [1 + hidden items, block_lanes]: terms of drop_scale's gradient
+  uint32_t* w1t;                  // W1^T in operand words
+  float* e;                       // gamma W1^T dh of the group's samples, in x's layout
+  bool add;                       // whether this is not the first block
 
   // Of the whole call, padded
   float *g_p, *x_dh, *db1;  // [hidden, out], [hidden, C], [hidden]: sum d g p, sum dh xhat, sum dh over tokens
@@ -56,7 +56,7 @@ struct MlpBackwardParams : MlpParams {
   float *db2, *dgamma, *dbeta, *dscale;
 };
 
-constexpr int64_t kRowsMax = 32;   // channels of one product at any level, and of a work item
+constexpr int64_t kRowsMax = 32;  // channels of one product at any level, and of a work item
 
 struct MlpKernels {
   StatsKernel stats;
@@ -76,6 +76,7 @@ struct MlpKernels {
   void (*reduce)(const void* x, const float* e, float mean, int64_t n, double* sums);
   void (*finish)(const void* x, const void* grad, const float* e, float mean, float rstd, float k0, float k1, int64_t n,
                  void* dx);
+  int64_t (*weight_items)(const MlpBackwardParams&);
   void (*weights)(const MlpBackwardParams&, int64_t first_item, int64_t last_item);
 };
 

@@ -253,8 +253,7 @@ void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t la
     multiply<Op>(p.w1t + c * k, k, kRows, p.dh + lane, p.block_lanes, lanes, k, rows, lanes, false);
     for (int64_t r = 0; r < kRows; ++r) {
       const vf gamma = splat(p.gamma[c + r]);
-      for (int64_t l = 0; l < lanes; l += kLanes)
-        store(rows + r * lanes + l, load(rows + r * lanes + l) * gamma);
+      for (int64_t l = 0; l < lanes; l += kLanes) store(rows + r * lanes + l, load(rows + r * lanes + l) * gamma);
     }
   }
   store_tile(Tile<float>{scratch, lanes}, {p.channels, p.pixels, p.channels_last}, at, count, p.e);
@@ -302,41 +301,62 @@ void mlp_finish(const void* x, const void* grad, const float* e, float mean, flo
 
 // ---- weights
 
+constexpr int64_t kInputChannels = 64, kOutputChannels = 32;  // of an item
+
 // Channels c .. c + n - 1 of the input: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M, dbeta = W1^T db1.
 template <class W>
 void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
+  constexpr int kVecs = kInputChannels / kLanes;
   const int64_t wide = rounded_up(p.channels, kLanes);
-  const vf gamma = load(p.gamma + c), beta = load(p.beta + c);
-  vf dgamma{}, dbeta{};
+  vf dgamma[kVecs] = {}, dbeta[kVecs] = {};
   for (int64_t j = 0; j < p.hidden; ++j) {
-    const vf m = load(p.x_dh + j * wide + c);
-    const vf w = weight_at(p.w1, j, c, [&](auto* at) PK_FORCED { return load(at, n); });
     const vf db1 = splat(p.db1[j]);
-    dgamma += w * m;
-    dbeta += w * db1;
-    store(static_cast<W*>(p.dw1) + j * p.channels + c, m * gamma + db1 * beta, n);
+    const float* row = p.x_dh + j * wide + c;
+    const W* weights = static_cast<const W*>(p.w1.data) + j * p.w1.step + c;
+    W* out = static_cast<W*>(p.dw1) + j * p.channels + c;
+    for (int v = 0; v < kVecs && v * kLanes < n; ++v) {
+      const int64_t at = v * kLanes, left = n - at;
+      const vf m = load(row + at), value = m * load(p.gamma + c + at) + db1 * load(p.beta + c + at);
+      const vf w = left >= kLanes ? load(weights + at) : load(weights + at, left);
+      dgamma[v] += w * m;
+      dbeta[v] += w * db1;
+      if (left >= kLanes)
+        store(out + at, value);
+      else
+        store(out + at, value, left);
+    }
   }
-  store(p.dgamma + c, dgamma, n);
-  store(p.dbeta + c, dbeta, n);
+  for (int v = 0; v < kVecs && v * kLanes < n; ++v) {
+    const int64_t at = v * kLanes, left = n - at < kLanes ? n - at : kLanes;
+    store(p.dgamma + c + at, dgamma[v], left);
+    store(p.dbeta + c + at, dbeta[v], left);
+  }
 }
 
-// Channels c .. c + n - 1 of the output, 16 at most: dW2 = diag(s) G2, ds = sum_j W2 G2 + b2 t, db2 = s t.
+// Channels c .. c + n - 1 of the output: dW2 = diag(s) G2, ds = sum_j W2 G2 + b2 t, db2 = s t.
 template <class W>
 void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
-  constexpr int64_t kSpan = 512;
+  constexpr int64_t kSpan = 256;
   const int64_t wide = rounded_up(p.out, kLanes);
-  float rows[16 * kSpan];
-  vf sum[16] = {};
+  float rows[kOutputChannels * kSpan];
+  vf sum[kOutputChannels] = {};
   for (int64_t j = 0; j < p.hidden; j += kSpan) {
-    const int64_t size = p.hidden - j < kSpan ? p.hidden - j : kSpan;
+    const int64_t size = p.hidden - j < kSpan ? p.hidden - j : kSpan, whole = size / kLanes * kLanes;
     transpose_words(p.g_p + j * wide + c, wide * 4, rows, kSpan * 4, size, n);
     for (int64_t i = 0; i < n; ++i) {
       const vf scale = splat(p.scale[c + i]);
-      for (int64_t l = 0; l < size; l += kLanes) {
-        const int64_t left = size - l < kLanes ? size - l : kLanes;
-        const vf g = load(rows + i * kSpan + l, left);
-        sum[i] += g * weight_at(p.w2, c + i, j + l, [&](auto* at) PK_FORCED { return load(at, left); });
-        store(static_cast<W*>(p.dw2) + (c + i) * p.hidden + j + l, g * scale, left);
+      const float* row = rows + i * kSpan;
+      const W* weights = static_cast<const W*>(p.w2.data) + (c + i) * p.w2.step + j;
+      W* out = static_cast<W*>(p.dw2) + (c + i) * p.hidden + j;
+      for (int64_t l = 0; l < whole; l += kLanes) {
+        const vf g = load(row + l);
+        sum[i] += g * load(weights + l);
+        store(out + l, g * scale);
+      }
+      if (whole < size) {
+        const vf g = load(row + whole, size - whole);
+        sum[i] += g * load(weights + whole, size - whole);
+        store(out + whole, g * scale, size - whole);
       }
     }
   }
@@ -346,19 +366,23 @@ void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   }
 }
 
-// Items first .. last - 1: 16 channels of the input each, then 16 channels of the output.
+// Items first .. last - 1: those of the input's channels, then those of the output's.
 template <class W>
 void weight_gradients(const MlpBackwardParams& p, int64_t first, int64_t last) {
-  const int64_t inputs = (p.channels + 15) / 16;
+  const int64_t inputs = (p.channels + kInputChannels - 1) / kInputChannels;
   for (int64_t i = first; i < last; ++i) {
     if (i < inputs) {
-      const int64_t end = 16 * i + 16 < p.channels ? 16 * i + 16 : p.channels;
-      for (int64_t c = 16 * i; c < end; c += kLanes) input_channels<W>(p, c, end - c < kLanes ? end - c : kLanes);
+      const int64_t c = i * kInputChannels;
+      input_channels<W>(p, c, p.channels - c < kInputChannels ? p.channels - c : kInputChannels);
     } else {
-      const int64_t c = 16 * (i - inputs);
-      output_channels<W>(p, c, p.out - c < 16 ? p.out - c : 16);
+      const int64_t c = (i - inputs) * kOutputChannels;
+      output_channels<W>(p, c, p.out - c < kOutputChannels ? p.out - c : kOutputChannels);
     }
   }
+}
+
+int64_t weight_items(const MlpBackwardParams& p) {
+  return (p.channels + kInputChannels - 1) / kInputChannels + (p.out + kOutputChannels - 1) / kOutputChannels;
 }
 
 PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t first, int64_t last) {

@@ -149,11 +149,11 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 
 // ---- fc1's epilogue
 
-// p = act(h + bias) over `rows` rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h + bias
-// is left in h.
+// p = act(h + bias) over `rows` rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h +
+// bias is left in h.
 template <Activation A, bool EXACT, bool SAVED, class E>
-__attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lanes, const float* bias,
-                                             int64_t valid, const Tile<E>& p, int64_t row) {
+__attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lanes, const float* bias, int64_t valid,
+                                             const Tile<E>& p, int64_t row) {
   if (valid < rows) __builtin_memset(h + valid * lanes, 0, (rows - valid) * lanes * sizeof(float));
   for (int64_t i = 0; i < rows / 2; ++i) {
     float *row_a = h + 2 * i * lanes, *row_b = row_a + lanes;
@@ -234,6 +234,11 @@ __attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels,
 
 // ---- the tile
 
+template <int WRITE>
+PK_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);
+}
+
 constexpr int64_t kHiddenChunk = 256;
 
 template <class T, class Op>
@@ -261,10 +266,11 @@ struct ForwardScratch {
 
 // Rows of fc1's output, with its bias, for the backward.
 template <class S>
-void save_rows(const MlpParams& p, const float* h, int64_t rows, int64_t row, int64_t first, int64_t count) {
+void save_rows(const MlpParams& p, const float* h, int64_t rows, int64_t lanes, int64_t row, int64_t first,
+               int64_t count) {
   for (int64_t r = 0; r < rows && row + r < p.hidden; ++r) {
     S* out = static_cast<S*>(p.saved) + (row + r) * p.tokens + first;
-    convert_row(h + r * p.lanes, out, count);
+    convert_row(h + r * lanes, out, count);
   }
 }
 
@@ -276,12 +282,18 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
   constexpr int64_t kRows = Op::kRows;
   [[maybe_unused]] const MatrixUnit unit;
   const ForwardScratch<T, Op> s(p, scratch);
-  const int64_t lanes = p.lanes, k1 = words_of<Op>(p.channels);
+  const int64_t lanes = rounded_up(count, kLanes), k1 = words_of<Op>(p.channels);
   const Tile<T> x{s.x, lanes};
   const Tile<E> n{s.n, lanes}, hidden{s.p, lanes};
   load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, x);
   s.of.fill(p, first, count, lanes);
   normalise(p, x, s.of, lanes, n);
+  if (p.channels_last) {  // the caches fetch the next tile and y's lines meanwhile
+    const int64_t bytes = p.channels * sizeof(T),
+                  next = p.tokens - first - count < count ? p.tokens - first - count : count;
+    prefetch<0>(static_cast<const T*>(p.x) + (first + count) * p.channels, next * bytes);
+    prefetch<1>(static_cast<T*>(p.y) + first * p.out, count * p.out * sizeof(T));
+  }
   for (int64_t j = 0; j < p.hidden; j += kHiddenChunk) {
     const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
@@ -289,7 +301,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
       multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false);
       if (p.saved) {
         activate_rows<kExact, true>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
-        save_rows<S>(p, s.h, kRows, j + r, first, count);
+        save_rows<S>(p, s.h, kRows, lanes, j + r, first, count);
       } else {
         activate_rows<kExact, false>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
       }

@@ -23,13 +23,14 @@ constexpr MlpKernels kernels() {
           mlp_input<T, S>,
           mlp_reduce<T>,
           mlp_finish<T>,
+          weight_items,
           mlp_weights};
 }
 
 #if PK_LEVEL == 4
 #define PK_MLP_TABLE {kernels<bf16, bf16>(), kernels<float, bf16>()}
 #else
-#define PK_MLP_TABLE                                                                          \
+#define PK_MLP_TABLE                                                                              \
   {kernels<float, float>(), kernels<bf16, bf16>(), kernels<fp16, fp16>(), kernels<float, bf16>(), \
    kernels<float, fp16>()}
 #endif

@@ -189,8 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
       end_sample(b);
     });
   } else {
-    if (!given_data)
-      call.over(p.chunks, stats_of);
+    if (!given_data) call.over(p.chunks, stats_of);
     for (int64_t b = 0; b < batch; ++b) begin_sample(b);
     call.over(call.items,
               [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });

@@ -140,6 +140,7 @@ def mlp_with_stats(
     narrow = None
     if device in _AUTOCAST and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x, w1, w2, narrow = _autocast(device, x, w1, w2, norm, residual)
+        return_stats = return_stats and narrow is None  # nobody normalises the plain form's result
     _check(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
         *(layer_scale, drop_scale, residual, save_hidden, stats),
@@ -164,16 +165,15 @@ def mlp_with_stats(
         )
         y_stats = reference.sample_stats(y.detach()) if return_stats else None
     else:
-        parameters = (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
-        refuse_forward_derivatives("mlp", backend, (x, *parameters))
+        tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
+        refuse_forward_derivatives("mlp", backend, tensors)
+        if save_hidden:
+            save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
-            *(x, *parameters, stats, activation, float(eps), norm, residual, return_stats),
-            save_hidden and torch.is_grad_enabled(),
+            *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
         )
-    if narrow is not None:
-        y = y.to(narrow)
-    return y, y_stats if return_stats else None
+    return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
 
 def _autocast(

@@ -1,0 +1,288 @@
+"""The MLP follows its parameters: whatever is written to them, the next call computes with the new values.
+
+A kernel may keep what it made of a weight, packed or converted, and has to notice every way in which the
+weight changes. Each test compares with the same call on fresh copies, whose like no cache has seen.
+"""
+
+import copy
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import HALVES, as_layout, bits, randn
+from mlp_helpers import make_inputs
+from torch import Tensor, nn
+
+from poolformer_kernels.ops import mlp
+
+DTYPES = (torch.float32, *HALVES)
+B, C, H, W, HIDDEN = 2, 32, 5, 7, 96
+ROUNDS = 3
+
+
+class SubBlock(nn.Module):
+    """The MLP sub-block, its parameters under the names of the operator's arguments."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        for name, t in make_inputs((B, C, H, W), HIDDEN, dtype, seed=seed).items():
+            if name not in ("x", "drop_scale"):
+                self.register_parameter(name, nn.Parameter(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mlp(x, **dict(self.named_parameters()), residual=True)
+
+
+def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    return as_layout(randn(B, C, H, W, dtype=dtype, mean=-2.3, sigma=0.5, seed=20), "channels_last")
+
+
+def step_of(block: SubBlock, x: Tensor) -> dict[str, Tensor]:
+    """y and every gradient."""
+    x = x.detach().requires_grad_()
+    parameters = dict(block.named_parameters())
+    y = block(x)
+    grads = torch.autograd.grad(y, [x, *parameters.values()], torch.ones_like(y))
+    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(["x", *parameters], grads, strict=True)}}
+
+
+def fresh(block: SubBlock) -> SubBlock:
+    """A block of the same values in memory of its own, none of which a call has read before."""
+    other = SubBlock(block.w1.dtype)
+    for name, p in block.named_parameters():
+        storage = torch.empty(p.numel() + 64, dtype=p.dtype)[64:].view(p.shape)
+        setattr(other, name, nn.Parameter(storage.copy_(p.detach())))
+    return other
+
+
+@pytest.fixture(params=["inference_mode", "no_grad", "training"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def values_of(block: SubBlock, x: Tensor, mode: str) -> dict[str, Tensor]:
+    if mode == "training":
+        return step_of(block, x)
+    with torch.inference_mode() if mode == "inference_mode" else torch.no_grad():
+        return {"y": block(x).clone()}
+
+
+def assert_follows(block: SubBlock, x: Tensor, mode: str, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The block's values changed, and are those of a fresh one; returns them."""
+    actual, expected = values_of(block, x, mode), values_of(fresh(block), x, mode)
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(bits(value), bits(expected[name])), f"{name}: not that of the new parameters"
+    assert not torch.equal(actual["y"], before["y"]), "the value did not change"
+    return actual
+
+
+# ---- optimisers --------------------------------------------------------------------------------------------
+
+OPTIMISERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "dtype"),
+    [  # fused SGD leaves most of a bfloat16 parameter as it was (torch 2.13)
+        (name, dtype)
+        for name in OPTIMISERS
+        for dtype in (torch.float32, torch.bfloat16)
+        if (name, dtype) != ("SGD fused", torch.bfloat16)
+    ],
+    ids=str,
+)
+def test_optimiser_steps(backend, optimiser, dtype, mode):
+    """The values after each step. Fused optimisers write without counting it in the tensor's version."""
+    block, x = SubBlock(dtype), x_of(dtype)
+    optimiser = OPTIMISERS[optimiser](block.parameters())
+    last = values_of(block, x, mode)
+    for _ in range(ROUNDS):
+        block(x).float().square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        last = assert_follows(block, x, mode, last)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_optimiser_steps_under_autocast(backend, autocast, mode):
+    """The half weights that autocast makes are new tensors in each step, often at the same address."""
+    block, x = SubBlock(), x_of()
+    optimiser = torch.optim.AdamW(block.parameters(), lr=0.1)
+    last = values_of(block, x, mode)
+    for _ in range(ROUNDS):
+        with torch.autocast("cpu", autocast):
+            loss = block(x).square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        with torch.autocast("cpu", autocast):
+            last = assert_follows(block, x, mode, last)
+
+
+# ---- writes ------------------------------------------------------------------------------------------------
+
+
+def each_parameter(block: SubBlock) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from dict(block.named_parameters()).items()
+
+
+WRITES = {
+    "in place": lambda p: p.detach().mul_(-1.5),
+    "copy_": lambda p: p.detach().copy_(p.detach().flip(0) + 0.25),
+    "one number": lambda p: p.detach().view(-1)[-1].add_(4.0),
+    "data in place": lambda p: p.data.mul_(-1.5),
+    "data replaced": lambda p: setattr(p, "data", p.data * -1.5),
+    "through numpy's memory": lambda p: torch.frombuffer(
+        memoryview(p.detach().view(torch.uint8).numpy()), dtype=p.dtype
+    ).mul_(-1.5),
+    "foreach": lambda p: torch._foreach_mul_([p.detach()], -1.5),
+    "init": lambda p: nn.init.normal_(p),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("write", WRITES)
+def test_writes(backend, write, dtype, mode):
+    """Also those that PyTorch does not count in the tensor's version: .data, and memory that others share."""
+    block, x = SubBlock(dtype), x_of(dtype)
+    last = values_of(block, x, mode)
+    for name, p in each_parameter(block):
+        WRITES[write](p)
+        assert values_of(block, x, mode)["y"].dtype == dtype, name
+        last = assert_follows(block, x, mode, last)
+
+
+def test_writes_inside_inference_mode(backend):
+    """Tensors of inference mode have no version counter."""
+    with torch.inference_mode():
+        block, x = SubBlock(), x_of()
+        assert block.w1.is_inference()
+        last = {"y": block(x).clone()}
+        for _, p in each_parameter(block):
+            p.mul_(-1.5)
+            last = assert_follows(block, x, "no_grad", last)
+
+
+def test_writes_through_a_view_of_all_parameters(backend, mode):
+    """Sharded training keeps every parameter as a view of one flat tensor and writes that."""
+    block, x = SubBlock(), x_of()
+    flat = torch.cat([p.detach().flatten() for p in block.parameters()])
+    at = 0
+    for p in block.parameters():
+        p.data = flat[at : at + p.numel()].view(p.shape)
+        at += p.numel()
+    last = values_of(block, x, mode)
+    for _ in range(ROUNDS):
+        flat.mul_(-0.75)
+        last = assert_follows(block, x, mode, last)
+
+
+# ---- loading, converting, copying --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_load_state_dict(backend, dtype, assign, mode):
+    block, x = SubBlock(dtype), x_of(dtype)
+    last = values_of(block, x, mode)
+    for seed in range(1, ROUNDS + 1):
+        block.load_state_dict(SubBlock(dtype, seed=10 * seed).state_dict(), assign=assign)
+        last = assert_follows(block, x, mode, last)
+
+
+def test_conversions(backend, mode):
+    """.to(dtype) there and back, and another memory format, on the module that was used before."""
+    block = SubBlock()
+    last = values_of(block, x_of(), mode)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
+        block.to(dtype)
+        last = assert_follows(block, x_of(dtype), mode, last)
+    kept = {name: bits(value) for name, value in last.items()}
+    block.to(memory_format=torch.channels_last)
+    for name, value in values_of(block, x_of(torch.bfloat16), mode).items():
+        assert torch.equal(bits(value), kept[name]), name
+
+
+def test_copies_are_independent(backend, mode):
+    """copy.deepcopy, torch.save and load: a copy computes as its original, until either is written."""
+    block, x = SubBlock(), x_of()
+    first = values_of(block, x, mode)
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    loaded = SubBlock(seed=50)
+    loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+    for other in (copy.deepcopy(block), loaded):
+        for name, value in values_of(other, x, mode).items():
+            assert torch.equal(bits(value), bits(first[name])), name
+        with torch.no_grad():
+            other.w1.mul_(-1.5)
+        assert_follows(other, x, mode, first)
+        for name, value in values_of(block, x, mode).items():
+            assert torch.equal(bits(value), bits(first[name])), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_new_parameters_at_an_old_address(backend, dtype, mode):
+    """The allocator hands out the memory of a parameter that was freed: same address, size and version."""
+    x, last, seen, again = x_of(dtype), None, set(), 0
+    for seed in range(12):
+        block = SubBlock(dtype, seed=10 * seed)
+        again += block.w1.data_ptr() in seen
+        seen.add(block.w1.data_ptr())
+        values = values_of(block, x, mode)
+        expected = values_of(fresh(block), x, mode)
+        for name, value in values.items():
+            assert torch.equal(bits(value), bits(expected[name])), (seed, name)
+        assert last is None or not torch.equal(values["y"], last)
+        last = values["y"]
+        del block, values, expected
+    assert again > 0, "no address came back: the test tested nothing"
+
+
+def test_another_tensor_around_the_same_memory(backend, mode):
+    """One storage, written and wrapped anew: neither the address nor the version tells the weights apart."""
+    block, x = SubBlock(), x_of()
+    memory = torch.empty_like(block.w1)
+    last = values_of(block, x, mode)
+    for seed in range(1, ROUNDS + 1):
+        memory.data.copy_(SubBlock(seed=10 * seed).w1.detach())
+        block.w1 = nn.Parameter(memory.view(HIDDEN, C, 1, 1).data)
+        last = assert_follows(block, x, mode, last)
+
+
+def test_weights_swapped(backend, mode):
+    """Two blocks exchange their weights; and the shapes that share memory are told apart."""
+    one, two, x = SubBlock(), SubBlock(seed=10), x_of()
+    first, second = values_of(one, x, mode), values_of(two, x, mode)
+    for name, p in each_parameter(one):
+        q = getattr(two, name)
+        p.data, q.data = q.data, p.data
+    for block, expected in ((one, second), (two, first)):
+        for name, value in values_of(block, x, mode).items():
+            assert torch.equal(bits(value), bits(expected[name])), name
+
+
+def test_one_memory_as_weights_of_two_shapes(backend):
+    """[96, 32] and [32, 96] of the same numbers, in turns."""
+    memory = randn(HIDDEN * C, sigma=0.2)
+    wide, narrow = memory.view(HIDDEN, C), memory.view(C, HIDDEN)
+    x, hidden = x_of(), randn(B, HIDDEN, H, W, seed=4)
+    for _ in range(2):
+        torch.testing.assert_close(
+            mlp(x, wide, None, narrow, None), mlp(x, wide.clone(), None, narrow.clone(), None), rtol=0, atol=0
+        )
+        torch.testing.assert_close(
+            mlp(hidden, narrow, None, wide, None),
+            mlp(hidden, narrow.clone(), None, wide.clone(), None),
+            rtol=0,
+            atol=0,
+        )
