@@ -32,6 +32,7 @@ test: $(VENV)/.extra-test $(VENV)/.extension
 
 bench: $(VENV)/.extra-bench $(VENV)/.extension
 	$(BIN)/python benchmarks/bench_pool_mixer.py $(ARGS)
+	$(BIN)/python benchmarks/bench_mlp.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -43,13 +44,14 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
-	  ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
+	  ../../tests/test_mlp*.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
 
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/bench_pool_mixer.py --device cuda
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_mlp.py --device cuda
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info .pytest_cache .ruff_cache poolformer_kernels/*.so
