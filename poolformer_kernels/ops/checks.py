@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["check_bool", "check_eps", "check_input", "check_stats", "check_tensor", "check_vector"]
+__all__ = ["check_bool", "check_eps", "check_input", "check_stats", "check_tensor", "check_vectors"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,7 +24,9 @@ def check_input(x: Tensor) -> None:
         raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
 
 
-def check_tensor(name: str, p: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], optional: bool) -> None:
+def check_tensor(
+    name: str, p: Tensor, x: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], optional: bool
+) -> None:
     """A parameter is a dense tensor of one of these dtypes on x's device."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{name} must be a tensor{' or None' * optional}, got {type(p).__name__}")
@@ -33,19 +35,29 @@ def check_tensor(name: str, p: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...
         raise TypeError(f"{name} must be {rule} for x of {x.dtype}, got {p.dtype}")
     if p.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor (torch.strided), got {p.layout}")
-    if p.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {p.device}")
+    if p.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {p.device}")
 
 
-def check_vector(
-    name: str, p: Tensor, x: Tensor, what: str, size: int, dtypes: tuple[torch.dtype, ...] | None = None
+def check_vectors(
+    x: Tensor,
+    vectors: tuple[tuple[str, Tensor | None, str, int], ...],
+    dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
-    """An optional parameter has one dimension of this size; its dtype is x's or float32 unless given."""
+    """Optional parameters (name, tensor, name of its size, size) have one dimension of that size.
+
+    Their dtype is x's or float32 unless other dtypes are given.
+    """
     if dtypes is None:
         dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    check_tensor(name, p, x, dtypes, True)
-    if p.dim() != 1 or p.shape[0] != size:
-        raise ValueError(f"{name} must have shape [{what}] = [{size}], got {list(p.shape)}")
+    device = x.device
+    for name, p, what, size in vectors:
+        if p is None:
+            continue
+        check_tensor(name, p, x, device, dtypes, True)
+        shape = p.shape
+        if len(shape) != 1 or shape[0] != size:
+            raise ValueError(f"{name} must have shape [{what}] = [{size}], got {list(shape)}")
 
 
 def check_stats(x: Tensor, stats: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .backend import select_backend
-from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vector
+from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
 
 __all__ = ["mlp", "mlp_with_stats"]
@@ -201,16 +201,18 @@ def _check(
     if w2.dtype != w1.dtype:
         raise TypeError(f"w2 must be of w1's dtype {w1.dtype}, got {w2.dtype}")
     vectors = (dtype,) if dtype == torch.float64 else (dtype, w1.dtype, torch.float32)
-    for name, p, what, size in (
-        ("b1", b1, "hidden", hidden),
-        ("b2", b2, "out", out),
-        ("norm_weight", norm_weight, "C", channels),
-        ("norm_bias", norm_bias, "C", channels),
-        ("layer_scale", layer_scale, "out", out),
-        ("drop_scale", drop_scale, "B", batch),
-    ):
-        if p is not None:
-            check_vector(name, p, x, what, size, vectors)
+    check_vectors(
+        x,
+        (
+            ("b1", b1, "hidden", hidden),
+            ("b2", b2, "out", out),
+            ("norm_weight", norm_weight, "C", channels),
+            ("norm_bias", norm_bias, "C", channels),
+            ("layer_scale", layer_scale, "out", out),
+            ("drop_scale", drop_scale, "B", batch),
+        ),
+        vectors,
+    )
     if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     check_bool("norm", norm)
@@ -231,7 +233,7 @@ def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, 
         dtypes = (torch.float64,)
     else:
         dtypes = (x.dtype, torch.float32) if x.dtype in _HALVES else (torch.float32, *_HALVES)
-    check_tensor(name, w, x, dtypes, False)
+    check_tensor(name, w, x, x.device, dtypes, False)
     shape = w.shape
     if (
         (len(shape) == 2 or (len(shape) == 4 and shape[2] == 1 and shape[3] == 1))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .backend import select_backend
-from .checks import check_bool, check_eps, check_input, check_stats, check_vector
+from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
 from .library import LIBRARY, NAMESPACE, call, empty_output, refuse_forward_derivatives
 
 __all__ = ["pool_mixer"]
@@ -135,14 +135,15 @@ def pool_mixer_with_stats(
 def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
     check_input(x)
     batch, channels = x.shape[:2]
-    for name, p, size in (
-        ("weight", weight, channels),
-        ("bias", bias, channels),
-        ("layer_scale", layer_scale, channels),
-        ("drop_scale", drop_scale, batch),
-    ):
-        if p is not None:
-            check_vector(name, p, x, "B" if p is drop_scale else "C", size)
+    check_vectors(
+        x,
+        (
+            ("weight", weight, "C", channels),
+            ("bias", bias, "C", channels),
+            ("layer_scale", layer_scale, "C", channels),
+            ("drop_scale", drop_scale, "B", batch),
+        ),
+    )
     if stats is not None:
         check_stats(x, stats)
     if type(pool_size) is not int:
