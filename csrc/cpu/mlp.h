@@ -51,9 +51,9 @@ struct MlpBackwardParams : MlpParams {
 
   // Of the whole call, padded
   float *g_p, *x_dh, *db1;  // [hidden, out], [hidden, C], [hidden]: sum d g p, sum dh xhat, sum dh over tokens
-  const float* t;           // [out]: sum d g
+  float* t;                 // [out]: sum d g
   void *dw1, *dw2;
-  float *db2, *dgamma, *dbeta, *dscale;
+  float *db1_out, *db2, *dgamma, *dbeta, *dscale;
 };
 
 constexpr int64_t kRowsMax = 32;  // channels of one product at any level, and of a work item

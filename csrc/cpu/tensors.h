@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanesMax = 16;
 
-int dtype_index(ScalarType dtype) {
+inline int dtype_index(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
     case ScalarType::BFloat16: return 1;
@@ -35,23 +35,23 @@ int dtype_index(ScalarType dtype) {
 }
 
 // The output's layout (poolformer_kernels.reference.memory_format_of).
-bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
+inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
-Tensor in_layout(const Tensor& t, bool channels_last) {
+inline Tensor in_layout(const Tensor& t, bool channels_last) {
   if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   const bool dense = t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
   return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor empty_like(const Tensor& x, bool channels_last) {
+inline Tensor empty_like(const Tensor& x, bool channels_last) {
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
@@ -79,7 +79,7 @@ void copy_floats(const Tensor& t, float* out, int64_t n) {
 }
 
 // The parameter's values, or `absent` n times.
-void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
+inline void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
   if (!t.has_value()) {
     std::fill(out, out + n, absent);
     return;
@@ -96,7 +96,7 @@ void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t 
 
 // ---- scratch memory: grows to the largest call of a thread and is kept
 
-float* grown(std::vector<float>& buffer, int64_t n) {
+inline float* grown(std::vector<float>& buffer, int64_t n) {
   if (static_cast<int64_t>(buffer.size()) < n + kLanesMax) buffer.resize(n + kLanesMax);
   const auto address = reinterpret_cast<uintptr_t>(buffer.data());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
@@ -120,7 +120,7 @@ class Arena {
   float* next_;
 };
 
-Moments<double> merged(const float* partials, int64_t n) {
+inline Moments<double> merged(const float* partials, int64_t n) {
   Moments<double> m;
   for (int64_t i = 0; i < n; ++i) m.merge(partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]);
   return m;

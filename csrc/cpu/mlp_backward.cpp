@@ -1,0 +1,245 @@
+// The MLP's backward on the CPU: gradients, scratch, and the plan of the work over torch's threads (mlp_backward.h).
+#include <tuple>
+
+#include "mlp_call.h"
+
+namespace pk {
+namespace {
+
+constexpr int64_t kGroupTokens = 3136;  // of whole samples whose gradient waits for GroupNorm's sums, or one sample
+constexpr int64_t kBlockElements = 1 << 18;  // tokens times channels of a block, whose operands stay in the caches
+constexpr int64_t kBlockTokens = 1600;
+
+int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// What the backward needs beyond the gradients it returns: one tensor, cut into arrays of whole cache lines.
+struct Workspace {
+  float* g_sums;  // [tiles of a block, out]: sum d g
+  double* sums;   // [chunks of a group, 2]
+
+  Workspace(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks)
+      : tensor_(empty({measure(p, per, group, chunks) + 16}, {1}, aoti_torch_dtype_float32())) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
+    float* next = reinterpret_cast<float*>((address + 63) / 64 * 64);
+    each(p, per, group, chunks, [&](auto*& array, int64_t n) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
+      next += rounded_up(n, 16);
+    });
+  }
+
+ private:
+  Tensor tensor_;
+
+  int64_t measure(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks) {
+    int64_t words = 0;
+    each(p, per, group, chunks, [&](auto*&, int64_t n) { words += rounded_up(n, 16); });
+    return words;
+  }
+
+  // f(array, words) for each; `per` elements make an operand word.
+  template <class F>
+  void each(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks, const F& f) {
+    constexpr int64_t kSlack = 64;  // products read whole vectors, and whole steps of k
+    const int64_t block = p.block_lanes, rows = rounded_up(p.hidden, kRowsMax);
+    const int64_t in = rounded_up(p.channels, kRowsMax), out = rounded_up(p.out, kRowsMax);
+    const int64_t tokens = p.parameter_grads ? block / per : 0;
+    f(p.n, (in / per + kSlack) * block);
+    f(p.g, (out / per + kSlack) * block);
+    f(p.dh, (rows / per + kSlack) * block);
+    f(p.x_tokens, tokens * p.channels + kSlack);
+    f(p.g_tokens, tokens * p.out + kSlack);
+    f(p.w1t, in * (rows / per + kSlack));
+    f(p.drop_lanes, block);
+    f(p.drop_rows, p.drop_grad ? (1 + rows / kRowsMax) * block : 0);
+    f(p.e, group * p.channels);
+    f(p.g_p, p.parameter_grads ? rows * out : 0);
+    f(p.x_dh, p.parameter_grads ? rows * in : 0);
+    f(p.db1, rows);
+    f(p.t, out);
+    f(g_sums, (block / p.lanes + 1) * p.out);
+    f(sums, 4 * chunks);
+  }
+};
+
+// One call. The plan depends on shapes alone, so that sums are the same for any number of threads.
+struct Backward {
+  const Call& call;
+  const MlpKernels& kernels;
+  MlpBackwardParams& p;
+  int64_t element;                // bytes of x's
+  std::vector<double> t, drops;   // sum d g [out], drop_scale's gradient [B]
+  int64_t sample, chunks, group;  // elements, chunks of a sample; samples of a group
+
+  Backward(const Call& call, const MlpKernels& kernels, MlpBackwardParams& p, int64_t element)
+      : call(call), kernels(kernels), p(p), element(element), t(p.out), drops(p.batch) {
+    sample = p.channels * p.pixels;
+    chunks = (sample + kStatsChunk - 1) / kStatsChunk;
+    group = std::max<int64_t>(1, std::min(p.batch, kGroupTokens / p.pixels));
+    const int64_t tokens = group * p.pixels;
+    const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / std::max(p.channels, p.out)));
+    const int64_t blocks = (tokens + most - 1) / most;
+    p.lanes = 96;
+    p.input_lanes = 192;
+    p.block_lanes = rounded_up((tokens + blocks - 1) / blocks, 32);
+  }
+
+  void run() {
+    Workspace own(p, kernels.operand_per, group * p.pixels, group * chunks);
+    const int64_t scratch = kernels.backward_scratch(p), weight_rows = rounded_up(p.hidden, kRowsMax);
+    std::fill(p.db1, p.db1 + weight_rows, 0.0f);
+    torch::stable::parallel_for(0, (p.channels + kRowsMax - 1) / kRowsMax, 1 + 65536 / (p.hidden * kRowsMax),
+                                [&](int64_t begin, int64_t end) {
+                                  kernels.pack_input(p, begin * kRowsMax, std::min(p.channels, end * kRowsMax));
+                                });
+    for (int64_t b = 0; b < p.batch; b += group) {
+      const int64_t samples = std::min(group, p.batch - b), tokens = samples * p.pixels;
+      for (int64_t at = 0; at < tokens; at += p.block_lanes)
+        block(own, b * p.pixels, at, std::min(p.block_lanes, tokens - at), scratch);
+      group_norm(own, b, samples);
+    }
+    if (!p.parameter_grads) return;
+    if (!p.add) {  // no tokens
+      std::fill(p.g_p, p.g_p + weight_rows * rounded_up(p.out, kRowsMax), 0.0f);
+      std::fill(p.x_dh, p.x_dh + weight_rows * rounded_up(p.channels, kRowsMax), 0.0f);
+    }
+    std::copy(t.begin(), t.end(), p.t);
+    std::copy(p.db1, p.db1 + p.hidden, p.db1_out);
+    torch::stable::parallel_for(0, kernels.weight_items(p), 1 + 4096 / p.hidden,
+                                [&](int64_t begin, int64_t end) { kernels.weights(p, begin, end); });
+  }
+
+  // Tokens at .. at + count - 1 of the group that starts at token `first`.
+  void block(const Workspace& own, int64_t first, int64_t at, int64_t count, int64_t scratch) {
+    tiles(p.lanes, count, [&](int64_t i, int64_t lane, int64_t lanes, int64_t tokens) {
+      kernels.prepare(p, first + at + lane, tokens, lane, lanes, own.g_sums + i * p.out, worker_scratch(scratch));
+    });
+    for (int64_t i = 0; i * p.lanes < count; ++i)
+      for (int64_t c = 0; c < p.out; ++c) t[c] += own.g_sums[i * p.out + c];
+    const int64_t items = (p.hidden + kRowsMax - 1) / kRowsMax;
+    call.over(items, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(scratch));
+    });
+    p.add = true;
+    tiles(p.input_lanes, count, [&](int64_t, int64_t lane, int64_t lanes, int64_t tokens) {
+      if (tokens > 0) kernels.input(p, at + lane, tokens, lane, lanes, worker_scratch(scratch));
+    });
+    if (!p.drop_grad) return;
+    for (int64_t i = 0; i <= items; ++i)
+      for (int64_t l = 0; l < count; ++l) drops[(first + at + l) / p.pixels] += p.drop_rows[i * p.block_lanes + l];
+  }
+
+  // f(tile, lane, lanes, tokens) for the block's tiles of so many lanes
+  template <class F>
+  void tiles(int64_t size, int64_t count, const F& f) const {
+    call.over((p.block_lanes + size - 1) / size, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t lane = i * size, lanes = std::min(size, p.block_lanes - lane);
+        f(i, lane, lanes, std::max<int64_t>(0, std::min(lanes, count - lane)));
+      }
+    });
+  }
+
+  // dx of samples b .. b + samples - 1 from e, with GroupNorm's sums over each sample.
+  void group_norm(const Workspace& own, int64_t b, int64_t samples) const {
+    const auto each_chunk = [&](const auto& f) {
+      torch::stable::parallel_for(0, samples * chunks, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t local = i / chunks, offset = i % chunks * kStatsChunk;
+          f(i, local, (b + local) * sample + offset, p.e + local * sample + offset,
+            std::min(kStatsChunk, sample - offset));
+        }
+      });
+    };
+    const auto at = [&](const void* data, int64_t offset) { return static_cast<const char*>(data) + offset * element; };
+    std::vector<float> k(2 * samples);
+    if (p.norm) {
+      each_chunk([&](int64_t i, int64_t local, int64_t offset, const float* e, int64_t n) {
+        kernels.reduce(at(p.x, offset), e, p.mean[b + local], n, own.sums + 2 * i);
+      });
+      for (int64_t local = 0; local < samples; ++local) {
+        double sum = 0, projected = 0;
+        for (int64_t i = local * chunks; i < (local + 1) * chunks; ++i) {
+          sum += own.sums[2 * i];
+          projected += own.sums[2 * i + 1];
+        }
+        const double rstd = p.rstd[b + local];
+        k[2 * local] = rstd * sum / sample;
+        k[2 * local + 1] = rstd * rstd * rstd * projected / sample;
+      }
+    }
+    each_chunk([&](int64_t, int64_t local, int64_t offset, const float* e, int64_t n) {
+      kernels.finish(at(p.x, offset), p.residual ? at(p.grad, offset) : nullptr, e, p.norm ? p.mean[b + local] : 0,
+                     p.norm ? p.rstd[b + local] : 1, k[2 * local], k[2 * local + 1], n,
+                     static_cast<char*>(p.dx) + offset * element);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
+    Tensor gradient, Tensor input, Tensor mean_rstd, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+    OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor layer_scale, OptionalTensor drop_scale,
+    OptionalTensor hidden, std::string activation, bool norm, bool residual, bool parameter_grads, bool drop_grad) {
+  check(input, 0);
+  const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last), grad = in_layout(gradient, channels_last);
+  const Parameters of{dense_rows(w1, "w1", x.size(1)),
+                      dense_rows(w2, "w2", w1.size(0)),
+                      b1,
+                      b2,
+                      norm_weight,
+                      norm_bias,
+                      layer_scale,
+                      drop_scale};
+  Arena arena(Call::tables(x, of));
+  Call call(x, of, activation, norm, residual, channels_last, arena);
+  MlpBackwardParams p{call.p};
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 &&
+                      grad.size(0) == p.batch && grad.size(1) == p.out && grad.size(2) == x.size(2) &&
+                      grad.size(3) == x.size(3),
+                  "mlp_cpp_backward: grad must have y's device, dtype and shape");
+  const Tensor saved = in_layout(mean_rstd, false);
+  STD_TORCH_CHECK(!norm || (saved.is_cpu() && saved.scalar_type() == ScalarType::Float && saved.dim() == 2 &&
+                            saved.size(0) == p.batch && saved.size(1) == 2),
+                  "mlp_cpp_backward: mean_rstd must be a float32 CPU tensor of shape [B, 2]");
+  STD_TORCH_CHECK(!hidden.has_value() || (hidden->is_cpu() && hidden->is_contiguous() &&
+                                          hidden->scalar_type() == operand_of(x, w1).scalar_type() &&
+                                          hidden->numel() == p.tokens * p.hidden),
+                  "mlp_cpp_backward: hidden must be what mlp_cpp returned");
+  for (int64_t b = 0; norm && b < p.batch; ++b) {
+    call.mean[b] = static_cast<const float*>(saved.data_ptr())[2 * b];
+    call.rstd[b] = static_cast<const float*>(saved.data_ptr())[2 * b + 1];
+  }
+
+  const int32_t f32 = aoti_torch_dtype_float32(), weights = dtype_of(w1);
+  const auto like = [&](const Tensor& w) {
+    if (!parameter_grads) return empty({0}, {1}, weights);
+    const int64_t rows = w.size(0), cols = w.size(1);
+    if (w.dim() == 2) return empty({rows, cols}, {cols, 1}, weights);
+    return empty({rows, cols, 1, 1}, {cols, 1, 1, 1}, weights);
+  };
+  const auto vector = [&](int64_t n) { return empty({parameter_grads ? n : 0}, {1}, f32); };
+  const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  Tensor dx = empty_like(x, channels_last), dw1 = like(w1), dw2 = like(w2);
+  Tensor db1 = vector(p.hidden), db2 = vector(p.out), dnorm_weight = vector(p.channels);
+  Tensor dnorm_bias = vector(p.channels), dlayer_scale = vector(p.out);
+  Tensor ddrop_scale = empty({drop_grad ? p.batch : 0}, {1}, f32);
+  p.grad = grad.data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.saved = hidden.has_value() ? const_cast<void*>(static_cast<const void*>(hidden->data_ptr())) : nullptr;
+  p.parameter_grads = parameter_grads;
+  p.drop_grad = drop_grad;
+  p.dw1 = dw1.mutable_data_ptr(), p.dw2 = dw2.mutable_data_ptr();
+  p.db2 = floats(db2), p.dgamma = floats(dnorm_weight), p.dbeta = floats(dnorm_bias), p.dscale = floats(dlayer_scale);
+  p.db1_out = floats(db1);
+
+  Backward backward(call, kernels, p, x.element_size());
+  backward.run();
+  if (drop_grad) std::copy(backward.drops.begin(), backward.drops.end(), floats(ddrop_scale));
+  return {dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale};
+}
+
+}  // namespace
+}  // namespace pk
+
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) { m.impl("mlp_cpp_backward", TORCH_BOX(&pk::mlp_backward)); }
