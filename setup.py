@@ -39,12 +39,12 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def compiler() -> str | None:
-    """A compiler that can build the extension (C++20, Python's headers, AVX-512), or None."""
+    """A compiler that can build the extension (C++20, Python's headers, AVX-512, AMX), or None."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    options = ["-std=c++20", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only", "-x", "c++", "-"]
+    options = ["-std=c++20", f"-I{sysconfig.get_paths()['include']}", "-xc++", "-c", "-", "-o", os.devnull]
     source = "#include <Python.h>\n#include <concepts>\n"
     if platform.machine() == "x86_64":
-        source += '__attribute__((target("avx512f,avx512bf16"))) void level();\n'
+        source += '__attribute__((target("avx512f,avx512bf16"))) void level() { asm("tilerelease"); }\n'
     for name in names:
         if shutil.which(shlex.split(name)[0]):
             probe = run([*shlex.split(name), *options], input=source)
