@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The few long tests first, so that no worker is left alone with one at the end."""
-    long = ("test_triton_pool_mixer", "test_isa", "large")
+    long = ("test_triton_interpreter", "test_isa", "test_amx", "large")
     items.sort(key=lambda item: not any(name in item.nodeid for name in long))
 
 

@@ -1,4 +1,4 @@
-"""The launches of the MLP's backward in Triton, compiled without a GPU: registers, spills, memory, products."""
+"""The Triton launches of the MLP's backward, compiled without a GPU: registers, spills, memory, products."""
 
 import importlib.util
 import os
@@ -25,20 +25,18 @@ class Case(NamedTuple):
 
     channels: int
     size: int
-    channels_last: bool = True
     save_hidden: bool = False
     drop_grad: bool = False
 
     def __str__(self) -> str:
-        return f"{self.channels}x{self.size}" + "".join(
-            f", {name}" for name in self._fields[2:] if getattr(self, name) != (name == "channels_last")
-        )
+        flags = (name for name in self._fields[2:] if getattr(self, name))
+        return ", ".join([f"{self.channels}x{self.size}", *flags])
 
     def call(self) -> None:
         bf16 = {"dtype": torch.bfloat16, "device": "meta"}
         batch, channels, hidden = 256, self.channels, 4 * self.channels
-        fmt = torch.channels_last if self.channels_last else torch.contiguous_format
-        x = torch.empty((batch, channels, self.size, self.size), memory_format=fmt, **bf16)
+        shape = (batch, channels, self.size, self.size)
+        x = torch.empty(shape, memory_format=torch.channels_last, **bf16)
         mean_rstd = torch.empty((batch, 2), device="meta")
         w1, w2 = torch.empty((hidden, channels), **bf16), torch.empty((channels, hidden), **bf16)
         b1 = torch.empty(hidden, **bf16)
@@ -60,11 +58,10 @@ CASES = [Case(*shape) for shape in SHAPES]
 OTHERS = [  # one architecture tells
     *(Case(*SHAPES[i], save_hidden=True) for i in (0, 2, 4)),
     *(Case(*SHAPES[i], drop_grad=True) for i in (0, 5)),
-    Case(*SHAPES[1], channels_last=False),
 ]
 COMPILED = [
     *((n, 90) for n in recorded([*CASES, *OTHERS], 90) if n.kernel in PRODUCTS),
-    *((n, arch) for arch in (80, 100) for n in recorded(CASES, arch) if n.kernel in PRODUCTS),
+    *((n, arch) for arch in (80, 100) for n in recorded(CASES[:1] + CASES[2:], arch) if n.kernel in PRODUCTS),
     *((n, 90) for n in recorded([CASES[4]], 90) if n.kernel not in PRODUCTS),
 ]
 
@@ -90,18 +87,18 @@ def test_both_forms_are_covered() -> None:
         assert {n.kernel for n, a in COMPILED if a == arch} >= set(PRODUCTS)
 
 
-def test_workspace_is_bounded(monkeypatch) -> None:
-    """What one backward allocates for a large batch, besides dx and the weights' gradients: below 8 C a token."""
-    empty, sizes = torch.empty, []
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_memory_of_a_call(case, monkeypatch) -> None:
+    """x, dx, the workspace and the weights' gradients; eager PyTorch holds 20 times x in its backward."""
+    sizes = []
+    for name in ("empty", "zeros"):
+        function = getattr(torch, name)
 
-    def counted(*args, **options):
-        t = empty(*args, **options)
-        sizes.append(t.numel() * t.element_size())
-        return t
+        def counted(*args, function=function, **options):
+            t = function(*args, **options)
+            sizes.append(t.numel() * t.element_size())
+            return t
 
-    monkeypatch.setattr(torch, "empty", counted)
-    for case in CASES:
-        x_bytes = 256 * case.channels * case.size**2 * 2
-        sizes.clear()
-        recorded([case], 90)
-        print(case, sum(sizes) / x_bytes)
+        monkeypatch.setattr(torch, name, counted)
+    recorded([case], 90)
+    assert sum(sizes) <= (7 if case.channels == 512 else 5) * sizes[0]  # weights outweigh activations at 512

@@ -1,4 +1,4 @@
-"""Tests of the kernels in Triton's interpreter, in a process of their own: see test_triton_pool_mixer.py."""
+"""Tests of the kernels in Triton's interpreter, in a process of their own: see test_triton_interpreter.py."""
 
 import os
 from collections.abc import Iterator

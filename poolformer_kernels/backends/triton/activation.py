@@ -35,18 +35,25 @@ def activate_with_derivative(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         return h * cdf, cdf + h * (gaussian * 0.3989422804014327)
     elif ACTIVATION == "gelu_tanh":
         square = h * h
-        share = _sigmoid(_tanh_argument(h, square))
-        slope = 0.21406444881780073 * square + 1.5957691216057308  # of the argument
-        return h * share, share + h * share * (1.0 - share) * slope
+        share, change = _sigmoid_with_derivative(_tanh_argument(h, square))
+        return h * share, share + h * change * (0.21406444881780073 * square + 1.5957691216057308)
     else:
         tl.static_assert(ACTIVATION == "silu")
-        share = _sigmoid(h)
-        return h * share, share + h * share * (1.0 - share)
+        share, change = _sigmoid_with_derivative(h)
+        return h * share, share + h * change
 
 
 @triton.jit
 def _sigmoid(h):
     return 1.0 / (1.0 + tl.exp2(h * -1.4426950408889634))
+
+
+@triton.jit
+def _sigmoid_with_derivative(h):
+    """(s, s (1 - s)), without the difference, which has no digits left where s is nearly 1."""
+    e = tl.exp2(tl.abs(h) * -1.4426950408889634)
+    r = 1.0 / (1.0 + e)
+    return tl.where(h < 0.0, e * r, r), e * r * r
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import mlp, pool_mixer, statistics
+from . import mlp, mlp_backward, pool_mixer
 from .config import stats_tiles
 from .mlp_config import mlp_stats_tiles
 
@@ -139,7 +140,8 @@ class Launch:
 class Resources:
     """A row of the table. ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads.
 
-    ``matrix``: the matrix instructions, by kind; ``clamps``: what gelu's polynomial does once an element.
+    ``matrix``: the matrix instructions, by kind. ``activations``: elements of a tile that each thread applies
+    the activation to (any but relu); more than its share of the tile are computed twice.
     """
 
     kernel: str
@@ -152,7 +154,7 @@ class Resources:
     ldg: int
     instructions: int
     matrix: dict[str, int]
-    clamps: int
+    activations: int
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -182,6 +184,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         code = _cuobjdump("--dump-sass", cubin)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+    kinds = Counter(name.split(".")[0] for name in instructions)
     loads = [name for name in instructions if name.startswith("LDG.")]
     return Resources(
         kernel=launch.kernel,
@@ -193,13 +196,21 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         ldg128=sum(".128" in name for name in loads) + 2 * sum(".256" in name for name in loads),
         ldg=len(loads),
         instructions=len(instructions),
-        matrix={name: n for name, n in Counter(i.split(".")[0] for i in instructions).items() if name in _MATRIX},
-        clamps=len(re.findall(r"min\S*\.f32", compiled.asm["ptx"])),
+        matrix={name: n for name, n in kinds.items() if name in _MATRIX},
+        activations=_activations(compiled.asm["ttgir"], compiled.asm["ptx"]),
     )
 
 
+def _activations(ttgir: str, ptx: str) -> int:
+    """What one operation on a whole tile, gelu's clamp or an exponential, becomes in each thread."""
+    for operation, instruction in (("tt.clampf ", r"\bmin\S*\.f32 "), ("math.exp2 ", r"\bex2\.approx")):
+        if operation in ttgir:  # more than once where the pipeliner has peeled the loop
+            return round(len(re.findall(instruction, ptx)) / ttgir.count(operation))
+    return 0
+
+
 def resource_table(
-    cases: list[Case], archs: tuple[int, ...] = ARCHS, processes: int | None = None
+    cases: list[Case | MlpCase], archs: tuple[int, ...] = ARCHS, processes: int | None = None
 ) -> list[dict]:
     """One row per distinct launch of the cases and architecture, compiled in parallel."""
     jobs = [(launch, arch) for arch in archs for launch in distinct(cases)]
@@ -208,7 +219,7 @@ def resource_table(
         return [asdict(row) for row in pool.map(compile_launch, *zip(*jobs, strict=True), chunksize=4)]
 
 
-def distinct(cases: list[Case]) -> list[Launch]:
+def distinct(cases: list[Case | MlpCase]) -> list[Launch]:
     """The launches of the cases, each machine code once, under the first case that needs it."""
     found = {}
     for case in cases:
@@ -255,10 +266,11 @@ class _Recorder:
 
 
 def _kernels() -> dict[str, tuple[ModuleType, triton.JITFunction]]:
-    """Every Triton function of the operator's modules; only kernels are ever launched."""
+    """Every Triton function of this package's modules; only kernels are ever launched."""
+    modules = [m for name, m in sys.modules.items() if name.startswith(f"{__package__}.") and m is not None]
     return {
         name: (module, function)
-        for module in (statistics, pool_mixer, mlp)
+        for module in modules
         for name, function in vars(module).items()
         if isinstance(function, triton.JITFunction) and function.__module__ == module.__name__
     }
@@ -285,16 +297,23 @@ def main() -> None:
         "--arch", type=int, nargs="*", default=ARCHS, help="compute capabilities, default 80 90 100"
     )
     archs = tuple(parser.parse_args().arch)
-    cases = [Case(dtype, last, *shape) for dtype in _TYPES for last in (True, False) for shape in SHAPES]
-    rows = resource_table(
-        [case._replace(given_stats=given) for case in cases for given in (True, False)], archs
-    )
+    cases: list[Case | MlpCase] = [
+        case._replace(given_stats=given)
+        for dtype in _TYPES
+        for last in (True, False)
+        for shape in SHAPES
+        for case in (Case(dtype, last, *shape),)
+        for given in (True, False)
+    ]
+    cases += [MlpCase(dtype, *shape) for dtype in _TYPES for shape in SHAPES]
     print(
-        f"{'kernel':22}{'arch':>5}{'registers':>10}{'spills':>7}{'shared':>7}{'ldg128':>7}{'ldg':>5}  config"
+        f"{'kernel':22}{'arch':>5}{'registers':>10}{'spills':>7}{'shared':>7}{'ldg128':>7}{'ldg':>5}"
+        f"{'matrix':>13}{'activations':>12}  config"
     )
-    for r in rows:
+    for r in resource_table(cases, archs):
+        matrix = " ".join(f"{n} {name}" for name, n in r["matrix"].items())
         numbers = f"{r['arch']:5}{r['registers']:10}{r['spills']:7}{r['shared']:7}{r['ldg128']:7}{r['ldg']:5}"
-        print(f"{r['kernel']:22}{numbers}  {r['config']}")
+        print(f"{r['kernel']:22}{numbers}{matrix:>13}{r['activations']:12}  {r['config']}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The MLP's forward in Triton: kernels, then the launcher. Formulas: algebra, "MLP sub-block".
 
-Tokens are rows ``[B H W, C]`` of channels_last data, numbered through all samples, and a tile of them may hold
-the end of one sample and the start of the next. C <= 192: one kernel, the hidden activations stay in registers.
-Else fc1 writes them (after the activation), and fc2 reads them.
+Tokens are rows ``[B H W, C]`` of channels_last data, numbered through all samples: a tile of them may hold
+the end of one sample and the start of the next. Up to 192 channels one kernel does it all and the hidden
+activations stay in registers; above, fc1's kernel writes them (after the activation) and fc2's reads them.
 """
 
+from functools import cache
 from math import gcd
 
 import torch
@@ -15,114 +16,14 @@ from torch import Tensor
 from ...reference import memory_format_of
 from .activation import activate
 from .config import OPTIONS, next_power_of_2
-from .mlp_config import (
-    FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, FUSED_CHANNELS, fused, gemm, mlp_stats_tiles, out_tile, split
-)
+from .mlp_backward_config import pieces
+from .mlp_backward_tile import dot, shift
+from .mlp_config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, FUSED_CHANNELS, fc1, fc2, fused, mlp_stats_tiles
+from .mlp_tile import operand_of, row_stats, store_stats, stored, tokens
 from .statistics import few, flat_stats, merged
-from .tile import _INTERPRETED, rounded, vector
+from .tile import rounded, vector
 
 __all__ = ["forward"]
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a b; the interpreter cannot multiply bf16."""
-    if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def offset(ptr, index, ok):
-    """A bias in fp32, or 0 where there is none."""
-    if ptr is None:
-        return tl.zeros(index.shape, tl.float32)
-    else:
-        return tl.load(ptr + index, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def tokens(tile, batch, HW, BM: tl.constexpr):
-    """Of a tile: first row, rows left from there, first sample, its rows that come before the tile."""
-    start = tile.to(tl.int64) * BM
-    left = tl.minimum(batch * HW.to(tl.int64) - start, BM).to(tl.int32)
-    first = start // HW
-    return start, left, first, (start - first * HW).to(tl.int32)
-
-
-@triton.jit
-def normalised(x, mean, rstd, gamma, beta, dtype: tl.constexpr):
-    """GroupNorm of a tile of x ``[rows, channels]`` in fp32, rounded to the operands' dtype."""
-    return rounded((x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], dtype)
-
-
-@triton.jit
-def columns_of(x_ptr, at, c, c_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND: tl.constexpr, NORM: tl.constexpr):
-    """fc1's operand: a tile of x, normalised where NORM, with zeros where C ends."""
-    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=c_ok[None, :], other=0.0)
-    if NORM:
-        gamma = vector(gamma_ptr, c, c_ok)
-        return normalised(x.to(tl.float32), mean, rstd, gamma, offset(beta_ptr, c, c_ok), OPERAND)
-    elif x.dtype == OPERAND:
-        return x
-    else:
-        return rounded(x.to(tl.float32), OPERAND)
-
-
-@triton.jit
-def stored(acc, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, at, c, ok, c_ok, RESIDUAL: tl.constexpr):
-    """Writes ``x + d s (acc + b2)`` and returns it in fp32 as it was rounded."""
-    y = (acc + offset(b2_ptr, c, c_ok)[None, :]) * vector(scale_ptr, c, c_ok)[None, :]
-    if drop is not None:
-        y *= drop[:, None]
-    at = at[:, None] + c[None, :]
-    ok = ok[:, None] & c_ok[None, :]
-    if RESIDUAL:
-        y += tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    y = rounded(y, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=ok)
-    return y.to(tl.float32)
-
-
-@triton.jit
-def row_stats(y0, y1, c0_ok, c1_ok, count):
-    """(mean, M2) of each row of the tiles y0 and y1 (or None), of ``count`` columns in all."""
-    total = tl.sum(tl.where(c0_ok[None, :], y0, 0.0), 1)
-    if y1 is not None:
-        total += tl.sum(tl.where(c1_ok[None, :], y1, 0.0), 1)
-    mean = total / count
-    off = tl.where(c0_ok[None, :], y0 - mean[:, None], 0.0)
-    m2 = tl.sum(off * off, 1)
-    if y1 is not None:
-        off = tl.where(c1_ok[None, :], y1 - mean[:, None], 0.0)
-        m2 += tl.sum(off * off, 1)
-    return mean, m2
-
-
-@triton.jit
-def store_stats(
-    y_stats_ptr, mean, m2, count, local, ok, tile, first, column, HW, slots, COLUMNS: tl.constexpr,
-    BM: tl.constexpr, SEGMENTS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The partials of every sample in a tile; a sample's last tile also clears the slots that are left over."""
-    t = tl.arange(0, SLOTS)
-    for s in tl.static_range(SEGMENTS):
-        inside = ok & (local == s)
-        rows = tl.sum(inside.to(tl.float32))
-        average = tl.sum(tl.where(inside, mean, 0.0)) / tl.maximum(rows, 1.0)
-        off = tl.where(inside, mean - average, 0.0)
-        spread = tl.sum(tl.where(inside, m2, 0.0)) + count * tl.sum(off * off)
-        b = first + s
-        slot = (tile - b * HW // BM).to(tl.int32)
-        out = y_stats_ptr + (b * slots * COLUMNS + column) * 3
-        at = out + slot * (COLUMNS * 3)
-        tl.store(at, count * rows, mask=rows > 0)
-        tl.store(at + 1, average, mask=rows > 0)
-        tl.store(at + 2, spread, mask=rows > 0)
-        end = tl.where((rows > 0) & ((b + 1) * HW <= (tile + 1) * BM), slots, 0)
-        for i in tl.static_range(3):
-            tl.store(out + t * (COLUMNS * 3) + i, tl.zeros([SLOTS], tl.float32), mask=(t > slot) & (t < end))
 
 
 @triton.jit(do_not_specialize=["batch", "HW", "T", "slots"])
@@ -130,21 +31,18 @@ def mlp_fwd(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
     y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C0: tl.constexpr,
-    C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr, SLOTS: tl.constexpr,
+    C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens, C = C0 + C1 channels of it: norm, fc1, activation and fc2 chunk by chunk of HIDDEN."""
+    """y of one tile, C = C0 + C1 channels: norm, fc1, activation and fc2, HIDDEN chunk by chunk."""
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     NORM: tl.constexpr = stats_ptr is not None
-    tile = tl.program_id(0)
-    start, left, first, before = tokens(tile, batch, HW, BM)
+    start, left, first, before = tokens(tl.program_id(0), batch, HW, BM)
     row = tl.arange(0, BM)
     ok = row < left
     local = (before + row) // HW
     mean = tl.zeros([BM], tl.float32)
     rstd = tl.zeros([BM], tl.float32)
-    drop = None
-    if drop_ptr is not None:
-        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
     if NORM:
         for s in tl.static_range(SEGMENTS):
             b = tl.minimum(first + s, batch - 1)
@@ -161,12 +59,12 @@ def mlp_fwd(
     at = tl.minimum(row, left - 1) * C
     c0 = tl.arange(0, C0)
     c0_ok = c0 < C
-    n0 = columns_of(x_ptr, at, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+    n0 = operand_of(x_ptr, at, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
     acc0 = tl.zeros([BM, C0], tl.float32)
     if C1 > 0:
         c1 = C0 + tl.arange(0, C1)
         c1_ok = c1 < C
-        n1 = columns_of(x_ptr, at, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+        n1 = operand_of(x_ptr, at, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
         acc1 = tl.zeros([BM, C1], tl.float32)
 
     for j0 in range(0, HIDDEN, BN):
@@ -178,11 +76,11 @@ def mlp_fwd(
         h = dot(n0, tl.load(w1 + c0[:, None], mask=c0_ok[:, None] & j_ok[None, :], other=0.0), h)
         if C1 > 0:
             h = dot(n1, tl.load(w1 + c1[:, None], mask=c1_ok[:, None] & j_ok[None, :], other=0.0), h)
-        h += offset(b1_ptr, j, j_ok)[None, :]
+        h += shift(b1_ptr, j, j_ok)[None, :]
         if hidden_ptr is not None:
             saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
             tl.store(saved, rounded(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
-        p = activate(h, ACTIVATION, OPERAND == tl.float32)
+        p = activate(h, ACTIVATION, EXACT)
         if HIDDEN % BN != 0:
             p = tl.where(j_ok[None, :], p, 0.0)
         p = rounded(p, OPERAND)
@@ -192,6 +90,9 @@ def mlp_fwd(
             v = tl.load(w2 + c1[None, :] * HIDDEN, mask=j_ok[:, None] & c1_ok[None, :], other=0.0)
             acc1 = dot(p, v, acc1)
 
+    drop = None
+    if drop_ptr is not None:
+        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
     y0 = stored(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
     y1 = None
     if C1 > 0:
@@ -200,9 +101,7 @@ def mlp_fwd(
         c1_ok = c0_ok
     if y_stats_ptr is not None:
         y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
-        store_stats(
-            y_stats_ptr, y_mean, m2, C, local, ok, tile, first, 0, HW, slots, 1, BM, SEGMENTS, SLOTS
-        )  # fmt: skip
+        store_stats(y_stats_ptr, y_mean, m2, C, local, ok, start, first, 0, HW, slots, 1, BM, SEGMENTS)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -211,8 +110,11 @@ def mlp_prepare(
     C: tl.constexpr, HIDDEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FOLDS: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
-    """GroupNorm folded into fc1, BN rows of it a program: W1 diag(gamma) rounded to bf16, u its row sums and
-    v = b1 + W1 beta. Programs from FOLDS on: (mean, rstd) of a sample."""
+    """GroupNorm folded into fc1, BN rows of it a program; programs from FOLDS on: (mean, rstd) of a sample.
+
+    The folded weight is W1 diag(gamma), rounded; u, its row sums after the rounding, takes out what x's mean
+    adds to a product to fp32's precision; v = b1 + W1 beta.
+    """
     pid = tl.program_id(0)
     if pid >= FOLDS:
         b = (pid - FOLDS).to(tl.int64)
@@ -222,7 +124,7 @@ def mlp_prepare(
     elif FOLDS > 0:
         j = pid * BN + tl.arange(0, BN)
         u = tl.zeros([BN], tl.float32)
-        v = offset(b1_ptr, j, j < HIDDEN)
+        v = shift(b1_ptr, j, j < HIDDEN)
         for k in range(0, C, BK):
             c = k + tl.arange(0, BK)
             ok = (j < HIDDEN)[:, None] & (c < C)[None, :]
@@ -231,7 +133,7 @@ def mlp_prepare(
             folded = rounded(w * vector(gamma_ptr, c, c < C)[None, :], folded_ptr.dtype.element_ty)
             tl.store(folded_ptr + at, folded, mask=ok)
             u += tl.sum(folded.to(tl.float32), 1)
-            v += tl.sum(w * offset(beta_ptr, c, c < C)[None, :], 1)
+            v += tl.sum(w * shift(beta_ptr, c, c < C)[None, :], 1)
         tl.store(u_ptr + j, u, mask=j < HIDDEN)
         tl.store(v_ptr + j, v, mask=j < HIDDEN)
 
@@ -242,8 +144,9 @@ def mlp_fc1(
     C: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """p = activation(h) of one tile; the norm is folded into w1, b1 and u where u is given, else applied to x."""
+    """p = activation(h) of one tile; the norm is folded into w1, b1 and u where u is given."""
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     NORM: tl.constexpr = mean_rstd_ptr is not None
     TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
     start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
@@ -261,32 +164,31 @@ def mlp_fc1(
     h = tl.zeros([BM, BN], tl.float32)
     for k in range(0, C, BK):
         c = k + tl.arange(0, BK)
-        n = columns_of(
+        n = operand_of(
             x_ptr, row * C, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
         )
         h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h)
     if u_ptr is not None:
-        h = (h - mean[:, None] * offset(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
-    h += offset(b1_ptr, j, j_ok)[None, :]
+        h = (h - mean[:, None] * shift(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
+    h += shift(b1_ptr, j, j_ok)[None, :]
     row = tl.arange(0, BM)
     at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
     ok = (row < left)[:, None] & j_ok[None, :]
     if hidden_ptr is not None:
         tl.store(hidden_ptr + at, rounded(h, OPERAND), mask=ok)
-    tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, OPERAND == tl.float32), OPERAND), mask=ok)
+    tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, EXACT), OPERAND), mask=ok)
 
 
 @triton.jit(do_not_specialize=["batch", "HW", "slots"])
 def mlp_fc2(
     p_ptr, w2_ptr, b2_ptr, scale_ptr, drop_ptr, x_ptr, y_ptr, y_stats_ptr, batch, HW, slots,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, SEGMENTS: tl.constexpr, SLOTS: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, N0 + N1 columns of it, and the partials of its samples."""
     TILES: tl.constexpr = (OUT + N0 + N1 - 1) // (N0 + N1)
-    tile = tl.program_id(0) // TILES
     column = tl.program_id(0) % TILES
-    start, left, first, before = tokens(tile, batch, HW, BM)
+    start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
     row = tl.arange(0, BM)
     ok = row < left
     local = (before + row) // HW
@@ -324,7 +226,7 @@ def mlp_fc2(
         count = tl.minimum(OUT - column * (N0 + N1), N0 + N1).to(tl.float32)
         mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, count)
         store_stats(
-            y_stats_ptr, mean, m2, count, local, ok, tile, first, column, HW, slots, TILES, BM, SEGMENTS, SLOTS
+            y_stats_ptr, mean, m2, count, local, ok, start, first, column, HW, slots, TILES, BM, SEGMENTS
         )  # fmt: skip
 
 
@@ -365,8 +267,8 @@ def forward(
     partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
     y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
     mean_rstd = torch.empty((batch, 2) if norm else (0,), **new)
-    own_stats = return_stats and pixels >= FEW_PIXELS
-    y_stats = torch.empty((batch, partials, 3) if return_stats else (0,), **new)
+    stats_by_tile = return_stats and (pixels >= FEW_PIXELS or y.numel() == 0)
+    y_stats = torch.empty((batch, partials, 3) if stats_by_tile else (0,), **new)
     size = batch * pixels * hidden if save_hidden else 0
     saved = torch.empty((size,), dtype=operand, device=x.device)
     if y.numel() == 0:
@@ -380,10 +282,10 @@ def forward(
     launch(
         x, _matrix(w1, operand), _dense(b1), _matrix(w2, operand), _dense(b2), _dense(norm_weight),
         _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats, mean_rstd if norm else None, last,
-        y_stats if own_stats else None, saved if save_hidden else None,
+        y_stats if stats_by_tile else None, saved if save_hidden else None,
         activation, eps, residual,
     )  # fmt: skip
-    if return_stats and not own_stats:
+    if return_stats and not stats_by_tile:
         y_stats = flat_stats(last)
     return y if last is y else y.copy_(last), mean_rstd, y_stats, saved
 
@@ -395,13 +297,13 @@ def _fused(
     batch, channels, height, width = x.shape
     pixels, hidden = height * width, w1.shape[0]
     tiles = fused(channels, w1.element_size())
-    merge, slots = _partials(stats, y_stats, 1)
+    partials = 1 if stats is None else stats.shape[1]
     mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
-        saved, batch, pixels, 0 if stats is None else stats.shape[1], slots, eps, channels, hidden, activation,
-        residual, tiles.rows, tiles.hidden, *split(channels), _segments(pixels, tiles.rows), merge,
-        next_power_of_2(max(slots, 1)), num_warps=tiles.warps, num_stages=tiles.stages,
-        maxnreg=tiles.registers, **OPTIONS,
+        saved, batch, pixels, partials, 0 if y_stats is None else y_stats.shape[1], eps, channels, hidden,
+        activation, residual, tiles.rows, tiles.hidden, *pieces(channels), _segments(pixels, tiles.rows),
+        next_power_of_2(partials), num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers if saved is None else 255, **OPTIONS,
     )  # fmt: skip
 
 
@@ -413,46 +315,46 @@ def _pair(
     pixels, hidden, out = height * width, w1.shape[0], w2.shape[0]
     u = None
     if stats is not None:
-        folds = 0
-        # bf16 can hold W1 diag(gamma) for any gamma, and a half x needs no centring before the product
+        folds, folded, v = 0, w1, b1
+        # A bf16 x needs no centring before the product, and bf16 holds W1 diag(gamma) whatever gamma's size.
         if x.dtype == torch.bfloat16:
             folds = triton.cdiv(hidden, FOLD_ROWS)
             folded = torch.empty_like(w1)
             u, v = torch.empty((2, hidden), dtype=torch.float32, device=x.device)
-        else:
-            folded, v = w1, b1
         mlp_prepare[(folds + batch,)](
             stats, mean_rstd, w1, b1, norm_weight, norm_bias, folded, u, v, stats.shape[1], eps, channels,
             hidden, FOLD_ROWS, FOLD_DEPTH, folds, next_power_of_2(stats.shape[1]), **OPTIONS,
         )  # fmt: skip
         w1, b1 = folded, v
     p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
-    tiles = gemm(w1.element_size(), False)
-    mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns),)](
+    shared = _shared_memory(x.device)
+    tiles = fc1(x.element_size(), w1.element_size(), shared)
+    mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
-        activation, tiles.rows, tiles.columns, tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
-        **OPTIONS,
+        activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
+        num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
-    tiles = gemm(w2.element_size(), True)
-    columns = out_tile(out)
-    column_tiles = triton.cdiv(out, sum(columns))
-    _, slots = _partials(None, y_stats, column_tiles)
+    tiles = fc2(out, w2.element_size(), shared)
+    column_tiles = triton.cdiv(out, sum(tiles.columns))
     mlp_fc2[(triton.cdiv(batch * pixels, tiles.rows) * column_tiles,)](
-        p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels, slots,
-        hidden, out, residual, tiles.rows, tiles.depth, *columns, _segments(pixels, tiles.rows),
-        next_power_of_2(max(slots, 1)), num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
+        p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels,
+        0 if y_stats is None else y_stats.shape[1] // column_tiles, hidden, out, residual, tiles.rows,
+        tiles.depth, *tiles.columns, _segments(pixels, tiles.rows), num_warps=tiles.warps,
+        num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use; of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _segments(pixels: int, rows: int) -> int:
     """The most samples that a tile of so many rows can touch."""
     return (pixels - gcd(pixels, rows) + rows - 1) // pixels + 1
-
-
-def _partials(stats: Tensor | None, y_stats: Tensor | None, column_tiles: int) -> tuple[int, int]:
-    """Lanes that merge x's partials, and row tiles that a sample of y has partials for."""
-    merge = 1 if stats is None else next_power_of_2(stats.shape[1])
-    return merge, 0 if y_stats is None else y_stats.shape[1] // column_tiles
 
 
 def _matrix(w: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,14 @@ __all__ = ["backward"]
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def architecture(x: Tensor) -> int:
+    """The architecture to configure for (80, 90, ...): the device's, Hopper's in the interpreter."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -87,7 +95,7 @@ def backward(
         drop_grad,
         scaled,
     )
-    p = plan(channels, out, width, operand.itemsize)
+    p = plan(channels, out, width, operand.itemsize, architecture(x))
     form = mlp_backward_fused if isinstance(p, Fused) else mlp_backward_gemm
     sums = form.partials(problem, p)
     ddrop = sums.ddrop if drop_grad else none

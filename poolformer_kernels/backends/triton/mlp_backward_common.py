@@ -11,11 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import OPTIONS, next_power_of_2
-from .mlp_backward_tile import shift
+from .mlp_backward_tile import image, inside, normalised, sample_values, shift, token_tile
 from .tile import rounded, vector
 
-__all__ = ["Partials", "Problem", "finish_weight", "prepare", "sample_sums", "summed"]
+__all__ = [
+    "TOKENS",
+    "Partials",
+    "Problem",
+    "direct",
+    "finish_weight",
+    "prepare",
+    "sample_sums",
+    "summed",
+    "to_tokens",
+]
 
+TOKENS = 64  # of a tile of `mlp_bwd_tokens`
 _GROUP = 256  # rows that one program of `mlp_bwd_columns` adds
 
 
@@ -114,6 +125,29 @@ def mlp_bwd_prepare(
     tl.store(table_ptr + 3 * J + j, b1 + v, mask=j_ok)
 
 
+@triton.jit(do_not_specialize=["HW", "T"])
+def mlp_bwd_tokens(
+    x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, tokens_ptr, sums_ptr, HW, T,
+    C: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """An image as operand rows ``[T, C]``, normalised where ``NORM``; its sums ``d x`` over tokens."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0) // BLOCKS
+    c = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
+    mask = inside(ok, c, C, BLOCKS * CHANNELS)
+    at = image(x_ptr, start, c, HW, C, TOKENS, LAST)
+    if tokens_ptr is not None:
+        gamma = vector(gamma_ptr, c, c < C)
+        beta = shift(beta_ptr, c, c < C)
+        n = normalised(at, mask, mean, rstd, gamma, beta, NORM, tokens_ptr.dtype.element_ty)
+        tl.store(image(tokens_ptr, start, c, HW, C, TOKENS, True), n, mask=mask)
+    if sums_ptr is not None:
+        total = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * drop[:, None], 0)
+        tl.store(sums_ptr + tile.to(tl.int64) * C + c, total, mask=c < C)
+
+
 @triton.jit
 def _row_total(row_ptr, first, HW, plane, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of one quantity over a sample's tokens and the blocks of hidden channels."""
@@ -129,8 +163,8 @@ def _row_total(row_ptr, first, HW, plane, PARTS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=["HW", "T"])
 def mlp_bwd_sample(
-    rows_ptr, k_ptr, ddrop_ptr, HW, T, C: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
+    rows_ptr, g_ptr, scale_ptr, b2_ptr, k_ptr, ddrop_ptr, HW, T, C: tl.constexpr, O: tl.constexpr,  # noqa: E741
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Of one sample: k0 and k1 (for GroupNorm's backward) and drop_scale's gradient."""
     b = tl.program_id(0).to(tl.int64)
@@ -142,6 +176,18 @@ def mlp_bwd_sample(
             tl.store(k_ptr + b * 2 + q, total / count)
     if ddrop_ptr is not None:
         total = _row_total(rows_ptr + 2 * PARTS * plane, b * HW, HW, plane, PARTS, BLOCK)
+        if b2_ptr is not None:  # the rest of o: its bias, for the sum of g
+            for o0 in range(0, O, CHANNELS):
+                o = o0 + tl.arange(0, CHANNELS)
+                g = tl.zeros([ROWS, CHANNELS], tl.float32)
+                start = 0
+                while start < HW:
+                    i = start + tl.arange(0, ROWS)
+                    at = g_ptr + (b * HW + i)[:, None] * O + o[None, :]
+                    g += tl.load(at, mask=(i < HW)[:, None] & (o < O)[None, :], other=0.0).to(tl.float32)
+                    start += ROWS
+                bias = vector(scale_ptr, o, o < O) * shift(b2_ptr, o, o < O)
+                total += tl.sum(tl.sum(g, 0) * bias)
         tl.store(ddrop_ptr + b, total)
 
 
@@ -217,15 +263,36 @@ def prepare(
     return w1 if w1h is None else w1h, w2t, table, scaled
 
 
-def sample_sums(problem: Problem, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(k0 and k1 ``[B, 2]``, drop_scale's gradient ``[B]``), each where needed, from the sums per token."""
+def direct(problem: Problem) -> bool:
+    """Whether an image's memory is its operand already."""
+    return problem.last and problem.x.dtype == problem.w1.dtype
+
+
+def to_tokens(
+    problem: Problem, t: Tensor, tokens: Tensor | None, sums: Tensor | None = None, norm: bool = False
+) -> None:
+    """Writes an image as operand rows ``[T, channels]``, normalised where ``norm``, and its tiles' sums."""
+    batch, channels, height, width = t.shape
+    block = min(64, max(16, next_power_of_2(channels)))
+    mlp_bwd_tokens[(problem.tiles(TOKENS) * triton.cdiv(channels, block),)](
+        t, problem.mean_rstd, problem.gamma, problem.beta, problem.drop, tokens, sums, height * width,
+        batch * height * width, channels, TOKENS, block, problem.last, norm, **OPTIONS,
+    )  # fmt: skip
+
+
+def sample_sums(problem: Problem, rows: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(k0 and k1 ``[B, 2]``, drop_scale's gradient ``[B]``), each where needed, from the sums per token.
+
+    ``g``: the gradient's tokens ``[T, out]``.
+    """
     batch, channels, height, width = problem.x.shape
     k = torch.empty((batch, 2), dtype=torch.float32, device=rows.device) if problem.norm else None
     ddrop = torch.empty(batch, dtype=torch.float32, device=rows.device) if problem.drop_grad else None
     block = min(next_power_of_2(height * width), 1024)
     mlp_bwd_sample[(batch,)](
-        rows, k, ddrop, height * width, rows.shape[2], channels, rows.shape[1], block, problem.norm, **OPTIONS
-    )
+        rows, g, problem.scale, problem.b2, k, ddrop, height * width, rows.shape[2], channels,
+        problem.sizes[1], rows.shape[1], block, 64, 64, problem.norm, **OPTIONS,
+    )  # fmt: skip
     return k, ddrop
 
 

@@ -8,7 +8,7 @@ from .config import next_power_of_2
 __all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "pieces", "plan"]
 
 FUSED = 128  # the widest stream whose weight gradients fit in registers beside a tile of hidden activations
-WORKSPACE = 2**24  # elements of one hidden buffer of the wider form, which works chunk by chunk
+WORKSPACE = 2**23  # elements of one hidden buffer of the wider form, which works chunk by chunk
 _PROGRAMS = 528  # four for each of 132 SMs
 
 
@@ -23,6 +23,7 @@ class Fused(NamedTuple):
     hidden: int
     warps: int
     stages: int
+    registers: int  # of a thread at most: 168 leave room for 12 warps on an SM
     programs: int  # of the weight gradients' kernel, about
 
 
@@ -31,8 +32,9 @@ class Gemm(NamedTuple):
 
     tokens: int  # of a tile of the hidden kernel and of dx's
     hidden: int
-    channels: int  # of a tile of dx; columns of a tile of the weight gradients
+    columns: int  # channels of a tile of dx
     rows: int  # of a tile of the weight gradients
+    channels: int
     depth: int  # of a step of every product
     warps: int
     stages: int
@@ -41,9 +43,9 @@ class Gemm(NamedTuple):
 
 # up to C: the fields of Fused
 _FUSED = {
-    64: Fused(64, 64, 4, 2, 64, 64, 4, 2, _PROGRAMS),
-    96: Fused(32, 64, 4, 2, 64, 32, 4, 2, _PROGRAMS),
-    128: Fused(32, 64, 4, 2, 64, 32, 4, 2, _PROGRAMS),
+    64: Fused(32, 64, 4, 2, 64, 32, 4, 2, 168, _PROGRAMS),
+    96: Fused(32, 64, 4, 2, 64, 32, 4, 2, 255, _PROGRAMS),
+    128: Fused(32, 64, 4, 2, 64, 32, 4, 2, 255, _PROGRAMS),
 }
 
 
@@ -52,19 +54,21 @@ def pieces(size: int) -> tuple[int, int]:
     whole = max(16, next_power_of_2(size))
     half = whole // 2
     rest = max(16, next_power_of_2(max(1, size - half)))
-    return (half, rest) if half >= 16 and size > half and half + rest < whole else (whole, 0)
+    return (half, rest) if half + rest < whole or size > 64 else (whole, 0)
 
 
 @cache
-def plan(channels: int, out: int, hidden: int, itemsize: int) -> Fused | Gemm:
-    """Launch configuration for one shape and size of the matrix products' operands."""
+def plan(channels: int, out: int, hidden: int, itemsize: int, arch: int) -> Fused | Gemm:
+    """Launch configuration for one shape, size of the products' operands and architecture (80, 90, ...)."""
     width = max(sum(pieces(channels)), sum(pieces(out)))
     block = max(16, next_power_of_2(hidden))
     if width <= (FUSED if itemsize == 2 else FUSED // 2):
         p = next(p for limit, p in _FUSED.items() if width <= limit)
         if itemsize == 4:
-            p = Fused(32, 32, 4, 2, 32, 32, 4, 2, _PROGRAMS)
+            p = Fused(32, 32, 4, 2, 32, 32, 4, 2, 255, _PROGRAMS)
+        elif arch < 90:  # mma.sync reads its operands from registers
+            p = p._replace(weight_tokens=16)
         return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
     if itemsize == 4:
-        return Gemm(64, min(64, block), 64, 64, 16, 4, 2, _PROGRAMS // 2)
-    return Gemm(128, min(128, block), 64 if channels % 128 else 128, 128, 64, 8, 3, _PROGRAMS // 4)
+        return Gemm(64, min(64, block), 64, 64, 64, 16, 4, 2, _PROGRAMS // 2)
+    return Gemm(128, min(64, block), 64, 128, 64 if channels % 128 else 128, 64, 8, 3, _PROGRAMS // 4)

@@ -11,53 +11,29 @@ import triton.language as tl
 
 from .activation import activate_with_derivative
 from .config import OPTIONS
-from .mlp_backward_common import Partials, Problem, sample_sums
+from .mlp_backward_common import Partials, Problem, direct, sample_sums, to_tokens
 from .mlp_backward_config import Fused, pieces
-from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
+from .mlp_backward_tile import dot, finished, sample_values, token_tile
 from .tile import rounded, vector
 
 __all__ = ["partials"]
 
 
 @triton.jit
-def _vectors(ptr, default: tl.constexpr, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """The pieces of a parameter ``[C]`` in fp32."""
+def _rows(
+    ptr, ok, ROWS: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
+):
+    """The pieces of ROWS rows ``[ROWS, C]`` of a matrix; ``EVEN``: all of them exist."""
     out = ()
     for i in tl.static_range(2 if P1 > 0 else 1):
         c = i * P0 + tl.arange(0, P1 if i else P0)
-        value = vector(ptr, c, c < C) if default == 1 else shift(ptr, c, c < C)
-        out = out + (value,)  # noqa: RUF005
-    return out
-
-
-@triton.jit
-def _rows(ptr, j, J: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """The pieces of rows j of a weight ``[J, C]``."""
-    out = ()
-    for i in tl.static_range(2 if P1 > 0 else 1):
-        c = i * P0 + tl.arange(0, P1 if i else P0)
-        at = ptr + j[:, None] * C + c[None, :]
-        if J % BLOCK == 0 and C % P0 == 0 and P0 + P1 == C:
-            out = out + (tl.load(at),)  # noqa: RUF005
+        at = ptr + tl.arange(0, ROWS)[:, None] * C + c[None, :]
+        if i * P0 + (P1 if i else P0) > C:
+            tile = tl.load(at, mask=ok[:, None] & (c < C)[None, :], other=0.0)
+        elif EVEN:
+            tile = tl.load(at)
         else:
-            out = out + (tl.load(at, mask=(j < J)[:, None] & (c < C)[None, :], other=0.0),)  # noqa: RUF005
-    return out
-
-
-@triton.jit
-def _loaded(
-    ptr, start, ok, mean, rstd, gamma, beta, HW, NORM: tl.constexpr, C: tl.constexpr, P0: tl.constexpr,
-    P1: tl.constexpr, TOKENS: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The pieces of a tile of tokens, normalised where ``NORM``, as operands."""
-    out = ()
-    for i in tl.static_range(2 if P1 > 0 else 1):
-        c = i * P0 + tl.arange(0, P1 if i else P0)
-        mask = inside(ok, c, C, i * P0 + (P1 if i else P0))
-        at = image(ptr, start, c, HW, C, TOKENS, LAST)
-        tile = normalised(
-            at, mask, mean, rstd, gamma[i] if NORM else mean, beta[i] if NORM else mean, NORM, DTYPE
-        )
+            tile = tl.load(at, mask=ok[:, None], other=0.0)
         out = out + (tile,)  # noqa: RUF005
     return out
 
@@ -89,11 +65,11 @@ def _zeros(ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
 
 @triton.jit(do_not_specialize=["HW", "T", "tiles", "per_split"])
 def mlp_bwd_wgrad(
-    grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, b2_ptr, hidden_ptr, w1_ptr,
-    w2t_ptr, table_ptr, rows_ptr, dw1_ptr, dw2_ptr, db1_ptr, HW, T, tiles, per_split,
+    n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, rows_ptr, dw1_ptr, dw2_ptr,
+    db1_ptr, HW, T, tiles, per_split,
     C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
     Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    LAST: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Of a block of hidden channels and a split of the tokens: dw1, ``G2`` and db1; sums per token."""
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
@@ -104,55 +80,47 @@ def mlp_bwd_wgrad(
     plane = T.to(tl.int64)
     j = block * HIDDEN + tl.arange(0, HIDDEN)
     j_ok = j < J
-    w1 = _rows(w1_ptr, j, J, HIDDEN, C, P0, P1)
-    w2 = _rows(w2t_ptr, j, J, HIDDEN, O, Q0, Q1)
+    w1 = _rows(w1_ptr + block * HIDDEN * C, j_ok, HIDDEN, J % HIDDEN == 0, C, P0, P1)
+    w2 = _rows(w2t_ptr + block * HIDDEN * O, j_ok, HIDDEN, J % HIDDEN == 0, O, Q0, Q1)
     b1 = tl.load(table_ptr + j, mask=j_ok, other=0.0)
     peak = tl.load(table_ptr + J + j, mask=j_ok, other=0.0)
     u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
     v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
-    gamma = _vectors(gamma_ptr, 1, C, P0, P1)
-    beta = _vectors(beta_ptr, 0, C, P0, P1)
     dw1 = _zeros(HIDDEN, P0, P1)
     dw2 = _zeros(HIDDEN, Q0, Q1)
     db1 = tl.zeros([HIDDEN], tl.float32)
     first = split * per_split
     for step in range(tl.minimum(per_split, tiles - first)):
-        start, ok, b = token_tile(first + step, HW, T, TOKENS, LAST)
-        mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
-        n = _loaded(x_ptr, start, ok, mean, rstd, gamma, beta, HW, NORM, C, P0, P1, TOKENS, LAST, DTYPE)
-        g = _loaded(grad_ptr, start, ok, mean, rstd, gamma, beta, HW, False, O, Q0, Q1, TOKENS, LAST, DTYPE)
+        start, ok, b = token_tile(first + step, HW, T, TOKENS, True)
+        drop = vector(drop_ptr, b, ok)
+        n = _rows(n_ptr + start * C, ok, TOKENS, False, C, P0, P1)
+        g = _rows(g_ptr + start * O, ok, TOKENS, False, O, Q0, Q1)
         i = tl.arange(0, TOKENS)
         if hidden_ptr is None:
             h = _products(w1, n, tl.zeros([HIDDEN, TOKENS], tl.float32)) + b1[:, None]
         else:
             at = hidden_ptr + start * J + i[None, :] * J + j[:, None]
             h = tl.load(at, mask=ok[None, :] & j_ok[:, None], other=0.0).to(tl.float32)
+        p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
+        if dw1_ptr is not None:
+            scaled = p if drop_ptr is None else p * drop[None, :]
+            dw2 = _accumulated(dw2, rounded(scaled, DTYPE), g)
         dp = _products(w2, g, tl.zeros([HIDDEN, TOKENS], tl.float32))
         if SCALED:
             dp *= peak[:, None]
-        p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
         dh = dp * slope
         if drop_ptr is not None:
             dh *= drop[None, :]
-        row = start + block * plane + i
+        if NORM or DROP:
+            row = rows_ptr + (start + block * plane) + i
         if NORM:
-            tl.store(rows_ptr + row, tl.sum(dh * u[:, None], 0), mask=ok)
-            tl.store(rows_ptr + row + BLOCKS * plane, tl.sum(dh * (h - v[:, None]), 0), mask=ok)
+            tl.store(row, tl.sum(dh * u[:, None], 0), mask=ok)
+            tl.store(row + BLOCKS * plane, tl.sum(dh * (h - v[:, None]), 0), mask=ok)
         if DROP:
-            total = tl.sum(p * dp, 0)
-            if b2_ptr is not None:
-                s = _vectors(scale_ptr, 1, O, Q0, Q1)
-                b2 = _vectors(b2_ptr, 0, O, Q0, Q1)
-                for k in tl.static_range(len(g)):
-                    bias = tl.sum(g[k].to(tl.float32) * (s[k] * b2[k])[None, :], 1)
-                    total += tl.where(block == 0, bias, 0.0)
-            tl.store(rows_ptr + row + 2 * BLOCKS * plane, total, mask=ok)
+            tl.store(row + 2 * BLOCKS * plane, tl.sum(p * dp, 0), mask=ok)
         if dw1_ptr is not None:
             db1 += tl.sum(dh, 1)
             dw1 = _accumulated(dw1, rounded(dh, DTYPE), n)
-            if drop_ptr is not None:
-                p *= drop[None, :]
-            dw2 = _accumulated(dw2, rounded(p, DTYPE), g)
     if dw1_ptr is not None:
         tl.store(db1_ptr + split * J + j, db1, mask=j_ok)
         base = split.to(tl.int64) * J
@@ -168,8 +136,8 @@ def mlp_bwd_wgrad(
 
 @triton.jit(do_not_specialize=["HW", "T"])
 def mlp_bwd_dx(
-    grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr,
-    k_ptr, dx_ptr, norm_sums_ptr, grad_sums_ptr, HW, T,
+    n_ptr, g_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr,
+    table_ptr, k_ptr, dx_ptr, norm_sums_ptr, grad_sums_ptr, HW, T,
     C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
     Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
@@ -180,17 +148,15 @@ def mlp_bwd_dx(
     tile = tl.program_id(0)
     start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
     mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
-    gamma = _vectors(gamma_ptr, 1, C, P0, P1)
-    beta = _vectors(beta_ptr, 0, C, P0, P1)
-    n = _loaded(x_ptr, start, ok, mean, rstd, gamma, beta, HW, NORM, C, P0, P1, TOKENS, LAST, DTYPE)
-    g = _loaded(grad_ptr, start, ok, mean, rstd, gamma, beta, HW, False, O, Q0, Q1, TOKENS, LAST, DTYPE)
+    n = _rows(n_ptr + start * C, ok, TOKENS, False, C, P0, P1)
+    g = _rows(g_ptr + start * O, ok, TOKENS, False, O, Q0, Q1)
     i = tl.arange(0, TOKENS)
     dn = _zeros(TOKENS, P0, P1)
     for j0 in range(0, J, HIDDEN):
         j = j0 + tl.arange(0, HIDDEN)
         j_ok = j < J
-        w1 = _rows(w1_ptr, j, J, HIDDEN, C, P0, P1)
-        w2 = _rows(w2t_ptr, j, J, HIDDEN, O, Q0, Q1)
+        w1 = _rows(w1_ptr + j0 * C, j_ok, HIDDEN, J % HIDDEN == 0, C, P0, P1)
+        w2 = _rows(w2t_ptr + j0 * O, j_ok, HIDDEN, J % HIDDEN == 0, O, Q0, Q1)
         if hidden_ptr is None:
             b1 = tl.load(table_ptr + j, mask=j_ok, other=0.0)
             h = _products(n, w1, tl.zeros([TOKENS, HIDDEN], tl.float32)) + b1[None, :]
@@ -210,23 +176,18 @@ def mlp_bwd_dx(
     if NORM:
         k0 = tl.load(k_ptr + b * 2, mask=ok, other=0.0)
         k1 = tl.load(k_ptr + b * 2 + 1, mask=ok, other=0.0)
+    if norm_sums_ptr is not None:
+        norm_sums_ptr += tile.to(tl.int64) * (2 * C)
     for k in tl.static_range(len(dn)):
         c = k * P0 + tl.arange(0, P1 if k else P0)
-        xhat = finished(
-            dn[k], image(x_ptr, start, c, HW, C, TOKENS, LAST),
-            image(grad_ptr, start, c, HW, C, TOKENS, LAST), image(dx_ptr, start, c, HW, C, TOKENS, LAST),
-            inside(ok, c, C, k * P0 + (P1 if k else P0)), gamma[k], mean, rstd, k0, k1, NORM, RESIDUAL,
+        finished(
+            dn[k], x_ptr, grad_ptr, dx_ptr, gamma_ptr, norm_sums_ptr, start, ok, c, HW, mean, rstd, k0, k1,
+            C, k * P0 + (P1 if k else P0), TOKENS, LAST, NORM, RESIDUAL,
         )  # fmt: skip
-        if norm_sums_ptr is not None:
-            at = norm_sums_ptr + tile.to(tl.int64) * (2 * C) + c
-            tl.store(at, tl.sum(dn[k] * xhat, 0), mask=c < C)
-            tl.store(at + C, tl.sum(dn[k], 0), mask=c < C)
     if grad_sums_ptr is not None:
         for k in tl.static_range(len(g)):
             o = k * Q0 + tl.arange(0, Q1 if k else Q0)
-            at = image(grad_ptr, start, o, HW, O, TOKENS, LAST)
-            mask = inside(ok, o, O, k * Q0 + (Q1 if k else Q0))
-            total = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * drop[:, None], 0)
+            total = tl.sum(g[k].to(tl.float32) * drop[:, None], 0)
             tl.store(grad_sums_ptr + tile.to(tl.int64) * O + o, total, mask=o < O)
 
 
@@ -237,8 +198,15 @@ def partials(problem: Problem, p: Fused) -> Partials:
     pixels = height * width
     channels, out, hidden = sizes = problem.sizes
     vectors = {"dtype": torch.float32, "device": x.device}
+    n, g = x, problem.grad
+    if problem.norm or not direct(problem):
+        n = torch.empty((batch * pixels, channels), dtype=problem.w1.dtype, device=x.device)
+        to_tokens(problem, x, n, norm=problem.norm)
+    if not direct(problem):
+        g = torch.empty((batch * pixels, out), dtype=problem.w1.dtype, device=x.device)
+        to_tokens(problem, problem.grad, g)
     blocks = triton.cdiv(hidden, p.weight_hidden)
-    tiles = problem.tiles(p.weight_tokens)
+    tiles = triton.cdiv(batch * pixels, p.weight_tokens)
     per_split = triton.cdiv(tiles, max(1, p.programs // blocks))
     splits = triton.cdiv(tiles, per_split)
     dw1 = dw2 = db1 = k = ddrop = rows = None
@@ -251,23 +219,22 @@ def partials(problem: Problem, p: Fused) -> Partials:
     shape = (*sizes, *pieces(channels), *pieces(out))
     if rows is not None or problem.parameter_grads:
         mlp_bwd_wgrad[(splits * blocks,)](
-            problem.grad, x, problem.mean_rstd, problem.gamma, problem.beta, problem.scale, problem.drop,
-            problem.b2, problem.hidden, problem.w1, problem.w2t, problem.table, rows, dw1, dw2, db1,
+            n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table, rows, dw1, dw2, db1,
             pixels, batch * pixels, tiles, per_split, *shape, p.weight_tokens, p.weight_hidden,
-            problem.activation, problem.last, problem.norm, problem.drop_grad, problem.scaled,
-            num_warps=p.weight_warps, num_stages=p.weight_stages, **OPTIONS,
+            problem.activation, problem.norm, problem.drop_grad, problem.scaled,
+            num_warps=p.weight_warps, maxnreg=p.registers, num_stages=p.weight_stages, **OPTIONS,
         )  # fmt: skip
     if rows is not None:
-        k, ddrop = sample_sums(problem, rows)
+        k, ddrop = sample_sums(problem, rows, g)
     tiles = problem.tiles(p.tokens)
     dnorm = grad_sums = None
     if problem.parameter_grads:
         dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
         grad_sums = torch.empty((tiles, out), **vectors)
     mlp_bwd_dx[(tiles,)](
-        problem.grad, x, problem.mean_rstd, problem.gamma, problem.beta, problem.drop, problem.hidden,
-        problem.w1, problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
+        n, g, problem.grad, x, problem.mean_rstd, problem.gamma, problem.drop, problem.hidden, problem.w1,
+        problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
         *shape, p.tokens, p.hidden, problem.activation, problem.last, problem.norm, problem.residual,
-        problem.scaled, num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+        problem.scaled, num_warps=p.warps, maxnreg=p.registers, num_stages=p.stages, **OPTIONS,
     )  # fmt: skip
     return Partials(dw1, dw2, db1, dnorm, grad_sums, ddrop)

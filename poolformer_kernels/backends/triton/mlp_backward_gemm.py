@@ -12,38 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate_with_derivative
-from .config import OPTIONS, next_power_of_2
-from .mlp_backward_common import Partials, Problem, sample_sums
+from .config import OPTIONS
+from .mlp_backward_common import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
 from .mlp_backward_config import WORKSPACE, Gemm
-from .mlp_backward_tile import dot, finished, image, inside, normalised, sample_values, shift, token_tile
+from .mlp_backward_tile import dot, finished, inside, sample_values, token_tile
 from .tile import rounded, vector
 
 __all__ = ["partials"]
-
-_COPY_TOKENS = 64  # of a tile of `mlp_bwd_tokens`
-
-
-@triton.jit(do_not_specialize=["HW", "T"])
-def mlp_bwd_tokens(
-    x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, tokens_ptr, sums_ptr, HW, T,
-    C: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """An image as operand rows ``[T, C]``, normalised where ``NORM``; its sums ``d x`` over tokens."""
-    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    tile = tl.program_id(0) // BLOCKS
-    c = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
-    mean, rstd, drop = sample_values(mean_rstd_ptr, drop_ptr, b, ok, NORM)
-    mask = inside(ok, c, C, BLOCKS * CHANNELS)
-    at = image(x_ptr, start, c, HW, C, TOKENS, LAST)
-    if tokens_ptr is not None:
-        gamma = vector(gamma_ptr, c, c < C)
-        beta = shift(beta_ptr, c, c < C)
-        n = normalised(at, mask, mean, rstd, gamma, beta, NORM, tokens_ptr.dtype.element_ty)
-        tl.store(image(tokens_ptr, start, c, HW, C, TOKENS, True), n, mask=mask)
-    if sums_ptr is not None:
-        total = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * drop[:, None], 0)
-        tl.store(sums_ptr + tile.to(tl.int64) * C + c, total, mask=c < C)
 
 
 @triton.jit
@@ -58,7 +33,7 @@ def _matrix(ptr, rows, columns, WIDTH: tl.constexpr, ok, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["HW", "T"])
 def mlp_bwd_hidden(
-    n_ptr, g_ptr, scale_ptr, drop_ptr, b2_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
+    n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
     rows_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
     TOKENS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
@@ -73,17 +48,8 @@ def mlp_bwd_hidden(
     j = block * HIDDEN + tl.arange(0, HIDDEN)
     j_ok = j < J
     start, ok, b = token_tile(tile, HW, T, TOKENS, True)
-    _, _, drop = sample_values(None, drop_ptr, b, ok, False)
-    dp = tl.zeros([TOKENS, HIDDEN], tl.float32)
-    bias = tl.zeros([TOKENS], tl.float32)
-    for o0 in range(0, O, DEPTH):
-        o = o0 + tl.arange(0, DEPTH)
-        g = _matrix(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
-        w2 = _matrix(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
-        dp = dot(g, tl.trans(w2), dp)
-        if DROP and b2_ptr is not None:
-            sb = vector(scale_ptr, o, o < O) * shift(b2_ptr, o, o < O)
-            bias += tl.sum(g.to(tl.float32) * sb[None, :], 1)
+    mask = inside(ok, j, J, BLOCKS * HIDDEN)
+    at = i[:, None] * J + j[None, :]
     if hidden_ptr is None:
         h = tl.zeros([TOKENS, HIDDEN], tl.float32)
         for c0 in range(0, C, DEPTH):
@@ -93,30 +59,35 @@ def mlp_bwd_hidden(
             h = dot(n, tl.trans(w1), h)
         h += tl.load(table_ptr + j, mask=j_ok, other=0.0)[None, :]
     else:
-        h = _matrix(hidden_ptr + start * J, i, j, J, ok, J % HIDDEN == 0).to(tl.float32)
+        h = tl.load(hidden_ptr + start * J + at, mask=mask, other=0.0).to(tl.float32)
+    drop = vector(drop_ptr, b, ok)
+    p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
+    if p_ptr is not None:  # before dp, which needs its registers
+        scaled = p if drop_ptr is None else p * drop[:, None]
+        tl.store(p_ptr + start * J + at, rounded(scaled, DTYPE), mask=mask)
+    h = rounded(h, DTYPE)  # half the registers: for k1
+    dp = tl.zeros([TOKENS, HIDDEN], tl.float32)
+    for o0 in range(0, O, DEPTH):
+        o = o0 + tl.arange(0, DEPTH)
+        g = _matrix(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
+        w2 = _matrix(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
+        dp = dot(g, tl.trans(w2), dp)
     if SCALED:
         dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
-    p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
     dh = dp * slope
     if drop_ptr is not None:
         dh *= drop[:, None]
-    mask = inside(ok, j, J, BLOCKS * HIDDEN)
-    at = start * J + i[:, None] * J + j[None, :]
-    tl.store(dh_ptr + at, rounded(dh, DTYPE), mask=mask)
+    tl.store(dh_ptr + start * J + at, rounded(dh, DTYPE), mask=mask)
     plane = T.to(tl.int64)
-    row = start + block * plane + i
+    row = rows_ptr + (start + block * plane) + i
     if NORM:
         u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
         v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
-        tl.store(rows_ptr + row, tl.sum(dh * u[None, :], 1), mask=ok)
-        tl.store(rows_ptr + row + BLOCKS * plane, tl.sum(dh * (h - v[None, :]), 1), mask=ok)
+        tl.store(row, tl.sum(dh * u[None, :], 1), mask=ok)
+        tl.store(row + BLOCKS * plane, tl.sum(dh * (h.to(tl.float32) - v[None, :]), 1), mask=ok)
     if DROP:
-        total = tl.sum(p * dp, 1) + tl.where(block == 0, bias, 0.0)
-        tl.store(rows_ptr + row + 2 * BLOCKS * plane, total, mask=ok)
-    if p_ptr is not None:
-        if drop_ptr is not None:
-            p *= drop[:, None]
-        tl.store(p_ptr + at, rounded(p, DTYPE), mask=mask)
+        tl.store(row + 2 * BLOCKS * plane, tl.sum(p * dp, 1), mask=ok)
+    if db1_ptr is not None:
         tl.store(db1_ptr + tile.to(tl.int64) * J + j, tl.sum(dh, 0), mask=j_ok)
 
 
@@ -169,15 +140,12 @@ def mlp_bwd_dn(
     if NORM:
         k0 = tl.load(k_ptr + b * 2, mask=ok, other=0.0)
         k1 = tl.load(k_ptr + b * 2 + 1, mask=ok, other=0.0)
-    xhat = finished(
-        dn, image(x_ptr, start, c, HW, C, TOKENS, LAST), image(grad_ptr, start, c, HW, C, TOKENS, LAST),
-        image(dx_ptr, start, c, HW, C, TOKENS, LAST), inside(ok, c, C, BLOCKS * CHANNELS),
-        vector(gamma_ptr, c, c < C), mean, rstd, k0, k1, NORM, RESIDUAL,
-    )  # fmt: skip
     if sums_ptr is not None:
-        at = sums_ptr + tile.to(tl.int64) * (2 * C) + c
-        tl.store(at, tl.sum(dn * xhat, 0), mask=c < C)
-        tl.store(at + C, tl.sum(dn, 0), mask=c < C)
+        sums_ptr += tile.to(tl.int64) * (2 * C)
+    finished(
+        dn, x_ptr, grad_ptr, dx_ptr, gamma_ptr, sums_ptr, start, ok, c, HW, mean, rstd, k0, k1,
+        C, BLOCKS * CHANNELS, TOKENS, LAST, NORM, RESIDUAL,
+    )  # fmt: skip
 
 
 def partials(problem: Problem, p: Gemm) -> Partials:
@@ -190,10 +158,9 @@ def partials(problem: Problem, p: Gemm) -> Partials:
     step = _samples(batch, pixels, hidden)
     tokens = step * pixels
     operand = {"dtype": problem.w1.dtype, "device": x.device}
-    direct = problem.last and x.dtype == problem.w1.dtype  # the image is its own operand
     buffers = _Buffers(
-        n=torch.empty((tokens, channels), **operand) if problem.norm or not direct else None,
-        g=torch.empty((tokens, out), **operand) if not direct else None,
+        n=torch.empty((tokens, channels), **operand) if problem.norm or not direct(problem) else None,
+        g=None if direct(problem) else torch.empty((tokens, out), **operand),
         p=torch.empty((tokens, hidden), **operand) if problem.parameter_grads else None,
         dh=torch.empty((tokens, hidden), **operand),
         rows=torch.empty((3, triton.cdiv(hidden, p.hidden), tokens), **vectors),
@@ -274,42 +241,31 @@ def _chunk_partials(
     if problem.parameter_grads:
         db1 = torch.empty((triton.cdiv(tokens, p.tokens), hidden), **vectors)
         dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
-        grad_sums = torch.empty((problem.tiles(_COPY_TOKENS), out), **vectors)
+        grad_sums = torch.empty((problem.tiles(TOKENS), out), **vectors)
     if buffers.n is not None:
-        _to_tokens(problem, x, buffers.n, None, problem.norm)
+        to_tokens(problem, x, buffers.n, None, problem.norm)
     if buffers.g is not None or grad_sums is not None:
-        _to_tokens(problem, problem.grad, buffers.g, grad_sums, False)
+        to_tokens(problem, problem.grad, buffers.g, grad_sums)
     n = x if buffers.n is None else buffers.n
     g = problem.grad if buffers.g is None else buffers.g
     rows = buffers.rows.view(-1)[: 3 * blocks * tokens].view(3, blocks, tokens)
     mlp_bwd_hidden[(triton.cdiv(tokens, p.tokens) * blocks,)](
-        n, g, problem.scale, problem.drop, problem.b2, problem.hidden, problem.w1, problem.w2t, problem.table,
+        n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table,
         buffers.p, buffers.dh, rows, db1, pixels, tokens, channels, out, hidden, p.tokens, p.hidden, p.depth,
         problem.activation, problem.norm, problem.drop_grad, problem.scaled,
         num_warps=p.warps, num_stages=p.stages, **OPTIONS,
     )  # fmt: skip
     if problem.norm or problem.drop_grad:
-        k, ddrop = sample_sums(problem, rows)
+        k, ddrop = sample_sums(problem, rows, g)
     if dw1 is not None:
         _add_products(p, buffers.dh, n, dw1, tokens)
         _add_products(p, g, buffers.p, dw2, tokens)
-    mlp_bwd_dn[(tiles * triton.cdiv(channels, p.channels),)](
+    mlp_bwd_dn[(tiles * triton.cdiv(channels, p.columns),)](
         buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, dnorm,
-        pixels, tokens, channels, hidden, p.tokens, p.channels, p.depth, problem.last, problem.norm,
+        pixels, tokens, channels, hidden, p.tokens, p.columns, p.depth, problem.last, problem.norm,
         problem.residual, num_warps=p.warps, num_stages=p.stages, **OPTIONS,
     )  # fmt: skip
     return db1, dnorm, grad_sums, ddrop
-
-
-def _to_tokens(
-    problem: Problem, image_: Tensor, tokens: Tensor | None, sums: Tensor | None, norm: bool
-) -> None:
-    batch, channels, height, width = image_.shape
-    block = min(64, max(16, next_power_of_2(channels)))
-    mlp_bwd_tokens[(problem.tiles(_COPY_TOKENS) * triton.cdiv(channels, block),)](
-        image_, problem.mean_rstd, problem.gamma, problem.beta, problem.drop, tokens, sums, height * width,
-        batch * height * width, channels, _COPY_TOKENS, block, problem.last, norm, **OPTIONS,
-    )  # fmt: skip
 
 
 def _add_products(p: Gemm, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:

@@ -88,15 +88,23 @@ def normalised(at, mask, mean, rstd, gamma, beta, NORM: tl.constexpr, DTYPE: tl.
 
 @triton.jit
 def finished(
-    dn, x_at, grad_at, dx_at, mask, gamma, mean, rstd, k0, k1, NORM: tl.constexpr, RESIDUAL: tl.constexpr
-):
-    """Stores dx of a tile; returns x normalised, for norm_weight's gradient."""
-    xhat = dn
+    dn, x_ptr, grad_ptr, dx_ptr, gamma_ptr, sums_ptr, start, ok, c, HW, mean, rstd, k0, k1,
+    C: tl.constexpr, END: tl.constexpr, TOKENS: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of a tile, and its sums over tokens ``dn x_hat`` and ``dn`` where ``sums_ptr`` is given."""
+    mask = inside(ok, c, C, END)
     dx = dn
     if NORM:
-        xhat = (tl.load(x_at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        x = tl.load(image(x_ptr, start, c, HW, C, TOKENS, LAST), mask=mask, other=0.0).to(tl.float32)
+        xhat = (x - mean[:, None]) * rstd[:, None]
+        if sums_ptr is not None:
+            tl.store(sums_ptr + c, tl.sum(dn * xhat, 0), mask=c < C)
+            tl.store(sums_ptr + C + c, tl.sum(dn, 0), mask=c < C)
+        gamma = vector(gamma_ptr, c, c < C)
         dx = rstd[:, None] * (gamma[None, :] * dn - k0[:, None] - xhat * k1[:, None])
     if RESIDUAL:
-        dx += tl.load(grad_at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_at, rounded(dx, dx_at.dtype.element_ty), mask=mask)
-    return xhat
+        grad = tl.load(image(grad_ptr, start, c, HW, C, TOKENS, LAST), mask=mask, other=0.0)
+        dx += grad.to(tl.float32)
+    at = image(dx_ptr, start, c, HW, C, TOKENS, LAST)
+    tl.store(at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)

@@ -6,7 +6,8 @@ No triton import here: fakes need `mlp_stats_tiles` on machines without a GPU.
 from functools import cache
 from typing import NamedTuple
 
-from .config import flat_block, next_power_of_2
+from .config import flat_block
+from .mlp_backward_config import pieces
 
 __all__ = [
     "FEW_PIXELS",
@@ -16,15 +17,15 @@ __all__ = [
     "STATS_ROWS",
     "Fused",
     "Gemm",
+    "fc1",
+    "fc2",
     "fused",
-    "gemm",
     "mlp_stats_tiles",
     "out_tile",
-    "split",
 ]
 
 FUSED_CHANNELS = 192  # above it the fused kernel spills and gains nothing at the roofline
-FEW_PIXELS = 32  # samples of fewer are too many in one tile: the pair of GEMMs, y's statistics by their own kernel
+FEW_PIXELS = 32  # samples of fewer are too many in one tile: the pair, and y's statistics by their own kernel
 FOLD_ROWS, FOLD_DEPTH = 16, 128  # a tile of fc1's weight while the norm is folded into it
 STATS_ROWS = 64  # a tile has at least so many rows (tokens)
 
@@ -36,33 +37,24 @@ class Fused(NamedTuple):
     hidden: int  # of a chunk of the hidden dimension
     warps: int
     stages: int
-    registers: int | None = None
+    registers: int  # of a thread at most
 
 
 class Gemm(NamedTuple):
-    """Tiles of one GEMM; fc2's columns are `out_tile`'s."""
+    """Tiles of one GEMM."""
 
     rows: int
-    columns: int
+    columns: tuple[int, int]  # of two parts, each a power of two; the second may be 0
     depth: int
     warps: int
     stages: int
 
 
-def split(n: int) -> tuple[int, int]:
-    """n as two powers of two from 16 on, the second 0 where one will do; padded where neither fits."""
-    first = 1 << (max(n, 16).bit_length() - 1)
-    if n <= first:
-        return first, 0
-    second = next_power_of_2(max(n - first, 16))
-    return (2 * first, 0) if second == first else (first, second)
-
-
 @cache
 def out_tile(out: int) -> tuple[int, int]:
-    """Columns of a tile of y, as `split` has them."""
+    """Columns of a tile of y, as one or two powers of two."""
     if out <= 192:
-        return split(out)
+        return pieces(out)
     for columns in ((128, 0), (128, 64), (128, 32)):
         if out % sum(columns) == 0:
             return columns
@@ -80,27 +72,32 @@ def mlp_stats_tiles(shape, channels_last: bool, hidden: int) -> int:
     return ((pixels + STATS_ROWS - 2) // STATS_ROWS + 1) * -(-out // sum(out_tile(out)))
 
 
+# operands of two bytes, up to C. 128 registers make room for two programs on an SM.
 _FUSED = {
-    # (C up to, bytes of an operand): tiles
-    (64, 2): Fused(128, 64, 8, 2, 128),
-    (96, 2): Fused(128, 32, 8, 2, 128),
-    (128, 2): Fused(128, 32, 8, 3),
-    (192, 2): Fused(128, 32, 8, 2),
-    (64, 4): Fused(64, 32, 8, 1),
-    (96, 4): Fused(64, 32, 8, 1),
-    (128, 4): Fused(64, 32, 8, 1),
-    (192, 4): Fused(64, 16, 8, 1),
+    64: Fused(128, 64, 8, 2, 128),
+    96: Fused(128, 32, 8, 2, 128),
+    128: Fused(128, 32, 8, 3, 255),
+    192: Fused(128, 32, 8, 2, 255),
 }
 
 
 def fused(channels: int, itemsize: int) -> Fused:
     """Tiles of the fused kernel at C channels, for operands of ``itemsize`` bytes."""
-    bound = next(c for c in (64, 96, 128, 192) if channels <= c)
-    return _FUSED[bound, itemsize]
-
-
-def gemm(itemsize: int, second: bool) -> Gemm:
-    """Tiles of fc1, or of fc2 where ``second``."""
     if itemsize == 4:
-        return Gemm(64, 64, 32, 8, 2)
-    return Gemm(128, 128, 64, 8, 3)
+        return Fused(64, 16, 8, 1, 255)
+    return _FUSED[next(bound for bound in _FUSED if channels <= bound)]
+
+
+def fc1(x_itemsize: int, itemsize: int, shared: int) -> Gemm:
+    """Tiles of fc1 where fc2 is a kernel of its own, with ``shared`` bytes of shared memory for a block."""
+    if itemsize == 4:
+        return Gemm(64, (64, 0), 32, 8, 2)
+    return Gemm(128, (128, 0), 64, 8, min(3, shared // (64 * 128 * (x_itemsize + itemsize))))
+
+
+def fc2(out: int, itemsize: int, shared: int) -> Gemm:
+    """Tiles of that kernel."""
+    columns = out_tile(out)
+    if itemsize == 4:
+        return Gemm(64, columns, 32, 8, 2)
+    return Gemm(128, columns, 64, 8, min(4, shared // (64 * (128 + sum(columns)) * itemsize)))
