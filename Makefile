@@ -10,6 +10,7 @@
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 VENV ?= .venv
+SANITIZED := POOLFORMER_KERNELS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 LINT := ruff==0.17.6 clang-format==23.1.5
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -37,14 +38,14 @@ bench: $(VENV)/.extra-bench $(VENV)/.extension
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp
 
 sanitize: $(VENV)/.extra-test $(VENV)/.extension
-	POOLFORMER_KERNELS_SKIP_CUDA=1 POOLFORMER_KERNELS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	POOLFORMER_KERNELS_SKIP_CUDA=1 $(SANITIZED) \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
-	  ../../tests/test_mlp*.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
+	  ../../tests/test_mlp*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
 
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"

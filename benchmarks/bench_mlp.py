@@ -4,9 +4,10 @@
 
 Ours computes ``x + layer_scale * mlp(GroupNorm(x))`` from x's statistics; the others only
 ``linear(gelu(linear(x)))`` on the same tokens: eager, and torch.compile with frozen weights (forward) or
-over the training graph (backward). "block" providers are eager and torch.compile on the whole sub-block as
-the official model writes it. All on the same random data, in channels_last; samples are interleaved, figures
-are medians. The matrix product that the fraction refers to is ``torch.mm`` of 1024 x 1024 matrices a thread.
+over the training graph (backward). "block" providers run the whole sub-block as the official model writes it:
+eager, and in the forward torch.compile. All on the same random data, in channels_last; samples are
+interleaved, figures are medians. FLOPs are those of the gradients: ours computes fc1 once more. The matrix
+product that the fraction refers to is ``torch.mm`` of 1024 x 1024 matrices a thread.
 """
 
 import argparse

@@ -190,6 +190,16 @@ def test_core_many_samples(backend, dtype, save_hidden, layout):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("save_hidden", [False, True])
+@pytest.mark.parametrize("shape", [(65, 8, 7, 7), (17, 8, 14, 14), (5, 8, 28, 28), (1, 4, 57, 59)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_cpp_backward_in_groups(kernels, dtype, shape, save_hidden, layout):
+    """More tokens than the backward holds at once: groups of samples, a short last one, one large image."""
+    inputs = make_inputs(shape, 9, dtype)
+    assert_mlp_right(inputs, make_grad(inputs), layout, save_hidden=save_hidden, residual=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("save_hidden", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_core_no_samples(backend, residual, save_hidden, layout):
     inputs = make_inputs((0, 5, 3, 4), 7)

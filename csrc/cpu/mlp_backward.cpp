@@ -6,9 +6,10 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kGroupTokens = 3136;  // of whole samples whose gradient waits for GroupNorm's sums, or one sample
-constexpr int64_t kBlockElements = 1 << 18;  // tokens times channels of a block, whose operands stay in the caches
-constexpr int64_t kBlockTokens = 1600;
+// Whole samples whose gradient waits for GroupNorm's sums are a group, one sample at least; its tokens are worked on in
+// blocks, whose operands stay in the caches.
+constexpr int64_t kGroupTokens = 3136, kGroupElements = 1 << 19;
+constexpr int64_t kBlockTokens = 1600, kBlockElements = 1 << 18;
 
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -39,7 +40,7 @@ struct Workspace {
   // f(array, words) for each; `per` elements make an operand word.
   template <class F>
   void each(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks, const F& f) {
-    constexpr int64_t kSlack = 64;  // products read whole vectors, and whole steps of k
+    constexpr int64_t kSlack = 16;  // products read whole vectors, and whole steps of k
     const int64_t block = p.block_lanes, rows = rounded_up(p.hidden, kRowsMax);
     const int64_t in = rounded_up(p.channels, kRowsMax), out = rounded_up(p.out, kRowsMax);
     const int64_t tokens = p.parameter_grads ? block / per : 0;
@@ -69,18 +70,20 @@ struct Backward {
   int64_t element;                // bytes of x's
   std::vector<double> t, drops;   // sum d g [out], drop_scale's gradient [B]
   int64_t sample, chunks, group;  // elements, chunks of a sample; samples of a group
+  int64_t block_tokens;           // at most
 
   Backward(const Call& call, const MlpKernels& kernels, MlpBackwardParams& p, int64_t element)
       : call(call), kernels(kernels), p(p), element(element), t(p.out), drops(p.batch) {
     sample = p.channels * p.pixels;
     chunks = (sample + kStatsChunk - 1) / kStatsChunk;
-    group = std::max<int64_t>(1, std::min(p.batch, kGroupTokens / p.pixels));
+    const int64_t wide = std::max(p.channels, p.out);
+    group = std::max<int64_t>(1, std::min(p.batch, std::min(kGroupTokens, kGroupElements / wide) / p.pixels));
     const int64_t tokens = group * p.pixels;
-    const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / std::max(p.channels, p.out)));
+    const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / wide));
     const int64_t blocks = (tokens + most - 1) / most;
     p.lanes = 96;
     p.input_lanes = 192;
-    p.block_lanes = rounded_up((tokens + blocks - 1) / blocks, 32);
+    p.block_lanes = block_tokens = rounded_up((tokens + blocks - 1) / blocks, 32);
   }
 
   void run() {
@@ -93,8 +96,8 @@ struct Backward {
                                 });
     for (int64_t b = 0; b < p.batch; b += group) {
       const int64_t samples = std::min(group, p.batch - b), tokens = samples * p.pixels;
-      for (int64_t at = 0; at < tokens; at += p.block_lanes)
-        block(own, b * p.pixels, at, std::min(p.block_lanes, tokens - at), scratch);
+      for (int64_t at = 0; at < tokens; at += block_tokens)
+        block(own, b * p.pixels, at, std::min(block_tokens, tokens - at), scratch);
       group_norm(own, b, samples);
     }
     if (!p.parameter_grads) return;
@@ -110,6 +113,7 @@ struct Backward {
 
   // Tokens at .. at + count - 1 of the group that starts at token `first`.
   void block(const Workspace& own, int64_t first, int64_t at, int64_t count, int64_t scratch) {
+    p.block_lanes = rounded_up(count, 32);
     tiles(p.lanes, count, [&](int64_t i, int64_t lane, int64_t lanes, int64_t tokens) {
       kernels.prepare(p, first + at + lane, tokens, lane, lanes, own.g_sums + i * p.out, worker_scratch(scratch));
     });
@@ -168,8 +172,8 @@ struct Backward {
       }
     }
     each_chunk([&](int64_t, int64_t local, int64_t offset, const float* e, int64_t n) {
-      kernels.finish(at(p.x, offset), p.residual ? at(p.grad, offset) : nullptr, e, p.norm ? p.mean[b + local] : 0,
-                     p.norm ? p.rstd[b + local] : 1, k[2 * local], k[2 * local + 1], n,
+      kernels.finish(p.norm ? at(p.x, offset) : nullptr, p.residual ? at(p.grad, offset) : nullptr, e,
+                     p.mean[b + local], p.rstd[b + local], k[2 * local], k[2 * local + 1], n,
                      static_cast<char*>(p.dx) + offset * element);
     });
   }

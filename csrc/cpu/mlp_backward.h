@@ -164,8 +164,8 @@ __attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const
     Pair sum{};
     for (int64_t l = 0; l < lanes; l += kLanes) {
       const vf d = load(p.drop_lanes + lane + l);
-      const auto a = activate<A, EXACT>(load(h + l) + bias_a, exponential);
-      const auto b = activate<A, EXACT>(load(h + lanes + l) + bias_b, exponential);
+      const auto a = activate<A, EXACT>(load(h + l) + bias_a, Exponential{});
+      const auto b = activate<A, EXACT>(load(h + lanes + l) + bias_b, Exponential{});
       const vf dp_a = load(dp + l), dp_b = load(dp + lanes + l);
       const Pair dh = {dp_a * d * a.slope, dp_b * d * b.slope};
       dh_tile.put((row + r) / 2, l, dh);
@@ -281,7 +281,7 @@ void mlp_reduce(const void* x, const float* e, float mean, int64_t n, double* su
   sums[1] = hsum(second);
 }
 
-// dx = r e - k0 - (x - mean) k1, plus g where it is given.
+// dx = r e - k0 - (x - mean) k1, without a norm (no x) e, plus g where it is given.
 template <class T>
 void mlp_finish(const void* x, const void* grad, const float* e, float mean, float rstd, float k0, float k1, int64_t n,
                 void* dx) {
@@ -290,11 +290,11 @@ void mlp_finish(const void* x, const void* grad, const float* e, float mean, flo
   const auto value = [&](vf v, vf input) PK_FORCED { return (v * rstd - k0) - (input - mean) * k1; };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const vf own = value(load(e + i), load(in + i));
+    const vf v = load(e + i), own = in ? value(v, load(in + i)) : v;
     store(out + i, g ? own + load(g + i) : own);
   }
   if (i < n) {
-    const vf own = value(load(e + i, n - i), load(in + i, n - i));
+    const vf v = load(e + i, n - i), own = in ? value(v, load(in + i, n - i)) : v;
     store(out + i, g ? own + load(g + i, n - i) : own, n - i);
   }
 }

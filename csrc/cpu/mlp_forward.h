@@ -164,7 +164,7 @@ __attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lan
         store(row_a + l, a);
         store(row_b + l, b);
       }
-      p.put(row / 2 + i, l, {activate<A, EXACT>(a, exponential).value, activate<A, EXACT>(b, exponential).value});
+      p.put(row / 2 + i, l, {activate<A, EXACT>(a, Exponential{}).value, activate<A, EXACT>(b, Exponential{}).value});
     }
   }
 }
@@ -264,13 +264,17 @@ struct ForwardScratch {
   }
 };
 
-// Rows of fc1's output, with its bias, for the backward.
+// Rows of fc1's output, with its bias, for the backward. What is finite stays so: the slope is 0 or 1 out there.
 template <class S>
-void save_rows(const MlpParams& p, const float* h, int64_t rows, int64_t lanes, int64_t row, int64_t first,
-               int64_t count) {
+void save_rows(const MlpParams& p, float* h, int64_t rows, int64_t lanes, int64_t row, int64_t first, int64_t count) {
   for (int64_t r = 0; r < rows && row + r < p.hidden; ++r) {
-    S* out = static_cast<S*>(p.saved) + (row + r) * p.tokens + first;
-    convert_row(h + r * lanes, out, count);
+    float* in = h + r * lanes;
+    if constexpr (__is_same(S, fp16))
+      for (int64_t l = 0; l < lanes; l += kLanes) {
+        const vf v = load(in + l), cut = lesser(splat(65504), larger(splat(-65504), v));
+        store(in + l, v - v == 0.0f ? cut : v);
+      }
+    convert_row(in, static_cast<S*>(p.saved) + (row + r) * p.tokens + first, count);
   }
 }
 

@@ -76,6 +76,11 @@ PK_INLINE vf exponential(vf x) {
   return p * (vf)(((vu)shifted + 127u) << 23);
 }
 
+// As an object: a pointer to the function is not inlined without optimisation.
+struct Exponential {
+  PK_INLINE vf operator()(vf x) const { return exponential(x); }
+};
+
 // --- bfloat16 is the upper half of a float, rounded to nearest even
 
 PK_INLINE vu round_bits(vf v) {

@@ -139,7 +139,7 @@ def mlp_with_stats(
     device = x.device.type
     narrow = None
     if device in _AUTOCAST and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        x, w1, w2, narrow = _autocast(device, x, w1, w2, norm, residual)
+        x, (w1, b1, w2, b2), narrow = _autocast(device, x, (w1, b1, w2, b2), norm, residual)
         return_stats = return_stats and narrow is None  # nobody normalises the plain form's result
     _check(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
@@ -177,17 +177,23 @@ def mlp_with_stats(
 
 
 def _autocast(
-    device: str, x: Tensor, w1: Tensor, w2: Tensor, norm: bool, residual: bool
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype | None]:
-    """x and the weights as eager AMP computes them, and the dtype of the result where it is not x's."""
+    device: str, x: Tensor, layers: tuple[Tensor | None, ...], norm: bool, residual: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...], torch.dtype | None]:
+    """x and (w1, b1, w2, b2) as eager AMP computes them, and the dtype of the result where it is not x's."""
     half = torch.get_autocast_dtype(device)
     if not (norm or residual):
         x = x.to(half)
     elif x.is_cuda:
         x = x.float()
     operand = half if x.dtype == torch.float32 else x.dtype
-    w1, w2 = (w.to(operand) if isinstance(w, Tensor) and w.is_floating_point() else w for w in (w1, w2))
-    return x, w1, w2, None if residual or x.dtype != torch.float32 else half
+
+    def cast(p: Tensor | None, kept: torch.dtype | None) -> Tensor | None:
+        narrow = isinstance(p, Tensor) and p.is_floating_point() and p.dtype != kept
+        return p.to(operand) if narrow else p
+
+    w1, b1, w2, b2 = layers
+    layers = cast(w1, None), cast(b1, torch.float32), cast(w2, None), cast(b2, torch.float32)
+    return x, layers, None if residual or x.dtype != torch.float32 else half
 
 
 def _check(

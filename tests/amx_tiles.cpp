@@ -1,0 +1,283 @@
+// The MLP's kernels on AMX tiles, emulated (PK_EMULATE_TILES), against those of AVX-512 with bfloat16: both round the
+// same operands to bfloat16 and sum their products in float32, in another order. For each problem, type of x and array
+// a line: problem, type, array, the largest deviation over the largest value, the L2 deviation over the L2 norm.
+//
+// Every array has just the size that the launchers give it, so that AddressSanitizer sees what goes beyond one, and is
+// NaN before it is written, so that a deviation is NaN where padding is used that was not cleared.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../csrc/cpu/mlp.h"
+
+namespace {
+
+using pk::kRowsMax;
+
+struct Problem {
+  const char* name;
+  int64_t batch, pixels, channels, hidden, out;
+  bool channels_last, residual, norm, saved;
+  pk::Activation activation;
+  bool float_weights;   // where x is bfloat16; weights are bfloat16 otherwise
+  int64_t weight_gap;   // elements between a weight's rows
+  int64_t block_lanes;  // of the backward
+  int64_t tokens() const { return batch * pixels; }
+};
+
+int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- arrays
+
+struct Array {
+  int dtype;  // 0 float32, 1 bfloat16
+  std::vector<char> bytes;
+
+  Array(int of, int64_t n) : dtype(of), bytes(n * (of ? 2 : 4), char(0xff)) {}  // NaN in both
+  void set(int64_t i, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (!dtype) {
+      std::memcpy(&bytes[4 * i], &bits, 4);
+      return;
+    }
+    bits += 0x7fffu + (bits >> 16 & 1);
+    const uint16_t upper = bits >> 16;
+    std::memcpy(&bytes[2 * i], &upper, 2);
+  }
+  float get(int64_t i) const {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &bytes[i * (dtype ? 2 : 4)], dtype ? 2 : 4);
+    if (dtype) bits <<= 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  int64_t size() const { return bytes.size() / (dtype ? 2 : 4); }
+  void* data() { return bytes.data(); }
+};
+
+std::vector<float> floats(const Array& a) {
+  std::vector<float> out(a.size());
+  for (int64_t i = 0; i < a.size(); ++i) out[i] = a.get(i);
+  return out;
+}
+
+// n floats or words, NaN
+template <class T>
+std::vector<T> unwritten(int64_t n) {
+  std::vector<T> out(n);
+  std::memset(static_cast<void*>(out.data()), 0xff, n * sizeof(T));
+  return out;
+}
+
+std::mt19937 generator;
+
+Array normal(int dtype, int64_t n, float mean, float sigma) {
+  std::normal_distribution<float> value(mean, sigma);
+  Array out(dtype, n);
+  for (int64_t i = 0; i < n; ++i) out.set(i, value(generator));
+  return out;
+}
+
+// [rows, cols], rows `step` apart with NaN between them, and nothing after the last one
+Array weights(int dtype, int64_t rows, int64_t cols, int64_t step) {
+  Array all = normal(dtype, (rows - 1) * step + cols, 0.02f / cols, 1 / std::sqrt(float(cols))), out(dtype, all.size());
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) out.set(r * step + c, all.get(r * step + c));
+  return out;
+}
+
+// A parameter as the launchers pad it.
+std::vector<float> parameter(int64_t n, float mean, float sigma) {
+  std::vector<float> out = floats(normal(0, n, mean, sigma));
+  out.resize((n + kRowsMax + 15) / 16 * 16, 0.0f);
+  return out;
+}
+
+// ---- a problem's inputs
+
+struct Inputs {
+  Array x, grad, w1, w2, saved;
+  std::vector<float> b1, b2, gamma, beta, scale, mean, rstd, drop;
+
+  Inputs(const Problem& q, int io)
+      : x(normal(io, q.tokens() * q.channels, -2.3f, 0.5f)),
+        grad(normal(io, q.tokens() * q.out, 0.3f, 1)),
+        w1(weights(weight_dtype(q, io), q.hidden, q.channels, q.channels + q.weight_gap)),
+        w2(weights(weight_dtype(q, io), q.out, q.hidden, q.hidden + q.weight_gap)),
+        saved(1, q.saved ? q.tokens() * q.hidden : 0),
+        b1(parameter(q.hidden, 0.2f, 0.5f)),
+        b2(parameter(q.out, -0.1f, 0.5f)),
+        gamma(parameter(q.channels, 0.9f, 0.3f)),
+        beta(parameter(q.channels, 0.2f, 0.5f)),
+        scale(parameter(q.out, 0.1f, 0.4f)),
+        mean(parameter(q.batch, -2.3f, 0.01f)),
+        rstd(parameter(q.batch, 2, 0.01f)),
+        drop(parameter(q.batch, 1.25f, 0)) {
+    if (q.batch > 2) drop[1] = 0;
+  }
+  static int weight_dtype(const Problem& q, int io) { return io == 1 && q.float_weights ? 0 : 1; }
+
+  pk::MlpParams params(const Problem& q) {
+    pk::MlpParams p{};
+    p.batch = q.batch, p.channels = q.channels, p.hidden = q.hidden, p.out = q.out, p.pixels = q.pixels;
+    p.tokens = q.tokens();
+    p.channels_last = q.channels_last, p.residual = q.residual, p.norm = q.norm;
+    p.activation = q.activation;
+    p.x = x.data();
+    p.saved = q.saved ? saved.data() : nullptr;
+    p.w1 = {w1.data(), q.channels + q.weight_gap, w1.dtype};
+    p.w2 = {w2.data(), q.hidden + q.weight_gap, w2.dtype};
+    p.b1 = b1.data(), p.b2 = b2.data(), p.gamma = gamma.data(), p.beta = beta.data(), p.scale = scale.data();
+    p.mean = mean.data(), p.rstd = rstd.data(), p.drop = drop.data();
+    return p;
+  }
+};
+
+using Results = std::vector<std::pair<std::string, std::vector<float>>>;
+
+// ---- what the launchers (mlp.cpp, mlp_backward.cpp) do, in one thread
+
+Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
+  pk::MlpParams p = in.params(q);
+  Array y(in.x.dtype, p.tokens * p.out);
+  std::vector<float> moments = unwritten<float>(2 * p.tokens);
+  p.y = y.data();
+  p.token_moments = moments.data();
+  const int64_t vectors = (p.tokens + 15) / 16, tiles = (vectors * 16 + 207) / 208;
+  p.lanes = (vectors + tiles - 1) / tiles * 16;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = i * vectors / tiles * 16, last = (i + 1) * vectors / tiles * 16;
+    auto scratch = unwritten<uint32_t>(kernels.forward_scratch(p));
+    kernels.forward(p, first, std::min(last, p.tokens) - first, scratch.data());
+  }
+  return {{"y", floats(y)}, {"saved", floats(in.saved)}, {"token_moments", moments}};
+}
+
+// Rows of n floats, without the padding of each.
+std::vector<float> dense(const std::vector<float>& padded, int64_t rows, int64_t n) {
+  std::vector<float> out;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = padded.data() + r * rounded_up(n, 16);
+    out.insert(out.end(), row, row + n);
+  }
+  return out;
+}
+
+Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
+  pk::MlpBackwardParams p{in.params(q)};
+  p.grad = in.grad.data();
+  p.parameter_grads = p.drop_grad = true;
+  p.lanes = 96, p.input_lanes = 192;
+  p.block_lanes = q.block_lanes;
+  const int64_t block = p.block_lanes, per = kernels.operand_per, slack = 64, rows = rounded_up(p.hidden, kRowsMax);
+  const int64_t wide_in = rounded_up(p.channels, kRowsMax), wide_out = rounded_up(p.out, kRowsMax);
+  auto n = unwritten<uint32_t>((wide_in / per + slack) * block),
+       g = unwritten<uint32_t>((wide_out / per + slack) * block);
+  auto dh = unwritten<uint32_t>((rows / per + slack) * block);
+  auto x_tokens = unwritten<uint32_t>(block / per * p.channels + slack);
+  auto g_tokens = unwritten<uint32_t>(block / per * p.out + slack);
+  auto w1t = unwritten<uint32_t>(wide_in * (rows / per + slack));
+  auto drop_lanes = unwritten<float>(block), drop_rows = unwritten<float>((1 + rows / kRowsMax) * block);
+  auto e = unwritten<float>(p.tokens * p.channels), g_p = unwritten<float>(rows * wide_out);
+  auto x_dh = unwritten<float>(rows * wide_in), g_sums = unwritten<float>((block / p.lanes + 1) * p.out);
+  std::vector<float> db1(rows), t(wide_out), drops(p.tokens);
+  Array dw1(in.w1.dtype, p.hidden * p.channels), dw2(in.w2.dtype, p.out * p.hidden);
+  auto db2 = unwritten<float>(p.out), dscale = db2, dgamma = unwritten<float>(p.channels), dbeta = dgamma;
+  p.n = n.data(), p.g = g.data(), p.dh = dh.data(), p.x_tokens = x_tokens.data(), p.g_tokens = g_tokens.data();
+  p.w1t = w1t.data(), p.drop_lanes = drop_lanes.data(), p.drop_rows = drop_rows.data(), p.e = e.data();
+  p.g_p = g_p.data(), p.x_dh = x_dh.data(), p.db1 = db1.data(), p.t = t.data();
+  p.dw1 = dw1.data(), p.dw2 = dw2.data(), p.db2 = db2.data(), p.dscale = dscale.data();
+  p.dgamma = dgamma.data(), p.dbeta = dbeta.data();
+  const auto scratch = [&] { return unwritten<uint32_t>(kernels.backward_scratch(p)); };
+
+  for (int64_t c = 0; c < p.channels; c += kRowsMax) kernels.pack_input(p, c, std::min(p.channels, c + kRowsMax));
+  for (int64_t first = 0; first < p.tokens; first += block) {
+    const int64_t count = std::min(block, p.tokens - first);
+    const auto tiles = [&](int64_t lanes, const auto& f) {
+      for (int64_t lane = 0; lane < block; lane += lanes)
+        f(lane, std::min(lanes, block - lane), std::max<int64_t>(0, std::min(lanes, count - lane)));
+    };
+    tiles(p.lanes, [&](int64_t lane, int64_t lanes, int64_t tokens) {
+      kernels.prepare(p, first + lane, tokens, lane, lanes, g_sums.data() + lane / p.lanes * p.out, scratch().data());
+    });
+    for (int64_t i = 0; i * p.lanes < count; ++i)
+      for (int64_t c = 0; c < p.out; ++c) t[c] += g_sums[i * p.out + c];
+    for (int64_t row = 0; row < p.hidden; row += kRowsMax) kernels.hidden(p, row, first, count, scratch().data());
+    p.add = true;
+    tiles(p.input_lanes, [&](int64_t lane, int64_t lanes, int64_t tokens) {
+      if (tokens > 0) kernels.input(p, first + lane, tokens, lane, lanes, scratch().data());
+    });
+    for (int64_t i = 0; i <= rows / kRowsMax; ++i)
+      for (int64_t l = 0; l < count; ++l) drops[first + l] += drop_rows[i * block + l];
+  }
+  kernels.weights(p, 0, kernels.weight_items(p));
+  t.resize(p.out), db1.resize(p.hidden);
+  return {{"e", e},
+          {"g_p", dense(g_p, p.hidden, p.out)},
+          {"x_dh", dense(x_dh, p.hidden, p.channels)},
+          {"db1", db1},
+          {"t", t},
+          {"drop_terms", drops},
+          {"dw1", floats(dw1)},
+          {"dw2", floats(dw2)},
+          {"db2", db2},
+          {"dgamma", dgamma},
+          {"dbeta", dbeta},
+          {"dscale", dscale}};
+}
+
+// ---- deviations
+
+void print(const Problem& q, const char* type, const Results& actual, const Results& expected) {
+  for (size_t i = 0; i < actual.size(); ++i) {
+    double largest = 0, most = 0, squares = 0, norm = 0;
+    for (size_t j = 0; j < actual[i].second.size(); ++j) {
+      const double value = expected[i].second[j], off = actual[i].second[j] - value;
+      largest = std::max(largest, std::abs(off));
+      most = std::max(most, std::abs(value));
+      squares += off * off;  // NaN stays in it
+      norm += value * value;
+    }
+    if (actual[i].second.empty()) continue;
+    const double l2 = std::sqrt(squares / norm);
+    std::printf("%s %s %s %g %g\n", q.name, type, actual[i].first.c_str(), std::isnan(l2) ? l2 : largest / most, l2);
+  }
+}
+
+}  // namespace
+
+int main() {
+  using enum pk::Activation;
+  const Problem problems[] = {
+      // batch, pixels, channels, hidden, out; channels_last, residual, norm, saved
+      {"c64", 2, 49, 64, 256, 64, false, true, true, false, gelu, false, 0, 128},
+      {"c96_last", 3, 75, 96, 384, 96, true, true, true, false, gelu, false, 0, 128},
+      {"c17", 3, 37, 17, 70, 17, false, true, true, true, silu, false, 0, 64},
+      {"c33_out50_last", 2, 53, 33, 300, 50, true, false, false, true, relu, true, 0, 128},
+      {"c33_out7", 5, 50, 33, 132, 7, false, false, true, false, gelu_tanh, true, 3, 96},
+      {"c64_strided", 4, 30, 64, 256, 96, false, false, true, false, gelu, false, 8, 128},
+      {"c64_odd_step_last", 1, 31, 64, 70, 64, true, true, false, true, gelu, false, 1, 32},
+      {"c320_last", 1, 196, 320, 1280, 320, true, true, true, true, gelu, false, 0, 128},
+      {"one_token", 1, 1, 96, 300, 96, true, true, true, false, gelu, false, 0, 32},
+      {"short_block_last", 2, 163, 64, 256, 64, true, true, true, true, gelu, false, 0, 320},
+      {"short_block", 2, 163, 64, 256, 64, false, true, true, false, silu, true, 0, 320},
+  };
+  for (const Problem& q : problems)
+    for (const int io : {1, 0}) {
+      Inputs in(q, io);
+      const pk::MlpKernels &tiles = pk::mlp_amx[io == 1 ? 0 : 1], &vectors = pk::mlp_avx512_bf16[io == 1 ? 1 : 3];
+      const char* type = io == 1 ? "bfloat16" : "float32";
+      const Results actual = forward(tiles, q, in);
+      print(q, type, actual, forward(vectors, q, in));  // in.saved is now that of the vectors, for both
+      const Results gradients = backward(tiles, q, in);
+      print(q, type, gradients, backward(vectors, q, in));
+    }
+}

@@ -1,0 +1,102 @@
+"""The MLP's kernels on AMX tiles: what they compute on emulated tiles, and the instructions of the build.
+
+test_isa runs the level itself where the machine has it.
+"""
+
+import ast
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import require_backend
+
+from poolformer_kernels.backends import cpp
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("tests/amx_tiles.cpp", "csrc/cpu/mlp_amx.cpp", "csrc/cpu/mlp_avx512_bf16.cpp")
+# Both levels add float32 products of the same bfloat16 operands, in another order. So what is rounded to
+# bfloat16 afterwards may be its neighbour, 2^-7 away at most, in few values of thousands, hence the L2 norm;
+# what is summed from such values stays in float32. A lane, pair or stride that is wrong changes 1 % and more.
+NEIGHBOUR = 1e-2
+ROUNDED, SUMMED = 1e-3, 2e-4
+EQUAL = ("t", "db2")  # no products
+ARRAYS = ("y", "saved", "token_moments", "e", "g_p", "x_dh", "db1", "t", "drop_terms", "dw1", "dw2", "db2")
+ARRAYS += ("dgamma", "dbeta", "dscale")
+
+
+def compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    for name in names:
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no C++ compiler: {', '.join(names)}")
+
+
+def flags() -> list[str]:
+    """setup.py's CXX_FLAGS, and those that the environment adds."""
+    found: list[str] = []
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", None) == "CXX_FLAGS":
+            found += ast.literal_eval(node.value)
+    assert found
+    return found + shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
+
+
+def run(command: list[str]) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def test_emulated_tiles_agree_with_vectors(tmp_path: Path):
+    require_backend("cpp")
+    if "avx512_bf16" not in cpp.build_info()["isa_supported"]:
+        pytest.skip("this machine or this build has no avx512_bf16")
+    cxx = [*shlex.split(compiler()), *flags()]
+
+    def compiled(source: str) -> str:
+        target = tmp_path / f"{Path(source).stem}.o"
+        run([*cxx, "-DPK_EMULATE_TILES", "-c", source, "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    program = tmp_path / "amx_tiles"
+    run([*cxx, *objects, "-o", str(program)])
+    lines = [line.split() for line in run([str(program)]).splitlines()]
+    assert {(kind, array) for _, kind, array, *_ in lines} == {
+        (kind, array) for kind in ("bfloat16", "float32") for array in ARRAYS
+    }
+    wrong = []
+    for problem, kind, array, largest, l2 in lines:
+        rounded = array in ("saved", "dw1", "dw2") or (array == "y" and kind == "bfloat16")
+        most, bound = (0, 0) if array in EQUAL else (NEIGHBOUR, ROUNDED if rounded else SUMMED)
+        if not (float(largest) <= most and float(l2) <= bound):  # a NaN is wrong
+            wrong.append(
+                f"{problem} {kind} {array}: max {largest} (allowed {most}), L2 {l2} (allowed {bound})"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
+def test_the_build_has_the_tile_instructions():
+    """Products, the configuration of the registers before them and their release on every way out."""
+    require_backend("cpp")
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    library = importlib.util.find_spec("poolformer_kernels._C").origin
+    names = "tdpbf16ps|ldtilecfg|tilerelease|tileloadd|tilestored|tilezero"
+    counts = dict.fromkeys(names.split("|"), 0)
+    for name in re.findall(rf"\t({names})\b", run(["objdump", "-d", "--no-show-raw-insn", library])):
+        counts[name] += 1
+    assert all(counts.values()), counts
+    assert counts["tilerelease"] >= counts["ldtilecfg"], counts

@@ -1,0 +1,150 @@
+"""What a training step of the MLP sub-block needs in memory on the CPU, and what its backward keeps.
+
+The peak is the process's resident memory during one step less that before it, in a process of its own: it
+counts tensors, the libraries' workspaces and the kernels' own buffers alike, as no allocator's counters do.
+x, the gradient of y and the parameters exist before; y and all gradients count. malloc gives blocks of 64 KiB
+and more back at once: what is freed is not counted, and nothing that was counted before is used again.
+"""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import HALVES, LAYOUTS, as_layout
+from mlp_helpers import NAMES, make_grad, make_inputs
+from torch.autograd.graph import saved_tensors_hooks
+
+from poolformer_kernels.ops import mlp
+
+# C, H = W, batch. More samples than 16 at C = 320: there y, dx, the weights' gradients and their float32 sums
+# alone are 27 % of eager's peak, most of it the same for any batch; see test_what_grows_with_the_batch.
+STEPS = ((64, 56, 16), (320, 14, 64))
+SHARE = 0.30  # of eager's peak at most
+CODE = """
+import sys
+import torch
+import torch.nn.functional as F
+import poolformer_kernels as pk
+
+def eager(x, norm, fc1, fc2, scale):
+    return x + scale.view(-1, 1, 1) * fc2(F.gelu(fc1(norm(x))))
+
+def ours(x, norm, fc1, fc2, scale):
+    return pk.ops.mlp(
+        x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm_weight=norm.weight, norm_bias=norm.bias,
+        layer_scale=scale, residual=True, save_hidden=provider == "hidden saved",
+    )
+
+def problem(channels, size, batch):
+    image = lambda: torch.randn(batch, channels, size, size).bfloat16().to(memory_format=torch.channels_last)
+    layers = torch.nn.ModuleList((
+        torch.nn.GroupNorm(1, channels),
+        torch.nn.Conv2d(channels, 4 * channels, 1),
+        torch.nn.Conv2d(4 * channels, channels, 1),
+    )).bfloat16()
+    scale = torch.ones(channels, dtype=torch.bfloat16, requires_grad=True)
+    return image().requires_grad_(), image(), (*layers, scale)
+
+def step(x, grad, layers):
+    y = (eager if provider == "eager" else ours)(x, *layers)
+    y.backward(grad)
+
+def resident(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
+
+provider = sys.argv[1]
+torch.set_num_threads(1)
+with pk.use_backend("cpp"):
+    step(*problem(16, 4, 1))  # loads the code; too small to leave buffers that the step could use
+    given = problem(*map(int, sys.argv[2:]))
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # the peak starts again from here
+    step(*given)
+    print(resident("VmHWM") - before)
+"""
+MALLOC = {"MMAP_THRESHOLD_": 65536, "TRIM_THRESHOLD_": 65536, "TOP_PAD_": 0, "ARENA_MAX": 1}
+
+
+@cache
+def peak_of(provider: str, *step: int) -> int:
+    """Bytes that one training step, (C, H = W, batch), needs at its peak: eager, ours or hidden saved."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks are read from Linux's /proc")
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer keeps freed memory")
+    malloc = {f"MALLOC_{name}": str(value) for name, value in MALLOC.items()}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, provider, *map(str, step)],
+        env=os.environ | malloc | path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def told(peaks: dict[str, int]) -> str:
+    return ", ".join(f"{name} {peak / 2**20:.1f} MiB" for name, peak in peaks.items())
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_peak_of_a_training_step(kernels, step):
+    peaks = {provider: peak_of(provider, *step) for provider in ("eager", "ours")}
+    assert peaks["ours"] <= SHARE * peaks["eager"], f"{peaks['ours'] / peaks['eager']:.1%}: {told(peaks)}"
+
+
+def test_what_grows_with_the_batch(kernels):
+    """Per sample, where the weights are large beside the activations."""
+    grown = {
+        provider: (peak_of(provider, 320, 14, 64) - peak_of(provider, 320, 14, 16)) // 48
+        for provider in ("eager", "ours")
+    }
+    assert grown["ours"] <= SHARE * grown["eager"], f"{grown['ours'] / grown['eager']:.1%}: {told(grown)}"
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_hidden_activations_that_are_saved_count_once(kernels, step):
+    channels, size, batch = step
+    peaks = {provider: peak_of(provider, *step) for provider in ("ours", "hidden saved", "eager")}
+    hidden = 4 * channels * size**2 * batch * 2
+    assert 0.9 * hidden <= peaks["hidden saved"] - peaks["ours"] <= 1.1 * hidden, told(peaks)
+    assert peaks["hidden saved"] < peaks["eager"], told(peaks)
+
+
+def saved_by(inputs: dict, **options) -> list[torch.Tensor]:
+    """What autograd keeps for the backward, but for the parameters themselves."""
+    leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in inputs.items()}
+    parameters = {leaves[name].data_ptr() for name in NAMES[1:] if leaves[name] is not None}
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
+        y = mlp(**leaves, **options)
+    torch.autograd.grad(y, leaves["x"], make_grad(inputs))  # with these and nothing else
+    return [t for t in kept if t.data_ptr() not in parameters and t.numel() > 0]
+
+
+@pytest.mark.parametrize("save_hidden", [False, True], ids=["", "save_hidden"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_backward_keeps_x_and_its_statistics(kernels, dtype, layout, save_hidden):
+    inputs = make_inputs((3, 5, 6, 7), 9, dtype)
+    inputs["x"] = x = as_layout(inputs["x"], layout)
+    given, statistics, *others = saved_by(inputs, residual=True, save_hidden=save_hidden)
+    assert (given.data_ptr(), given.stride()) == (x.data_ptr(), x.stride())  # no copy of it
+    assert (statistics.dtype, statistics.shape) == (torch.float32, (3, 2))
+    wanted = [(3 * 6 * 7 * 9, dtype)] if save_hidden else []
+    assert [(t.numel(), t.dtype) for t in others] == wanted
+    assert sum(t.nbytes for t in (given, statistics)) == x.nbytes + 3 * 8
+
+
+def test_the_plain_form_keeps_x_alone(kernels):
+    inputs = make_inputs((3, 5, 6, 7), 9, torch.bfloat16, parameters=("b1", "b2"))
+    (given,) = saved_by(inputs)
+    assert given.data_ptr() == inputs["x"].data_ptr()
