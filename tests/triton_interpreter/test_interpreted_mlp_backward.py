@@ -161,8 +161,13 @@ def test_small_layer_scale_in_fp16(shape, hidden) -> None:
     check(inputs, 1e4 * make_grad(inputs))  # as a loss scaler hands it over
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced_c_last", "expanded_all"])
-@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
+@pytest.mark.parametrize(
+    ("shape", "hidden", "layout"),
+    [
+        *((*FUSED, layout) for layout in ("transposed", "sliced_c_last", "expanded_all")),
+        (*GEMM, "transposed"),
+    ],
+)
 def test_strides_of_the_gradient(shape, hidden, layout) -> None:
     inputs = make_inputs(shape, hidden, torch.bfloat16)
     grad = as_layout(make_grad(inputs), layout)
@@ -204,12 +209,14 @@ def test_empty_batch(shape, hidden) -> None:
     assert all(value.numel() == 0 for value in result.values())
 
 
-@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
-def test_ten_runs_are_bitwise_equal(shape, hidden) -> None:
+@pytest.mark.parametrize(
+    ("shape", "hidden", "runs"), [(*FUSED, 10), (*GEMM, 3)], ids=["fused", "gemm"]
+)  # one gemm run takes more than a second
+def test_runs_are_bitwise_equal(shape, hidden, runs) -> None:
     inputs = make_inputs((2, shape[1], 2, 3), min(hidden, 48), torch.bfloat16)
     grad = make_grad(inputs)
     first = gradients(inputs, grad, residual=True)
-    for _ in range(9):
+    for _ in range(runs - 1):
         assert_same(gradients(inputs, grad, residual=True), first)
 
 
