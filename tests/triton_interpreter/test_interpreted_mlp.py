@@ -333,6 +333,18 @@ def test_hidden_and_mean_rstd(shape, hidden, dtype, layout) -> None:
     assert_close_to_fp64(saved.view(exact.shape), theirs, exact, ulps=8)
 
 
+@pytest.mark.parametrize(("shape", "hidden"), ONE_OF_EACH, ids=str)
+def test_hidden_beyond_float16_stays_finite(shape, hidden) -> None:
+    inputs = make_inputs(shape, hidden, torch.float16, parameters=PLAIN)
+    inputs["x"] = torch.full_like(inputs["x"], 6e4)
+    inputs["w1"] = torch.full_like(inputs["w1"], 2.0)
+    inputs["w1"][::2] *= -1
+    saved = FORWARD(*arguments(inputs, norm=False, residual=False, return_stats=False))[3]
+    rows = saved.view(-1, hidden)
+    assert (rows[:, 1::2] == 65504).all()
+    assert (rows[:, ::2] == -65504).all()
+
+
 def test_outputs_not_asked_for_are_empty() -> None:
     for shape, hidden in ONE_OF_EACH:
         inputs = make_inputs(shape, hidden, parameters=PLAIN)

@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "flat_block",
     "next_power_of_2",
+    "pieces",
     "plan",
     "stats_tiles",
 ]
@@ -47,6 +48,14 @@ class Plan(NamedTuple):
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not below n (n >= 1)."""
     return 1 << (n - 1).bit_length()
+
+
+def pieces(size: int) -> tuple[int, int]:
+    """One or two powers of two that cover the size with less padding than one alone: 96 is 64 + 32."""
+    whole = max(16, next_power_of_2(size))
+    half = whole // 2
+    rest = max(16, next_power_of_2(max(1, size - half)))
+    return (half, rest) if half + rest < whole or size > 64 else (whole, 0)
 
 
 def _tile(shape, channels_last: bool, pool_size: int) -> tuple[int, int]:

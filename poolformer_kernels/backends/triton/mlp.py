@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ...reference import memory_format_of
 from .activation import activate
-from .config import OPTIONS, next_power_of_2
-from .mlp_backward_config import pieces
-from .mlp_backward_tile import dot, shift
+from .config import OPTIONS, next_power_of_2, pieces
 from .mlp_config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, FUSED_CHANNELS, fc1, fc2, fused, mlp_stats_tiles
-from .mlp_tile import operand_of, row_stats, store_stats, stored, tokens
+from .mlp_tile import kept, operand_of, row_stats, store_stats, stored, tokens
 from .statistics import few, flat_stats, merged
-from .tile import rounded, vector
+from .tile import dot, rounded, shift, vector
 
 __all__ = ["forward"]
 
@@ -79,7 +77,7 @@ def mlp_fwd(
         h += shift(b1_ptr, j, j_ok)[None, :]
         if hidden_ptr is not None:
             saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
-            tl.store(saved, rounded(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
+            tl.store(saved, kept(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
         p = activate(h, ACTIVATION, EXACT)
         if HIDDEN % BN != 0:
             p = tl.where(j_ok[None, :], p, 0.0)
@@ -175,7 +173,7 @@ def mlp_fc1(
     at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
     ok = (row < left)[:, None] & j_ok[None, :]
     if hidden_ptr is not None:
-        tl.store(hidden_ptr + at, rounded(h, OPERAND), mask=ok)
+        tl.store(hidden_ptr + at, kept(h, OPERAND), mask=ok)
     tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, EXACT), OPERAND), mask=ok)
 
 

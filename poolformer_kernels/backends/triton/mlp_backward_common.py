@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import OPTIONS, next_power_of_2
-from .mlp_backward_tile import image, inside, normalised, sample_values, shift, token_tile
-from .tile import rounded, vector
+from .mlp_backward_tile import image, inside, normalised, sample_values, token_tile
+from .tile import rounded, shift, vector
 
 __all__ = [
     "TOKENS",

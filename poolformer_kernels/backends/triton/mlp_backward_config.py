@@ -3,9 +3,9 @@
 from functools import cache
 from typing import NamedTuple
 
-from .config import next_power_of_2
+from .config import next_power_of_2, pieces
 
-__all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "pieces", "plan"]
+__all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "plan"]
 
 FUSED = 128  # the widest stream whose weight gradients fit in registers beside a tile of hidden activations
 WORKSPACE = 2**23  # elements of one hidden buffer of the wider form, which works chunk by chunk
@@ -47,14 +47,6 @@ _FUSED = {
     96: Fused(32, 64, 4, 2, 64, 32, 4, 2, 255, _PROGRAMS),
     128: Fused(32, 64, 4, 2, 64, 32, 4, 2, 255, _PROGRAMS),
 }
-
-
-def pieces(size: int) -> tuple[int, int]:
-    """One or two powers of two that cover the size with less padding than one alone: 96 is 64 + 32."""
-    whole = max(16, next_power_of_2(size))
-    half = whole // 2
-    rest = max(16, next_power_of_2(max(1, size - half)))
-    return (half, rest) if half + rest < whole or size > 64 else (whole, 0)
 
 
 @cache

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from .activation import activate_with_derivative
-from .config import OPTIONS
+from .config import OPTIONS, pieces
 from .mlp_backward_common import Partials, Problem, direct, sample_sums, to_tokens
-from .mlp_backward_config import Fused, pieces
-from .mlp_backward_tile import dot, finished, sample_values, token_tile
-from .tile import rounded, vector
+from .mlp_backward_config import Fused
+from .mlp_backward_tile import finished, sample_values, token_tile
+from .tile import dot, rounded, vector
 
 __all__ = ["partials"]
 

@@ -15,8 +15,8 @@ from .activation import activate_with_derivative
 from .config import OPTIONS
 from .mlp_backward_common import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
 from .mlp_backward_config import WORKSPACE, Gemm
-from .mlp_backward_tile import dot, finished, inside, sample_values, token_tile
-from .tile import rounded, vector
+from .mlp_backward_tile import finished, inside, sample_values, token_tile
+from .tile import dot, rounded, vector
 
 __all__ = ["partials"]
 

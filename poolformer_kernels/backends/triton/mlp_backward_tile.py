@@ -7,18 +7,9 @@ inside a sample, where its pixels are neighbours in memory.
 import triton
 import triton.language as tl
 
-from .tile import _INTERPRETED, rounded, vector
+from .tile import rounded, vector
 
-__all__ = ["dot", "finished", "image", "inside", "normalised", "sample_values", "shift", "token_tile"]
-
-
-@triton.jit
-def dot(a, b, acc):
-    """``acc + a b`` in fp32; the interpreter's bf16 products are wrong, its fp32 ones are not."""
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+__all__ = ["finished", "image", "inside", "normalised", "sample_values", "token_tile"]
 
 
 @triton.jit
@@ -55,15 +46,6 @@ def inside(ok, c, C: tl.constexpr, END: tl.constexpr):
     if END > C:
         mask = mask & (c < C)[None, :]
     return mask
-
-
-@triton.jit
-def shift(ptr, index, ok):
-    """A parameter in fp32, or 0 where there is none."""
-    if ptr is None:
-        return tl.zeros(index.shape, tl.float32)
-    else:
-        return tl.load(ptr + index, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit

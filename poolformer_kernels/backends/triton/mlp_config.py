@@ -6,8 +6,7 @@ No triton import here: fakes need `mlp_stats_tiles` on machines without a GPU.
 from functools import cache
 from typing import NamedTuple
 
-from .config import flat_block
-from .mlp_backward_config import pieces
+from .config import flat_block, pieces
 
 __all__ = [
     "FEW_PIXELS",

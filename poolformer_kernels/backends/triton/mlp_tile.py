@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from .mlp_backward_tile import shift
-from .tile import rounded, vector
+from .tile import rounded, shift, vector
 
-__all__ = ["operand_of", "row_stats", "store_stats", "stored", "tokens"]
+__all__ = ["kept", "operand_of", "row_stats", "store_stats", "stored", "tokens"]
 
 
 @triton.jit
@@ -16,6 +15,14 @@ def tokens(tile, batch, HW, BM: tl.constexpr):
     left = tl.minimum(batch * HW.to(tl.int64) - start, BM).to(tl.int32)
     first = start // HW
     return start, left, first, (start - first * HW).to(tl.int32)
+
+
+@triton.jit
+def kept(h, dtype: tl.constexpr):
+    """fc1's output as the backward finds it: float16 leaves finite what is; the slope is 0 or 1 out there."""
+    if dtype == tl.float16:
+        h = tl.where(tl.abs(h) < float("inf"), tl.minimum(tl.maximum(h, -65504.0), 65504.0), h)
+    return rounded(h, dtype)
 
 
 @triton.jit

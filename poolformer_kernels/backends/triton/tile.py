@@ -12,7 +12,7 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["advance", "lanes", "rounded", "row_ok", "row_taps", "scalar", "taps", "vector"]
+__all__ = ["advance", "dot", "lanes", "rounded", "row_ok", "row_taps", "scalar", "shift", "taps", "vector"]
 
 # The interpreter's bf16 arithmetic and rounding are wrong: `rounded` does by hand what a GPU does itself.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -27,6 +27,24 @@ def rounded(value, dtype: tl.constexpr):
         bits = tl.where(value == value, up, bits | 0x400000)
         value = bits.to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a b`` in fp32; the interpreter's bf16 products are wrong, its fp32 ones are not."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def shift(ptr, index, ok):
+    """A parameter in fp32, or 0 where there is none."""
+    if ptr is None:
+        return tl.zeros(index.shape, tl.float32)
+    else:
+        return tl.load(ptr + index, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
