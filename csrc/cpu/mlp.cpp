@@ -58,13 +58,6 @@ void merge_tokens(const float* moments, int64_t tokens, int64_t size, float* out
   out[2] = m2 + spread * size;
 }
 
-// How many tiles of kTileTokens tokens at most share all tokens: as many for each thread.
-int64_t tiles_of(const Call& call, int64_t vectors) {
-  const int64_t threads = call.work() < kSerialWork ? 1 : torch::stable::get_num_threads();
-  const int64_t most = threads * kTileTokens;
-  return std::min(vectors, threads * ((vectors * kLanesMax + most - 1) / most));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
                                                OptionalTensor norm_weight, OptionalTensor norm_bias,
                                                OptionalTensor layer_scale, OptionalTensor drop_scale,
@@ -101,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
     fill_statistics(call, kernels, stats, eps, x.element_size(), static_cast<float*>(mean_rstd.mutable_data_ptr()));
   std::vector<float> moments(return_stats ? 2 * p.tokens : 0);
   p.token_moments = return_stats ? moments.data() : nullptr;
-  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = tiles_of(call, vectors);
+  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, kTileTokens);
   p.lanes = (vectors + tiles - 1) / tiles * kLanesMax;
   const int64_t words = kernels.forward_scratch(p);
   call.over(tiles, [&](int64_t begin, int64_t end) {

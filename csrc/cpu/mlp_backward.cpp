@@ -82,7 +82,7 @@ struct Backward {
     const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / wide));
     const int64_t blocks = (tokens + most - 1) / most;
     p.lanes = 96;
-    p.input_lanes = 192;
+    p.input_lanes = 208;
     p.block_lanes = block_tokens = rounded_up((tokens + blocks - 1) / blocks, 32);
   }
 
@@ -114,8 +114,12 @@ struct Backward {
   // Tokens at .. at + count - 1 of the group that starts at token `first`.
   void block(const Workspace& own, int64_t first, int64_t at, int64_t count, int64_t scratch) {
     p.block_lanes = rounded_up(count, 32);
-    tiles(p.lanes, count, [&](int64_t i, int64_t lane, int64_t lanes, int64_t tokens) {
-      kernels.prepare(p, first + at + lane, tokens, lane, lanes, own.g_sums + i * p.out, worker_scratch(scratch));
+    call.over((count + p.lanes - 1) / p.lanes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t lane = i * p.lanes, lanes = std::min(p.lanes, p.block_lanes - lane);
+        kernels.prepare(p, first + at + lane, std::min(lanes, count - lane), lane, lanes, own.g_sums + i * p.out,
+                        worker_scratch(scratch));
+      }
     });
     for (int64_t i = 0; i * p.lanes < count; ++i)
       for (int64_t c = 0; c < p.out; ++c) t[c] += own.g_sums[i * p.out + c];
@@ -124,23 +128,17 @@ struct Backward {
       for (int64_t i = begin; i < end; ++i) kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(scratch));
     });
     p.add = true;
-    tiles(p.input_lanes, count, [&](int64_t, int64_t lane, int64_t lanes, int64_t tokens) {
-      if (tokens > 0) kernels.input(p, at + lane, tokens, lane, lanes, worker_scratch(scratch));
+    // Tokens of dx are independent of each other, so here the tiles may follow the number of threads.
+    const int64_t vectors = (count + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, p.input_lanes);
+    call.over(tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t lane = i * vectors / tiles * kLanesMax, next = (i + 1) * vectors / tiles * kLanesMax;
+        kernels.input(p, at + lane, std::min(next, count) - lane, lane, next - lane, worker_scratch(scratch));
+      }
     });
     if (!p.drop_grad) return;
     for (int64_t i = 0; i <= items; ++i)
       for (int64_t l = 0; l < count; ++l) drops[(first + at + l) / p.pixels] += p.drop_rows[i * p.block_lanes + l];
-  }
-
-  // f(tile, lane, lanes, tokens) for the block's tiles of so many lanes
-  template <class F>
-  void tiles(int64_t size, int64_t count, const F& f) const {
-    call.over((p.block_lanes + size - 1) / size, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t lane = i * size, lanes = std::min(size, p.block_lanes - lane);
-        f(i, lane, lanes, std::max<int64_t>(0, std::min(lanes, count - lane)));
-      }
-    });
   }
 
   // dx of samples b .. b + samples - 1 from e, with GroupNorm's sums over each sample.

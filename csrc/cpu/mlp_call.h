@@ -95,6 +95,12 @@ struct Call {
     return out;
   }
 
+  // How many tiles of `most` tokens at most share so many vectors of tokens: as many for each thread.
+  int64_t tiles(int64_t vectors, int64_t most) const {
+    const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads(), round = threads * most;
+    return std::min(vectors, threads * ((vectors * kLanesMax + round - 1) / round));
+  }
+
   double work() const { return double(p.tokens) * p.hidden * (p.channels + p.out); }
 
   // f(first, last) over `count` items that share `work()`
