@@ -130,12 +130,12 @@ void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64
 
 // ---- hidden
 
-constexpr int64_t kItemRows = 32;
+constexpr int64_t kItemRows = kRowsMax;
 
 template <class Op>
 struct HiddenScratch {
   word *a1, *a2, *p, *dh;
-  float *h, *dp, *drop;
+  float *h, *dp;
   word* end;
 
   HiddenScratch(const MlpBackwardParams& q, word* base) {

@@ -1,8 +1,8 @@
 // The MLP's forward for one instruction-set level (README, "Algebra"): a tile of tokens goes through fc1, activation
 // and fc2 by chunks of the hidden channels, which stay in the caches. Included after token_tile.h.
 //
-// Tokens run along vectors, so weights are the scalars that are broadcast and are read as they lie in memory: each tile
-// copies kRows rows of them at a time next to each other, which costs 1 to 2 % and leaves no packed copy to go stale.
+// Tokens run along vectors, so weights are the scalars that are broadcast and are read where they lie; a few rows at a
+// time are copied where their dtype, alignment or padding asks for it. No packed copy can go stale.
 
 // Elements S are what the products' operands are rounded to, where the level multiplies them.
 template <class S>

@@ -1,12 +1,14 @@
 """The torch.library namespace that every operator is defined in, and how operators are called."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import memory_format_of
 
-__all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives"]
+__all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives", "register"]
 
 NAMESPACE = "poolformer_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -41,3 +43,29 @@ def call(op, *args):
 def empty_output(x: Tensor) -> Tensor:
     """An output for x: its shape and dtype, the memory format of an operator's result."""
     return torch.empty_like(x, memory_format=memory_format_of(x))
+
+
+def register(
+    operator: str,
+    backend: str,
+    schemas: tuple[str, str],
+    fakes: tuple[Callable, Callable],
+    setup_context: Callable,
+    backward: Callable,
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Defines one backend's (forward, backward) ops, differentiable once; kernels register themselves."""
+
+    def double_backward(ctx, *_):
+        raise RuntimeError(
+            f"{operator} on the {backend!r} backend has no second derivative;"
+            " use poolformer_kernels.use_backend('reference') for double backward"
+        )
+
+    names = (f"{operator}_{backend}", f"{operator}_{backend}_backward")
+    for name, schema, fake in zip(names, schemas, fakes, strict=True):
+        LIBRARY.define(schema.format(backend))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    forward, derivative = (f"{NAMESPACE}::{name}" for name in names)
+    torch.library.register_autograd(forward, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(derivative, double_backward, lib=LIBRARY)
+    return tuple(getattr(torch.ops.poolformer_kernels, name).default for name in names)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from .backend import select_backend
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
-from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
+from .library import call, refuse_forward_derivatives, register
 
 __all__ = ["mlp", "mlp_with_stats"]
 
@@ -256,9 +256,6 @@ def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, 
 
 def _register(backend: str) -> None:
     """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels."""
-    name = f"{NAMESPACE}::mlp_{backend}"
-    LIBRARY.define(_FORWARD.format(backend))
-    LIBRARY.define(_BACKWARD.format(backend))
 
     def forward_fake(
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps, norm,
@@ -319,21 +316,17 @@ def _register(backend: str) -> None:
                 grads[i] = gradient.to(of.dtype)
         return tuple(grads)
 
-    def double_backward(ctx, *_):
-        raise RuntimeError(
-            f"mlp on the {backend!r} backend has no second derivative;"
-            " use poolformer_kernels.use_backend('reference') for double backward"
-        )
-
-    torch.library.register_fake(name, forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"{name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"{name}_backward", double_backward, lib=LIBRARY)
+    _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(
+        "mlp",
+        backend,
+        (_FORWARD, _BACKWARD),
+        (forward_fake, backward_fake),
+        setup_context,
+        backward,
+    )
 
 
 _FORWARD_OPS = {}
 _BACKWARD_OPS = {}
 for _backend in ("cpp", "triton"):
     _register(_backend)
-    _FORWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"mlp_{_backend}").default
-    _BACKWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"mlp_{_backend}_backward").default

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from .backend import select_backend
 from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
-from .library import LIBRARY, NAMESPACE, call, empty_output, refuse_forward_derivatives
+from .library import call, empty_output, refuse_forward_derivatives, register
 
 __all__ = ["pool_mixer"]
 
@@ -158,9 +158,6 @@ def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, resi
 
 def _register(backend: str) -> None:
     """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels."""
-    name = f"{NAMESPACE}::pool_mixer_{backend}"
-    LIBRARY.define(_FORWARD.format(backend))
-    LIBRARY.define(_BACKWARD.format(backend))
 
     def forward_fake(
         x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual, return_stats
@@ -211,21 +208,17 @@ def _register(backend: str) -> None:
             grads[4] = ddrop_scale.to(drop_scale.dtype)
         return tuple(grads)
 
-    def double_backward(ctx, *_):
-        raise RuntimeError(
-            f"pool_mixer on the {backend!r} backend has no second derivative;"
-            " use poolformer_kernels.use_backend('reference') for double backward"
-        )
-
-    torch.library.register_fake(name, forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"{name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"{name}_backward", double_backward, lib=LIBRARY)
+    _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(
+        "pool_mixer",
+        backend,
+        (_FORWARD, _BACKWARD),
+        (forward_fake, backward_fake),
+        setup_context,
+        backward,
+    )
 
 
 _FORWARD_OPS = {}
 _BACKWARD_OPS = {}
 for _backend in ("cpp", "triton"):
     _register(_backend)
-    _FORWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"pool_mixer_{_backend}").default
-    _BACKWARD_OPS[_backend] = getattr(torch.ops.poolformer_kernels, f"pool_mixer_{_backend}_backward").default
