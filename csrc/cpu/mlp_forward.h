@@ -31,6 +31,7 @@ PK_INLINE int64_t words_of(int64_t elements) {
   return (elements + Op::kPer * Op::kStep - 1) / (Op::kPer * Op::kStep) * Op::kStep;
 }
 
+PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 PK_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Cuts scratch memory into arrays of whole cache lines; from a null pointer it measures.
@@ -98,6 +99,15 @@ __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t
     }
     return Panel{copy, words};
   });
+}
+
+// Panels are short rows far apart: the processor's own prefetchers come too late for them.
+PK_INLINE void prefetch_panel(const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t k) {
+  const int64_t size = w.dtype == 0 ? 4 : 2;
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* from = static_cast<const char*>(w.data) + ((row + i) * w.step + col) * size;
+    for (int64_t at = 0; at < k * size; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
 }
 
 // ---- what a tile needs to know of its tokens
@@ -302,6 +312,10 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
     const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
       const Panel a = rows_panel<Op>(p.w1, j + r, kRows, size - r, 0, p.channels, s.panel);
+      if (r + 2 * kRows <= size)
+        prefetch_panel(p.w1, j + r + kRows, kRows, 0, p.channels);
+      else
+        prefetch_panel(p.w2, 0, least(kRows, p.out), j, size);
       multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false);
       if (p.saved) {
         activate_rows<kExact, true>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
@@ -314,6 +328,10 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
     for (int64_t c = 0; c < p.out; c += kRows) {
       float* o = p.hidden > kHiddenChunk ? s.o + c * lanes : s.o;
       const Panel a = rows_panel<Op>(p.w2, c, kRows, p.out - c, j, size, s.panel);
+      if (c + 2 * kRows <= p.out)
+        prefetch_panel(p.w2, c + kRows, kRows, j, size);
+      else if (!last)
+        prefetch_panel(p.w1, j + size, least(kRows, p.hidden - j - size), 0, p.channels);
       multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, o, lanes, j > 0);
       if (last) write_rows(p, o, kRows, lanes, s.of.drop, c, x);
     }
