@@ -5,14 +5,9 @@
 
 #include "../common/activation.h"
 #include "stats.h"
+#include "weight.h"
 
 namespace pk {
-
-struct Weight {
-  const void* data;  // [rows, cols], rows `step` elements apart
-  int64_t step;
-  int dtype;  // 0 float32, 1 bfloat16, 2 float16
-};
 
 struct MlpParams {
   const void* x;  // [B, C, H, W], contiguous or channels_last
@@ -55,8 +50,6 @@ struct MlpBackwardParams : MlpParams {
   void *dw1, *dw2;
   float *db1_out, *db2, *dgamma, *dbeta, *dscale;
 };
-
-constexpr int64_t kRowsMax = 32;  // channels of one product at any level, and of a work item
 
 struct MlpKernels {
   StatsKernel stats;

@@ -193,8 +193,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                       norm_bias,
                       layer_scale,
                       drop_scale};
-  Arena arena(Call::tables(x, of));
-  Call call(x, of, activation, norm, residual, channels_last, arena);
+  const Images images = images_of(x, channels_last);
+  Arena arena(Call::tables(images, of));
+  Call call(images, of, activation, norm, residual, arena);
   MlpBackwardParams p{call.p};
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 &&
                       grad.size(0) == p.batch && grad.size(1) == p.out && grad.size(2) == x.size(2) &&

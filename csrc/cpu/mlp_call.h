@@ -60,22 +60,21 @@ struct Call {
   float *mean, *rstd;
 
   static int64_t padded(int64_t n) { return (n + kRowsMax + 15) / 16 * 16; }
-  static int64_t tables(const Tensor& x, const Parameters& of) {
-    return padded(of.w1.size(0)) + 2 * padded(of.w2.size(0)) + 2 * padded(x.size(1)) + 3 * padded(x.size(0));
+  static int64_t tables(const Images& x, const Parameters& of) {
+    return padded(of.w1.size(0)) + 2 * padded(of.w2.size(0)) + 2 * padded(x.channels) + 3 * padded(x.batch);
   }
 
-  Call(const Tensor& x, const Parameters& of, const std::string& activation, bool norm, bool residual,
-       bool channels_last, Arena& arena) {
-    p.batch = x.size(0), p.channels = x.size(1), p.hidden = of.w1.size(0), p.out = of.w2.size(0);
-    p.pixels = x.size(2) * x.size(3);
+  Call(const Images& x, const Parameters& of, const std::string& activation, bool norm, bool residual, Arena& arena) {
+    p.batch = x.batch, p.channels = x.channels, p.hidden = of.w1.size(0), p.out = of.w2.size(0);
+    p.pixels = x.height * x.width;
     p.tokens = p.batch * p.pixels;
-    p.channels_last = channels_last || p.pixels == 1;
+    p.channels_last = x.channels_last || p.pixels == 1;
     p.residual = residual;
     p.norm = norm;
     p.activation = activation_named(activation);
     p.w1 = weight(of.w1);
     p.w2 = weight(of.w2);
-    p.x = x.data_ptr();
+    p.x = x.data;
     STD_TORCH_CHECK(of.w1.scalar_type() == of.w2.scalar_type(), "mlp_cpp: w1 and w2 must have one dtype");
     STD_TORCH_CHECK(!residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
     p.b1 = vector(arena, of.b1, "b1", p.hidden, 0);

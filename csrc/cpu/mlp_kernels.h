@@ -5,6 +5,8 @@
 #include "sample_stats.h"
 #include "token_tile.h"
 // After them.
+#include "operands.h"
+// After that.
 #include "mlp_forward.h"
 // After that.
 #include "mlp_backward.h"

@@ -7,6 +7,7 @@
 
 #include "../common/taps.h"
 #include "isa.h"
+#include "operators.h"
 #include "tensors.h"
 
 namespace pk {
@@ -43,8 +44,9 @@ struct Call {
   int64_t items = 0;  // of one sample
   float *coef, *gamma, *layer, *mean, *scale, *correct;
 
-  Call(const Tensor& x, int64_t pool, bool residual, bool channels_last) {
-    p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  Call(const Images& x, int64_t pool, bool residual) {
+    const bool channels_last = x.channels_last;
+    p.batch = x.batch, p.channels = x.channels, p.height = x.height, p.width = x.width;
     p.pool = pool = std::min(pool, 2 * std::max(p.height, p.width) - 1);  // a wider one covers nothing more
     p.residual = residual;
     p.channels_last = channels_last;
@@ -128,73 +130,19 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
                                               OptionalTensor stats, int64_t pool_size, double eps, bool residual,
                                               bool return_stats) {
   check(input, pool_size, eps);
-  const PoolMixerKernels& kernels = kernels_for(input.scalar_type());
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last);
-  Call call(x, pool_size, residual, channels_last);
-  PoolMixerParams& p = call.p;
-  const int64_t batch = p.batch;
-
+  const Images images = images_of(x, channels_last);
+  const int64_t batch = images.batch;
   const int32_t f32 = aoti_torch_dtype_float32();
   Tensor y = empty_like(x, channels_last);
   Tensor mean_rstd = empty({batch, 2}, {2, 1}, f32);
   Tensor y_stats = return_stats ? empty({batch, 1, 3}, {3, 3, 1}, f32) : empty({0}, {1}, f32);
-  if (batch == 0) return {y, mean_rstd, y_stats};
-
-  Arena arena(call.tables() + 3 * batch * (p.chunks + call.items));
-  call.fill(arena, weight, bias, layer_scale);
-  p.x = x.data_ptr();
-  p.out = y.mutable_data_ptr();
-  p.x_partials = arena.take(3 * batch * p.chunks);
-  p.y_partials = return_stats ? arena.take(3 * batch * call.items) : nullptr;
-  read_vector(drop_scale, "drop_scale", call.scale, batch, 1);
-
-  const Tensor given = stats.has_value() ? in_layout(*stats, false) : Tensor();
-  const float* given_data = nullptr;
-  int64_t given_tiles = 0;
-  if (stats.has_value()) {
-    STD_TORCH_CHECK(given.is_cpu() && given.scalar_type() == ScalarType::Float && given.dim() == 3 &&
-                        given.size(0) == batch && given.size(2) == 3,
-                    "pool_mixer_cpp: stats must be a float32 CPU tensor of shape [B, T, 3]");
-    given_data = static_cast<const float*>(given.data_ptr());
-    given_tiles = given.size(1);
-  }
-  float* saved = static_cast<float*>(mean_rstd.mutable_data_ptr());
-  float* y_merged = static_cast<float*>(y_stats.mutable_data_ptr());
-
-  const auto stats_of = [&](int64_t b, int64_t first, int64_t last) {
-    const char* sample = static_cast<const char*>(p.x) + b * call.sample() * x.element_size();
-    kernels.stats(sample, call.sample(), first, last, p.x_partials + 3 * b * p.chunks);
-  };
-  const auto begin_sample = [&](int64_t b) {
-    const auto m = given_data ? merged(given_data + b * given_tiles * 3, given_tiles)
-                              : merged(p.x_partials + b * p.chunks * 3, p.chunks);
-    const float rstd = 1.0 / std::sqrt(m.m2 / m.count + eps);
-    call.mean[b] = saved[2 * b] = m.mean;
-    saved[2 * b + 1] = rstd;
-    call.scale[b] *= rstd;
-  };
-  const auto end_sample = [&](int64_t b) {
-    if (!return_stats) return;
-    const auto m = merged(p.y_partials + b * call.items * 3, call.items);
-    y_merged[3 * b] = m.count;
-    y_merged[3 * b + 1] = m.mean;
-    y_merged[3 * b + 2] = m.m2;
-  };
-  if (call.by_sample()) {
-    call.over(1, [&](int64_t b, int64_t, int64_t) {
-      if (!given_data) stats_of(b, 0, p.chunks);
-      begin_sample(b);
-      kernels.forward(p, b, 0, call.items, worker_scratch(p));
-      end_sample(b);
-    });
-  } else {
-    if (!given_data) call.over(p.chunks, stats_of);
-    for (int64_t b = 0; b < batch; ++b) begin_sample(b);
-    call.over(call.items,
-              [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });
-    for (int64_t b = 0; b < batch; ++b) end_sample(b);
-  }
+  Tensor given;
+  run_pool_mixer(images, {weight, bias, layer_scale, drop_scale, pool_size, eps, residual},
+                 partials_of(stats, "pool_mixer_cpp", batch, given), y.mutable_data_ptr(),
+                 static_cast<float*>(mean_rstd.mutable_data_ptr()),
+                 return_stats ? static_cast<float*>(y_stats.mutable_data_ptr()) : nullptr);
   return {y, mean_rstd, y_stats};
 }
 
@@ -210,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
                   "pool_mixer_cpp_backward: grad must have x's device, dtype and shape");
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
-  Call call(x, pool_size, residual, channels_last);
+  Call call(images_of(x, channels_last), pool_size, residual);
   PoolMixerParams& p = call.p;
   const int64_t batch = p.batch, channels = p.channels;
   const Tensor saved = in_layout(mean_rstd, false);
@@ -284,6 +232,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
 }
 
 }  // namespace
+
+void run_pool_mixer(const Images& x, const PoolMixerArguments& of, const Partials& stats, void* y, float* mean_rstd,
+                    float* y_stats) {
+  const PoolMixerKernels& kernels = kernels_for(x.dtype);
+  Call call(x, of.pool_size, of.residual);
+  PoolMixerParams& p = call.p;
+  const int64_t batch = p.batch;
+  if (batch == 0) return;
+
+  Arena arena(call.tables() + 3 * batch * (p.chunks + call.items));
+  call.fill(arena, of.weight, of.bias, of.layer_scale);
+  p.x = x.data;
+  p.out = y;
+  p.x_partials = arena.take(3 * batch * p.chunks);
+  p.y_partials = y_stats ? arena.take(3 * batch * call.items) : nullptr;
+  read_vector(of.drop_scale, "drop_scale", call.scale, batch, 1);
+
+  const auto stats_of = [&](int64_t b, int64_t first, int64_t last) {
+    const char* sample = static_cast<const char*>(p.x) + b * call.sample() * x.element_size();
+    kernels.stats(sample, call.sample(), first, last, p.x_partials + 3 * b * p.chunks);
+  };
+  const auto begin_sample = [&](int64_t b) {
+    const auto m = stats.data ? merged(stats.data + b * stats.tiles * 3, stats.tiles)
+                              : merged(p.x_partials + b * p.chunks * 3, p.chunks);
+    const float rstd = 1.0 / std::sqrt(m.m2 / m.count + of.eps);
+    call.mean[b] = m.mean;
+    call.scale[b] *= rstd;
+    if (!mean_rstd) return;
+    mean_rstd[2 * b] = m.mean;
+    mean_rstd[2 * b + 1] = rstd;
+  };
+  const auto end_sample = [&](int64_t b) {
+    if (!y_stats) return;
+    const auto m = merged(p.y_partials + b * call.items * 3, call.items);
+    y_stats[3 * b] = m.count;
+    y_stats[3 * b + 1] = m.mean;
+    y_stats[3 * b + 2] = m.m2;
+  };
+  if (call.by_sample()) {
+    call.over(1, [&](int64_t b, int64_t, int64_t) {
+      if (!stats.data) stats_of(b, 0, p.chunks);
+      begin_sample(b);
+      kernels.forward(p, b, 0, call.items, worker_scratch(p));
+      end_sample(b);
+    });
+  } else {
+    if (!stats.data) call.over(p.chunks, stats_of);
+    for (int64_t b = 0; b < batch; ++b) begin_sample(b);
+    call.over(call.items,
+              [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });
+    for (int64_t b = 0; b < batch; ++b) end_sample(b);
+  }
+}
+
 }  // namespace pk
 
 STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/chan.h"
+#include "operators.h"
 
 namespace pk {
 namespace {
@@ -57,6 +58,20 @@ inline Tensor empty_like(const Tensor& x, bool channels_last) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   if (channels_last) return empty({b, c, h, w}, {c * h * w, 1, w * c, c}, dtype);
   return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
+}
+
+inline Images images_of(const Tensor& x, bool channels_last) {
+  return {x.data_ptr(), x.size(0), x.size(1), x.size(2), x.size(3), channels_last, x.scalar_type()};
+}
+
+// The statistics given to an operator, as dense memory that `kept` owns.
+inline Partials partials_of(const OptionalTensor& stats, const char* name, int64_t batch, Tensor& kept) {
+  if (!stats.has_value()) return {};
+  kept = in_layout(*stats, false);
+  STD_TORCH_CHECK(kept.is_cpu() && kept.scalar_type() == ScalarType::Float && kept.dim() == 3 &&
+                      kept.size(0) == batch && kept.size(2) == 3,
+                  name, ": stats must be a float32 CPU tensor of shape [B, T, 3]");
+  return {static_cast<const float*>(kept.data_ptr()), kept.size(1)};
 }
 
 inline float to_float(float value) { return value; }
@@ -124,6 +139,32 @@ inline Moments<double> merged(const float* partials, int64_t n) {
   Moments<double> m;
   for (int64_t i = 0; i < n; ++i) m.merge(partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]);
   return m;
+}
+
+// Each sample's partial [B, 3] from mean and M2 of every token's channels, [groups, tokens, 2], `group` channels in each
+// group but the last.
+inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, int64_t channels, int64_t group,
+                         float* out) {
+  torch::stable::parallel_for(0, batch, 1 + 16384 / pixels, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const auto each = [&](const auto& f) {
+        for (int64_t c = 0; c < channels; c += group) {
+          const float* at = moments + 2 * (c / group * batch + b) * pixels;
+          for (int64_t t = 0; t < pixels; ++t) f(double(std::min(group, channels - c)), at[2 * t], at[2 * t + 1]);
+        }
+      };
+      double sum = 0, m2 = 0;
+      each([&](double n, double mean, double squares) {
+        sum += n * mean;
+        m2 += squares;
+      });
+      const double count = double(pixels) * channels, mean = sum / count;
+      each([&](double n, double part, double) { m2 += n * (part - mean) * (part - mean); });
+      out[3 * b] = count;
+      out[3 * b + 1] = mean;
+      out[3 * b + 2] = m2;
+    }
+  });
 }
 
 }  // namespace

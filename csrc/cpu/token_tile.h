@@ -1,12 +1,13 @@
 // Tiles of tokens for one instruction-set level: tile[c][t], tokens along vectors, two half-precision channels to a
 // word of 32 bits. Included after gemm.h.
 
-// dst[c][r] = src[r][c], rows apart by bytes.
-PK_INLINE void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step) {
+// dst[c][r] = row(r)[c], 16 x 16 words, dst's rows apart by bytes.
+template <class Row>
+PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
 #if PK_LEVEL >= 2
   __m512i r[16], s[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = read<__m512i>(src + i * src_step);
+  for (int i = 0; i < 16; ++i) r[i] = read<__m512i>(row(i));
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -32,9 +33,9 @@ PK_INLINE void transpose_block(const char* src, int64_t src_step, char* dst, int
 #else
   word block[16][16];
   for (int r = 0; r < 16; ++r) {
-    word row[16];
-    __builtin_memcpy(row, src + r * src_step, sizeof row);
-    for (int c = 0; c < 16; ++c) block[c][r] = row[c];
+    word words[16];
+    __builtin_memcpy(words, row(r), sizeof words);
+    for (int c = 0; c < 16; ++c) block[c][r] = words[c];
   }
   for (int c = 0; c < 16; ++c) __builtin_memcpy(dst + c * dst_step, block[c], sizeof block[c]);
 #endif
@@ -48,7 +49,8 @@ __attribute__((noinline)) void transpose_words(const void* from, int64_t src_ste
   const int64_t whole_rows = rows / 16 * 16, whole_cols = cols / 16 * 16;
   for (int64_t r = 0; r < whole_rows; r += 16)
     for (int64_t c = 0; c < whole_cols; c += 16)
-      transpose_block(src + r * src_step + c * 4, src_step, dst + c * dst_step + r * 4, dst_step);
+      transpose_block([&](int64_t i) PK_FORCED { return src + (r + i) * src_step + c * 4; }, dst + c * dst_step + r * 4,
+                      dst_step);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c)
       __builtin_memcpy(dst + c * dst_step + r * 4, src + r * src_step + c * 4, 4);
@@ -114,6 +116,8 @@ PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F
   }
 }
 
+PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 PK_INLINE void clear_words(word* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(word)); }
 
 // Tokens first .. first + count - 1 of x into a tile; the lanes from count to the row's end are zero.
@@ -153,19 +157,23 @@ void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const 
   clear_words(tile.data + used * tile.row, (rows - used) * tile.row);
 }
 
-// And back: the first `count` tokens of a tile.
+// The first `count` tokens of a tile into rows of channels, `step` elements apart.
+template <class T>
+void store_rows(const Tile<T>& tile, int64_t channels, int64_t count, T* rows, int64_t step) {
+  constexpr int kPer = Tile<T>::kPer;
+  const int64_t whole = channels / kPer;
+  transpose_words(tile.data, tile.row * 4, rows, step * sizeof(T), whole, count);
+  if (whole * kPer < channels)
+    for (int64_t t = 0; t < count; ++t)
+      __builtin_memcpy(rows + t * step + channels - 1, tile.data + whole * tile.row + t, sizeof(T));
+}
+
+// And into a tensor, as load_tile takes them from one.
 template <class T>
 void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t count, T* y) {
   constexpr int kPer = Tile<T>::kPer;
-  const int64_t channels = at.channels, whole = channels / kPer;
-  if (at.channels_last) {
-    T* rows = y + first * channels;
-    transpose_words(tile.data, tile.row * 4, rows, channels * sizeof(T), whole, count);
-    if (whole * kPer < channels)
-      for (int64_t t = 0; t < count; ++t)
-        __builtin_memcpy(rows + t * channels + channels - 1, tile.data + whole * tile.row + t, sizeof(T));
-    return;
-  }
+  const int64_t channels = at.channels;
+  if (at.channels_last) return store_rows(tile, channels, count, y + first * channels, channels);
   each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
     T* plane = y + b * channels * at.pixels + pixel;
     for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
@@ -180,4 +188,36 @@ void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t cou
       }
     }
   });
+}
+
+// Mean and M2 of every token's channels, around the mean of the first ones.
+template <class T>
+__attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels, int64_t count, float* out) {
+  const float size = channels;
+  for (int64_t l = 0; l < count; l += kLanes) {
+    const int64_t head = least(channels / 2, 4);
+    vf shift = head > 0 ? vf{} : y.get(0, l).a;
+    for (int64_t i = 0; i < head; ++i) shift += (y.get(i, l).a + y.get(i, l).b) / float(2 * head);
+    vf sum{}, squares{};
+    for (int64_t i = 0; i < channels / 2; ++i) {
+      const Pair v = y.get(i, l);
+      const vf a = v.a - shift, b = v.b - shift;
+      sum += a + b;
+      squares += a * a;
+      squares += b * b;
+    }
+    if (channels % 2) {
+      const vf a = y.get(channels / 2, l).a - shift;
+      sum += a;
+      squares += a * a;
+    }
+    float mean[kLanes], m2[kLanes];
+    const vf rest = squares - sum * (sum / size);
+    write(mean, shift + sum / size);
+    write(m2, rest < 0.0f ? vf{} : rest);
+    for (int64_t t = 0; t < kLanes && l + t < count; ++t) {
+      out[2 * (l + t)] = mean[t];
+      out[2 * (l + t) + 1] = m2[t];
+    }
+  }
 }

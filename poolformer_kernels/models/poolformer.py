@@ -3,14 +3,21 @@
 import difflib
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
+from ..nn.block import add_to
+from ..nn.checks import hooked
+from ..ops.chain import Chain, chainable
+from ..reference import memory_format_of
 
 __all__ = ["HEADS", "ModelConfig", "PoolFormer", "list_models", "model_config"]
 
 HEADS = ("official", "timm")
+_LAYER_NORM_EPS = 1e-6  # timm's head
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,9 @@ class PoolFormer(nn.Module):
         features_only: no head, see Returns.
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
+
+    Inference in channels_last on the CPU is one operator call up to the classifier, as long as no inner module
+    has hooks; otherwise, and in training, the modules are called, with the same result up to rounding.
 
     Returns:
         logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at
@@ -187,19 +197,38 @@ class PoolFormer(nn.Module):
         if self._head_mode == "official":
             x = self.norm(x).mean((2, 3))
         else:
-            x = F.layer_norm(x.mean((2, 3)), (self.num_features,), self.norm.weight, self.norm.bias, 1e-6)
+            x = F.layer_norm(x.mean((2, 3)), (self.num_features,), self.norm.weight, self.norm.bias, _LAYER_NORM_EPS)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        x = self._checked(x)
         if not self.features_only:
+            pooled = self._chained(x)
+            if pooled is not None:
+                return self.head(pooled)
             return self.forward_head(self.forward_features(x))
-        x = self.patch_embed(self._checked(x))
+        x = self.patch_embed(x)
         features = []
         for index, module in enumerate(self.network):
             x = module(x)
             if index % 2 == 0:  # a stage; the odd ones are the downsamples
                 features.append(self.get_submodule(f"norm{index}")(x))
         return features
+
+    def _chained(self, x: Tensor) -> Tensor | None:
+        """`forward_head`'s ``pre_logits`` by one operator call, or None where modules must be called."""
+        modules = self._modules
+        stem, norm = modules["patch_embed"], modules["norm"]
+        if type(self) is not PoolFormer or not chainable(x) or not _channels_last(x, stem):
+            return None
+        chain = Chain(x, channels_last=True)
+        layers = (stem, *modules["network"]._modules.values())
+        if not all(m.add_to(chain) if type(m) is PatchEmbed else add_to(m, chain) for m in layers):
+            return None
+        if type(norm) is not GroupNorm or norm.num_groups != 1 or hooked(norm) or _has_any_global_hook():
+            return None
+        eps = norm.eps if self._head_mode == "official" else _LAYER_NORM_EPS
+        return chain.run() if chain.pool(self._head_mode, norm.weight, norm.bias, eps) else None
 
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -225,7 +254,35 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
+        if chainable(x) and _channels_last(x, self):
+            chain = Chain(x, channels_last=True)
+            if self._add_proj(chain):
+                return chain.run()
         return self.proj(x)
+
+    def add_to(self, chain: Chain) -> bool:
+        """Adds the convolution to a chain of layers, where calling it as a module does no more."""
+        return not (hooked(self) or _has_any_global_hook()) and self._add_proj(chain)
+
+    def _add_proj(self, chain: Chain) -> bool:
+        proj = self._modules["proj"]
+        if type(proj) is not nn.Conv2d or hooked(proj) or proj.groups != 1 or proj.dilation != (1, 1):
+            return False
+        (stride, stride_w), padding = proj.stride, proj.padding
+        if stride != stride_w or padding not in ((0, 0), (1, 1), (2, 2)) or proj.padding_mode != "zeros":
+            return False
+        parameters = proj._parameters
+        weight = parameters.get("weight")
+        return weight is not None and chain.conv(weight, parameters["bias"], stride, padding[0])
+
+
+def _channels_last(x: Tensor, embed: nn.Module) -> bool:
+    """Whether the convolution's result is channels_last: where x or its weight is."""
+    if memory_format_of(x) == torch.channels_last:
+        return True
+    proj = embed._modules.get("proj")
+    weight = proj._parameters.get("weight") if proj is not None else None
+    return weight is not None and weight.dim() == 4 and memory_format_of(weight) == torch.channels_last
 
 
 def _note_head_mode(model: PoolFormer, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.backend import select_backend
+from ..ops.chain import Chain, chainable
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
+from ..reference import memory_format_of
 from .checks import hooked, is_number, positive_int, probability
 from .layers import DropPath, GroupNorm, Pooling
 from .mlp import Mlp
@@ -139,6 +141,28 @@ class PoolFormerBlock(nn.Module):
             return_stats=return_stats and kernels,
         )
 
+    def add_to(self, chain: Chain) -> bool:
+        """Adds the block to a chain of layers for inference, where calling it as a module does no more."""
+        if _calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
+            return False
+        modules = self._modules
+        drop_path, mixer, mlp = modules["drop_path"], modules["token_mixer"], modules["mlp"]
+        if drop_path.training and type(drop_path) is DropPath and drop_path.drop_prob > 0:
+            return False
+        norm1, norm2, fc1, fc2 = modules["norm1"], modules["norm2"], mlp._modules["fc1"], mlp._modules["fc2"]
+        try:
+            scales, affine1, affine2 = self._parameters, norm1._parameters, norm2._parameters
+            fc1, fc2 = fc1._parameters, fc2._parameters
+            return chain.mixer(
+                *(affine1["weight"], affine1["bias"], scales["layer_scale_1"]), mixer.pool_size, norm1.eps
+            ) and chain.mlp(
+                *(fc1["weight"], fc2["weight"]),
+                (fc1["bias"], fc2["bias"], affine2["weight"], affine2["bias"], scales["layer_scale_2"]),
+                *(mlp.activation, norm2.eps),
+            )
+        except KeyError:  # a parameter that is an attribute of another kind
+            return False
+
     def mixer_unfused_reason(self) -> str | None:
         """Why the token mixer sub-block is not one operator call, or None where it is."""
         mixer = self._modules["token_mixer"]
@@ -191,10 +215,16 @@ class PoolFormerStage(nn.Sequential):
     block that is hooked, compiled on its own or of another class is called as a module, as all of them are
     while PyTorch's global module hooks are set; statistics then start anew behind it.
 
+    Inference on the CPU is one operator call where no block has hooks.
+
     x and the result are ``[B, C, H, W]``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if chainable(x):
+            chain = Chain(x, memory_format_of(x) == torch.channels_last)
+            if len(self) > 0 and all(add_to(block, chain) for block in self):
+                return chain.run()
         takes_stats = [*map(_takes_stats, self), False]
         stats = None
         for i, block in enumerate(self):
@@ -205,16 +235,27 @@ class PoolFormerStage(nn.Sequential):
         return x
 
 
+def add_to(module: nn.Module, chain: Chain) -> bool:
+    """Adds a block or a stage to a chain; False where it is something else or must be called as a module."""
+    if type(module) is PoolFormerBlock:
+        return module.add_to(chain)
+    return (
+        type(module) is PoolFormerStage
+        and not _calls_more(module)
+        and all(add_to(block, chain) for block in module._modules.values())
+    )
+
+
 def _takes_stats(block: nn.Module) -> bool | None:
     """Whether a block uses statistics that it is given; None: it must be called as a module."""
-    if (
-        type(block) is not PoolFormerBlock
-        or hooked(block)
-        or block._compiled_call_impl is not None
-        or _has_any_global_hook()
-    ):
+    if type(block) is not PoolFormerBlock or _calls_more(block):
         return None
     return block.mixer_unfused_reason() is None
+
+
+def _calls_more(module: nn.Module) -> bool:
+    """Calling the module does more than its forward: hooks of its own or of all modules, or compilation."""
+    return hooked(module) or module._compiled_call_impl is not None or _has_any_global_hook()
 
 
 _GROUP_NORMS = (GroupNorm, nn.GroupNorm)

@@ -1,0 +1,136 @@
+// Operands of the products for one instruction-set level: which words a dtype is multiplied in, and panels of weights.
+// Included after token_tile.h.
+//
+// Tokens run along vectors, so weights are the scalars that are broadcast and are read where they lie; a few rows at a
+// time are copied where their dtype, alignment or padding asks for it. No packed copy can go stale.
+
+// Elements S are what the products' operands are rounded to, where the level multiplies them.
+template <class S>
+struct OperandOf;
+#if PK_LEVEL < 4
+template <>
+struct OperandOf<float> {
+  using Op = Floats;
+};
+template <>
+struct OperandOf<fp16> {
+  using Op = Floats;
+};
+#endif
+template <>
+struct OperandOf<bf16> {
+#if PK_LEVEL >= 3
+  using Op = Bf16Pairs;
+#else
+  using Op = Floats;
+#endif
+};
+
+template <class Op>
+PK_INLINE int64_t words_of(int64_t elements) {
+  return (elements + Op::kPer * Op::kStep - 1) / (Op::kPer * Op::kStep) * Op::kStep;
+}
+
+PK_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Cuts scratch memory into arrays of whole cache lines; from a null pointer it measures.
+struct Cut {
+  word* next;
+  word* words(int64_t n) {
+    word* p = next;
+    next = reinterpret_cast<word*>(reinterpret_cast<uintptr_t>(next) + rounded_up(n, 16) * sizeof(word));
+    return p;
+  }
+  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
+};
+
+template <int N>
+PK_INLINE void copy_ends(const char* from, char* to, int64_t n) {
+  char head[N], tail[N];
+  __builtin_memcpy(head, from, N);
+  __builtin_memcpy(tail, from + n - N, N);
+  __builtin_memcpy(to, head, N);
+  __builtin_memcpy(to + n - N, tail, N);
+}
+
+// Short runs of any length, by moves that overlap: a call of memcpy costs more than they do, and so does a masked store.
+PK_INLINE void copy_bytes(const void* source, void* target, int64_t n) {
+  const char* from = static_cast<const char*>(source);
+  char* to = static_cast<char*>(target);
+  if (n >= 32) {
+    for (int64_t i = 0; i + 64 < n; i += 32) __builtin_memcpy(to + i, from + i, 32);
+    return n >= 64 ? copy_ends<32>(from + n - 64, to + n - 64, 64) : copy_ends<32>(from, to, n);
+  }
+  if (n >= 16) return copy_ends<16>(from, to, n);
+  if (n >= 8) return copy_ends<8>(from, to, n);
+  if (n >= 4) return copy_ends<4>(from, to, n);
+  if (n >= 2) return copy_ends<2>(from, to, n);
+}
+
+template <class Source, class E>
+PK_INLINE void convert_row(const Source* from, E* to, int64_t n) {
+  if constexpr (__is_same(Source, E)) {
+    copy_bytes(from, to, n * sizeof(E));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store(to + i, load(from + i, n - i), n - i);
+  }
+}
+
+// f(pointer to the element at row, col) with the pointer's type
+template <class F>
+PK_INLINE auto weight_at(const Weight& w, int64_t row, int64_t col, const F& f) {
+  const int64_t at = row * w.step + col;
+  if (w.dtype == 0) return f(static_cast<const float*>(w.data) + at);
+  if (w.dtype == 1) return f(static_cast<const bf16*>(w.data) + at);
+  return f(static_cast<const fp16*>(w.data) + at);
+}
+
+template <class T>
+struct Plain;
+template <class T>
+struct Plain<const T*> {
+  using Type = T;
+};
+
+struct Panel {
+  const word* data;
+  int64_t row;
+};
+
+// Rows row .. row + rows - 1 of w, columns col .. col + k - 1, in operand words: where they lie if they are such words,
+// else in `copy`, with zeros beyond k and from row `valid` on.
+template <class Op>
+__attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t rows, int64_t valid, int64_t col,
+                                           int64_t k, word* copy) {
+  using E = typename Op::Element;
+  constexpr int kUnit = Op::kPer * Op::kStep;
+  return weight_at(w, row, col, [&](auto* from) PK_FORCED {
+    using Source = typename Plain<decltype(from)>::Type;
+    if (__is_same(Source, E) && valid >= rows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
+        reinterpret_cast<uintptr_t>(from) % sizeof(word) == 0)
+      return Panel{reinterpret_cast<const word*>(from), w.step / Op::kPer};
+    const int64_t words = words_of<Op>(k);
+    for (int64_t i = 0; i < rows; ++i) {
+      word* out = copy + i * words;
+      if (i >= valid || k % kUnit) clear_words(out, words);
+      if (i < valid) convert_row(from + i * w.step, reinterpret_cast<E*>(out), k);
+    }
+    return Panel{copy, words};
+  });
+}
+
+template <int WRITE>
+PK_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);
+}
+
+// Panels are short rows far apart: the processor's own prefetchers come too late for them.
+PK_INLINE void prefetch_panel(const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t k) {
+  const int64_t size = w.dtype == 0 ? 4 : 2;
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* from = static_cast<const char*>(w.data) + ((row + i) * w.step + col) * size;
+    for (int64_t at = 0; at < k * size; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+}

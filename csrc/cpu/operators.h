@@ -1,0 +1,67 @@
+// The operators' forward on memory that the caller owns, for launchers that call one after another (chain.cpp).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace pk {
+
+// Images [B, C, H, W] in memory: contiguous, or channels_last.
+struct Images {
+  void* data;
+  int64_t batch, channels, height, width;
+  bool channels_last;
+  torch::headeronly::ScalarType dtype;
+
+  int64_t elements() const { return batch * channels * height * width; }
+  int64_t element_size() const { return dtype == torch::headeronly::ScalarType::Float ? 4 : 2; }
+};
+
+// Statistics as partials [B, tiles, 3] of (count, mean, M2); without any they are computed.
+struct Partials {
+  const float* data = nullptr;
+  int64_t tiles = 0;
+};
+
+using Parameter = std::optional<torch::stable::Tensor>;  // None: absent
+
+struct PoolMixerArguments {
+  Parameter weight, bias, layer_scale, drop_scale;
+  int64_t pool_size;
+  double eps;
+  bool residual;
+};
+
+// Writes y of x's shape; mean and rstd [B, 2] and y's partials [B, 1, 3] where not null.
+void run_pool_mixer(const Images& x, const PoolMixerArguments& of, const Partials& stats, void* y, float* mean_rstd,
+                    float* y_stats);
+
+struct MlpArguments {
+  torch::stable::Tensor w1, w2;
+  Parameter b1, b2, norm_weight, norm_bias, layer_scale, drop_scale;
+  std::string activation;
+  double eps;
+  bool norm, residual;
+};
+
+// The same, with y [B, w2's rows, H, W]: y may be x. `hidden` [w1's rows, B H W] gets fc1's output where not null.
+void run_mlp(const Images& x, const MlpArguments& of, const Partials& stats, void* y, float* mean_rstd, float* y_stats,
+             void* hidden);
+
+struct PatchEmbedArguments {
+  torch::stable::Tensor weight;  // [out, C, kernel_h, kernel_w] of x's dtype
+  Parameter bias;
+  int64_t stride, padding;
+};
+
+// The size of an image's side after the convolution.
+inline int64_t embedded_size(int64_t size, int64_t kernel, const PatchEmbedArguments& of) {
+  return (size + 2 * of.padding - kernel) / of.stride + 1;
+}
+
+// Writes y [B, out, out_h, out_w] in channels_last; x must be so too.
+void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, float* y_stats);
+
+}  // namespace pk

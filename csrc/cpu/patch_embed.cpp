@@ -1,0 +1,86 @@
+// The convolution between stages on the CPU: the plan of the work over torch's threads.
+#include "patch_embed.h"
+
+#include "isa.h"
+#include "tensors.h"
+
+namespace pk {
+namespace {
+
+constexpr int64_t kTileTokens = 208;      // of a tile at most,
+constexpr int64_t kTileBytes = 512 << 10;  // and its taps
+constexpr int64_t kGroupRows = 64;        // of a work item
+constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
+
+const PatchEmbedKernels& kernels_for(ScalarType dtype) {
+  const int index = dtype_index(dtype);
+#if defined(__x86_64__)
+  switch (isa_chosen()) {
+    case Isa::amx: return index == 1 ? patch_embed_amx[0] : patch_embed_avx512_bf16[index];
+    case Isa::avx512_bf16: return patch_embed_avx512_bf16[index];
+    case Isa::avx512: return patch_embed_avx512[index];
+    case Isa::avx2: return patch_embed_avx2[index];
+    default: break;
+  }
+#endif
+  return patch_embed_baseline[index];
+}
+
+uint32_t* worker_scratch(int64_t words) {
+  thread_local std::vector<float> buffer;
+  return reinterpret_cast<uint32_t*>(grown(buffer, words));
+}
+
+}  // namespace
+
+void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, float* y_stats) {
+  const PatchEmbedKernels& kernels = kernels_for(x.dtype);
+  const Tensor& given = of.weight;
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.scalar_type() == x.dtype && given.size(0) > 0 &&
+                      given.size(1) == x.channels,
+                  "chain_cpp: a convolution's weight must be a CPU tensor [out, ", x.channels, ", h, w] of x's dtype");
+  const Tensor w = in_layout(given, true);
+  PatchEmbedParams p{};
+  p.x = x.data;
+  p.y = y;
+  p.batch = x.batch, p.channels = x.channels, p.height = x.height, p.width = x.width;
+  p.out = w.size(0), p.kernel_h = w.size(2), p.kernel_w = w.size(3);
+  p.stride = of.stride, p.padding = of.padding;
+  p.out_h = embedded_size(p.height, p.kernel_h, of), p.out_w = embedded_size(p.width, p.kernel_w, of);
+  p.w = {w.data_ptr(), p.taps(), dtype_index(x.dtype)};
+  p.tokens = p.batch * p.out_h * p.out_w;
+  if (p.tokens == 0) return;
+
+  const int64_t padded = (p.out + kRowsMax + 15) / 16 * 16;
+  Arena arena(padded);
+  float* bias = arena.take(padded);
+  read_vector(of.bias, "a convolution's bias", bias, p.out, 0);
+  std::fill(bias + p.out, bias + padded, 0.0f);
+  p.bias = bias;
+
+  // Groups of w's rows are shared out where there are too few tokens for the threads. They follow from shapes alone, so
+  // a sample's statistics are the same for any number of threads and in any batch.
+  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax;
+  const int64_t most = std::clamp<int64_t>(kTileBytes / (x.element_size() * p.taps()) / kLanesMax, 3, kTileTokens / kLanesMax);
+  p.group = kGroupRows;
+  const bool serial = double(p.tokens) * p.out * p.taps() < kSerialWork;
+  const int64_t round = most * (vectors <= most || serial ? 1 : torch::stable::get_num_threads());
+  const int64_t tiles = (vectors + round - 1) / round * (round / most);
+  p.lanes = (vectors + tiles - 1) / tiles * kLanesMax;
+  std::vector<float> moments(y_stats ? 2 * p.tokens * p.groups() : 0);
+  p.token_moments = y_stats ? moments.data() : nullptr;
+  const int64_t words = kernels.scratch(p), groups = p.groups();
+  torch::stable::parallel_for(0, tiles * groups, serial ? tiles * groups : 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t i = begin / groups, stop = std::min(end, (i + 1) * groups);
+      const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
+      if (first < last)
+        kernels.forward(p, first, std::min(last, p.tokens) - first, begin - i * groups, stop - i * groups,
+                        worker_scratch(words));
+      begin = stop;
+    }
+  });
+  if (y_stats) merge_tokens(p.token_moments, p.batch, p.out_h * p.out_w, p.out, p.group, y_stats);
+}
+
+}  // namespace pk
