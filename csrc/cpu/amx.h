@@ -69,7 +69,7 @@ void tile_multiply_add() {
 // 32 rows of 16 * COLUMNS lanes: two tiles of a, COLUMNS of b, a step of k is 16 words.
 template <int COLUMNS>
 PK_INLINE void multiply_tiles(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k, float* out,
-                              int64_t out_row, bool add) {
+                              int64_t out_row, bool add, const Ahead& ahead) {
   const int64_t out_step = out_row * sizeof(float), a_step = a_row * sizeof(word), b_step = b_row * sizeof(word);
   if (add) {
     tile_load<0>(out, out_step);
@@ -87,6 +87,7 @@ PK_INLINE void multiply_tiles(const word* a, int64_t a_row, const word* b, int64
     }
   }
   for (int64_t i = 0; i < k; i += 16) {
+    ahead.fetch(i, 32);
     tile_load<4>(a + i, a_step);
     tile_load<5>(a + 16 * a_row + i, a_step);
     tile_load<6>(b + i * b_row, b_step);
@@ -116,13 +117,14 @@ struct Bf16Pairs {
 // See the general `multiply` in gemm.h.
 template <class Op>
 void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
-              float* out, int64_t out_row, bool add) {
+              float* out, int64_t out_row, bool add, const Ahead& ahead = {}) {
   static_assert(__is_same(Op, Bf16Pairs));
   for (int64_t l = 0; l < lanes; l += 32)
     for (int64_t r = 0; r < rows; r += 32) {
+      const Ahead next = l == 0 ? ahead : Ahead{};
       if (lanes - l >= 32)
-        multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add);
+        multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
       else
-        multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add);
+        multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
     }
 }

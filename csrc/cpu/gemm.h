@@ -5,6 +5,20 @@
 
 using word = uint32_t;
 
+// Rows that will be multiplied next, in bytes. They are short and far apart, and the processor's own prefetchers come
+// too late for them: the products ask for them as they go, a cache line of each row at a time.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t step = 0;
+  PK_INLINE Ahead after(int64_t words) const {
+    return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{};
+  }
+  PK_INLINE void fetch(int64_t i, int64_t count) const {
+    if (rows)
+      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(word), 0, 2);
+  }
+};
+
 #if PK_LEVEL == 4
 #include "amx.h"
 #else
@@ -36,20 +50,23 @@ struct Bf16Pairs {
 
 template <class Op, int VECS>
 __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
-                                              float* out, int64_t out_row, bool add) {
+                                              float* out, int64_t out_row, bool add, const Ahead& ahead) {
   vf sum[kBlockRows][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) sum[r][v] = vf{};
-  for (int64_t i = 0; i < k; ++i) {
-    vu column[VECS];
+  for (int64_t line = 0; line < k; line += 16) {
+    ahead.fetch(line, kBlockRows);
+    for (int64_t i = line; i < k && i < line + 16; ++i) {
+      vu column[VECS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) column[v] = read<vu>(b + i * b_row + v * kLanes);
+      for (int v = 0; v < VECS; ++v) column[v] = read<vu>(b + i * b_row + v * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlockRows; ++r)
+      for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) sum[r][v] = Op::multiply_add(sum[r][v], a[r * a_row + i], column[v]);
+        for (int v = 0; v < VECS; ++v) sum[r][v] = Op::multiply_add(sum[r][v], a[r * a_row + i], column[v]);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
@@ -62,25 +79,26 @@ __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, cons
 
 template <class Op>
 PK_INLINE void multiply_vecs(int64_t vecs, const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
-                             float* out, int64_t out_row, bool add) {
-  if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add);
-  if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add);
-  multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add);
+                             float* out, int64_t out_row, bool add, const Ahead& ahead) {
+  if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add, ahead);
+  if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add, ahead);
+  multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add, ahead);
 }
 
 // A sum of more words is one of sums of so many: float32's rounding errors grow with the longest.
 constexpr int64_t kSumWords = 256;
 
-// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words.
+// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words. `ahead` are the rows of a
+// that another call will multiply, Op::kRows at the most.
 template <class Op>
 void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
-              float* out, int64_t out_row, bool add) {
-  for (int64_t left = lanes / kLanes; left > 0;) {
+              float* out, int64_t out_row, bool add, Ahead ahead = {}) {
+  for (int64_t left = lanes / kLanes; left > 0; ahead = {}) {
     const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
     for (int64_t i = 0; i < k; i += kSumWords)
       for (int64_t r = 0; r < rows; r += kBlockRows)
         multiply_vecs<Op>(vecs, a + r * a_row + i, a_row, b + i * b_row, b_row, k - i < kSumWords ? k - i : kSumWords,
-                          out + r * out_row, out_row, add || i > 0);
+                          out + r * out_row, out_row, add || i > 0, ahead.after(i));
     b += vecs * kLanes;
     out += vecs * kLanes;
     left -= vecs;

@@ -168,11 +168,8 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
     const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
       const Panel a = rows_panel<Op>(p.w1, j + r, kRows, size - r, 0, p.channels, s.panel);
-      if (r + 2 * kRows <= size)
-        prefetch_panel(p.w1, j + r + kRows, kRows, 0, p.channels);
-      else
-        prefetch_panel(p.w2, 0, least(kRows, p.out), j, size);
-      multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false);
+      const Ahead next = r + kRows < size ? rows_ahead(p.w1, j + r + kRows, 0) : rows_ahead(p.w2, 0, j);
+      multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false, next);
       if (p.saved) {
         activate_rows<kExact, true>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
         save_rows<S>(p, s.h, kRows, lanes, j + r, first, count);
@@ -184,11 +181,8 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
     for (int64_t c = 0; c < p.out; c += kRows) {
       float* o = p.hidden > kHiddenChunk ? s.o + c * lanes : s.o;
       const Panel a = rows_panel<Op>(p.w2, c, kRows, p.out - c, j, size, s.panel);
-      if (c + 2 * kRows <= p.out)
-        prefetch_panel(p.w2, c + kRows, kRows, j, size);
-      else if (!last)
-        prefetch_panel(p.w1, j + size, least(kRows, p.hidden - j - size), 0, p.channels);
-      multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, o, lanes, j > 0);
+      const Ahead next = c + kRows < p.out ? rows_ahead(p.w2, c + kRows, j) : rows_ahead(p.w1, last ? 0 : j + size, 0);
+      multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, o, lanes, j > 0, next);
       if (last) write_rows(p, o, kRows, lanes, s.of.drop, c, x);
     }
   }

@@ -126,11 +126,8 @@ PK_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);
 }
 
-// Panels are short rows far apart: the processor's own prefetchers come too late for them.
-PK_INLINE void prefetch_panel(const Weight& w, int64_t row, int64_t rows, int64_t col, int64_t k) {
+// Row `row` of w and those after it, from column `col`.
+PK_INLINE Ahead rows_ahead(const Weight& w, int64_t row, int64_t col) {
   const int64_t size = w.dtype == 0 ? 4 : 2;
-  for (int64_t i = 0; i < rows; ++i) {
-    const char* from = static_cast<const char*>(w.data) + ((row + i) * w.step + col) * size;
-    for (int64_t at = 0; at < k * size; at += 64) __builtin_prefetch(from + at, 0, 2);
-  }
+  return {static_cast<const char*>(w.data) + (row * w.step + col) * size, w.step * size};
 }

@@ -125,8 +125,8 @@ void patch_embed(const PatchEmbedParams& p, int64_t first, int64_t count, int64_
     const int64_t at = g * p.group, rows = least(p.group, p.out - at);
     for (int64_t r = 0; r < rows; r += kRows) {
       const Panel a = rows_panel<Op>(p.w, at + r, kRows, rows - r, 0, k, s.panel);
-      if (at + r + kRows < p.out) prefetch_panel(p.w, at + r + kRows, least(kRows, p.out - at - r - kRows), 0, k);
-      multiply<Op>(a.data, a.row, kRows, s.taps, lanes, lanes, words_of<Op>(k), s.o, lanes, false);
+      multiply<Op>(a.data, a.row, kRows, s.taps, lanes, lanes, words_of<Op>(k), s.o, lanes, false,
+                   rows_ahead(p.w, at + r + kRows < p.out ? at + r + kRows : 0, 0));
       add_bias(s.o, p.bias + at + r, least(kRows, rows - r), lanes, y, r);
     }
     if (p.token_moments) token_moments(y, rows, count, p.token_moments + 2 * (g * p.tokens + first));
