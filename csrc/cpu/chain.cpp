@@ -76,7 +76,6 @@ Layer read_layer(Reader& from) {
       layer.conv.padding = from.integer();
       STD_TORCH_CHECK(layer.conv.stride > 0 && layer.conv.padding >= 0,
                       "chain_cpp: a stride must be positive and a padding not negative");
-      STD_TORCH_CHECK(layer.conv.weight.dim() == 4, "chain_cpp: a convolution's weight must have 4 dimensions");
       return layer;
     case Kind::pool_mixer:
       layer.mixer.weight = from.optional(present, 0);
@@ -109,7 +108,6 @@ Layer read_layer(Reader& from) {
       layer.weight = from.optional(present, 0);
       layer.bias = from.optional(present, 1);
       layer.eps = from.eps();
-      STD_TORCH_CHECK(from.done(), "chain_cpp: pooling must be the last layer");
       return layer;
   }
   STD_TORCH_CHECK(false, "chain_cpp: no layer of kind ", int64_t(layer.kind));
@@ -158,20 +156,21 @@ void run_pool(const Images& x, const Layer& of, const float* stats, T* y) {
 
 // ---- the chain
 
-// Checks a layer on x, brings its weights into the kernels' layout, and returns what it makes of x's shape: what follows
-// runs on other threads, where nothing may fail.
+// Checks a layer on x, brings its weights into the kernels' layout, and returns what it makes of x's shape: what
+// follows runs on other threads, where nothing may fail.
 Images prepare(Layer& layer, Images x) {
   const int64_t c = x.channels;
   switch (layer.kind) {
     case Kind::patch_embed: {
       Tensor& w = layer.conv.weight;
       STD_TORCH_CHECK(x.channels_last, "chain_cpp: convolutions are computed in channels_last");
-      STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.dtype && w.size(0) > 0 && w.size(1) == c,
-                      "chain_cpp: a convolution's weight must be a CPU tensor [out, ", c, ", h, w] of x's dtype");
-      w = in_layout(w, true);
+      STD_TORCH_CHECK(
+          w.is_cpu() && (w.dim() == 4 || w.dim() == 2) && w.scalar_type() == x.dtype && w.size(0) > 0 && w.size(1) == c,
+          "chain_cpp: a convolution's weight must be a CPU tensor [out, ", c, ", h, w] of x's dtype");
+      w = in_layout(w, w.dim() == 4);
       x.channels = w.size(0);
-      x.height = embedded_size(x.height, w.size(2), layer.conv);
-      x.width = embedded_size(x.width, w.size(3), layer.conv);
+      x.height = embedded_size(x.height, kernel_size(w, 2), layer.conv);
+      x.width = embedded_size(x.width, kernel_size(w, 3), layer.conv);
       STD_TORCH_CHECK(x.height > 0 && x.width > 0, "chain_cpp: x is smaller than a convolution's kernel");
       check_vector(layer.conv.bias, "a convolution's bias", x.channels);
       return x;
@@ -199,6 +198,7 @@ Images prepare(Layer& layer, Images x) {
       check_vector(layer.weight, "norm.weight", c);
       check_vector(layer.bias, "norm.bias", c);
       x.height = x.width = 1;
+      x.channels_last = true;
       return x;
   }
   return x;
@@ -243,9 +243,7 @@ struct Segment {
     for (const Layer* layer = begin; layer < end; ++layer) {
       Images next = in[layer - begin + 1];
       next.batch = x.batch;
-      next.data = layer + 1 == end                        ? y
-                  : layer->mlp && now.data != x.data      ? now.data
-                                                          : buffers[now.data == buffers[0]];
+      next.data = layer + 1 == end ? y : layer->mlp && now.data != x.data ? now.data : buffers[now.data == buffers[0]];
       float* y_stats = layer + 1 < end && layer[1].normalises() ? sums[stats.data == sums[0]] : nullptr;
       pk::run(*layer, now, stats, next.data, y_stats);
       stats = {y_stats, y_stats ? 1 : 0};
@@ -264,14 +262,19 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
   Reader reader{parameters, steps, epsilons};
   std::vector<Layer> layers;
   while (!reader.done()) layers.push_back(read_layer(reader));
-  STD_TORCH_CHECK(!layers.empty() && (layers.size() > 1 || layers[0].kind != Kind::pool_official),
-                  "chain_cpp: steps must hold a layer, and one before the pooling");
+  STD_TORCH_CHECK(!layers.empty(), "chain_cpp: steps must hold a layer");
+  bool pooled = false;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Kind kind = layers[i].kind;
+    pooled = pooled || kind == Kind::pool_official || kind == Kind::pool_timm;
+    STD_TORCH_CHECK(kind != Kind::pool_official || (i > 0 && layers[i - 1].kind != Kind::pool_timm),
+                    "chain_cpp: the pooling must follow another layer");
+  }
   const Tensor x = in_layout(input, channels_last);
   std::vector<Images> shapes{images_of(x, channels_last)};
   for (Layer& layer : layers) shapes.push_back(prepare(layer, shapes.back()));
   const Images& last = shapes.back();
   const int64_t b = last.batch, c = last.channels, h = last.height, w = last.width;
-  const bool pooled = layers.back().kind == Kind::pool_official || layers.back().kind == Kind::pool_timm;
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   Tensor y = pooled          ? empty({b, c}, {c, 1}, dtype)

@@ -10,9 +10,7 @@ using word = uint32_t;
 struct Ahead {
   const char* rows = nullptr;
   int64_t step = 0;
-  PK_INLINE Ahead after(int64_t words) const {
-    return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{};
-  }
+  PK_INLINE Ahead after(int64_t words) const { return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{}; }
   PK_INLINE void fetch(int64_t i, int64_t count) const {
     if (rows)
       for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(word), 0, 2);
@@ -88,8 +86,8 @@ PK_INLINE void multiply_vecs(int64_t vecs, const word* a, int64_t a_row, const w
 // A sum of more words is one of sums of so many: float32's rounding errors grow with the longest.
 constexpr int64_t kSumWords = 256;
 
-// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words. `ahead` are the rows of a
-// that another call will multiply, Op::kRows at the most.
+// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words. `ahead` are the rows of
+// a that another call will multiply, Op::kRows at the most.
 template <class Op>
 void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
               float* out, int64_t out_row, bool add, Ahead ahead = {}) {

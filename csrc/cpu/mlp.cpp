@@ -54,8 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
   Tensor y_stats = return_stats ? empty({b, 1, 3}, {3, 3, 1}, f32) : empty({0}, {1}, f32);
   Tensor hidden = empty({save_hidden ? b * h * w * rows : 0}, {1}, dtype_of(operand_of(x, w1)));
   Tensor given;
-  run_mlp(images,
-          {w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, drop_scale, activation, eps, norm, residual},
+  run_mlp(images, {w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, drop_scale, activation, eps, norm, residual},
           partials_of(stats, "mlp_cpp", b, given), y.mutable_data_ptr(),
           norm ? static_cast<float*>(mean_rstd.mutable_data_ptr()) : nullptr,
           return_stats ? static_cast<float*>(y_stats.mutable_data_ptr()) : nullptr,

@@ -53,7 +53,8 @@ PK_INLINE void copy_ends(const char* from, char* to, int64_t n) {
   __builtin_memcpy(to + n - N, tail, N);
 }
 
-// Short runs of any length, by moves that overlap: a call of memcpy costs more than they do, and so does a masked store.
+// Short runs of any length, by moves that overlap: a call of memcpy costs more than they do, and so does a masked
+// store.
 PK_INLINE void copy_bytes(const void* source, void* target, int64_t n) {
   const char* from = static_cast<const char*>(source);
   char* to = static_cast<char*>(target);

@@ -51,10 +51,14 @@ void run_mlp(const Images& x, const MlpArguments& of, const Partials& stats, voi
              void* hidden);
 
 struct PatchEmbedArguments {
-  torch::stable::Tensor weight;  // [out, C, kernel_h, kernel_w] of x's dtype
+  torch::stable::Tensor weight;  // [out, C, kernel_h, kernel_w] in channels_last, or [out, C], of x's dtype
   Parameter bias;
   int64_t stride, padding;
 };
+
+inline int64_t kernel_size(const torch::stable::Tensor& weight, int64_t dim) {
+  return weight.dim() == 4 ? weight.size(dim) : 1;
+}
 
 // The size of an image's side after the convolution.
 inline int64_t embedded_size(int64_t size, int64_t kernel, const PatchEmbedArguments& of) {

@@ -7,10 +7,10 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kTileTokens = 208;      // of a tile at most,
+constexpr int64_t kTileTokens = 208;       // of a tile at most,
 constexpr int64_t kTileBytes = 512 << 10;  // and its taps
-constexpr int64_t kGroupRows = 64;        // of a work item
-constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
+constexpr int64_t kGroupRows = 64;         // of a work item
+constexpr int64_t kSerialWork = 1 << 18;   // multiply-adds below which a second thread does not pay
 
 const PatchEmbedKernels& kernels_for(ScalarType dtype) {
   const int index = dtype_index(dtype);
@@ -35,16 +35,12 @@ uint32_t* worker_scratch(int64_t words) {
 
 void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, float* y_stats) {
   const PatchEmbedKernels& kernels = kernels_for(x.dtype);
-  const Tensor& given = of.weight;
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.scalar_type() == x.dtype && given.size(0) > 0 &&
-                      given.size(1) == x.channels,
-                  "chain_cpp: a convolution's weight must be a CPU tensor [out, ", x.channels, ", h, w] of x's dtype");
-  const Tensor w = in_layout(given, true);
+  const Tensor& w = of.weight;
   PatchEmbedParams p{};
   p.x = x.data;
   p.y = y;
   p.batch = x.batch, p.channels = x.channels, p.height = x.height, p.width = x.width;
-  p.out = w.size(0), p.kernel_h = w.size(2), p.kernel_w = w.size(3);
+  p.out = w.size(0), p.kernel_h = kernel_size(w, 2), p.kernel_w = kernel_size(w, 3);
   p.stride = of.stride, p.padding = of.padding;
   p.out_h = embedded_size(p.height, p.kernel_h, of), p.out_w = embedded_size(p.width, p.kernel_w, of);
   p.w = {w.data_ptr(), p.taps(), dtype_index(x.dtype)};
@@ -61,7 +57,8 @@ void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, fl
   // Groups of w's rows are shared out where there are too few tokens for the threads. They follow from shapes alone, so
   // a sample's statistics are the same for any number of threads and in any batch.
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax;
-  const int64_t most = std::clamp<int64_t>(kTileBytes / (x.element_size() * p.taps()) / kLanesMax, 3, kTileTokens / kLanesMax);
+  const int64_t most =
+      std::clamp<int64_t>(kTileBytes / (x.element_size() * p.taps()) / kLanesMax, 3, kTileTokens / kLanesMax);
   p.group = kGroupRows;
   const bool serial = double(p.tokens) * p.out * p.taps() < kSerialWork;
   const int64_t round = most * (vectors <= most || serial ? 1 : torch::stable::get_num_threads());

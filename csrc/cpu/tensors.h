@@ -141,8 +141,8 @@ inline Moments<double> merged(const float* partials, int64_t n) {
   return m;
 }
 
-// Each sample's partial [B, 3] from mean and M2 of every token's channels, [groups, tokens, 2], `group` channels in each
-// group but the last.
+// Each sample's partial [B, 3] from mean and M2 of every token's channels, [groups, tokens, 2], `group` channels in
+// each group but the last.
 inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, int64_t channels, int64_t group,
                          float* out) {
   torch::stable::parallel_for(0, batch, 1 + 16384 / pixels, [&](int64_t begin, int64_t end) {

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
-from ..nn.block import add_to
-from ..nn.checks import hooked
-from ..ops.chain import Chain, chainable
+from ..nn.plan import calls_more, run_chain
+from ..ops.chain import Chain
 from ..reference import memory_format_of
 
 __all__ = ["HEADS", "ModelConfig", "PoolFormer", "list_models", "model_config"]
@@ -93,8 +91,8 @@ class PoolFormer(nn.Module):
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
 
-    Inference in channels_last on the CPU is one operator call up to the classifier, as long as no inner module
-    has hooks; otherwise, and in training, the modules are called, with the same result up to rounding.
+    Inference in channels_last on the CPU is one operator call while no inner module has hooks; otherwise,
+    and in training, the modules are called, with the same result up to rounding.
 
     Returns:
         logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at
@@ -197,16 +195,15 @@ class PoolFormer(nn.Module):
         if self._head_mode == "official":
             x = self.norm(x).mean((2, 3))
         else:
-            x = F.layer_norm(x.mean((2, 3)), (self.num_features,), self.norm.weight, self.norm.bias, _LAYER_NORM_EPS)
+            norm = self.norm
+            x = F.layer_norm(x.mean((2, 3)), (self.num_features,), norm.weight, norm.bias, _LAYER_NORM_EPS)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         x = self._checked(x)
         if not self.features_only:
-            pooled = self._chained(x)
-            if pooled is not None:
-                return self.head(pooled)
-            return self.forward_head(self.forward_features(x))
+            logits = run_chain(self, x, _channels_last(x, self.patch_embed))
+            return self.forward_head(self.forward_features(x)) if logits is None else logits
         x = self.patch_embed(x)
         features = []
         for index, module in enumerate(self.network):
@@ -215,20 +212,25 @@ class PoolFormer(nn.Module):
                 features.append(self.get_submodule(f"norm{index}")(x))
         return features
 
-    def _chained(self, x: Tensor) -> Tensor | None:
-        """`forward_head`'s ``pre_logits`` by one operator call, or None where modules must be called."""
+    def add_to(self, chain: Chain) -> bool:
+        """Adds the whole model to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
         modules = self._modules
-        stem, norm = modules["patch_embed"], modules["norm"]
-        if type(self) is not PoolFormer or not chainable(x) or not _channels_last(x, stem):
-            return None
-        chain = Chain(x, channels_last=True)
-        layers = (stem, *modules["network"]._modules.values())
-        if not all(m.add_to(chain) if type(m) is PatchEmbed else add_to(m, chain) for m in layers):
-            return None
-        if type(norm) is not GroupNorm or norm.num_groups != 1 or hooked(norm) or _has_any_global_hook():
-            return None
+        norm, head = modules.get("norm"), modules.get("head")
+        layers = (modules["patch_embed"], *modules["network"])
+        if (
+            type(self) is not PoolFormer
+            or type(norm) is not GroupNorm
+            or norm.num_groups != 1
+            or type(head) not in (nn.Linear, nn.Identity)
+            or any(map(calls_more, (*layers, modules["network"], norm, head)))
+            or not all(type(m) in (PatchEmbed, PoolFormerStage) and m.add_to(chain) for m in layers)
+        ):
+            return False
         eps = norm.eps if self._head_mode == "official" else _LAYER_NORM_EPS
-        return chain.run() if chain.pool(self._head_mode, norm.weight, norm.bias, eps) else None
+        chain.pool(self._head_mode, norm._parameters["weight"], norm._parameters["bias"], float(eps))
+        if type(head) is nn.Linear:
+            chain.conv(head._parameters["weight"], head._parameters["bias"])
+        return True
 
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -254,35 +256,30 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        if chainable(x) and _channels_last(x, self):
-            chain = Chain(x, channels_last=True)
-            if self._add_proj(chain):
-                return chain.run()
-        return self.proj(x)
+        y = run_chain(self, x, isinstance(x, Tensor) and _channels_last(x, self))
+        return self.proj(x) if y is None else y
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the convolution to a chain of layers, where calling it as a module does no more."""
-        return not (hooked(self) or _has_any_global_hook()) and self._add_proj(chain)
-
-    def _add_proj(self, chain: Chain) -> bool:
+        """Adds the convolution to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
         proj = self._modules["proj"]
-        if type(proj) is not nn.Conv2d or hooked(proj) or proj.groups != 1 or proj.dilation != (1, 1):
+        if type(proj) is not nn.Conv2d or calls_more(proj) or proj.padding_mode != "zeros":
             return False
         (stride, stride_w), padding = proj.stride, proj.padding
-        if stride != stride_w or padding not in ((0, 0), (1, 1), (2, 2)) or proj.padding_mode != "zeros":
+        if stride != stride_w or type(padding) is str or padding[0] != padding[1]:
             return False
-        parameters = proj._parameters
-        weight = parameters.get("weight")
-        return weight is not None and chain.conv(weight, parameters["bias"], stride, padding[0])
+        if proj.dilation != (1, 1) or proj.groups != 1:
+            return False
+        chain.conv(proj._parameters["weight"], proj._parameters["bias"], stride, padding[0])
+        return True
 
 
 def _channels_last(x: Tensor, embed: nn.Module) -> bool:
     """Whether the convolution's result is channels_last: where x or its weight is."""
-    if memory_format_of(x) == torch.channels_last:
-        return True
-    proj = embed._modules.get("proj")
-    weight = proj._parameters.get("weight") if proj is not None else None
-    return weight is not None and weight.dim() == 4 and memory_format_of(weight) == torch.channels_last
+    weight = getattr(embed._modules.get("proj"), "weight", None)
+    return any(
+        isinstance(t, Tensor) and t.dim() == 4 and memory_format_of(t) == torch.channels_last
+        for t in (x, weight)
+    )
 
 
 def _note_head_mode(model: PoolFormer, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.backend import select_backend
-from ..ops.chain import Chain, chainable
+from ..ops.chain import Chain
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
 from ..reference import memory_format_of
 from .checks import hooked, is_number, positive_int, probability
 from .layers import DropPath, GroupNorm, Pooling
 from .mlp import Mlp
+from .plan import calls_more, run_chain
 
 __all__ = ["PoolFormerBlock", "PoolFormerStage"]
 
@@ -142,26 +142,25 @@ class PoolFormerBlock(nn.Module):
         )
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the block to a chain of layers for inference, where calling it as a module does no more."""
-        if _calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
+        """Adds the block to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        if calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
             return False
         modules = self._modules
         drop_path, mixer, mlp = modules["drop_path"], modules["token_mixer"], modules["mlp"]
         if drop_path.training and type(drop_path) is DropPath and drop_path.drop_prob > 0:
             return False
         norm1, norm2, fc1, fc2 = modules["norm1"], modules["norm2"], mlp._modules["fc1"], mlp._modules["fc2"]
-        try:
-            scales, affine1, affine2 = self._parameters, norm1._parameters, norm2._parameters
-            fc1, fc2 = fc1._parameters, fc2._parameters
-            return chain.mixer(
-                *(affine1["weight"], affine1["bias"], scales["layer_scale_1"]), mixer.pool_size, norm1.eps
-            ) and chain.mlp(
-                *(fc1["weight"], fc2["weight"]),
-                (fc1["bias"], fc2["bias"], affine2["weight"], affine2["bias"], scales["layer_scale_2"]),
-                *(mlp.activation, norm2.eps),
-            )
-        except KeyError:  # a parameter that is an attribute of another kind
-            return False
+        affine1, affine2, own = norm1._parameters, norm2._parameters, self._parameters
+        fc1, fc2 = fc1._parameters, fc2._parameters
+        chain.mixer(
+            affine1["weight"], affine1["bias"], own["layer_scale_1"], mixer.pool_size, float(norm1.eps)
+        )
+        chain.mlp(
+            *(fc1["weight"], fc2["weight"]),
+            (fc1["bias"], fc2["bias"], affine2["weight"], affine2["bias"], own["layer_scale_2"]),
+            *(mlp.activation, float(norm2.eps)),
+        )
+        return True
 
     def mixer_unfused_reason(self) -> str | None:
         """Why the token mixer sub-block is not one operator call, or None where it is."""
@@ -221,10 +220,9 @@ class PoolFormerStage(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if chainable(x):
-            chain = Chain(x, memory_format_of(x) == torch.channels_last)
-            if len(self) > 0 and all(add_to(block, chain) for block in self):
-                return chain.run()
+        y = run_chain(self, x, channels_last=isinstance(x, Tensor) and memory_format_of(x) == _LAST)
+        if y is not None:
+            return y
         takes_stats = [*map(_takes_stats, self), False]
         stats = None
         for i, block in enumerate(self):
@@ -234,29 +232,18 @@ class PoolFormerStage(nn.Sequential):
                 x, stats = block.forward_with_stats(x, stats, takes_stats[i + 1] is True)
         return x
 
-
-def add_to(module: nn.Module, chain: Chain) -> bool:
-    """Adds a block or a stage to a chain; False where it is something else or must be called as a module."""
-    if type(module) is PoolFormerBlock:
-        return module.add_to(chain)
-    return (
-        type(module) is PoolFormerStage
-        and not _calls_more(module)
-        and all(add_to(block, chain) for block in module._modules.values())
-    )
+    def add_to(self, chain: Chain) -> bool:
+        """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        return len(self) > 0 and all(type(b) is PoolFormerBlock and b.add_to(chain) for b in self)
 
 
 def _takes_stats(block: nn.Module) -> bool | None:
     """Whether a block uses statistics that it is given; None: it must be called as a module."""
-    if type(block) is not PoolFormerBlock or _calls_more(block):
+    if type(block) is not PoolFormerBlock or calls_more(block):
         return None
     return block.mixer_unfused_reason() is None
 
 
-def _calls_more(module: nn.Module) -> bool:
-    """Calling the module does more than its forward: hooks of its own or of all modules, or compilation."""
-    return hooked(module) or module._compiled_call_impl is not None or _has_any_global_hook()
-
-
 _GROUP_NORMS = (GroupNorm, nn.GroupNorm)
 _DROP_PATHS = (nn.Identity, DropPath)
+_LAST = torch.channels_last

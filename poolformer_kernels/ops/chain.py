@@ -1,4 +1,4 @@
-"""Layers in a row as one operator, for inference: activations and statistics pass from one to the next inside it."""
+"""Layers in a row as one operator, for inference: activations and statistics stay inside it."""
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ CONV, MIXER, MLP = range(3)
 POOLS = {"official": 3, "timm": 4}
 _ACTIVATIONS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_SCHEMA = "chain_cpp(Tensor x, Tensor[] parameters, int[] steps, float[] epsilons, bool channels_last) -> Tensor"
 
 
 def chainable(x: Tensor) -> bool:
-    """Whether layers on x may be a chain: inference by the cpp backend, outside of autocast and transforms."""
+    """Whether layers on x may be a chain: inference by cpp, outside of autocast and transforms."""
     return (
         isinstance(x, Tensor)
         and not torch.is_grad_enabled()
@@ -33,46 +32,28 @@ def chainable(x: Tensor) -> bool:
 
 
 class Chain:
-    """Layers collected for one call on x, which must be `chainable`.
+    """Layers collected for calls of the operator: each method adds one behind the others."""
 
-    A method that adds a layer returns False, and adds nothing, where a parameter is of another dtype than the
-    operators take as they are; the caller then goes layer by layer, which computes or refuses it.
-
-    Args:
-        x: ``[B, C, H, W]``.
-        channels_last: the layout of the chain's activations and result.
-    """
-
-    def __init__(self, x: Tensor, channels_last: bool) -> None:
-        self._x, self._channels_last = x, channels_last
-        self._parameters: list[Tensor] = []
+    def __init__(self) -> None:
+        self._weights: list[Tensor] = []
+        self._vectors: list[Tensor] = []
+        self._parameters: list[Tensor] = []  # all of them, in the order of the layers
         self._steps: list[int] = []
         self._epsilons: list[float] = []
+        self._convolves = False
 
-    def _add(self, kind: int, weights: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> bool:
-        dtype = self._x.dtype
-        for weight in weights:
-            if weight.dtype != dtype:
-                return False
-        present = 0
-        given = []
-        for i, vector in enumerate(vectors):
-            if vector is not None:
-                if vector.dtype != dtype and vector.dtype != torch.float32:
-                    return False
-                present |= 1 << i
-                given.append(vector)
-        self._steps += (kind, present)
-        self._parameters += weights
-        self._parameters += given
-        return True
+    def _add(self, kind: int, weights: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> None:
+        given = [vector for vector in vectors if vector is not None]
+        self._steps += (kind, sum(1 << i for i, vector in enumerate(vectors) if vector is not None))
+        self._parameters += (*weights, *given)
+        self._weights += weights
+        self._vectors += given
 
-    def conv(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> bool:
-        """A convolution ``[out, C, h, w]``, computed in channels_last."""
-        if not self._channels_last or not self._add(CONV, (weight,), (bias,)):
-            return False
+    def conv(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
+        """A convolution ``[out, C, h, w]``, or behind `pool` a linear layer ``[out, C]``."""
+        self._add(CONV, (weight,), (bias,))
         self._steps += (stride, padding)
-        return True
+        self._convolves = True
 
     def mixer(
         self,
@@ -81,40 +62,41 @@ class Chain:
         layer_scale: Tensor | None,
         pool_size: int,
         eps: float,
-    ) -> bool:
+    ) -> None:
         """`pool_mixer` with the residual."""
-        if not self._add(MIXER, (), (weight, bias, layer_scale)):
-            return False
+        self._add(MIXER, (), (weight, bias, layer_scale))
         self._steps.append(pool_size)
         self._epsilons.append(eps)
-        return True
 
     def mlp(
-        self,
-        w1: Tensor,
-        w2: Tensor,
-        vectors: tuple[Tensor | None, ...],
-        activation: str,
-        eps: float,
-    ) -> bool:
+        self, w1: Tensor, w2: Tensor, vectors: tuple[Tensor | None, ...], activation: str, eps: float
+    ) -> None:
         """`mlp` with the norm and the residual; vectors: b1, b2, norm_weight, norm_bias, layer_scale."""
-        if not self._add(MLP, (w1, w2), vectors):
-            return False
+        self._add(MLP, (w1, w2), vectors)
         self._steps.append(_ACTIVATIONS[activation])
         self._epsilons.append(eps)
-        return True
 
-    def pool(self, mode: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
-        """The head's norm and mean over pixels, the last layer: ``[B, C]``. See `PoolFormer`'s head modes."""
-        if not self._add(POOLS[mode], (), (weight, bias)):
-            return False
+    def pool(self, mode: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        """The head's norm and mean over pixels, as `PoolFormer`'s head mode says: ``[B, C]``."""
+        self._add(POOLS[mode], (), (weight, bias))
         self._epsilons.append(eps)
-        return True
 
-    def run(self) -> Tensor:
-        """The last layer's result."""
-        refuse_forward_derivatives("the inference chain", "cpp", (self._x, *self._parameters))
-        arguments = (self._x, self._parameters, self._steps, self._epsilons, self._channels_last)
+    def takes(self, x: Tensor, channels_last: bool) -> bool:
+        """Whether it computes on x, which must be `chainable`, in this layout, with dtypes as they are.
+
+        Otherwise the caller goes layer by layer, which computes or refuses it.
+        """
+        dtype = x.dtype
+        return (
+            (channels_last or not self._convolves)
+            and all(w.dtype is dtype for w in self._weights)
+            and all(v.dtype is dtype or v.dtype is torch.float32 for v in self._vectors)
+        )
+
+    def run(self, x: Tensor, channels_last: bool) -> Tensor:
+        """The last layer's result: images in this layout, or ``[B, C]`` where there is a `pool`."""
+        refuse_forward_derivatives("the inference chain", "cpp", (x, *self._parameters))
+        arguments = (x, self._parameters, self._steps, self._epsilons, channels_last)
         return call(torch.ops.poolformer_kernels.chain_cpp.default, *arguments)
 
 
@@ -122,28 +104,32 @@ def _fake(
     x: Tensor, parameters: list[Tensor], steps: list[int], epsilons: list[float], channels_last: bool
 ) -> Tensor:
     batch, channels, height, width = x.shape
-    steps, parameters = iter(steps), iter(parameters)
+    steps, parameters, pooled = iter(steps), iter(parameters), False
     for kind in steps:
         present = next(steps)
         if kind == CONV:
-            weight = next(parameters)
+            channels, _, *kernel = next(parameters).shape
             stride, padding = next(steps), next(steps)
-            channels = weight.shape[0]
             height, width = (
-                (size + 2 * padding - kernel) // stride + 1
-                for size, kernel in zip((height, width), weight.shape[2:], strict=True)
+                (size + 2 * padding - k) // stride + 1
+                for size, k in zip((height, width), kernel or (1, 1), strict=True)
             )
         elif kind in POOLS.values():
-            return x.new_empty((batch, channels))
+            height = width = 1
+            pooled = True
         else:
-            next(steps)
+            next(steps)  # the pool size or the activation
             for _ in range(2 if kind == MLP else 0):
                 next(parameters)
         for _ in range(present.bit_count()):
             next(parameters)
+    if pooled:
+        return x.new_empty((batch, channels))
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
-LIBRARY.define(_SCHEMA)
+LIBRARY.define(
+    "chain_cpp(Tensor x, Tensor[] parameters, int[] steps, float[] epsilons, bool channels_last) -> Tensor"
+)
 torch.library.register_fake(f"{NAMESPACE}::chain_cpp", _fake, lib=LIBRARY)

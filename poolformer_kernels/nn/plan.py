@@ -1,0 +1,90 @@
+"""Which modules run as one operator call, found once and kept for as long as nothing about them changes."""
+
+from operator import getitem, is_
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.chain import Chain, chainable
+from .checks import hooked
+
+__all__ = ["Chained", "calls_more", "run_chain"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Chained(Protocol):
+    """A module that can be layers of a chain."""
+
+    def add_to(self, chain: Chain) -> bool:
+        """Adds the module's layers; False where calling its modules does something that no chain does."""
+
+
+def calls_more(module: nn.Module) -> bool:
+    """Calling the module does more than its forward: hooks of its own or of all modules, or compilation."""
+    return hooked(module) or module._compiled_call_impl is not None or _has_any_global_hook()
+
+
+def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | None:
+    """``module.forward(x)`` by one operator call, or None where modules must be called."""
+    if not chainable(x) or _has_any_global_hook():
+        return None
+    if torch.compiler.is_compiling():  # the compiler keeps what it finds by guards of its own
+        chain = _collect(module)
+    else:
+        plan = _PLANS.get(module)
+        if plan is None or not plan.holds():
+            plan = _PLANS[module] = _Plan(module)
+        chain = plan.chain
+    return chain.run(x, channels_last) if chain is not None and chain.takes(x, channels_last) else None
+
+
+def _collect(module: Chained) -> Chain | None:
+    chain = Chain()
+    try:
+        return chain if module.add_to(chain) else None
+    except KeyError:  # a parameter is an attribute of another kind
+        return None
+
+
+class _Plan:
+    """A module's chain, and everything that it was read from.
+
+    To walk the modules costs a tenth of a small model's inference; to see that they are the same, by identity
+    and in loops that run in C, much less.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._places: list[dict] = []
+        self._keys: list[str] = []
+        self._values: list[object] = []
+        self._hooks: list[dict] = []
+        self._sized: list[dict] = []
+        for module in root.modules():
+            attributes = module.__dict__
+            self._watch(attributes, [key for key in attributes if not key.startswith("_")])
+            self._watch(module._parameters, list(module._parameters))
+            self._watch(module._modules, list(module._modules))
+            self._hooks += (attributes[name] for name in _HOOKS)
+        self._sizes = [*map(len, self._sized)]
+        self.chain = _collect(root)
+
+    def _watch(self, place: dict, keys: list[str]) -> None:
+        self._sized.append(place)  # nothing may be added: a forward of the instance, say
+        self._places += [place] * len(keys)
+        self._keys += keys
+        self._values += (place[key] for key in keys)
+
+    def holds(self) -> bool:
+        """Whether all of it is still so."""
+        try:
+            same = all(map(is_, map(getitem, self._places, self._keys), self._values))
+        except KeyError:
+            return False
+        return same and [*map(len, self._sized)] == self._sizes and not (any(self._hooks) and self.chain)
+
+
+_PLANS: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
