@@ -1,5 +1,5 @@
 # make demo    PoolFormer on real photos: verified against timm and timed; writes report/index.html
-# make test    the test suite        make lint   ruff and clang-format     make bench  the benchmarks
+# make test    the test suite        make lint   ruff and clang-format     make bench  benchmarks and plots
 # make sanitize   the operators' tests under AddressSanitizer and UBSan
 # make setup   environment and extension only                              make clean  remove all of it
 # make gpu-check   build, CUDA tests and CUDA benchmarks with a Python that has torch and a GPU (no network needed)
@@ -32,8 +32,8 @@ test: $(VENV)/.extra-test $(VENV)/.extension
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.extra-bench $(VENV)/.extension
-	$(BIN)/python benchmarks/bench_pool_mixer.py $(ARGS)
-	$(BIN)/python benchmarks/bench_mlp.py $(ARGS)
+	for name in pool-mixer mlp block model; do $(BIN)/poolformer-kernels bench $$name $(ARGS) || exit; done
+	$(BIN)/python benchmarks/plots.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -51,8 +51,8 @@ gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest tests/gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_pool_mixer.py --device cuda
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_mlp.py --device cuda
+	for name in pool-mixer mlp; do $(PYTHON) -m poolformer_kernels bench $$name --device cuda || exit; done
+	for name in block model; do $(PYTHON) -m poolformer_kernels bench $$name --device cuda --models s12 || exit; done
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info .pytest_cache .ruff_cache poolformer_kernels/*.so

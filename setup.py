@@ -16,10 +16,9 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 
-ROOT = Path(__file__).resolve().parent
-CUDART = "libcudart_static.a"
+ROOT, CUDART = Path(__file__).resolve().parent, "libcudart_static.a"
 # 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -147,4 +146,5 @@ def extension() -> tuple[list, dict]:
 
 
 modules, commands = extension()
-setup(ext_modules=modules, cmdclass=commands)
+packages = [*find_namespace_packages(include=["poolformer_kernels*"]), "poolformer_kernels.benchmarks"]
+setup(ext_modules=modules, cmdclass=commands, packages=packages)

@@ -1,19 +1,77 @@
-"""What the benchmarks share: a settled process, the facts of the machine, and one row format."""
+"""What the benchmarks share: options, a settled process, cases and rows, limits, tables and files.
 
+A case is one operation on one input. Its providers, a copy and a large matrix product are timed in the same
+interleaved rounds, so every figure has its limits beside it. Rows of the CSV, in this order::
+
+    benchmark     pool_mixer | mlp | block | model | scaling
+    direction     forward | backward
+    model         for example poolformer_s12
+    shape         CxHxW of what is fed
+    stage         1 to 4; stem, down1 to down3, head; empty for a single block and a whole model
+    dtype, layout, batch, provider
+    median_s, p20_s, p80_s     seconds per call
+    img_per_s     samples per second
+    gb_per_s, tflop_per_s      of the operation's least bytes and FLOPs, the same for every provider
+    fraction      max(bytes / copy rate, FLOPs / matrix rate) / time
+    error_l2      of the logits against float64, relative (whole models)
+    device, threads, torch, commit
+
+The limits are rows of their own, with provider "copy" (its gb_per_s) and "matmul" (its tflop_per_s).
+"""
+
+import argparse
 import csv
+import json
 import os
-import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["Row", "device_name", "settle", "write_rows"]
+import poolformer_kernels as pk
+from poolformer_kernels.cli import CommandError, _Parser, _positive, check_writable, report_errors
+from poolformer_kernels.info import _cpu_name
+from poolformer_kernels.models import list_models, model_config
+from poolformer_kernels.profiling import time_interleaved
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = [
+    "BATCH",
+    "DTYPES",
+    "LAYOUTS",
+    "LIMITS",
+    "Case",
+    "Names",
+    "Results",
+    "Row",
+    "arguments",
+    "device_name",
+    "finish",
+    "image",
+    "measure",
+    "require",
+    "run",
+    "settle",
+    "stages",
+    "start",
+    "steps",
+    "write_rows",
+]
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+LIMITS = ("copy", "matmul")
+_COPY_BYTES = {"cpu": 2**21, "cuda": 2**28}  # at the least: a smaller copy shows the cost of a call
+BATCH = {"cpu": [8], "cuda": [256]}
+_HERE = Path(__file__).resolve().parent
+_SOURCE_TREE = (_HERE.parent / "pyproject.toml").is_file()  # an installed copy is inside the package
 
 # glibc returns large blocks to the system at once, so that every output would be paged in anew: up to half
 # the time of these operators, for every provider that allocates. A long-running process has a warm heap; so
@@ -32,65 +90,319 @@ def settle(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def require(*packages: str) -> None:
+    """Raise `CommandError` unless these packages of the ``bench`` extra are importable."""
+    for package in packages:
+        try:
+            import_module(package)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch
+            message = f"the benchmarks' extras are missing ({error}): pip install '{pk.__name__}[bench]'"
+            raise CommandError(message) from None
+
+
+# ---- options -----------------------------------------------------------------------------------------------
+
+
+class Names(argparse.Action):
+    """An option of names from a fixed list, spaces or commas between them; ``prefix`` may be left out."""
+
+    def __init__(self, *args, allowed: Iterable[str], prefix: str = "", **options) -> None:
+        super().__init__(*args, nargs="+", metavar="NAME", **options)
+        self.allowed, self.prefix = list(allowed), prefix
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        names = []
+        for name in (part.strip() for value in values for part in value.split(",")):
+            full = name if name in self.allowed else self.prefix + name
+            if full not in self.allowed:
+                parser.error(f"argument {option_string}: {name!r}; allowed: {', '.join(self.allowed)}")
+            names.append(full)
+        setattr(namespace, self.dest, list(dict.fromkeys(names)))
+
+
+def arguments(
+    doc: str,
+    prog: str | None,
+    *,
+    models: list[str],
+    dtypes: list[str],
+    rounds: int,
+    batch: str = "8; 256 on CUDA",
+) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; ``batch`` says what its default is."""
+    require("rich")
+    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--models", action=Names, allowed=list_models(), prefix="poolformer_", default=models,
+        help=f"default: {', '.join(models)}; poolformer_ may be left out",
+    )  # fmt: skip
+    add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")
+    add("--batch", type=_positive, nargs="+", metavar="N", help=f"default: {batch}")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    add(
+        "--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s"
+    )
+    add("--rounds", type=_positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
+    add("--csv", metavar="FILE", help=f"default: {_results()}/<device>/<name>.csv")
+    add("--json", metavar="FILE", help="the same rows, and why a provider is unavailable")
+    return parser
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """A benchmark as a script: what the user can mend is one line on stderr and exit code 2."""
+    sys.exit(report_errors(Path(sys.argv[0]).name, command))
+
+
+def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The parsed options, in a settled process."""
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for file in (args.csv, args.json):
+        check_writable(file)
+    settle(args.threads)
+    torch.manual_seed(0)
+    return args
+
+
+def stages(models: Iterable[str]) -> list[tuple[str, str, tuple[int, int, int]]]:
+    """(model, stage, shape of its input at 224 x 224), once for models that are equally wide."""
+    first = {}
+    for name in models:
+        first.setdefault(model_config(name).dims, name)
+    return [
+        (name, str(i + 1), (dim, 56 >> i, 56 >> i))
+        for dims, name in first.items()
+        for i, dim in enumerate(dims)
+    ]
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one input. ``least`` are (bytes, FLOPs) that it takes at the least."""
+
+    benchmark: str
+    shape: tuple[int, ...]
+    dtype: str
+    batch: int
+    least: tuple[int, int]
+    direction: str = "forward"
+    model: str = ""
+    stage: str = ""
+    layout: str = "channels_last"
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        parts = (
+            self.direction,
+            self.model,
+            self.stage,
+            self.dtype,
+            self.layout,
+            f"batch {self.batch}",
+            shape,
+        )
+        return f"{self.benchmark.replace('_', ' ')}: {', '.join(part for part in parts if part)}"
+
+
 @dataclass
 class Row:
-    """One measurement: seconds per call, and what it makes of the limit that was measured beside it."""
+    """One measurement: see the module. None is an empty field."""
 
     benchmark: str
     direction: str
+    model: str
     shape: str
-    batch: int
+    stage: str
     dtype: str
     layout: str
+    batch: int
     provider: str
     median_s: float
     p20_s: float
     p80_s: float
-    rate: float  # in `unit`: useful bytes of the minimal traffic, or FLOPs, per second
-    unit: str
-    fraction: float  # of the copy's or the large matrix product's rate
+    img_per_s: float | None
+    gb_per_s: float | None
+    tflop_per_s: float | None
+    fraction: float
+    error_l2: float | None
+
+
+@dataclass
+class Results:
+    """What a benchmark has measured: rows by case, and by provider why it is missing, or that it is wrong."""
+
+    groups: list[list[Row]] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def image(batch: int, shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: str) -> Tensor:
+    """Random activations ``[batch, C, H, W]``, shifted: with mean 0 a wrong mean would not show."""
+    x = torch.randn(batch, *shape, device=device).mul_(0.7).add_(0.4)
+    return x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+def measure(
+    case: Case,
+    calls: dict[str, Callable[[], object]],
+    like: Tensor,
+    *,
+    rounds: int,
+    budget_s: float = float("inf"),
+    errors: dict[str, float] | None = None,
+    layouts: dict[str, str] | None = None,
+) -> list[Row]:
+    """Time the providers, a copy and a matrix product in the same dtype, interleaved; a row each.
+
+    Args:
+        calls: provider -> call.
+        like: what the copy is as large as: the input, or the largest activation.
+        errors: provider -> relative error of its result.
+        layouts: provider -> its layout, where that is not the case's.
+    """
+    source = torch.randn(
+        max(like.numel(), _COPY_BYTES[like.device.type] // like.itemsize), device=like.device
+    )
+    source = source.to(like.dtype)
+    out = torch.empty_like(source)
+    products, flops = _products(like)
+    with torch.no_grad():  # a backward's calls differentiate graphs that exist
+        limits = {"copy": lambda: out.copy_(source), **products}
+        times = time_interleaved({**calls, **limits}, device=like.device, rounds=rounds, budget_s=budget_s)
+    times["matmul"] = min((times.pop(name) for name in products), key=lambda t: t.median)
+    copied = 2 * source.nbytes
+    least = case.least
+    best = max(least[0] * times["copy"].median / copied, least[1] * times["matmul"].median / flops)
+    measured = []
+    for provider, t in times.items():
+        limit = provider in LIMITS
+        moved = {"copy": copied, "matmul": None}.get(provider, least[0])
+        done = {"copy": None, "matmul": flops}.get(provider, least[1])
+        measured.append(
+            Row(
+                benchmark=case.benchmark,
+                direction=case.direction,
+                model=case.model,
+                shape="x".join(map(str, case.shape)),
+                stage=case.stage,
+                dtype=case.dtype,
+                layout=(layouts or {}).get(provider, case.layout),
+                batch=case.batch,
+                provider=provider,
+                median_s=t.median,
+                p20_s=t.p20,
+                p80_s=t.p80,
+                img_per_s=None if limit else case.batch / t.median,
+                gb_per_s=moved and moved / t.median / 1e9,
+                tflop_per_s=done and done / t.median / 1e12,
+                fraction=1.0 if limit else best / t.median,
+                error_l2=(errors or {}).get(provider),
+            )
+        )
+    return measured
+
+
+def _products(like: Tensor) -> tuple[dict[str, Callable[[], Tensor]], int]:
+    """(large matrix products, the FLOPs of each): a CPU's libraries for them differ twofold in rate."""
+    device, dtype = like.device, like.dtype
+    if like.is_cuda:
+        a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
+        return {"matmul": lambda: a @ b}, 2 * 8192**3
+    n, threads = 1024, torch.get_num_threads()
+    a, b = (torch.randn(rows, n).to(dtype) for rows in (n * threads, n))
+    tokens = a.view(threads, 32, 32, n).permute(0, 3, 1, 2)
+    kernel = b.view(n, n, 1, 1)
+    return {"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(tokens, kernel)}, 2 * threads * n**3
+
+
+def steps(cases: Iterable, describe: Callable[[object], str] = str) -> Iterator:
+    """The cases, with a progress bar on a terminal and elsewhere a line on stderr for each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    cases, console = list(cases), Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    options = {"refresh_per_second": 2, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, console=console, **options) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=describe(case), refresh=True)
+            if not console.is_terminal:
+                print(describe(case), file=sys.stderr, flush=True)
+            yield case
+            progress.advance(task)
+
+
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def device_name(device: str) -> str:
     """The processor's own name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        return platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+def finish(name: str, title: str, results: Results, args: argparse.Namespace) -> int:
+    """Print the cases and what is missing, write the files. 1 where a result was wrong, else 0."""
+    from summary import print_summary
+
+    machine = f"{device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print_summary(results.groups, title, machine, results.unavailable | results.wrong)
+    rows = [row for group in results.groups for row in group]
+    if not rows:
+        raise CommandError("nothing was measured: no provider can run, see above")
+    path = write_rows(rows, name, args.device, args.csv)
+    if args.json:
+        facts = _facts(args.device)
+        content = {"rows": [asdict(row) | facts for row in rows]}
+        content |= {"unavailable": results.unavailable, "wrong": results.wrong}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}" + (f" and {args.json}" if args.json else ""))
+    return 1 if results.wrong else 0
 
 
-def write_rows(rows: list[Row], name: str, device: str) -> Path:
-    """Write ``results/<device>/<name>.csv``, each row with the machine, the threads, torch and the commit."""
-    machine = device_name(device)
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "device": machine,
+def write_rows(rows: list[Row], name: str, device: str, file: str | None = None) -> Path:
+    """Write ``file``, by default ``results/<device>/<name>.csv``; return its path."""
+    folder = _results() / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = Path(file) if file else folder / f"{name}.csv"
+    check_writable(str(path))
+    facts = _facts(device)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*(column.name for column in fields(Row)), *facts])
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row) | facts
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+    return path
+
+
+def _facts(device: str) -> dict[str, str | int]:
+    return {
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": _commit(),
     }
-    path = folder / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), *facts])
-        writer.writeheader()
-        for row in rows:
-            values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow({**values, **facts})
-    return path
+
+
+def _results() -> Path:
+    return _HERE / "results" if _SOURCE_TREE else Path("results")
+
+
+def _commit() -> str:
+    """The source tree's commit; an installed copy has a version."""
+    if not _SOURCE_TREE:
+        return pk.__version__
+    git = ["git", "-C", str(_HERE)]
+    options = {"capture_output": True, "text": True, "check": True}
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

@@ -2,6 +2,7 @@
 
 from . import backends, models, nn, ops, reference
 from .explain import explain
+from .graphs import graphed
 from .models import convert_state_dict, create_model, list_models, load_checkpoint
 from .ops.backend import available_backends, use_backend
 
@@ -11,6 +12,7 @@ __all__ = [
     "convert_state_dict",
     "create_model",
     "explain",
+    "graphed",
     "list_models",
     "load_checkpoint",
     "models",

@@ -1,16 +1,19 @@
-"""The command line: `poolformer-kernels demo | info | verify`, the same as `python -m poolformer_kernels`."""
+"""The command line: `poolformer-kernels demo | info | …`, the same as `python -m poolformer_kernels …`."""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from .ops.backend import BACKENDS
 
-__all__ = ["CommandError", "check_writable", "main"]
+__all__ = ["CommandError", "check_writable", "main", "report_errors"]
 
+_BENCHMARKS = ("model", "block", "mlp", "pool-mixer")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="poolformer-kernels", description="Fused kernels for PoolFormer: see, inspect, verify."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info | verify")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | info | verify | bench | profile"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -117,28 +122,86 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", type=_dtypes, default=",".join(_DTYPES), metavar="A,B", help="default: %(default)s"
     )
     verify.add_argument("--json", metavar="FILE", help="write every error")
+
+    layers = commands.add_parser(
+        "profile",
+        help="parameters, MACs, bytes and time of every layer, and the limit it could reach",
+        description="Counts and times every layer, stage and the whole model in inference, beside the limits "
+        "that a copy and a matrix product set, measured in the same run.",
+    )
+    layers.add_argument("--model", default="poolformer_s12", metavar="NAME", help="default: %(default)s")
+    layers.add_argument(
+        "--image-size", type=_size, metavar="N", help="pixels (default: the model's own, 224)"
+    )
+    layers.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    layers.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    layers.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    layers.add_argument("--no-time", action="store_true", help="count only")
+    layers.add_argument(
+        "--paper",
+        action="store_true",
+        help="print the paper's Table 1 and the costs in its Table 2 instead, counted from the modules",
+    )
+    layers.add_argument("--json", metavar="FILE", help="write every figure, the times in seconds")
+
+    bench = commands.add_parser(
+        "bench",
+        help="times of whole models, blocks and operators beside eager, torch.compile, OpenVINO and others",
+        description="Measures ours beside what else could run the same model, interleaved in one run, and "
+        "writes CSV. `bench model --help` shows a benchmark's own options.",
+    )
+    bench.add_argument("benchmark", choices=_BENCHMARKS)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's options")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0, 1 where a verification failed, 2 where the request cannot be met."""
     parser = _parser()
-    try:
+
+    def command() -> int:
         args = parser.parse_args(argv)
-        # imported here: only the demo needs the extras
+        # imported here: only some need extras
         if args.command == "demo":
             from .demo import run
         elif args.command == "info":
             from .info import run
+        elif args.command == "profile":
+            from .profiling.tables import run
+        elif args.command == "bench":
+            run = _bench
         else:
             from .verify import run
         return run(args)
+
+    return report_errors(parser.prog, command)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(_benchmarks()))  # they are scripts too, and import each other by name
+    benchmark = import_module(f"bench_{args.benchmark.replace('-', '_')}")
+    return benchmark.main(args.arguments, prog=f"poolformer-kernels bench {args.benchmark}")
+
+
+def _benchmarks() -> Path:
+    """The folder of the benchmarks: inside an installed package, beside the package in a source tree."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "benchmarks", package.parent / "benchmarks"):
+        if (folder / "harness.py").is_file():
+            return folder
+    raise CommandError(f"the benchmarks are missing: neither in {package} nor beside it")
+
+
+def report_errors(program: str, command: Callable[[], int]) -> int:
+    """The command's exit code; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        return command()
     except CommandError as error:
         message = " ".join(str(error).split())
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {message}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"{parser.prog}: error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{program}: error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (`| head`) has left; nothing may be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from peers import require
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import main
+from poolformer_kernels.ops.chain import Chain
 
 
 def demo_module():
@@ -92,14 +93,19 @@ def test_report_is_self_contained(quick, tmp_path) -> None:
     assert "The classes mean nothing then" in page
 
 
-@pytest.mark.parametrize("operator", ["pool_mixer", "mlp"])
-def test_demo_fails_on_a_wrong_operator(operator, quick, tmp_path, capsys, monkeypatch) -> None:
-    right = getattr(pk.nn.block, f"{operator}_with_stats")
+@pytest.mark.parametrize(("operator", "layer"), [("pool_mixer", "mixer"), ("mlp", "mlp")])
+def test_demo_fails_on_a_wrong_operator(operator, layer, quick, tmp_path, capsys, monkeypatch) -> None:
+    """Wrong in the operator, and in the chain of layers that inference makes where kernels are built."""
+    right, chained = getattr(pk.nn.block, f"{operator}_with_stats"), getattr(Chain, layer)
 
     def wrong(x, weight, *args, **options):
         return right(x, weight * 1.001, *args, **options)
 
+    def wrongly_chained(self, weight, *args):
+        return chained(self, weight * 1.001, *args)
+
     monkeypatch.setattr(pk.nn.block, f"{operator}_with_stats", wrong)
+    monkeypatch.setattr(Chain, layer, wrongly_chained)
     assert main([*quick, "--dtype", "float32"]) == 1
     assert "VERIFICATION FAILED" in capsys.readouterr().out
     r = result(tmp_path)
@@ -257,8 +263,8 @@ def test_missing_extras(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: demo | info | verify"),
-        (["serve"], "argument demo | info | verify: invalid choice: 'serve'"),
+        ([], "the following arguments are required: demo | info | verify | bench | profile"),
+        (["serve"], "argument demo | info | verify | bench | profile: invalid choice: 'serve'"),
         (["info", "--yaml"], "unrecognized arguments: --yaml"),
     ],
 )

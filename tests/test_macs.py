@@ -7,7 +7,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import poolformer_kernels as pk
-from poolformer_kernels.profiling import count_macs
+from poolformer_kernels.ops.chain import Chain
+from poolformer_kernels.profiling import count_macs, profile
 
 FIGURES = {
     "poolformer_s12": (11_915_176, 1_822_678_528),
@@ -98,7 +99,19 @@ def flops(call, x: torch.Tensor) -> int:
 def test_flop_counter_sees_the_kernels(kernels: str) -> None:
     model = pk.create_model("poolformer_s12").requires_grad_(False)
     macs = count_macs(model, (2, 3, 64, 64))
-    assert flops(model, torch.zeros(2, 3, 64, 64)) == 2 * (macs["convolution"] + macs["linear"])
+    counted = flops(model, torch.zeros(2, 3, 64, 64))
+    assert counted == 2 * (macs["convolution"] + macs["linear"])
+    assert counted == 2 * profile(model, 64, batch=2, measure=False).total.macs_flop_counter
+
+
+def test_flop_counter_knows_the_inference_operator() -> None:
+    """By itself: `FlopCounterMode` hooks all modules, and hooked modules are called one by one."""
+    chain = Chain()
+    assert pk.create_model("poolformer_s12").eval().add_to(chain)
+    with torch.no_grad():
+        counted = flops(lambda x: chain.run(x, True), torch.zeros(2, 3, 64, 96))
+    macs = count_macs(pk.create_model("poolformer_s12"), (2, 3, 64, 96))
+    assert counted == 2 * (macs["convolution"] + macs["linear"])
 
 
 @pytest.mark.parametrize("frozen", [False, True])

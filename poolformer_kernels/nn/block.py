@@ -98,28 +98,37 @@ class PoolFormerBlock(nn.Module):
             (y, partials of y ``[B, T, 3]``); None for the partials where no kernel that could save them
             computed y. See `poolformer_kernels.ops.pool_mixer.pool_mixer_with_stats`.
         """
-        fused = self.mlp_unfused_reason() is None
-        # the reference gains nothing by statistics that it would have to compute in another pass
-        kernels = isinstance(x, Tensor) and select_backend(x.device.type, x.dtype) != "reference"
+        x, stats = self.mixer_with_stats(x, stats, self.mlp_unfused_reason() is None)
+        return self.mlp_with_stats(x, stats, return_stats)
+
+    def mixer_with_stats(
+        self, x: Tensor, stats: Tensor | None, return_stats: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The token mixer's line of `forward_with_stats`."""
         modules = self._modules  # an attribute of a module costs nearly 1 us
         norm, mixer = modules["norm1"], modules["token_mixer"]
-        if self.mixer_unfused_reason() is None:
-            x, stats = pool_mixer_with_stats(
-                x,
-                norm.weight,
-                norm.bias,
-                pool_size=mixer.pool_size,
-                eps=norm.eps,
-                layer_scale=self.layer_scale_1,
-                drop_scale=self._drop_scale(x),
-                residual=True,
-                stats=stats,
-                return_stats=fused and kernels,
-            )
-        else:
-            x, stats = self._add(x, mixer(norm(x)), self.layer_scale_1), None
+        if self.mixer_unfused_reason() is not None:
+            return self._add(x, mixer(norm(x)), self.layer_scale_1), None
+        return pool_mixer_with_stats(
+            x,
+            norm.weight,
+            norm.bias,
+            pool_size=mixer.pool_size,
+            eps=norm.eps,
+            layer_scale=self.layer_scale_1,
+            drop_scale=self._drop_scale(x),
+            residual=True,
+            stats=stats,
+            return_stats=return_stats and _on_kernels(x),
+        )
+
+    def mlp_with_stats(
+        self, x: Tensor, stats: Tensor | None, return_stats: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The MLP's line of `forward_with_stats`."""
+        modules = self._modules
         norm, mlp = modules["norm2"], modules["mlp"]
-        if not fused:
+        if self.mlp_unfused_reason() is not None:
             return self._add(x, mlp(norm(x)), self.layer_scale_2), None
         fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
         return mlp_with_stats(
@@ -138,7 +147,7 @@ class PoolFormerBlock(nn.Module):
             residual=True,
             save_hidden=mlp.save_hidden,
             stats=stats,
-            return_stats=return_stats and kernels,
+            return_stats=return_stats and _on_kernels(x),
         )
 
     def add_to(self, chain: Chain) -> bool:
@@ -235,6 +244,11 @@ class PoolFormerStage(nn.Sequential):
     def add_to(self, chain: Chain) -> bool:
         """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
         return len(self) > 0 and all(type(b) is PoolFormerBlock and b.add_to(chain) for b in self)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """The reference gains nothing by statistics that it would have to compute in another pass."""
+    return isinstance(x, Tensor) and select_backend(x.device.type, x.dtype) != "reference"
 
 
 def _takes_stats(block: nn.Module) -> bool | None:

@@ -13,6 +13,7 @@ from .checks import hooked
 
 __all__ = ["Chained", "calls_more", "run_chain"]
 
+_INTERNAL = vars(nn.Module()).keys() - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -65,7 +66,7 @@ class _Plan:
         self._sized: list[dict] = []
         for module in root.modules():
             attributes = module.__dict__
-            self._watch(attributes, [key for key in attributes if not key.startswith("_")])
+            self._watch(attributes, [key for key in attributes if key not in _INTERNAL])
             self._watch(module._parameters, list(module._parameters))
             self._watch(module._modules, list(module._modules))
             self._hooks += (attributes[name] for name in _HOOKS)

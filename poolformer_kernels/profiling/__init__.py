@@ -1,6 +1,19 @@
-"""What a model costs and how long it takes."""
+"""What a model costs, layer by layer, and how long it takes."""
 
 from .macs import count_macs
+from .paper import paper_figures
+from .profile import Profile, Row, profile
+from .roofline import Limits, measure_limits
 from .throughput import Timing, time_interleaved
 
-__all__ = ["Timing", "count_macs", "time_interleaved"]
+__all__ = [
+    "Limits",
+    "Profile",
+    "Row",
+    "Timing",
+    "count_macs",
+    "measure_limits",
+    "paper_figures",
+    "profile",
+    "time_interleaved",
+]

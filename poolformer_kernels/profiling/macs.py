@@ -1,16 +1,20 @@
-"""Multiply-accumulates of a model, in the convention of fvcore's FlopCountAnalysis."""
+"""Multiply-accumulates in two conventions, fvcore's and torch's, and the bytes that eager PyTorch moves."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from ..nn import Mlp
 from ..ops.backend import use_backend
+from ..ops.chain import CONV, MLP, POOLS
 
-__all__ = ["count_macs"]
+__all__ = ["EagerCost", "count_macs", "eager_cost"]
 
 _aten = torch.ops.aten
 _ours = torch.ops.poolformer_kernels
@@ -41,7 +45,12 @@ _COUNTED = {
 }
 
 
-# For FlopCounterMode, which counts what is executed, at two flops a multiply-accumulate.
+# A statistic of the whole sample comes before the first element of the result: the input is read twice.
+_READ_TWICE = {_aten.native_group_norm.default, _aten.native_layer_norm.default}
+
+
+# For FlopCounterMode, which counts what is executed, at two flops a multiply-accumulate. Every operator of
+# ours that multiplies matrices or convolves has its formula here.
 
 
 @register_flop_formula([_ours.mlp_cpp, _ours.mlp_triton])
@@ -59,6 +68,32 @@ def _mlp_backward_flops(
     return 2 * _tokens(x) * w1[0] * ((w1[1] + w2[0]) * (1 + parameter_grads) + recomputed)
 
 
+@register_flop_formula([_ours.chain_cpp])
+def _chain_flops(x, parameters, steps, *_, out_shape, **__) -> int:
+    batch, _, height, width = x
+    steps, shapes, macs = iter(steps), iter(parameters), 0
+    for kind in steps:
+        present = next(steps)
+        if kind == CONV:
+            out, channels, *kernel = next(shapes)
+            stride, padding = next(steps), next(steps)
+            kernel = kernel or (1, 1)
+            height, width = (
+                (n + 2 * padding - k) // stride + 1 for n, k in zip((height, width), kernel, strict=True)
+            )
+            macs += batch * height * width * out * channels * kernel[0] * kernel[1]
+        elif kind in POOLS.values():
+            height = width = 1
+        else:
+            next(steps)  # the pool size or the activation
+            if kind == MLP:
+                w1, w2 = next(shapes), next(shapes)
+                macs += batch * height * width * w1[0] * (w1[1] + w2[0])
+        for _ in range(present.bit_count()):
+            next(shapes)
+    return 2 * macs
+
+
 def _tokens(shape) -> int:
     return shape[0] * shape[2] * shape[3]
 
@@ -67,12 +102,16 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.macs: Counter[str] = Counter()
+        self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in _COUNTED:
             kind, count = _COUNTED[func]
             self.macs[kind] += count(*args, out=out)
+        if not func.is_view:
+            read = (args, kwargs, args[0]) if func in _READ_TWICE else (args, kwargs)
+            self.moved += sum(t.nbytes for t in tree_leaves((read, out)) if isinstance(t, Tensor))
         return out
 
 
@@ -108,3 +147,29 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
         for module, training in modes:
             module.training = training
     return counter.macs
+
+
+@dataclass(frozen=True)
+class EagerCost:
+    """Multiply-accumulates by fvcore's convention and by ``FlopCounterMode`` (FLOPs / 2); bytes moved."""
+
+    macs_fvcore: int
+    macs_flop_counter: int
+    moved: int
+
+
+def eager_cost(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[EagerCost, Tensor]:
+    """What ``call(x)`` costs as it is written, operator by operator; and its result.
+
+    Every ATen operator reads its tensors and writes its results, a normalisation reading its input twice,
+    for the statistics and for the result; views move nothing. Caches are not modelled. What the numbers
+    stand for is in `count_macs`.
+
+    Args:
+        call: a function of plain PyTorch operators; on meta tensors nothing is computed.
+        x: its argument.
+    """
+    counter, flops = _Counter(), FlopCounterMode(display=False)
+    with torch.no_grad(), counter, flops:
+        y = call(x)
+    return EagerCost(counter.macs.total(), flops.get_total_flops() // 2, counter.moved), y

@@ -1,0 +1,58 @@
+"""Where a PoolFormer's time goes: single blocks, whole stages, stem, downsamples and head, forward.
+
+    poolformer-kernels bench block [--models s12 m36] [--providers ours eager compile openvino]
+
+timm's modules and ours hold the same random weights; each provider's result is compared with float64 before
+it is timed. Inputs have the shapes of the model at --image-size. Rows with an empty stage are the first block
+of a stage. The default run takes minutes on 2 cores, most of it torch.compile.
+
+Providers: {providers}
+"""
+
+import argparse
+import itertools
+
+import torch
+from harness import BATCH, Case, Names, Results, arguments, finish, image, run, start, steps
+from parts import NAMES, parts
+from providers import PROVIDERS, compare, make_pair
+
+from poolformer_kernels.cli import _size
+
+BUDGET_S = 3.0  # of one case's rounds
+
+
+def measure_all(args: argparse.Namespace) -> Results:
+    """Rows of every part of every model."""
+    results = Results()
+    axes = (args.models, args.dtype, args.batch, range(len(NAMES)))
+    for name, dtype_name, batch, i in steps(
+        itertools.product(*axes), lambda v: f"{v[0]}, {v[1]}, batch {v[2]}, {NAMES[v[3]]}"
+    ):
+        dtype = getattr(torch, dtype_name)
+        part = parts(*make_pair(name, dtype, args.device), args.image_size)[i]
+        x = image(batch, part.shape, args.device, dtype, "channels_last")
+        least = part.cost(batch, x.itemsize)
+        case = Case("block", part.shape, dtype_name, batch, least, model=name, stage=part.stage)
+        compare(results, case, part.peer, part.ours, x, args, BUDGET_S)
+    return results
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    doc = __doc__.format(providers=", ".join(PROVIDERS))
+    models, providers = ["poolformer_s12", "poolformer_m36"], ["ours", "eager", "compile"]
+    parser = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20)
+    add = parser.add_argument
+    add(
+        "--providers", action=Names, allowed=PROVIDERS, default=providers,
+        help=f"default: {', '.join(providers)}",
+    )  # fmt: skip
+    add("--image-size", type=_size, default=224, metavar="N", help="default: %(default)s")
+    args = start(parser, argv)
+    args.batch = args.batch or BATCH[args.device]
+    return finish("block", "Blocks, stages and what is between them", measure_all(args), args)
+
+
+if __name__ == "__main__":
+    run(main)

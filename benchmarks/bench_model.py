@@ -1,0 +1,134 @@
+"""How many images a second: whole PoolFormers, ours beside eager, torch.compile, OpenVINO and ONNX Runtime.
+
+    poolformer-kernels bench model [--models s12] [--dtype bfloat16 float32] [--batch 8 1]
+    poolformer-kernels bench model --scaling
+
+timm's model and ours hold the same random weights; each provider's logits are compared with float64 before it
+is timed. The peers' weights are frozen (torch.compile) or part of the graph (OpenVINO, ONNX Runtime).
+The default run takes 10 minutes on 2 cores, most of it in torch.compile and OpenVINO's conversion: with
+--providers ours eager it takes 2. max-autotune, only when asked for, adds minutes per case. --scaling takes
+a quarter of an hour: time over batch, image size and depth, with the exponents fitted.
+
+Providers: {providers}
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from harness import Case, Names, Results, arguments, finish, image, run, start, steps
+from parts import cost
+from providers import PROVIDERS, compare, default_providers, make_pair
+
+from poolformer_kernels.cli import _size
+from poolformer_kernels.models import list_models, model_config
+
+BUDGET_S = 10.0  # of one case's rounds
+BATCH = {"cpu": (8, 1), "cuda": (256, 1)}
+SCALING_BATCH = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 4, 16, 64, 256]}
+SCALING_SIZES = [224, 288, 384, 512, 768, 1024]
+SCALING_PROVIDERS = {"cpu": ["ours", "compile", "openvino"], "cuda": ["ours", "compile"]}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case before its tensors exist."""
+
+    model: str
+    dtype: str
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.dtype}, batch {self.batch}, {self.size} x {self.size}"
+
+
+def points(args: argparse.Namespace) -> list[Point]:
+    """Every combination; for --scaling batches, image sizes and depths apart, of the first model's width."""
+    first = args.models[0]
+    if not args.scaling:
+        large, small = BATCH[args.device]
+        batches = {name: args.batch or [large] for name in args.models}
+        batches[first] = args.batch or [large, small]
+        return [
+            Point(*values)
+            for name in args.models
+            for values in itertools.product([name], args.dtype, batches[name], args.image_size)
+        ]
+    dtype, batch, size = args.dtype[0], args.batch[0], args.image_size[0]
+    deeper = [name for name in args.models if model_config(name).dims == model_config(first).dims]
+    chosen = [Point(first, dtype, n, size) for n in args.batch]
+    chosen += [Point(first, dtype, batch, n) for n in args.image_size]
+    chosen += [Point(name, dtype, 8 if 8 in args.batch else args.batch[-1], size) for name in deeper]
+    return list(dict.fromkeys(chosen))
+
+
+def measure_all(args: argparse.Namespace) -> Results:
+    """Rows of every point."""
+    results = Results()
+    for point in steps(points(args)):
+        dtype = getattr(torch, point.dtype)
+        peer, ours = make_pair(point.model, dtype, args.device)
+        shape = (ours.in_chans, point.size, point.size)
+        x = image(point.batch, shape, args.device, dtype, "channels_last")
+        case = Case(
+            benchmark="scaling" if args.scaling else "model",
+            shape=shape,
+            dtype=point.dtype,
+            batch=point.batch,
+            least=cost(peer, ours, point.size, point.batch, x.itemsize),
+            model=point.model,
+        )
+        with torch.inference_mode():
+            largest = ours.patch_embed(x)
+        compare(results, case, peer, ours, x, args, BUDGET_S, like=largest)
+    return results
+
+
+def exponents(results: Results, args: argparse.Namespace) -> list[str]:
+    """Lines that say with which power of the batch and of the pixels our time grows (a log-log fit)."""
+    lines = []
+    for what, at in (("batch", args.image_size[0]), ("pixels", args.batch[0])):
+        values, times = [], []
+        for row in (row for group in results.groups for row in group):
+            side = int(row.shape.split("x")[1])
+            value, other = (row.batch, side) if what == "batch" else (side**2, row.batch)
+            if row.provider == "ours" and row.model == args.models[0] and other == at:
+                values.append(value)
+                times.append(row.median_s)
+        if len(set(values)) > 1:
+            power = np.polyfit(np.log(values), np.log(times), 1)[0]
+            lines.append(f"ours, {args.models[0]}: time ~ {what}^{power:.2f}, {len(values)} points")
+    return lines
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    doc = __doc__.format(providers=", ".join(PROVIDERS))
+    default = "8 (256 on CUDA), and 1 for the first model; 1 to 32 (256) for --scaling"
+    parser = arguments(doc, prog, models=list_models(), dtypes=["bfloat16"], rounds=20, batch=default)
+    add = parser.add_argument
+    add(
+        "--providers", action=Names, allowed=PROVIDERS,
+        help=f"default: {', '.join(default_providers('cpu'))}; CUDA: {', '.join(default_providers('cuda'))}",
+    )  # fmt: skip
+    add("--image-size", type=_size, nargs="+", metavar="N", help="default: 224, and up to 1024 for --scaling")
+    add("--scaling", action="store_true", help="time over batch, image size and depth, of one dtype")
+    args = start(parser, argv)
+    if args.scaling:
+        args.batch = args.batch or SCALING_BATCH[args.device]
+    args.image_size = args.image_size or (SCALING_SIZES if args.scaling else [224])
+    if args.providers is None:
+        args.providers = SCALING_PROVIDERS[args.device] if args.scaling else default_providers(args.device)
+    results = measure_all(args)
+    name, title = ("scaling", "Scaling") if args.scaling else ("model", "Whole model")
+    code = finish(name, title, results, args)
+    for line in exponents(results, args) if args.scaling else []:
+        print(line)
+    return code
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,168 @@
+"""What the plots share: rows read back from the CSV files, their selection, and a titled figure."""
+
+import csv
+import textwrap
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from poolformer_kernels.cli import CommandError
+
+__all__ = [
+    "MissingRowsError",
+    "Row",
+    "empty_figure",
+    "group_by",
+    "long_name",
+    "model_size",
+    "read_results",
+    "select",
+    "short_number",
+]
+
+LIMITS = ("copy", "matmul")
+SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
+COLOURS = {  # in the order of the bars
+    "ours": "#e07b28",
+    "ours graphed": "#b5560f",
+    "ours cpp": "#e9985a",
+    "ours triton": "#f2b98c",
+    "compile": "#4a7fc1",
+    "max-autotune": "#24446f",
+    "reduce-overhead": "#86b3e0",
+    "openvino": "#3a9464",
+    "onnxruntime": "#8d5fa8",
+    "eager": "#9aa5b5",
+    "eager NCHW": "#c6ccd6",
+}
+INK, SOFT, GRID = "#1a1f29", "#5b6474", "#e1e5eb"
+STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
+STYLE |= {
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 7.5,
+}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "text.color": INK, "font.size": 7.5}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= {"font.family": "DejaVu Sans", "svg.hashsalt": "poolformer_kernels"}  # the same on every machine
+
+
+class MissingRowsError(LookupError):
+    """The results hold too little for a plot; the message says which rows it needs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, as in `harness`; a limit (copy, matmul) may have its rate alone."""
+
+    benchmark: str
+    direction: str
+    model: str
+    shape: str
+    stage: str
+    dtype: str
+    layout: str
+    batch: int
+    provider: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    img_per_s: float | None
+    gb_per_s: float | None
+    tflop_per_s: float | None
+    fraction: float | None
+    error_l2: float | None
+    device: str
+    threads: str
+    torch: str
+    commit: str
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Every row of the folder's CSV files, None for an absent number.
+
+    Raises:
+        CommandError: no rows, columns missing, a number that is none, or rows of several devices.
+    """
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = [column.name for column in fields(Row)]
+            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+                raise CommandError(f"{path}: missing columns: {', '.join(missing)}")
+            for line in reader:
+                where = f"{path}, line {reader.line_num}"
+                rows.append(Row(**{column.name: _value(line, column, where) for column in fields(Row)}))
+    if not rows:
+        raise CommandError(f"--results {folder}: no CSV file with rows in it; `make bench` writes them")
+    if len(devices := {row.device for row in rows}) > 1:
+        found = ", ".join(sorted(devices))
+        raise CommandError(f"--results {folder}: rows of several devices, {found}; one is allowed")
+    return rows
+
+
+def _value(line: dict[str, str], column: Field, where: str) -> str | int | float | None:
+    text = line[column.name]
+    if column.type is str:
+        return text
+    if not text and (column.type == float | None or line["provider"] in LIMITS):
+        return None
+    try:
+        return int(text) if column.type is int else float(text)
+    except (TypeError, ValueError):
+        raise CommandError(f"{where}: {column.name} is {text!r}, not a number") from None
+
+
+def select(rows: Iterable[Row], *benchmarks: str) -> list[Row]:
+    """The forward rows of these benchmarks without the limits, one for each measurement, ours first."""
+    chosen, order = {}, list(COLOURS)
+    for r in sorted(rows, key=lambda r: r.layout == "channels_last"):
+        if r.benchmark in benchmarks and r.direction == "forward" and r.provider not in LIMITS:
+            chosen[r.benchmark, r.model, r.shape, r.stage, r.dtype, r.batch, r.provider] = r
+    if not chosen:
+        raise MissingRowsError(f"no rows with benchmark {' or '.join(benchmarks)}, direction forward")
+    order += sorted({r.provider for r in chosen.values()} - set(order))
+    return sorted(chosen.values(), key=lambda r: order.index(r.provider))
+
+
+def group_by(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, list[Row]]:
+    groups: dict[Hashable, list[Row]] = {}
+    for r in sorted(rows, key=key):
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def model_size(model: str) -> tuple[bool, int, str]:
+    """Sorts models; the second part is the number of blocks, which ends the name."""
+    end = model.rpartition("_")[2]
+    return end.startswith("m"), int("".join(c for c in end if c.isdigit()) or 0), model
+
+
+def long_name(provider: str) -> str:
+    return "torch.compile" if provider == "compile" else provider
+
+
+def short_number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def empty_figure(rows: Sequence[Row], title: str, subtitle: str, height: float, top: float = 0.58) -> Figure:
+    """A figure 8 inches wide: ``top`` inches of titles, ``height`` for axes, the facts of the rows below."""
+    names = ("device", "threads", "torch", "commit", "dtype")
+    device, threads, torch, commit, dtype = (
+        ", ".join(sorted({getattr(r, name) for r in rows})) for name in names
+    )
+    caption = f"{device} · threads: {threads} · torch {torch} · commit {commit} · {dtype}"
+    caption = textwrap.fill(f"{caption} · forward pass, medians", 135)
+    bottom = 0.34 + 0.14 * caption.count("\n")
+    height += top + bottom
+    figure = Figure((8, height), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(rect=(0.012, bottom / height, 0.976, 1 - (top + bottom) / height))
+    figure.text(0.015, 1 - 0.1 / height, title, va="top", size=12, weight="bold")
+    figure.text(0.015, 1 - 0.35 / height, subtitle, va="top", size=8, color=SOFT)
+    figure.text(0.015, 0.09 / height, caption, va="bottom", size=6.5, color=SOFT, linespacing=1.4)
+    return figure

@@ -1,0 +1,264 @@
+"""What could run a PoolFormer, or a part of one: ours, eager, torch.compile, OpenVINO, ONNX Runtime.
+
+The peers run timm's modules, ours run ours, on the same weights. A provider is a name and a builder
+``(timm's module, ours, x) -> call``; a builder raises `UnavailableError` with the reason where it cannot run.
+Every result is compared with float64 before anything is timed.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch._inductor.config
+from harness import Case, Results, measure, require
+from torch import Tensor, nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.models import PoolFormer
+from poolformer_kernels.ops.backend import BACKENDS, explain_selection
+from poolformer_kernels.verify import errors
+
+__all__ = [
+    "LAYOUTS",
+    "PROVIDERS",
+    "Prepared",
+    "UnavailableError",
+    "compare",
+    "default_providers",
+    "make_pair",
+    "prepare",
+]
+
+Call = Callable[[], object]
+Ours = Callable[[Tensor], Tensor]
+WRONG = 0.1  # relative error from which a result is wrong, in any dtype
+LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}  # what they are fed
+
+
+class UnavailableError(Exception):
+    """Why a provider cannot run here."""
+
+
+@lru_cache(maxsize=1)
+def _models(name: str) -> tuple[nn.Module, nn.Module]:
+    require("PIL", "timm")
+    from poolformer_kernels.demo import make_models
+
+    return make_models(name, None)
+
+
+@lru_cache(maxsize=1)
+def make_pair(name: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, PoolFormer]:
+    """(timm's model, ours) in eval mode and channels_last on the same random weights."""
+    options = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
+    peer, ours = (copy.deepcopy(model).to(**options) for model in _models(name))
+    return peer, ours
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------------------
+
+
+def _ours(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    return lambda: ours(x)
+
+
+def _ours_on(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    with pk.use_backend(backend):
+        chosen, reason = explain_selection(x.device.type, x.dtype)
+    if chosen == "none":
+        raise UnavailableError(reason)
+
+    def call() -> Tensor:
+        with pk.use_backend(backend):
+            return ours(x)
+
+    return call
+
+
+def _ours_graphed(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    _only("cuda", x)
+    if not isinstance(ours, nn.Module):
+        raise UnavailableError("it captures modules, and this part is a method")
+    graphed = pk.graphed(ours, x)
+    return lambda: graphed(x)
+
+
+def _eager(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    return lambda: peer(x)
+
+
+def _eager_nchw(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    peer, x = copy.deepcopy(peer).to(memory_format=torch.contiguous_format), x.contiguous()
+    return lambda: peer(x)
+
+
+def _compiled(mode: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    if mode == "reduce-overhead":
+        _only("cuda", x)
+    with torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(peer, dynamic=False, mode=mode)
+        for _ in range(3):  # a graph is captured in the second call
+            compiled(x)
+    return lambda: compiled(x)
+
+
+def _only(device: str, x: Tensor) -> None:
+    if x.device.type != device:
+        raise UnavailableError(f"it runs on {device}, not on {x.device.type}")
+
+
+# ---- other runtimes ----------------------------------------------------------------------------------------
+
+_OPENVINO_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def _openvino(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    _only("cpu", x)
+    import openvino
+
+    precision = _OPENVINO_PRECISIONS[x.dtype]
+    x = x.float().contiguous()
+    model = openvino.convert_model(copy.deepcopy(peer).float(), example_input=x, input=[list(x.shape)])
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != precision:
+        raise UnavailableError(f"asked for {precision}, it took {taken}")
+    request, inputs = compiled.create_infer_request(), [x.numpy()]
+    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0]
+
+
+def _onnxruntime(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    _only("cpu", x)
+    if x.dtype != torch.float32:
+        raise UnavailableError("it is measured in float32 only")
+    import onnxruntime
+
+    x = x.contiguous()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "model.onnx")
+        exported = copy.deepcopy(peer).to(memory_format=torch.contiguous_format)
+        torch.onnx.export(exported, (x,), file, dynamo=True, external_data=False, verbose=False)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, inputs)[0]
+
+
+PROVIDERS: dict[str, Callable[[nn.Module, Ours, Tensor], Call]] = {
+    "ours": _ours,
+    **{f"ours {backend}": partial(_ours_on, backend) for backend in BACKENDS},
+    "ours graphed": _ours_graphed,
+    "eager": _eager,
+    "eager NCHW": _eager_nchw,
+    "compile": partial(_compiled, "default"),
+    "max-autotune": partial(_compiled, "max-autotune"),
+    "reduce-overhead": partial(_compiled, "reduce-overhead"),
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+}
+
+
+def default_providers(device: str) -> list[str]:
+    """What a user would choose from on this device; max-autotune compiles for minutes and is not in it."""
+    if device == "cuda":
+        return ["ours", "ours graphed", "eager", "eager NCHW", "compile", "reduce-overhead"]
+    return ["ours", "eager", "compile", "openvino", "onnxruntime"]
+
+
+@dataclass
+class Prepared:
+    """Calls that are right, their relative L2 errors, and why the others are not timed."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(names: list[str], peer: nn.Module, ours: Ours, x: Tensor) -> Prepared:
+    """Build the providers for one input and check each against timm's module in float64.
+
+    Args:
+        peer, ours: in x's dtype, channels_last, on its device.
+        x: ``[B, C, H, W]``, channels_last.
+    """
+    torch.compiler.reset()  # earlier graphs must not count as recompilations of these
+    samples = sorted({0, len(x) - 1})
+    with torch.inference_mode():
+        exact = copy.deepcopy(peer).to(torch.float64, memory_format=torch.contiguous_format)
+        exact = exact(x[samples].double().contiguous()).cpu()
+        prepared = Prepared()
+        for name in names:
+            try:
+                with _quiet():
+                    call = PROVIDERS[name](peer, ours, x)
+                    out = torch.as_tensor(call())[samples]
+            except Exception as error:  # of other people's compilers; ours must not hide theirs
+                if name.startswith("ours") and not isinstance(error, UnavailableError):
+                    raise
+                prepared.unavailable[name] = _reason(error)
+                continue
+            error = errors(out, exact)[0]
+            if error <= WRONG:
+                prepared.calls[name], prepared.errors[name] = call, error
+            else:  # or NaN
+                prepared.wrong[name] = f"wrong: relative error {error:.2g} against float64"
+    return prepared
+
+
+def compare(
+    results: Results,
+    case: Case,
+    peer: nn.Module,
+    ours: Ours,
+    x: Tensor,
+    args: argparse.Namespace,
+    budget_s: float,
+    like: Tensor | None = None,
+) -> None:
+    """Check and time the providers of ``args`` on one case; the copy copies ``like``, by default x."""
+    prepared = prepare(args.providers, peer, ours, x)
+    results.unavailable |= prepared.unavailable
+    results.wrong |= {name: f"{reason}, {case}" for name, reason in prepared.wrong.items()}
+    if prepared.calls:
+        known = prepared.errors if case.benchmark in ("model", "scaling") else {}
+        options = {"rounds": args.rounds, "budget_s": budget_s, "errors": known, "layouts": LAYOUTS}
+        with torch.inference_mode():
+            results.groups.append(measure(case, prepared.calls, x if like is None else like, **options))
+    del prepared
+    gc.collect()  # compiled models hold copies of the weights
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"[:200]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Exporters and tracers warn by the page."""
+    logger, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,283 @@
+"""The benchmarks: what their CSV holds, what they refuse, and that they find themselves."""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peers import require
+
+from poolformer_kernels import cli
+from poolformer_kernels.profiling import count_macs
+
+HEADER = (
+    "benchmark,direction,model,shape,stage,dtype,layout,batch,provider,median_s,p20_s,p80_s,img_per_s,"
+    "gb_per_s,tflop_per_s,fraction,error_l2,device,threads,torch,commit"
+)
+MEASURED = HEADER.split(",")[:17]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch, tmp_path) -> None:
+    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
+    for package in ("PIL", "rich", "sklearn", "timm"):
+        require(package)
+    monkeypatch.syspath_prepend(str(cli._benchmarks()))
+    import harness
+
+    for name, value in harness._WARM_HEAP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def bench(name: str, *arguments: str) -> int:
+    return cli.main(["bench", name, "--device", "cpu", "--threads", "1", "--rounds", "2", *arguments])
+
+
+def rows(path: Path) -> dict[str, dict[str, str]]:
+    """By provider."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert ",".join(reader.fieldnames) == HEADER
+        return {row["provider"]: row for row in reader}
+
+
+def test_model(tmp_path, capsys) -> None:
+    import timm
+
+    files = ["--csv", str(tmp_path / "m.csv"), "--json", str(tmp_path / "m.json")]
+    options = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
+    assert bench("model", *options, "--providers", "ours,eager", "ours triton", *files) == 0
+    out = capsys.readouterr().out
+    by_provider = rows(tmp_path / "m.csv")
+    assert list(by_provider) == ["ours", "eager", "copy", "matmul"]
+
+    # counted here: timm's convolutions and linear layers; weights once, activations once in and once out
+    peer = timm.create_model("poolformer_s12")
+    macs = count_macs(peer, (1, 3, 32, 32))
+    flops = 2 * 2 * (macs["convolution"] + macs["linear"])
+    stages = [(64, 8, 2), (128, 4, 2), (320, 2, 6), (512, 1, 2)]  # channels, side, blocks
+    maps = [3 * 32 * 32, *(c * n * n for c, n, _ in stages)]
+    moved = (
+        sum(4 * depth * c * n * n for c, n, depth in stages)
+        + sum(maps[:-1])
+        + sum(maps[1:])
+        + maps[-1]
+        + 1000
+    )
+    moved = 4 * (2 * moved + sum(p.numel() for p in peer.parameters()))
+    limit = max(
+        moved / float(by_provider["copy"]["gb_per_s"]) / 1e9,
+        flops / float(by_provider["matmul"]["tflop_per_s"]) / 1e12,
+    )
+    for provider in ("ours", "eager"):
+        row = by_provider[provider]
+        seconds = float(row["median_s"])
+        assert 0 < float(row["p20_s"]) <= seconds <= float(row["p80_s"])
+        assert float(row["img_per_s"]) == pytest.approx(2 / seconds, rel=1e-5)
+        assert float(row["tflop_per_s"]) == pytest.approx(flops / seconds / 1e12, rel=1e-5)
+        assert float(row["gb_per_s"]) == pytest.approx(moved / seconds / 1e9, rel=1e-5)
+        assert float(row["fraction"]) == pytest.approx(limit / seconds, rel=1e-4)
+        assert 1e-8 < float(row["error_l2"]) < 1e-5
+        assert (row["benchmark"], row["direction"]) == ("model", "forward")
+        assert (row["model"], row["shape"], row["stage"]) == ("poolformer_s12", "3x32x32", "")
+        assert (row["dtype"], row["layout"], row["batch"]) == ("float32", "channels_last", "2")
+        assert (row["threads"], row["torch"]) == ("1", torch.__version__)
+    for provider, empty in (("copy", "tflop_per_s"), ("matmul", "gb_per_s")):
+        row = by_provider[provider]
+        assert [row[name] for name in (empty, "img_per_s", "error_l2", "fraction")] == ["", "", "", "1"]
+
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert [row["provider"] for row in content["rows"]] == list(by_provider)
+    assert f"{content['rows'][0]['median_s']:.6g}" == by_provider["ours"]["median_s"]
+    if not torch.cuda.is_available():  # what cannot run is said
+        reason = content["unavailable"]["ours triton"]
+        assert reason.startswith("backend 'triton' was asked for and cannot run this call: ")
+        assert f"ours triton: {reason}" in " ".join(out.split())
+    ratio = float(by_provider["eager"]["median_s"]) / float(by_provider["ours"]["median_s"])
+    assert f"{ratio:.2f}×" in out
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch) -> None:
+    import providers
+
+    def wrong(peer, ours, x):
+        return lambda: ours(x) * torch.where(torch.arange(1000) == 7, 3.0, 1.2)
+
+    monkeypatch.setitem(providers.PROVIDERS, "eager", wrong)
+    options = ["--models", "s12", "--batch", "1", "--image-size", "32", "--csv", str(tmp_path / "m.csv")]
+    assert bench("model", *options, "--providers", "ours", "eager") == 1
+    assert "eager" not in rows(tmp_path / "m.csv")
+    assert "eager: wrong: relative error 0.2" in capsys.readouterr().out
+
+
+def test_half_precision_errors_are_those_of_rounding() -> None:
+    import harness
+    import providers
+
+    peer, ours = providers.make_pair("poolformer_s12", torch.bfloat16, "cpu")
+    x = harness.image(2, (3, 32, 32), "cpu", torch.bfloat16, "channels_last")
+    prepared = providers.prepare(["ours", "eager NCHW", "onnxruntime"], peer, ours, x)
+    assert prepared.unavailable == {"onnxruntime": "it is measured in float32 only"}
+    for error in prepared.errors.values():
+        assert 1e-4 < error < 0.02
+    assert prepared.errors["ours"] < 1.5 * prepared.errors["eager NCHW"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("model", ["--models", "s13"], "argument --models: 's13'; allowed: poolformer_s12, poolformer_s24, "),
+        (
+            "model",
+            ["--providers", "ours,tvm"],
+            "argument --providers: 'tvm'; allowed: ours, ours reference, ",
+        ),
+        ("mlp", ["--dtype", "int8"], "argument --dtype: 'int8'; allowed: float32, bfloat16, float16"),
+        ("pool-mixer", ["--layout", "NHWC"], "argument --layout: 'NHWC'; allowed: channels_last, NCHW"),
+        ("block", ["--batch", "0"], "argument --batch: must be a positive integer, got '0'"),
+        ("block", ["--image-size", "16"], "argument --image-size: must be at least 32"),
+        ("model", ["--csv", "/dev/null/x.csv"], "cannot write to /dev/null/x.csv: "),
+    ],
+)
+def test_requests_that_cannot_be_met(name, arguments, message, capsys) -> None:
+    assert bench(name, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"poolformer-kernels: error: {message}")
+
+
+def test_missing_extras_are_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)  # as if it were not installed
+    assert bench("mlp") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("poolformer-kernels: error: the benchmarks' extras are missing (")
+    assert line.endswith("pip install 'poolformer_kernels[bench]'\n")
+    assert line.count("\n") == 1
+
+
+def test_parts_add_up_to_the_model() -> None:
+    import parts
+    import providers
+
+    peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
+    made = parts.parts(peer, ours, 64)
+    assert [part.stage for part in made] == [
+        *("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head"), *[""] * 4
+    ]  # fmt: skip
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        h, exact = x, peer(x)
+        for part in made[:9]:  # each part's timm module and ours, on what the part before it returns
+            assert tuple(h.shape[1:]) == part.shape
+            ours_h, h = part.ours(h), part.peer(h)
+            assert ((ours_h - h).norm() / h.norm()).item() < 1e-5
+    assert torch.equal(h, exact)
+    weights = sum(part.cost(0, 1)[0] for part in made[:9])  # of no sample: the weights alone
+    assert weights == sum(p.numel() for p in ours.parameters())
+
+
+def test_small_batches_by_default_of_the_first_model_only() -> None:
+    import bench_model
+
+    options = {"scaling": False, "device": "cpu", "dtype": ["float32"], "image_size": [224]}
+    args = argparse.Namespace(models=["poolformer_s12", "poolformer_m48"], batch=None, **options)
+    chosen = [(point.model[-3:], point.batch) for point in bench_model.points(args)]
+    assert chosen == [("s12", 8), ("s12", 1), ("m48", 8)]
+    args.batch = [2, 4]
+    chosen = [(point.model[-3:], point.batch) for point in bench_model.points(args)]
+    assert chosen == [("s12", 2), ("s12", 4), ("m48", 2), ("m48", 4)]
+
+
+def test_scaling_points_and_exponents() -> None:
+    import bench_model
+    import harness
+
+    args = argparse.Namespace(
+        scaling=True,
+        models=["poolformer_s12", "poolformer_s24", "poolformer_m36"],
+        dtype=["bfloat16"],
+        batch=[1, 2, 4],
+        image_size=[64, 128],
+    )
+    chosen = [(p.model[-3:], p.batch, p.size) for p in bench_model.points(args)]
+    assert chosen == [
+        *[("s12", 1, 64), ("s12", 2, 64), ("s12", 4, 64), ("s12", 1, 128), ("s24", 4, 64)],
+    ]
+    results = harness.Results()
+    for point in bench_model.points(args):
+        seconds = point.batch**0.9 * point.size**2.2 * (1 if point.model == "poolformer_s12" else 9)
+        row = dict.fromkeys(MEASURED, "") | {
+            "model": point.model,
+            "shape": f"3x{point.size}x{point.size}",
+            "batch": point.batch,
+            "provider": "ours",
+            "median_s": seconds,
+        }
+        results.groups.append([harness.Row(**row)])
+    assert bench_model.exponents(results, args) == [
+        "ours, poolformer_s12: time ~ batch^0.90, 3 points",
+        "ours, poolformer_s12: time ~ pixels^1.10, 2 points",
+    ]
+
+
+def test_default_file_and_six_digits(tmp_path) -> None:
+    import harness
+
+    values = dict.fromkeys(MEASURED, "x") | {"median_s": 1 / 3, "batch": 8, "error_l2": None}
+    path = harness.write_rows([harness.Row(**values)], "mlp", "cpu")
+    assert path.parent.parent == tmp_path / "results"
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["median_s"], row["batch"], row["error_l2"]) == ("0.333333", "8", "")
+    assert row["device"] == harness.device_name("cpu")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_benchmarks_are_found(installed, tmp_path, monkeypatch) -> None:
+    package = tmp_path / "poolformer_kernels"
+    folder = (package if installed else tmp_path) / "benchmarks"
+    folder.mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir(exist_ok=True)  # of another package, beside an installed one
+    (folder / "harness.py").touch()
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    assert cli._benchmarks() == folder
+    (folder / "harness.py").unlink()
+    with pytest.raises(cli.CommandError, match="the benchmarks are missing"):
+        cli._benchmarks()
+
+
+def test_a_wheel_holds_the_benchmarks(tmp_path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    base = str(tmp_path)
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", base]
+    command += ["build_py", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "POOLFORMER_KERNELS_SKIP_EXT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    held = {path.name for path in (tmp_path / "lib" / "poolformer_kernels" / "benchmarks").glob("*.py")}
+    assert held == {path.name for path in (root / "benchmarks").glob("*.py")}
+    assert (tmp_path / "lib" / "poolformer_kernels" / "backends" / "triton" / "mlp.py").is_file()
+    help_text = subprocess.run(
+        [sys.executable, "-c", "from poolformer_kernels.cli import main; main(['bench', 'block', '--help'])"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "results/<device>/<name>.csv" in " ".join(help_text.stdout.split())

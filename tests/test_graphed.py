@@ -1,0 +1,220 @@
+"""graphed without a GPU: its refusals, and its buffers on a stand-in for CUDA graphs (recorded operators)."""
+
+import contextlib
+
+import pytest
+import torch
+from peers import randomise
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import poolformer_kernels as pk
+from poolformer_kernels import graphs
+from poolformer_kernels.graphs import GraphedModel, graphed
+from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
+
+
+class RecordedGraph:
+    """Replays as a CUDA graph does: the recorded operators again, on the same memory, without Python."""
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for kept, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(kept, torch.Tensor) and kept is not new:
+                    kept.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph, stream):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.graph.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    cuda = graphs.torch.cuda
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(cuda, "graph", Recorder)
+
+
+class Net(nn.Module):
+    """Two outputs; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.conv(x)
+        return [y, y.relu().mean((2, 3))]
+
+
+def eager(model, x):
+    with torch.inference_mode():
+        return model(x)
+
+
+def test_replays_on_a_copy_of_each_input_into_the_same_memory(stand_in):
+    torch.manual_seed(0)
+    model, example = Net().eval(), torch.randn(2, 3, 8, 8)
+    kept = example.clone()
+    g = GraphedModel(model, example)
+    assert model.calls == 4  # three to warm up, one captured
+    inputs = [
+        torch.randn(2, 3, 8, 8),
+        torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 3, 8, 16)[..., ::2],
+        torch.randn(2, 3, 8, 8).requires_grad_(),
+    ]
+    first = g(inputs[0])
+    addresses = [t.data_ptr() for t in first]
+    for x in inputs:
+        got = g(x)
+        assert [t.data_ptr() for t in got] == addresses
+        for ours, expected in zip(got, eager(model, x.contiguous()), strict=True):
+            assert torch.equal(ours, expected)
+        assert not any(t.requires_grad for t in got)
+    assert model.calls == 4 + len(inputs)  # those of eager: a replay runs no Python of the model
+    assert torch.equal(first[0], got[0])  # overwritten, as documented
+    assert torch.equal(example, kept)
+
+
+def test_keeps_the_strides_of_the_example_and_sees_parameters_updated_in_place(stand_in):
+    model = Net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    g = GraphedModel(model, x.contiguous(memory_format=torch.channels_last))
+    assert g._input.is_contiguous(memory_format=torch.channels_last)
+    before = g(x)[1].clone()
+    with torch.no_grad():
+        model.conv.bias.add_(1)
+    after = g(x)[1]
+    assert torch.equal(after, eager(model, x.contiguous(memory_format=torch.channels_last))[1])
+    assert not torch.equal(before, after)
+    assert repr(g) == "GraphedModel(Net, 2x3x8x8, float32, cpu)"
+
+
+def test_a_poolformer(stand_in):
+    torch.manual_seed(0)
+    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
+    model = randomise(PoolFormer(config, num_classes=10)).eval()
+    with pk.use_backend("reference"):
+        g = GraphedModel(model, torch.randn(2, 3, 32, 32))
+        for _ in range(2):
+            x = torch.randn(2, 3, 32, 32)
+            assert torch.equal(g(x), eager(model, x))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1], TypeError, "x must be a tensor, got list"),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.float64),
+            TypeError,
+            "captured dtype torch.float32, got torch.f",
+        ),
+        (
+            torch.zeros(1, 3, 8, 8),
+            ValueError,
+            r"captured shape \[2, 3, 8, 8\], got \[1, 3, 8, 8\]; graphed\(",
+        ),
+        (torch.zeros(2, 3, 8, 9), ValueError, r"captured shape \[2, 3, 8, 8\], got \[2, 3, 8, 9\]"),
+        (
+            torch.zeros(2, 3, 8, 8, device="meta"),
+            ValueError,
+            "x must be on the captured device cpu, got meta",
+        ),
+    ],
+)
+def test_another_input_is_refused_and_changes_nothing(stand_in, x, error, message):
+    g = GraphedModel(Net().eval(), torch.ones(2, 3, 8, 8))
+    before = g._input.clone()
+    with pytest.raises(error, match=message):
+        g(x)
+    assert torch.equal(g._input, before)
+
+
+# ---- refusals before anything runs -------------------------------------------------------------------------
+
+
+class NeverCalled(nn.Sequential):
+    def forward(self, x):
+        raise AssertionError("the model ran")
+
+
+def never(**parts):
+    model = NeverCalled().eval()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "error", "message"),
+    [
+        (print, torch.zeros(1), TypeError, "model must be an nn.Module, got builtin_function_or_method"),
+        (never(), [0.0], TypeError, "example must be a tensor, got list"),
+        (NeverCalled(), torch.zeros(1), ValueError, r"call model.eval\(\): it is training"),
+        (never(drop=nn.Dropout()), torch.zeros(1), ValueError, r"call model.eval\(\): drop is training"),
+    ],
+)
+def test_arguments_that_no_device_would_take(model, example, error, message):
+    with pytest.raises(error, match=message):
+        graphed(model, example)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+def test_without_a_cuda_device():
+    with pytest.raises(RuntimeError, match="CUDA graph, and torch sees no CUDA device"):
+        graphed(never(), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (never(), torch.zeros(1), "example must be a CUDA tensor, got one on cpu"),
+        (never(), torch.zeros(0, 3), r"example must not be empty, got shape \[0, 3\]"),
+        (
+            never(fc=nn.Linear(2, 2, device="meta").eval()),
+            torch.zeros(1),
+            "example's device cpu, but fc.weight is on m",
+        ),
+        (
+            never(bn=nn.BatchNorm2d(2, affine=False, device="meta").eval()),
+            torch.zeros(1),
+            "bn.running_mean is on",
+        ),
+    ],
+)
+def test_tensors_on_the_wrong_device(monkeypatch, model, example, message):
+    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
+    if "CUDA tensor" not in message:  # a CPU tensor that says it is on CUDA
+        example = example.as_subclass(SaysCuda)
+    with pytest.raises(ValueError, match=message):
+        graphed(model, example)
+
+
+class SaysCuda(torch.Tensor):
+    is_cuda = True

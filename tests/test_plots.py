@@ -1,0 +1,263 @@
+"""The plots of the benchmarks: what is drawn from known rows, not how it looks."""
+
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib import import_module
+from itertools import combinations
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from peers import require
+
+SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
+
+
+@pytest.fixture(scope="module")
+def plots() -> ModuleType:
+    require("matplotlib")
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return import_module("plots")
+
+
+@pytest.fixture(scope="module")
+def row(plots: ModuleType) -> Callable:
+    """A measurement of one second, by default of poolformer_s12 at batch 8."""
+    facts = {"device": "Some CPU", "threads": "2", "torch": "2.13.0", "commit": "abc1234"}
+    default = {"benchmark": "model", "direction": "forward", "model": "poolformer_s12", "shape": "3x224x224"}
+    default |= {"stage": "", "dtype": "bfloat16", "layout": "channels_last", "batch": 8, "provider": "ours"}
+    default |= dict.fromkeys(("img_per_s", "gb_per_s", "tflop_per_s", "fraction", "error_l2")) | facts
+
+    def make(median_s: float = 1.0, **fields):
+        times = {"median_s": median_s, "p20_s": 0.8 * median_s, "p80_s": 1.25 * median_s}
+        return plots.Row(**(default | times | fields))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model_rows(row: Callable) -> list:
+    times = {"eager": 4.0, "compile": 2.0, "copy": 9.0, "ours": 0.5}
+    rows = [row(t, provider=p, dtype=d) for p, t in times.items() for d in ("bfloat16", "float32")]
+    # neither counts: the other direction, and another layout of what is there in channels_last
+    return [*rows, row(7.0, direction="backward"), row(7.0, layout="NCHW")]
+
+
+def bars(ax) -> dict[str, float]:
+    """Provider -> width of its bar."""
+    names = {y: label.get_text() for y, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)}
+    return {names[round(bar.get_y() + bar.get_height() / 2, 6)]: bar.get_width() for bar in ax.patches}
+
+
+def texts(ax) -> set[str]:
+    return {text.get_text().strip() for text in ax.texts}
+
+
+@pytest.mark.parametrize("exponent", [0.75, 1.0, 2.0])
+def test_fit_is_exact_for_a_power_law(plots: ModuleType, exponent: float) -> None:
+    n = [1, 3, 10, 224**2]
+    assert plots.fit_power(n, [3e-4 * x**exponent for x in n]) == pytest.approx((3e-4, exponent), rel=1e-12)
+
+
+def test_fit_minimises_squared_logarithms(plots: ModuleType) -> None:
+    a, k = plots.fit_power([1, 10, 100], [1, 1000, 100])
+    assert (a, k) == pytest.approx((10 ** (2 / 3), 1.0))
+    with pytest.raises(ValueError):
+        plots.fit_power([2, 2], [1, 2])
+
+
+def test_throughput_in_images_per_second(plots: ModuleType, model_rows: list) -> None:
+    figure = plots.throughput(model_rows)
+    assert [ax.get_title("left") for ax in figure.axes] == [
+        f"{d}, batch 8, 224x224" for d in ("bfloat16", "float32")
+    ]
+    for ax in figure.axes:
+        assert bars(ax) == pytest.approx({"ours": 16.0, "compile": 4.0, "eager": 2.0})
+        assert list(bars(ax)) == ["ours", "compile", "eager"]
+        assert texts(ax) == {"poolformer_s12", "16.0", "4.00", "2.00"}
+        assert ax.lines[0].get_xdata() == pytest.approx((16 / 1.25, 16 / 0.8))
+    caption = " ".join(text.get_text() for text in figure.texts)
+    for fact in ("Some CPU", "threads: 2", "torch 2.13.0", "abc1234", "bfloat16, float32"):
+        assert fact in caption
+
+
+def test_throughput_relative_to_compile_else_eager(
+    plots: ModuleType, row: Callable, model_rows: list
+) -> None:
+    for ax in plots.throughput(model_rows, relative=True).axes:
+        assert bars(ax) == pytest.approx({"ours": 4.0, "compile": 1.0, "eager": 0.5})
+        assert "4.00" in texts(ax)
+    # compile is not there for every model: one reference for all
+    deeper = [row(t, provider=p, model="poolformer_s24") for p, t in (("eager", 6.0), ("ours", 2.0))]
+    ax = plots.throughput([*model_rows, *deeper], relative=True).axes[0]
+    assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx([1.0, 1.0, 2.0, 3.0, 8.0])
+    assert "eager" in ax.get_xlabel()
+    with pytest.raises(plots.MissingRowsError, match=r"compile, nor eager"):
+        plots.throughput([row()], relative=True)
+
+
+def test_stages_stack_and_leave_out_the_incomplete(plots: ModuleType, row: Callable, capsys) -> None:
+    times = {"ours": 0.01, "compile": 0.02, "eager": 0.04}
+    rows = [
+        row(t * (i + 1), benchmark="block", stage=stage, provider=p)
+        for p, t in times.items()
+        for i, stage in enumerate(SEGMENTS)
+        if (p, stage) != ("eager", "head")
+    ]
+    for relative, unit in ((False, 1e3), (True, 1 / (45 * 0.02))):
+        (ax,) = plots.stages(rows, relative).axes
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "compile"]
+        widths = [bar.get_width() for bar in ax.patches]
+        assert widths == pytest.approx([unit * t * i for t in (0.01, 0.02) for i in range(1, 10)])
+        lefts = [bar.get_x() for bar in ax.patches]
+        assert lefts[1:9] == pytest.approx([sum(widths[:i]) for i in range(1, 9)])
+        assert {"0.50", "1.00"} <= texts(ax) if relative else {"450 ms", "900 ms"} <= texts(ax)
+        assert "eager left out of poolformer_s12, batch 8: no rows with stage head" in capsys.readouterr().err
+    with pytest.raises(plots.MissingRowsError, match="block"):
+        plots.stages(rows[:8])
+
+
+def test_roofline_points_roofs_and_labels(plots: ModuleType, row: Callable) -> None:
+    def kernel(benchmark: str, stage: str, flop_per_byte: float, **fields) -> list:
+        rates = {"ours": 80.0, "compile": 40.0, "eager": 20.0}
+        given = {"benchmark": benchmark, "stage": stage, **fields}
+        return [
+            row(provider=p, gb_per_s=g, tflop_per_s=g * flop_per_byte / 1e3, **given)
+            for p, g in rates.items()
+        ]
+
+    rows = kernel("pool_mixer", "1", 3.0, shape="64x56x56")
+    rows += kernel("mlp", "1", 25.0, shape="64x56x56") + kernel("mlp", "2", 25.5, shape="128x28x28")
+    rows += kernel("block", "", 12.5, shape="64x56x56") + kernel("block", "stem", 8.0)
+    rows += kernel("model", "", 11.0) + kernel("block", "", 24.0, shape="128x28x28")
+    rows += kernel("model", "", 99.0, batch=1)  # another batch than most
+    # the whole stage gives way to the single block, and an unknown provider is left out
+    rows += [*kernel("block", "1", 12.4, shape="64x56x56"), replace(rows[3], provider="eager linear")]
+    rows += [row(provider="copy", gb_per_s=g) for g in (90.0, 100.0, 150.0)]
+    rows += [row(provider="matmul", tflop_per_s=2.0)]
+    for relative, unit in ((False, 1.0), (True, 2.0)):
+        figure = plots.roofline(rows, relative)
+        (ax,) = figure.axes
+        ours, eager = (
+            sorted(tuple(line.get_xydata()[0]) for line in ax.lines if line.get_gid() == p)
+            for p in ("ours", "eager")
+        )
+        intensities = [3.0, 8.0, 11.0, 12.5, 24.0, 25.0, 25.5]
+        assert [x for x, _ in ours] == pytest.approx(intensities)
+        assert [y for _, y in ours] == pytest.approx([0.08 * x / unit for x in intensities])
+        assert [y for _, y in eager] == pytest.approx([0.02 * x / unit for x in intensities])
+        (roof,) = (line for line in ax.lines if line.get_gid() == "roof")
+        for x, y in roof.get_xydata():
+            assert y == pytest.approx(min(100.0 * x / 1e3, 2.0) / unit)
+        labels = [text for text in ax.texts if text.get_gid() == "label"]
+        assert {text.get_text() for text in labels} == {
+            "mixer 1",
+            "MLP 1, 2",
+            "block 1",
+            "block 2",
+            "stem",
+            "s12",
+        }
+        boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]
+        assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    with pytest.raises(plots.MissingRowsError, match=r"batch 8 and provider copy, nor matmul"):
+        plots.roofline(rows[:-4])  # without the limits
+
+
+def test_scaling_points_and_exponents(plots: ModuleType, row: Callable) -> None:
+    def time(p: str, batch: int, size: int, depth: int) -> float:
+        return {"ours": 1e-3, "compile": 2e-3}[p] * batch**0.9 * (size / 224) ** 2.2 * (depth / 12) ** 0.8
+
+    cases = {(batch, 224, 12) for batch in (1, 2, 4, 8)} | {(1, size, 12) for size in (224, 512, 1024)}
+    cases |= {(8, 224, depth) for depth in (12, 24, 36)}
+    rows = [
+        row(time(p, *case), benchmark="scaling", provider=p, batch=case[0])
+        for p in ("ours", "compile")
+        for case in sorted(cases)
+    ]
+    for i, (_, size, depth) in enumerate(sorted(cases) * 2):
+        rows[i] = replace(rows[i], shape=f"3x{size}x{size}", model=f"poolformer_s{depth}")
+    sizes = ([1, 2, 4, 8], [224**2, 512**2, 1024**2], [12, 24, 36])
+    for relative in (False, True):
+        axes = plots.scaling(rows, relative).axes
+        for ax, k, n in zip(axes, ("0.90", "1.10", "0.80"), sizes, strict=True):
+            labels = {text.get_text() for text in ax.get_legend().get_texts()}
+            assert labels == {f"ours: k = {k}", f"torch.compile: k = {k}"}
+            (ours,) = (line for line in ax.lines if line.get_gid() == "ours")
+            assert list(ours.get_xdata()) == n
+        # one millisecond at the smallest batch and image
+        batch = axes[0].lines[0].get_ydata()
+        assert list(batch) == pytest.approx([b**0.9 for b in sizes[0]])
+        depth = next(line for line in axes[2].lines if line.get_gid() == "ours").get_ydata()
+        assert list(depth) == pytest.approx([(1 if relative else 8**0.9) * m**0.8 for m in (1, 2, 3)])
+    with pytest.raises(plots.MissingRowsError, match="blocks"):
+        plots.scaling([r for r in rows if r.model == "poolformer_s12"])
+
+
+def write(path: Path, rows: list, drop: str = "", **changes: str) -> None:
+    lines = [{k: v for k, v in asdict(r).items() if k != drop} for r in rows]
+    lines[-1] |= changes
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def test_rows_survive_the_file(plots: ModuleType, row: Callable, tmp_path: Path) -> None:
+    rows = [row(0.25, img_per_s=32.0), row(provider="copy", gb_per_s=3.5)]
+    write(tmp_path / "a.csv", rows)
+    assert plots.read_results(tmp_path) == rows
+
+
+def test_files_of_one_run_and_of_the_next_are_the_same(
+    plots: ModuleType, model_rows: list, tmp_path: Path, capsys
+) -> None:
+    write(tmp_path / "model.csv", model_rows)
+    command = ["--results", str(tmp_path), "--dtype", "float32", "--relative", "--out"]
+    for out in ("first", "second"):
+        assert plots.main([*command, str(tmp_path / out)]) == 0
+    names = {"throughput_relative.png", "throughput_relative.svg"}
+    assert {path.name for path in (tmp_path / "first").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert "dc:date" not in (tmp_path / "first" / "throughput_relative.svg").read_text()
+    skipped = capsys.readouterr().err.splitlines()
+    assert skipped[0] == "plots: stages_float32 skipped: no rows with benchmark block, direction forward"
+    assert [line.split()[1] for line in skipped[:3]] == [
+        "stages_float32",
+        "roofline_float32",
+        "scaling_float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop": "gb_per_s"}, "model.csv: missing columns: gb_per_s"),
+        ({"median_s": "fast"}, "model.csv, line 3: median_s is 'fast', not a number"),
+        ({"p20_s": ""}, "line 3: p20_s is '', not a number"),
+        ({"device": "Another CPU"}, "rows of several devices, Another CPU, Some CPU"),
+        (
+            {"benchmark": "mlp", "dtype": "float16"},
+            "--dtype is 'float64'; the results hold bfloat16, float16",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    plots: ModuleType, row: Callable, tmp_path: Path, capsys, changes: dict, message: str
+) -> None:
+    write(tmp_path / "model.csv", [row(), row()], **changes)
+    assert plots.main(["--results", str(tmp_path), "--dtype", "float64"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "plots").exists()
+
+
+def test_a_folder_without_rows_is_an_error(plots: ModuleType, tmp_path: Path, capsys) -> None:
+    assert plots.main(["--results", str(tmp_path)]) == 2
+    assert "no CSV file" in capsys.readouterr().err
