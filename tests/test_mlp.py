@@ -132,6 +132,7 @@ def test_core_shapes(backend, dtype, shape, hidden, layout):
         ((2, 64, 7, 7), 64, 10),
         ((1, 3, 13, 29), 12, 3),
         ((1, 24, 4, 9), 260, 100),
+        ((2, 9, 3, 11), 1061, 37),
         ((3, 33, 1, 1), 7, 65),
     ],
     ids=str,
@@ -347,7 +348,7 @@ def test_cuda_autocast_dtypes(dtype, normed, residual, enabled):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(5, 19, 14, 13), (1, 64, 14, 14), (3, 96, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 19, 14, 13), (1, 352, 3, 7), (3, 96, 7, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_core_ten_runs_are_bitwise_equal(backend, dtype, shape, layout):
     """Kernels: over thread counts too, because their reductions keep one order whoever computes the parts."""

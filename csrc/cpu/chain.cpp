@@ -272,7 +272,10 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
   }
   const Tensor x = in_layout(input, channels_last);
   std::vector<Images> shapes{images_of(x, channels_last)};
-  for (Layer& layer : layers) shapes.push_back(prepare(layer, shapes.back()));
+  for (Layer& layer : layers) {
+    shapes.push_back(prepare(layer, shapes.back()));
+    if (layer.mlp) layer.mlp->batch = shapes[0].batch;
+  }
   const Images& last = shapes.back();
   const int64_t b = last.batch, c = last.channels, h = last.height, w = last.width;
   int32_t dtype;

@@ -8,6 +8,9 @@ namespace pk {
 namespace {
 
 constexpr int64_t kTileTokens = 208;  // of a forward tile at most
+// With no more tokens than a tile's, threads share wide weights instead of tokens. It depends on shapes alone, so that
+// sums are the same for any number of threads.
+constexpr int64_t kParts = 4, kPartsHidden = 1024;
 
 // Mean and rstd of x's samples, from the statistics given or from x.
 void fill_statistics(Call& call, const MlpKernels& kernels, Partials stats, double eps, int64_t element, float* saved) {
@@ -86,14 +89,28 @@ void run_mlp(const Images& x, const MlpArguments& given, const Partials& stats, 
   std::vector<float> moments(y_stats ? 2 * p.tokens : 0);
   p.token_moments = y_stats ? moments.data() : nullptr;
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, kTileTokens);
-  p.lanes = (vectors + tiles - 1) / tiles * kLanesMax;
+  const bool few = std::max(x.batch, given.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
+  p.parts = few ? kParts : 1;
+  p.lanes = few ? vectors * kLanesMax : (vectors + tiles - 1) / tiles * kLanesMax;
   const int64_t words = kernels.forward_scratch(p);
-  call.over(tiles, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
-      kernels.forward(p, first, std::min(last, p.tokens) - first, worker_scratch(words));
-    }
-  });
+  const auto each_tile = [&](const auto& kernel) {
+    call.over(tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
+        kernel(p, first, std::min(last, p.tokens) - first, worker_scratch(words));
+      }
+    });
+  };
+  if (few) {
+    thread_local std::vector<float> kept;
+    p.part_sums = grown(kept, kParts * ((p.out + kRowsMax - 1) / kRowsMax * kRowsMax) * p.lanes);
+    call.over(kParts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) kernels.forward_part(p, part, worker_scratch(words));
+    });
+    each_tile(kernels.forward_join);
+  } else {
+    each_tile(kernels.forward);
+  }
   if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
 }
 

@@ -24,6 +24,8 @@ struct MlpParams {
   const float *mean, *rstd, *drop;              // [B]
 
   int64_t lanes;         // tokens of a forward tile, padded to vectors
+  int64_t parts = 1;     // of the hidden channels, which threads share where tokens are few; else 1
+  float* part_sums;      // [parts, out, tokens], padded to kRowsMax and to vectors: fc2's sums of each part, or null
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 
@@ -56,6 +58,8 @@ struct MlpKernels {
   // Scratch is counted in words of 32 bits.
   int64_t (*forward_scratch)(const MlpParams&);
   void (*forward)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
+  void (*forward_part)(const MlpParams&, int64_t part, uint32_t* scratch);
+  void (*forward_join)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
 
   // See mlp_backward.h
   int64_t (*backward_scratch)(const MlpBackwardParams&);

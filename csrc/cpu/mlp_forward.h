@@ -105,7 +105,13 @@ __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, in
 
 // ---- the tile
 
-constexpr int64_t kHiddenChunk = 256;
+// Of n hidden channels, so many at a time.
+PK_INLINE int64_t hidden_chunk(int64_t n) { return n <= 320 ? n : 256; }
+
+// Hidden channels of a part but the last, which has the rest.
+PK_INLINE int64_t part_of(const MlpParams& p) {
+  return p.parts == 1 ? p.hidden : rounded_up((p.hidden + p.parts - 1) / p.parts, kRowsMax);
+}
 
 template <class T, class Op>
 struct ForwardScratch {
@@ -117,14 +123,14 @@ struct ForwardScratch {
   ForwardScratch(const MlpParams& q, word* base) {
     Cut cut{base};
     const int64_t lanes = q.lanes, wide = q.channels > q.out ? q.channels : q.out;
-    const int64_t chunk = q.hidden < kHiddenChunk ? q.hidden : kHiddenChunk;
+    const int64_t chunk = hidden_chunk(part_of(q));
     const int64_t k1 = words_of<Op>(q.channels), k2 = words_of<Op>(chunk);
     x = cut.words(Tile<T>::rows(wide) * lanes);
     n = cut.words((k1 + 1) * lanes);  // a last pair of rows may reach one beyond
     p = cut.words((k2 + Op::kRows) * lanes);
     panel = cut.words(Op::kRows * (k1 > k2 ? k1 : k2));
     h = cut.floats(Op::kRows * lanes);
-    o = cut.floats((q.hidden > chunk ? rounded_up(q.out, Op::kRows) : Op::kRows) * lanes);
+    o = cut.floats((q.parts == 1 && q.hidden > chunk ? rounded_up(q.out, Op::kRows) : Op::kRows) * lanes);
     of = {cut.floats(lanes), cut.floats(lanes), cut.floats(lanes)};
     end = cut.next;
   }
@@ -144,28 +150,17 @@ void save_rows(const MlpParams& p, float* h, int64_t rows, int64_t lanes, int64_
   }
 }
 
-template <class T, class S>
-void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch) {
+// Sums of fc2 over hidden channels begin .. end - 1: rows c .. c + kRows - 1 at sums(c), then done(c) with the last.
+template <class T, class S, class Sums, class Done>
+PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename OperandOf<S>::Op>& s, int64_t first,
+                        int64_t count, int64_t begin, int64_t end, const Sums& sums, const Done& done) {
   using Op = typename OperandOf<S>::Op;
-  using E = typename Op::Element;
   constexpr bool kExact = !__is_same(S, bf16);
   constexpr int64_t kRows = Op::kRows;
-  [[maybe_unused]] const MatrixUnit unit;
-  const ForwardScratch<T, Op> s(p, scratch);
-  const int64_t lanes = rounded_up(count, kLanes), k1 = words_of<Op>(p.channels);
-  const Tile<T> x{s.x, lanes};
-  const Tile<E> n{s.n, lanes}, hidden{s.p, lanes};
-  load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, x);
-  s.of.fill(p, first, count, lanes);
-  normalise(p, x, s.of, lanes, n);
-  if (p.channels_last) {  // the caches fetch the next tile and y's lines meanwhile
-    const int64_t bytes = p.channels * sizeof(T),
-                  next = p.tokens - first - count < count ? p.tokens - first - count : count;
-    prefetch<0>(static_cast<const T*>(p.x) + (first + count) * p.channels, next * bytes);
-    prefetch<1>(static_cast<T*>(p.y) + first * p.out, count * p.out * sizeof(T));
-  }
-  for (int64_t j = 0; j < p.hidden; j += kHiddenChunk) {
-    const int64_t size = p.hidden - j < kHiddenChunk ? p.hidden - j : kHiddenChunk, k2 = words_of<Op>(size);
+  const int64_t lanes = rounded_up(count, kLanes), k1 = words_of<Op>(p.channels), chunk = hidden_chunk(end - begin);
+  const Tile<typename Op::Element> hidden{s.p, lanes};
+  for (int64_t j = begin; j < end; j += chunk) {
+    const int64_t size = least(chunk, end - j), k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
       const Panel a = rows_panel<Op>(p.w1, j + r, kRows, size - r, 0, p.channels, s.panel);
       const Ahead next = r + kRows < size ? rows_ahead(p.w1, j + r + kRows, 0) : rows_ahead(p.w2, 0, j);
@@ -177,17 +172,89 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
         activate_rows<kExact, false>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
       }
     }
-    const bool last = j + size == p.hidden;
+    const bool last = j + size == end;
     for (int64_t c = 0; c < p.out; c += kRows) {
-      float* o = p.hidden > kHiddenChunk ? s.o + c * lanes : s.o;
       const Panel a = rows_panel<Op>(p.w2, c, kRows, p.out - c, j, size, s.panel);
       const Ahead next = c + kRows < p.out ? rows_ahead(p.w2, c + kRows, j) : rows_ahead(p.w1, last ? 0 : j + size, 0);
-      multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, o, lanes, j > 0, next);
-      if (last) write_rows(p, o, kRows, lanes, s.of.drop, c, x);
+      multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, sums(c), lanes, j > begin, next);
+      if (last) done(c);
     }
   }
-  if (p.token_moments) token_moments(x, p.out, count, p.token_moments + 2 * first);
-  store_tile(x, {p.out, p.pixels, p.channels_last}, first, count, static_cast<T*>(p.y));
+}
+
+// The normalised tile, for products.
+template <class T, class S>
+void load_normalised(const MlpParams& p, const ForwardScratch<T, typename OperandOf<S>::Op>& s, int64_t first,
+                     int64_t count) {
+  const int64_t lanes = rounded_up(count, kLanes);
+  const Tile<T> x{s.x, lanes};
+  load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, x);
+  s.of.fill(p, first, count, lanes);
+  normalise(p, x, s.of, lanes, Tile<typename OperandOf<S>::Op::Element>{s.n, lanes});
+}
+
+// From y's tile to the tensor.
+template <class T>
+PK_INLINE void write_tile(const MlpParams& p, const Tile<T>& y, int64_t first, int64_t count) {
+  if (p.token_moments) token_moments(y, p.out, count, p.token_moments + 2 * first);
+  store_tile(y, {p.out, p.pixels, p.channels_last}, first, count, static_cast<T*>(p.y));
+}
+
+template <class T, class S>
+void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch) {
+  using Op = typename OperandOf<S>::Op;
+  [[maybe_unused]] const MatrixUnit unit;
+  const ForwardScratch<T, Op> s(p, scratch);
+  const int64_t lanes = rounded_up(count, kLanes);
+  const Tile<T> x{s.x, lanes};
+  load_normalised<T, S>(p, s, first, count);
+  if (p.channels_last) {  // the caches fetch the next tile and y's lines meanwhile
+    const int64_t bytes = p.channels * sizeof(T), next = least(p.tokens - first - count, count);
+    prefetch<0>(static_cast<const T*>(p.x) + (first + count) * p.channels, next * bytes);
+    prefetch<1>(static_cast<T*>(p.y) + first * p.out, count * p.out * sizeof(T));
+  }
+  const bool chunked = p.hidden > hidden_chunk(p.hidden);
+  const auto sums = [&](int64_t c) PK_FORCED { return chunked ? s.o + c * lanes : s.o; };
+  products<T, S>(p, s, first, count, 0, p.hidden, sums,
+                 [&](int64_t c) PK_FORCED { write_rows(p, sums(c), Op::kRows, lanes, s.of.drop, c, x); });
+  write_tile(p, x, first, count);
+}
+
+// For few tokens, one tile of them all: the sums of one part of the hidden channels, so that threads share the weights,
+template <class T, class S>
+void mlp_forward_part(const MlpParams& p, int64_t part, word* scratch) {
+  using Op = typename OperandOf<S>::Op;
+  [[maybe_unused]] const MatrixUnit unit;
+  const ForwardScratch<T, Op> s(p, scratch);
+  load_normalised<T, S>(p, s, 0, p.tokens);
+  const int64_t lanes = rounded_up(p.tokens, kLanes), size = rounded_up(p.out, kRowsMax) * lanes;
+  float* sums = p.part_sums + part * size;
+  const int64_t begin = part * part_of(p), end = least(p.hidden, begin + part_of(p));
+  if (begin >= end) return __builtin_memset(sums, 0, size * sizeof(float)), void();
+  products<T, S>(
+      p, s, 0, p.tokens, begin, end, [&](int64_t c) PK_FORCED { return sums + c * lanes; }, [](int64_t) PK_FORCED {});
+}
+
+// and then y's tokens first .. first + count - 1 from the parts, in their order.
+template <class T, class S>
+void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, word* scratch) {
+  constexpr int64_t kRows = OperandOf<S>::Op::kRows;
+  const ForwardScratch<T, typename OperandOf<S>::Op> s(p, scratch);
+  const int64_t lanes = rounded_up(count, kLanes), all = rounded_up(p.tokens, kLanes);
+  const Tile<T> y{s.x, lanes};
+  if (p.residual) load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, y);
+  s.of.fill(p, first, count, lanes);
+  for (int64_t c = 0; c < p.out; c += kRows) {
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int64_t l = 0; l < lanes; l += kLanes) {
+        const float* at = p.part_sums + (c + r) * all + first + l;
+        vf sum = load(at);
+        for (int64_t part = 1; part < p.parts; ++part) sum += load(at += rounded_up(p.out, kRowsMax) * all);
+        store(s.o + r * lanes + l, sum);
+      }
+    write_rows(p, s.o, kRows, lanes, s.of.drop, c, y);
+  }
+  write_tile(p, y, first, count);
 }
 
 template <class T, class S>

@@ -17,6 +17,8 @@ constexpr MlpKernels kernels() {
   return {stats<T>,
           forward_scratch<T, S>,
           mlp_forward<T, S>,
+          mlp_forward_part<T, S>,
+          mlp_forward_join<T, S>,
           backward_scratch<T, S>,
           OperandOf<S>::Op::kPer,
           mlp_pack_input<T, S>,

@@ -44,6 +44,7 @@ struct MlpArguments {
   std::string activation;
   double eps;
   bool norm, residual;
+  int64_t batch = 0;  // of the whole call, of which x may be a part
 };
 
 // The same, with y [B, w2's rows, H, W]: y may be x. `hidden` [w1's rows, B H W] gets fc1's output where not null.

@@ -147,19 +147,24 @@ inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, in
                          float* out) {
   torch::stable::parallel_for(0, batch, 1 + 16384 / pixels, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const auto each = [&](const auto& f) {
-        for (int64_t c = 0; c < channels; c += group) {
-          const float* at = moments + 2 * (c / group * batch + b) * pixels;
-          for (int64_t t = 0; t < pixels; ++t) f(double(std::min(group, channels - c)), at[2 * t], at[2 * t + 1]);
+      const double shift = moments[2 * b * pixels];  // some token's mean: no digits are lost in what follows
+      double sum = 0, squares = 0, m2 = 0;
+      for (int64_t c = 0; c < channels; c += group) {
+        const float* at = moments + 2 * (c / group * batch + b) * pixels;
+        double means = 0, spread = 0, within = 0;
+        for (int64_t t = 0; t < pixels; ++t) {
+          const double mean = at[2 * t] - shift;
+          means += mean;
+          spread += mean * mean;
+          within += at[2 * t + 1];
         }
-      };
-      double sum = 0, m2 = 0;
-      each([&](double n, double mean, double squares) {
-        sum += n * mean;
-        m2 += squares;
-      });
-      const double count = double(pixels) * channels, mean = sum / count;
-      each([&](double n, double part, double) { m2 += n * (part - mean) * (part - mean); });
+        const double n = std::min(group, channels - c);
+        sum += n * means;
+        squares += n * spread;
+        m2 += within;
+      }
+      const double count = double(pixels) * channels, mean = shift + sum / count;
+      m2 += std::max(0.0, squares - sum * (sum / count));
       out[3 * b] = count;
       out[3 * b + 1] = mean;
       out[3 * b + 2] = m2;
