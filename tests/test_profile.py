@@ -248,15 +248,23 @@ def test_times_limits_and_fractions():
 def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
     """float16 of most CPUs is emulated by PyTorch; ours compute it in float32."""
     seconds = {torch.float16: 1.0, torch.bfloat16: 1e-3, torch.float32: 2e-3}
-    monkeypatch.setattr(roofline, "_seconds", lambda call, _: seconds[call.keywords["out"].dtype])
+    monkeypatch.setattr(roofline, "_seconds", lambda call, _: seconds[call.args[0].dtype])
     for dtype, chosen in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         probes = roofline.LimitProbes("cpu", dtype)
-        assert probes.calls["matmul"].keywords["out"].dtype == chosen
+        assert probes.calls["matmul"].args[0].dtype == chosen
         copied = profiling.Timing(2.0, 2.0, 2.0, 1)
         limits = probes.limits({"copy": copied, "matmul": profiling.Timing(4.0, 4.0, 4.0, 1)})
         assert (limits.copy, limits.matmul) == (2**21, 2 * 256**3 / 4)  # 2 MiB read, 2 MiB written in 2 s
         assert limits.seconds(2**22, 2**22) == 2.0
         assert limits.seconds(2, 256**3) == 2.0
+
+
+@pytest.mark.parametrize("faster", [torch.mm, torch.nn.functional.conv2d])
+def test_the_products_rate_is_that_of_the_faster_library(faster, monkeypatch):
+    monkeypatch.setattr(roofline, "_seconds", lambda call, _: 1.0 if call.func is faster else 2.0)
+    product = roofline.LimitProbes("cpu", torch.float32).calls["matmul"]
+    assert product.func is faster
+    assert 2 * product.args[1].numel() * product().numel() // 256 == 2 * 256**3
 
 
 def test_unfused_blocks_run_module_by_module():
@@ -410,7 +418,7 @@ def test_command_times(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     head = next(line for line in text.splitlines() if line.split()[:1] == ["head"])
     assert head.rstrip().endswith("%")
-    assert "GB/s, torch.mm" in text
+    assert "GB/s, matrix product" in text
 
 
 @pytest.mark.parametrize(
