@@ -139,7 +139,7 @@ def extension() -> tuple[list, dict]:
         define_macros=defines,
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args=[*CXX_FLAGS, *user_flags],
+        extra_compile_args=[*CXX_FLAGS, f"-ffile-prefix-map={ROOT}=.", *user_flags],
         extra_link_args=user_flags + cuda_link_args,
     )
     return [module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}

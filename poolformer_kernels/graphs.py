@@ -59,8 +59,9 @@ class GraphedModel:
     captured result, a tensor or whatever the model returns. **The result is the same memory in every call**:
     ``clone()`` what must outlive the next one. It takes no part in autograd.
 
-    x has the captured shape, dtype and device, and any strides. Parameters that are updated in place are seen
-    by the next call; one that is replaced or moved (``model.to(...)``) is not: capture again. The modules'
+    The result is an inference tensor. x has the captured shape, dtype and device, and any strides. Parameters
+    that are updated in place are seen by the next call; where one is replaced or moved (``model.to(...)``),
+    the graph goes on with the old one: capture again. The modules'
     Python code, hooks included, does not run. Calls on several streams must be ordered by the caller.
 
     Raises:
@@ -68,7 +69,9 @@ class GraphedModel:
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self._model = model  # keeps the weights that the graph reads
+        self._model = model
+        # what the graph reads stays allocated, also where the model's own tensors are replaced
+        self._weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         device = example.device
         # a cast that autocast cached before the capture would be read by replays after it was freed
         autocast = torch.autocast(

@@ -1,6 +1,7 @@
-// The MLP's kernels on AMX tiles, emulated (PK_EMULATE_TILES), against those of AVX-512 with bfloat16: both round the
-// same operands to bfloat16 and sum their products in float32, in another order. For each problem, type of x and array
-// a line: problem, type, array, the largest deviation over the largest value, the L2 deviation over the L2 norm.
+// The kernels of the MLP and of the convolution on AMX tiles, emulated (PK_EMULATE_TILES), against those of AVX-512
+// with bfloat16: both round the same operands to bfloat16 and sum their products in float32, in another order. For each
+// problem, type of x and array a line: problem, type, array, the largest deviation over the largest value, the L2
+// deviation over the L2 norm.
 //
 // Every array has just the size that the launchers give it, so that AddressSanitizer sees what goes beyond one, and is
 // NaN before it is written, so that a deviation is NaN where padding is used that was not cleared.
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "../csrc/cpu/mlp.h"
+#include "../csrc/cpu/patch_embed.h"
 
 namespace {
 
@@ -234,9 +236,54 @@ Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
           {"dscale", dscale}};
 }
 
+// ---- the convolution, as its launcher (patch_embed.cpp) calls it, in one thread
+
+struct Convolution {
+  const char* name;
+  int64_t batch, channels, height, width, out, kernel_h, kernel_w, stride, padding;
+};
+
+struct ConvolutionInputs {
+  Array x, w;
+  std::vector<float> bias;
+
+  ConvolutionInputs(const Convolution& q)
+      : x(normal(1, q.batch * q.height * q.width * q.channels, -2.3f, 0.5f)),
+        w(weights(1, q.out, q.kernel_h * q.kernel_w * q.channels, q.kernel_h * q.kernel_w * q.channels)),
+        bias(parameter(q.out, 0.2f, 0.5f)) {}
+};
+
+// Groups of rows in runs of `at_once`, as threads share them.
+Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, ConvolutionInputs& in, int64_t at_once) {
+  pk::PatchEmbedParams p{};
+  p.batch = q.batch, p.channels = q.channels, p.height = q.height, p.width = q.width;
+  p.out = q.out, p.kernel_h = q.kernel_h, p.kernel_w = q.kernel_w, p.stride = q.stride, p.padding = q.padding;
+  p.out_h = (q.height + 2 * q.padding - q.kernel_h) / q.stride + 1;
+  p.out_w = (q.width + 2 * q.padding - q.kernel_w) / q.stride + 1;
+  p.tokens = p.batch * p.out_h * p.out_w;
+  p.x = in.x.data();
+  p.w = {in.w.data(), p.taps(), 1};
+  p.bias = in.bias.data();
+  p.group = 64;
+  Array y(1, p.tokens * p.out);
+  std::vector<float> moments = unwritten<float>(2 * p.tokens * p.groups());
+  p.y = y.data();
+  p.token_moments = moments.data();
+  const int64_t vectors = (p.tokens + 15) / 16, most = std::clamp<int64_t>((256 << 10) / p.taps() / 16, 3, 13);
+  const int64_t tiles = (vectors + most - 1) / most;
+  p.lanes = (vectors + tiles - 1) / tiles * 16;
+  for (int64_t i = 0; i < tiles; ++i)
+    for (int64_t g = 0; g < p.groups(); g += at_once) {
+      const int64_t first = i * vectors / tiles * 16, last = (i + 1) * vectors / tiles * 16;
+      auto scratch = unwritten<uint32_t>(kernels.scratch(p));
+      kernels.forward(p, first, std::min(last, p.tokens) - first, g, std::min(g + at_once, p.groups()), scratch.data());
+    }
+  return {{"embedded", floats(y)}, {"embedded_moments", moments}};
+}
+
 // ---- deviations
 
-void print(const Problem& q, const char* type, const Results& actual, const Results& expected) {
+void print(const char* name, const char* type, const Results& actual, const Results& expected) {
   for (size_t i = 0; i < actual.size(); ++i) {
     double largest = 0, most = 0, squares = 0, norm = 0;
     for (size_t j = 0; j < actual[i].second.size(); ++j) {
@@ -248,7 +295,7 @@ void print(const Problem& q, const char* type, const Results& actual, const Resu
     }
     if (actual[i].second.empty()) continue;
     const double l2 = std::sqrt(squares / norm);
-    std::printf("%s %s %s %g %g\n", q.name, type, actual[i].first.c_str(), std::isnan(l2) ? l2 : largest / most, l2);
+    std::printf("%s %s %s %g %g\n", name, type, actual[i].first.c_str(), std::isnan(l2) ? l2 : largest / most, l2);
   }
 }
 
@@ -276,8 +323,26 @@ int main() {
       const pk::MlpKernels &tiles = pk::mlp_amx[io == 1 ? 0 : 1], &vectors = pk::mlp_avx512_bf16[io == 1 ? 1 : 3];
       const char* type = io == 1 ? "bfloat16" : "float32";
       const Results actual = forward(tiles, q, in);
-      print(q, type, actual, forward(vectors, q, in));  // in.saved is now that of the vectors, for both
+      print(q.name, type, actual, forward(vectors, q, in));  // in.saved is now that of the vectors, for both
       const Results gradients = backward(tiles, q, in);
-      print(q, type, gradients, backward(vectors, q, in));
+      print(q.name, type, gradients, backward(vectors, q, in));
     }
+  const Convolution convolutions[] = {
+      // batch, channels, height, width, out, kernel_h, kernel_w, stride, padding
+      {"stem", 2, 3, 30, 29, 64, 7, 7, 4, 2},
+      {"down_c64", 3, 64, 13, 14, 128, 3, 3, 2, 1},
+      {"down_c320", 1, 320, 14, 14, 96, 3, 3, 2, 1},
+      {"c17_out7", 2, 17, 9, 11, 7, 3, 3, 1, 1},
+      {"c33_out100", 1, 33, 12, 7, 100, 5, 3, 2, 2},
+      {"c32_many_tiles", 1, 32, 21, 23, 33, 3, 3, 1, 0},
+      {"c1_out1", 3, 1, 8, 8, 1, 1, 1, 3, 0},
+      {"linear", 5, 96, 1, 1, 70, 1, 1, 1, 0},
+      {"beyond_the_image", 2, 32, 3, 2, 40, 7, 7, 4, 3},
+  };
+  for (const Convolution& q : convolutions) {
+    ConvolutionInputs in(q);
+    const Results expected = convolved(pk::patch_embed_avx512_bf16[1], q, in, 8);
+    print(q.name, "bfloat16", convolved(pk::patch_embed_amx[0], q, in, 8), expected);
+    print(q.name, "bfloat16", convolved(pk::patch_embed_amx[0], q, in, 1), expected);
+  }
 }

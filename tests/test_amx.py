@@ -1,4 +1,4 @@
-"""The MLP's kernels on AMX tiles: what they compute on emulated tiles, and the instructions of the build.
+"""The kernels on AMX tiles: what they compute on emulated tiles, and the instructions of the build.
 
 test_isa runs the level itself where the machine has it.
 """
@@ -21,6 +21,7 @@ from poolformer_kernels.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tests/amx_tiles.cpp", "csrc/cpu/mlp_amx.cpp", "csrc/cpu/mlp_avx512_bf16.cpp")
+SOURCES += ("csrc/cpu/patch_embed_amx.cpp", "csrc/cpu/patch_embed_avx512_bf16.cpp")
 # Both levels add float32 products of the same bfloat16 operands, in another order. So what is rounded to
 # bfloat16 afterwards may be its neighbour, 2^-7 away at most, in few values of thousands, hence the L2 norm;
 # what is summed from such values stays in float32. A lane, pair or stride that is wrong changes 1 % and more.
@@ -29,6 +30,7 @@ ROUNDED, SUMMED = 1e-3, 2e-4
 EQUAL = ("t", "db2")  # no products
 ARRAYS = ("y", "saved", "token_moments", "e", "g_p", "x_dh", "db1", "t", "drop_terms", "dw1", "dw2", "db2")
 ARRAYS += ("dgamma", "dbeta", "dscale")
+CONVOLVED = {("bfloat16", "embedded"), ("bfloat16", "embedded_moments")}
 
 
 def compiler() -> str:
@@ -40,12 +42,12 @@ def compiler() -> str:
 
 
 def flags() -> list[str]:
-    """setup.py's CXX_FLAGS, and those that the environment adds."""
+    """setup.py's CXX_FLAGS that are literals, and those that the environment adds."""
     found: list[str] = []
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if getattr(target, "id", None) == "CXX_FLAGS":
-            found += ast.literal_eval(node.value)
+            found += [flag.value for flag in node.value.elts if isinstance(flag, ast.Constant)]
     assert found
     return found + shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
@@ -73,12 +75,12 @@ def test_emulated_tiles_agree_with_vectors(tmp_path: Path):
     program = tmp_path / "amx_tiles"
     run([*cxx, *objects, "-o", str(program)])
     lines = [line.split() for line in run([str(program)]).splitlines()]
-    assert {(kind, array) for _, kind, array, *_ in lines} == {
+    assert {(kind, array) for _, kind, array, *_ in lines} == CONVOLVED | {
         (kind, array) for kind in ("bfloat16", "float32") for array in ARRAYS
     }
     wrong = []
     for problem, kind, array, largest, l2 in lines:
-        rounded = array in ("saved", "dw1", "dw2") or (array == "y" and kind == "bfloat16")
+        rounded = array in ("saved", "dw1", "dw2", "embedded") or (array == "y" and kind == "bfloat16")
         most, bound = (0, 0) if array in EQUAL else (NEIGHBOUR, ROUNDED if rounded else SUMMED)
         if not (float(largest) <= most and float(l2) <= bound):  # a NaN is wrong
             wrong.append(

@@ -12,7 +12,7 @@ from poolformer_kernels.backends import cpp
 
 VARIABLE = "POOLFORMER_KERNELS_ISA"
 TESTS = Path(__file__).parent
-CORE = ("pool_mixer", "pool_mixer_numerics", "mlp", "mlp_numerics")
+CORE = ("pool_mixer", "pool_mixer_numerics", "mlp", "mlp_numerics", "chain")
 # the whole suite runs at the level that this process has chosen
 LEVELS = [
     level

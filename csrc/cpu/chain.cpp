@@ -30,9 +30,11 @@ struct Reader {
     STD_TORCH_CHECK(parameter < parameters.size(), "chain_cpp: a layer lacks a parameter");
     return parameters[parameter++];
   }
-  Parameter optional(int64_t present, int bit) {
-    if (present >> bit & 1) return tensor();
-    return std::nullopt;
+  // The next bit of `present` says whether there is one.
+  Parameter optional(int64_t& present) {
+    const bool given = present & 1;
+    present >>= 1;
+    return given ? Parameter(tensor()) : std::nullopt;
   }
 };
 
@@ -64,23 +66,23 @@ Tensor checked_weight(const Tensor& w, const char* name, int64_t cols) {
   return w.stride(1) == 1 || cols == 1 ? w : torch::stable::contiguous(w);
 }
 
-Layer read_layer(Reader& from) {
+Layer read_layer(Reader& from, int64_t& present) {
   Layer layer{};
   layer.kind = Kind(from.integer());
-  const int64_t present = from.integer();
+  present = from.integer();
   switch (layer.kind) {
     case Kind::patch_embed:
       layer.conv.weight = from.tensor();
-      layer.conv.bias = from.optional(present, 0);
+      layer.conv.bias = from.optional(present);
       layer.conv.stride = from.integer();
       layer.conv.padding = from.integer();
       STD_TORCH_CHECK(layer.conv.stride > 0 && layer.conv.padding >= 0,
                       "chain_cpp: a stride must be positive and a padding not negative");
       return layer;
     case Kind::pool_mixer:
-      layer.mixer.weight = from.optional(present, 0);
-      layer.mixer.bias = from.optional(present, 1);
-      layer.mixer.layer_scale = from.optional(present, 2);
+      layer.mixer.weight = from.optional(present);
+      layer.mixer.bias = from.optional(present);
+      layer.mixer.layer_scale = from.optional(present);
       layer.mixer.pool_size = from.integer();
       layer.mixer.eps = from.eps();
       layer.mixer.residual = true;
@@ -90,11 +92,11 @@ Layer read_layer(Reader& from) {
     case Kind::mlp: {
       Tensor w1 = from.tensor(), w2 = from.tensor();
       MlpArguments& of = layer.mlp.emplace(MlpArguments{.w1 = w1, .w2 = w2});
-      of.b1 = from.optional(present, 0);
-      of.b2 = from.optional(present, 1);
-      of.norm_weight = from.optional(present, 2);
-      of.norm_bias = from.optional(present, 3);
-      of.layer_scale = from.optional(present, 4);
+      of.b1 = from.optional(present);
+      of.b2 = from.optional(present);
+      of.norm_weight = from.optional(present);
+      of.norm_bias = from.optional(present);
+      of.layer_scale = from.optional(present);
       const int64_t activation = from.integer();
       STD_TORCH_CHECK(activation >= 0 && activation < int64_t(std::size(kActivations)), "chain_cpp: no activation ",
                       activation);
@@ -105,8 +107,8 @@ Layer read_layer(Reader& from) {
     }
     case Kind::pool_official:
     case Kind::pool_timm:
-      layer.weight = from.optional(present, 0);
-      layer.bias = from.optional(present, 1);
+      layer.weight = from.optional(present);
+      layer.bias = from.optional(present);
       layer.eps = from.eps();
       return layer;
   }
@@ -164,9 +166,9 @@ Images prepare(Layer& layer, Images x) {
     case Kind::patch_embed: {
       Tensor& w = layer.conv.weight;
       STD_TORCH_CHECK(x.channels_last, "chain_cpp: convolutions are computed in channels_last");
-      STD_TORCH_CHECK(
-          w.is_cpu() && (w.dim() == 4 || w.dim() == 2) && w.scalar_type() == x.dtype && w.size(0) > 0 && w.size(1) == c,
-          "chain_cpp: a convolution's weight must be a CPU tensor [out, ", c, ", h, w] of x's dtype");
+      STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.dtype && w.size(0) > 0 && w.size(1) == c &&
+                          kernel_size(w, 2) > 0 && kernel_size(w, 3) > 0,
+                      "chain_cpp: a convolution's weight must be a CPU tensor [out, ", c, ", h, w] of x's dtype");
       w = in_layout(w, w.dim() == 4);
       x.channels = w.size(0);
       x.height = embedded_size(x.height, kernel_size(w, 2), layer.conv);
@@ -261,14 +263,19 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
   dtype_index(input.scalar_type());
   Reader reader{parameters, steps, epsilons};
   std::vector<Layer> layers;
-  while (!reader.done()) layers.push_back(read_layer(reader));
+  while (!reader.done()) {
+    int64_t present;
+    layers.push_back(read_layer(reader, present));
+    STD_TORCH_CHECK(present == 0, "chain_cpp: a layer has no such parameters");
+  }
   STD_TORCH_CHECK(!layers.empty(), "chain_cpp: steps must hold a layer");
   bool pooled = false;
   for (size_t i = 0; i < layers.size(); ++i) {
     const Kind kind = layers[i].kind;
+    STD_TORCH_CHECK(kind == Kind::patch_embed ? layers[i].conv.weight.dim() == (pooled ? 2 : 4) : !pooled,
+                    "chain_cpp: linear layers, with weights [out, C], and no others may follow the pooling");
     pooled = pooled || kind == Kind::pool_official || kind == Kind::pool_timm;
-    STD_TORCH_CHECK(kind != Kind::pool_official || (i > 0 && layers[i - 1].kind != Kind::pool_timm),
-                    "chain_cpp: the pooling must follow another layer");
+    STD_TORCH_CHECK(kind != Kind::pool_official || i > 0, "chain_cpp: the pooling must follow another layer");
   }
   const Tensor x = in_layout(input, channels_last);
   std::vector<Images> shapes{images_of(x, channels_last)};
@@ -276,6 +283,8 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
     shapes.push_back(prepare(layer, shapes.back()));
     if (layer.mlp) layer.mlp->batch = shapes[0].batch;
   }
+  STD_TORCH_CHECK(reader.parameter == parameters.size() && reader.epsilon == epsilons.size(),
+                  "chain_cpp: there are more parameters or epsilons than the layers take");
   const Images& last = shapes.back();
   const int64_t b = last.batch, c = last.channels, h = last.height, w = last.width;
   int32_t dtype;

@@ -63,7 +63,8 @@ inline int64_t kernel_size(const torch::stable::Tensor& weight, int64_t dim) {
 
 // The size of an image's side after the convolution.
 inline int64_t embedded_size(int64_t size, int64_t kernel, const PatchEmbedArguments& of) {
-  return (size + 2 * of.padding - kernel) / of.stride + 1;
+  const int64_t room = size + 2 * of.padding - kernel;
+  return room < 0 ? 0 : room / of.stride + 1;
 }
 
 // Writes y [B, out, out_h, out_w] in channels_last; x must be so too.

@@ -54,8 +54,8 @@ void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, fl
   std::fill(bias + p.out, bias + padded, 0.0f);
   p.bias = bias;
 
-  // Groups of w's rows are shared out where there are too few tokens for the threads. They follow from shapes alone, so
-  // a sample's statistics are the same for any number of threads and in any batch.
+  // Groups of w's rows are shared out where there are too few tokens for the threads. They are of one size, so
+  // that a sample's statistics are the same for any number of threads.
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax;
   const int64_t most =
       std::clamp<int64_t>(kTileBytes / (x.element_size() * p.taps()) / kLanesMax, 3, kTileTokens / kLanesMax);

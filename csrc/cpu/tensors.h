@@ -164,7 +164,8 @@ inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, in
         m2 += within;
       }
       const double count = double(pixels) * channels, mean = shift + sum / count;
-      m2 += std::max(0.0, squares - sum * (sum / count));
+      const double rest = squares - sum * (sum / count);
+      m2 += rest < 0 ? 0 : rest;  // which keeps a NaN
       out[3 * b] = count;
       out[3 * b + 1] = mean;
       out[3 * b + 2] = m2;

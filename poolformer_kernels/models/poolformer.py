@@ -219,6 +219,8 @@ class PoolFormer(nn.Module):
         layers = (modules["patch_embed"], *modules["network"])
         if (
             type(self) is not PoolFormer
+            or "forward_features" in self.__dict__
+            or "forward_head" in self.__dict__
             or type(norm) is not GroupNorm
             or norm.num_groups != 1
             or type(head) not in (nn.Linear, nn.Identity)

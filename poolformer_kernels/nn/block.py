@@ -154,6 +154,9 @@ class PoolFormerBlock(nn.Module):
         """Adds the block to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
         if calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
             return False
+        own = self.__dict__
+        if "forward_with_stats" in own or "mixer_with_stats" in own or "mlp_with_stats" in own:
+            return False
         modules = self._modules
         drop_path, mixer, mlp = modules["drop_path"], modules["token_mixer"], modules["mlp"]
         if drop_path.training and type(drop_path) is DropPath and drop_path.drop_prob > 0:

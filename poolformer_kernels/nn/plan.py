@@ -2,7 +2,7 @@
 
 from operator import getitem, is_
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from .checks import hooked
 
 __all__ = ["Chained", "calls_more", "run_chain"]
 
-_INTERNAL = vars(nn.Module()).keys() - {"training"}
+_PLACE = "_poolformer_kernels_plan"  # in the instance's own dictionary, so that both die together
+_INTERNAL = vars(nn.Module()).keys() - {"training"} | {_PLACE}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -36,9 +37,9 @@ def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | Non
     if torch.compiler.is_compiling():  # the compiler keeps what it finds by guards of its own
         chain = _collect(module)
     else:
-        plan = _PLANS.get(module)
-        if plan is None or not plan.holds():
-            plan = _PLANS[module] = _Plan(module)
+        plan = module.__dict__.get(_PLACE)
+        if plan is None or not plan.holds(module):
+            plan = _Plan(module)
         chain = plan.chain
     return chain.run(x, channels_last) if chain is not None and chain.takes(x, channels_last) else None
 
@@ -55,37 +56,51 @@ class _Plan:
     """A module's chain, and everything that it was read from.
 
     To walk the modules costs a tenth of a small model's inference; to see that they are the same, by identity
-    and in loops that run in C, much less.
+    and in loops that run in C, much less. Copies and pickles of the module do not get it.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        root.__dict__[_PLACE] = self
+        self._root = ref(root)
         self._places: list[dict] = []
         self._keys: list[str] = []
         self._values: list[object] = []
+        self._modules = [*root.modules()]
+        self._types = [*map(type, self._modules)]
         self._hooks: list[dict] = []
-        self._sized: list[dict] = []
-        for module in root.modules():
+        for module in self._modules:
             attributes = module.__dict__
             self._watch(attributes, [key for key in attributes if key not in _INTERNAL])
             self._watch(module._parameters, list(module._parameters))
             self._watch(module._modules, list(module._modules))
-            self._hooks += (attributes[name] for name in _HOOKS)
-        self._sizes = [*map(len, self._sized)]
+            if module is not root:  # whoever calls root's forward has seen to its hooks
+                self._hooks += (attributes[name] for name in _HOOKS)
+        self._hooked = [*map(bool, self._hooks)]
+        self._sized = [place for m in self._modules for place in (m.__dict__, m._parameters, m._modules)]
+        self._sizes = [*map(len, self._sized)]  # nothing may be added: a forward of the instance, say
+        self._ordered = [m._modules for m in self._modules if len(m._modules) > 1]
+        self._orders = [*map(list, self._ordered)]
         self.chain = _collect(root)
 
     def _watch(self, place: dict, keys: list[str]) -> None:
-        self._sized.append(place)  # nothing may be added: a forward of the instance, say
         self._places += [place] * len(keys)
         self._keys += keys
         self._values += (place[key] for key in keys)
 
-    def holds(self) -> bool:
+    def holds(self, root: nn.Module) -> bool:
         """Whether all of it is still so."""
         try:
             same = all(map(is_, map(getitem, self._places, self._keys), self._values))
         except KeyError:
             return False
-        return same and [*map(len, self._sized)] == self._sizes and not (any(self._hooks) and self.chain)
+        return (
+            same
+            and self._root() is root
+            and [*map(type, self._modules)] == self._types
+            and [*map(len, self._sized)] == self._sizes
+            and [*map(list, self._ordered)] == self._orders
+            and [*map(bool, self._hooks)] == self._hooked
+        )
 
-
-_PLANS: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()

@@ -41,9 +41,12 @@ class Chain:
         self._steps: list[int] = []
         self._epsilons: list[float] = []
         self._convolves = False
+        self._in_channels: int | None = None  # of the first layer, where it tells
 
     def _add(self, kind: int, weights: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> None:
         given = [vector for vector in vectors if vector is not None]
+        if not self._steps and (weights or given):
+            self._in_channels = weights[0].shape[1] if weights else given[0].shape[0]
         self._steps += (kind, sum(1 << i for i, vector in enumerate(vectors) if vector is not None))
         self._parameters += (*weights, *given)
         self._weights += weights
@@ -82,15 +85,16 @@ class Chain:
         self._epsilons.append(eps)
 
     def takes(self, x: Tensor, channels_last: bool) -> bool:
-        """Whether it computes on x, which must be `chainable`, in this layout, with dtypes as they are.
+        """Whether it computes on x, which must be `chainable`: layout, dtypes, devices and channels fit.
 
         Otherwise the caller goes layer by layer, which computes or refuses it.
         """
         dtype = x.dtype
         return (
             (channels_last or not self._convolves)
-            and all(w.dtype is dtype for w in self._weights)
-            and all(v.dtype is dtype or v.dtype is torch.float32 for v in self._vectors)
+            and all(w.dtype is dtype and w.is_cpu for w in self._weights)
+            and all((v.dtype is dtype or v.dtype is torch.float32) and v.is_cpu for v in self._vectors)
+            and self._in_channels in (None, x.shape[1])
         )
 
     def run(self, x: Tensor, channels_last: bool) -> Tensor:

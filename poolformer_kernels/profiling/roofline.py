@@ -37,7 +37,7 @@ class LimitProbes:
     The copy is ``out.copy_(x)``, whose bytes are those read and those written: of 2 MiB on the CPU, which
     stay in the caches, of 512 MiB on CUDA, which do not. The product is ``torch.mm`` of two square matrices
     of random numbers, of a side up to 1024 on the CPU and 8192 on CUDA, less where that is slow. On the CPU
-    it is a 1x1 convolution of the same size where that is faster, since the two come from different libraries;
+    it is a 1x1 convolution of the same size where that is faster: the two come from different libraries;
     and in float32 where dtype is emulated (float16, mostly), which shows in a fourth of the rate. Both are
     rates that PyTorch reaches, not the device's peaks.
 

@@ -68,7 +68,8 @@ def time_interleaved(
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        order = names[i % len(names) :] + names[: i % len(names)]
+        for name in order[:: -1 if i % 2 else 1]:  # nobody always follows the same one
             samples[name].append(sample(providers[name], repeats[name]))
         if i >= 2 and time.perf_counter() - start > budget_s:
             break

@@ -1,0 +1,311 @@
+"""Inference as one operator: its numbers against fp64 beside eager PyTorch, and that they are the same bits.
+
+The tests named ``core`` are also run by test_isa.py, once for each instruction set level of this machine.
+"""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_helpers import FIRST, LAST, ONE, SMALL, assert_logits_right, calls, images, infer, make_model
+from helpers import HALVES, as_layout, assert_close_to_fp64, bits, randn
+
+import poolformer_kernels as pk
+from poolformer_kernels import reference
+from poolformer_kernels.models import HEADS, model_config
+from poolformer_kernels.ops.chain import Chain
+
+pytestmark = pytest.mark.usefixtures("kernels")
+DTYPES = (torch.float32, *HALVES)
+
+
+@contextmanager
+def threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", [(3, 97, 65), (2, 7, 9), (1, 32, 32), (5, 40, 33)], ids=str)
+def test_core_cpp_logits(dtype, head, shape):
+    model = make_model(dtype=dtype, head=head)
+    batch, *size = shape
+    x = images(batch, 3, *size, dtype=dtype)
+    assert calls(model, x) == ONE
+    assert_logits_right(infer(model, x), model, x)
+
+
+@pytest.mark.parametrize(
+    ("x_format", "format"), [(LAST, FIRST), (FIRST, LAST)], ids=["x last", "weights last"]
+)
+@pytest.mark.parametrize("in_chans", [1, 5])
+@pytest.mark.parametrize("num_classes", [0, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_other_forms(dtype, num_classes, in_chans, x_format, format):
+    model = make_model(dtype=dtype, fmt=format, in_chans=in_chans, num_classes=num_classes)
+    x = images(2, in_chans, 35, 41, dtype=dtype, fmt=x_format)
+    if in_chans > 1:
+        assert calls(model, x) == ONE
+    else:  # one channel is dense in both formats, and NCHW to this package; the stages remain
+        assert calls(model, x)["chain_cpp"] >= 4
+    assert_logits_right(infer(model, x), model, x)
+
+
+@pytest.mark.parametrize("layout", ["sliced_c", "sliced_hw_last", "transposed", "expanded", "offset_last"])
+def test_logits_of_strided_images(layout):
+    model = make_model()
+    x = as_layout(images(3, 3, 33, 29), layout)
+    before = x.clone()
+    assert calls(model, x) == ONE
+    assert_logits_right(infer(model, x), model, x)
+    assert torch.equal(bits(x), bits(before))
+
+
+def test_logits_at_224():
+    model = make_model(model_config("poolformer_s12"), num_classes=1000)
+    x = images(1, 3, 224, 224)
+    assert_logits_right(infer(model, x), model, x)
+
+
+def test_logits_of_m36():
+    model = make_model(model_config("poolformer_m36"), dtype=torch.bfloat16, head="timm")
+    x = images(1, 3, 33, 40, dtype=torch.bfloat16)
+    assert calls(model, x) == ONE
+    assert_logits_right(infer(model, x), model, x)
+
+
+def test_logits_of_a_half_model_with_float_vectors():
+    """Norms, biases and LayerScales may stay float32: the chain reads them as they are."""
+    model = make_model(dtype=torch.bfloat16)
+    for p, given in zip(model.parameters(), make_model().parameters(), strict=True):
+        if p.dim() == 1:
+            p.data = given.data
+    x = images(2, 3, 33, 40, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    assert calls(model, x) == ONE
+    logits = infer(model, x)
+    assert not torch.equal(logits, infer(make_model(dtype=torch.bfloat16), x))
+    assert_logits_right(logits, model, x)
+
+
+# ---- single convolutions -----------------------------------------------------------------------------------
+
+
+def convolve(x, weight, bias=None, stride=1, padding=0):
+    chain = Chain()
+    chain.conv(weight, bias, stride, padding)
+    with torch.no_grad():
+        y = chain.run(x, True)
+    assert y.is_contiguous(memory_format=LAST) or y.numel() == 0
+    return y
+
+
+def problem(batch, channels, out, height, width, kernel, dtype, bias=True, mean=0.0, sigma=1.0):
+    x = randn(batch, channels, height, width, dtype=dtype, mean=mean, sigma=sigma, seed=1)
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    fan = channels * kernel[0] * kernel[1]
+    weight = randn(out, channels, *kernel, dtype=dtype, sigma=fan**-0.5, seed=2)
+    return x, weight, randn(out, dtype=dtype, mean=0.2, seed=3) if bias else None
+
+
+def assert_convolution_right(x, weight, bias, stride, padding):
+    wide = [t if t is None else t.double() for t in (x, weight, bias)]
+    exact = F.conv2d(*wide, stride, padding)
+    terms = F.conv2d(wide[0] ** 2, wide[1] ** 2, None, stride, padding).sqrt()
+    before = x.clone()
+    y = convolve(x, weight, bias, stride, padding)
+    eager = F.conv2d(x, weight, bias, stride, padding)
+    assert_close_to_fp64(y, eager, exact, scale=torch.maximum(exact.abs(), terms))
+    assert torch.equal(bits(x), bits(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, (3, 5), (4, 2)], ids=str)
+def test_core_cpp_convolutions_of_any_step(dtype, kernel):
+    for stride, padding in itertools.product((1, 2, 3, 4), (0, 1, 2, 3)):
+        assert_convolution_right(*problem(2, 3, 7, 11, 14, kernel, dtype), stride, padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 32, 33, 64])
+def test_core_cpp_convolutions_of_any_width(dtype, channels):
+    for out, bias in itertools.product((1, 7, 64, 100), (True, False)):
+        assert_convolution_right(*problem(2, channels, out, 9, 10, 3, dtype, bias), 2, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions_of_any_number_of_tokens(dtype):
+    for width in (1, 2, 15, 16, 17, 31, 33, 47, 48, 49, 65, 207, 208, 209, 417):
+        assert_convolution_right(*problem(1, 32, 33, 1, width, 3, dtype), 1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions_whose_kernel_reaches_beyond_the_image(dtype):
+    for height, width, padding in [(1, 1, 3), (2, 1, 3), (1, 9, 3), (3, 3, 2), (5, 2, 3), (6, 6, 6)]:
+        for channels in (3, 32):
+            assert_convolution_right(*problem(3, channels, 5, height, width, 7, dtype), 4, padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("mean", "sigma"), [(-2.3, 0.5), (100, 1), (0, 1e-3)])
+def test_convolutions_of_shifted_data(dtype, mean, sigma):
+    for kernel, stride, padding in [(7, 4, 2), (3, 2, 1)]:
+        given = problem(2, 32, 33, 30, 28, kernel, dtype, mean=mean, sigma=sigma)
+        assert_convolution_right(*given, stride, padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_cpp_convolutions_in_a_row(dtype):
+    """Larger and smaller activations from one to the next: the bits of convolutions one by one."""
+    widths = (5, 3, 40, 7, 33, 2, 64)
+    for batch, number in itertools.product((1, 3, 8), (1, 2)):
+        x, chain = randn(batch, 5, 19, 17, dtype=dtype, seed=1), Chain()
+        y = x
+        for i, (channels, out) in enumerate(itertools.pairwise(widths)):
+            weight = randn(out, channels, 3, 3, dtype=dtype, sigma=(9 * channels) ** -0.5, seed=i)
+            bias = randn(out, dtype=dtype, seed=i + 1)
+            chain.conv(weight, bias, 1, i % 3)
+            y = convolve(y, weight, bias, 1, i % 3)
+        with threads(number), torch.no_grad():
+            assert torch.equal(bits(chain.run(x, True)), bits(y))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "sliced_c", "sliced_hw_last", "expanded", "offset_last"])
+def test_convolutions_of_strided_tensors(layout):
+    x, weight, bias = problem(2, 17, 33, 12, 13, 3, torch.float32)
+    wide = as_layout(weight, "sliced_c_last")
+    strided = torch.full((33, 2), float("nan"))[:, 1].copy_(bias)
+    assert_convolution_right(as_layout(x, layout), wide, strided, 2, 1)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 32])
+def test_core_cpp_convolutions_are_not_finite_where_eager_is_not(dtype, bad, channels):
+    for where in ("x", "weight", "bias"):
+        x, weight, bias = problem(2, channels, 7, 13, 11, 3, dtype)
+        {"x": x[0, 1, 4], "weight": weight[3, 2, 1], "bias": bias}[where][2] = bad
+        expected = F.conv2d(x, weight, bias, 2, 1)
+        y = convolve(x, weight, bias, 2, 1)
+        odd = ~expected.isfinite()
+        assert odd.any()
+        assert not odd.all()
+        if where == "weight":  # beyond the border its taps are multiplied by zeros, or left out
+            inside = (..., slice(1, -1), slice(1, -1))
+            y, expected, odd = y[inside], expected[inside], odd[inside]
+        assert torch.equal(y.isfinite(), ~odd)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y[odd].nan_to_num(), expected[odd].nan_to_num())
+
+
+# ---- statistics that a convolution hands on ----------------------------------------------------------------
+
+
+def block_parameters(c, hidden, dtype):
+    names = ("gamma", "beta", "scale_1", "w1", "w2", "b1", "b2", "gamma_2", "beta_2", "scale_2")
+    sizes = {"w1": (hidden, c), "w2": (c, hidden), "b1": (hidden,)}
+    means = {"gamma": 1, "gamma_2": 1, "scale_1": 0.4, "scale_2": 0.4}
+    return {
+        name: randn(
+            *sizes.get(name, (c,)),
+            dtype=dtype,
+            mean=means.get(name, 0),
+            sigma=0.3 if i in (3, 4) else 0.2,
+            seed=i,
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def block(x, p, form=reference):
+    """A block of two calls; `form` has the functions pool_mixer and mlp."""
+    x = form.pool_mixer(x, p["gamma"], p["beta"], layer_scale=p["scale_1"], residual=True)
+    vectors = {"norm_weight": p["gamma_2"], "norm_bias": p["beta_2"], "layer_scale": p["scale_2"]}
+    return form.mlp(x, p["w1"], p["b1"], p["w2"], p["b2"], norm=True, residual=True, **vectors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out", [7, 64, 100])
+@pytest.mark.parametrize(("mean", "ulps"), [(0, 16), (100, 4), (1000, 4)])
+def test_core_cpp_statistics_of_a_convolution(dtype, out, mean, ulps):
+    """The chain of all against fp64 on what the convolution alone writes, of sigma 1."""
+    x, weight, bias = problem(3, 17, out, 21, 18, 3, dtype)
+    bias = (bias / 4 + mean).to(dtype)
+    p = block_parameters(out, 2 * out, dtype)
+    written = convolve(x, weight, bias, 2, 1)
+    assert abs(written.double().mean() - mean) < 1
+    assert 0.5 < written.double().std() < 2
+    chain = Chain()
+    chain.conv(weight, bias, 2, 1)
+    chain.mixer(p["gamma"], p["beta"], p["scale_1"], 3, 1e-5)
+    vectors = (p["b1"], p["b2"], p["gamma_2"], p["beta_2"], p["scale_2"])
+    chain.mlp(p["w1"], p["w2"], vectors, "gelu", 1e-5)
+    with torch.no_grad():
+        y, separate = chain.run(x, True), block(written, p, pk.ops)
+    exact = block(written.double(), {name: t.double() for name, t in p.items()})
+    eager = block(written.contiguous(), p)
+    assert relative(y - written.double(), y) > 0.1 / max(1, mean)
+    assert_close_to_fp64(y, eager, exact, ulps=ulps, what="chain")
+    assert_close_to_fp64(y, separate, exact, ulps=ulps, what="chain beside separate operators")
+
+
+def relative(difference, value):
+    return (difference.norm() / value.double().norm()).item()
+
+
+# ---- the same bits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ten_runs_are_bitwise_equal(dtype):
+    model, x = make_model(dtype=dtype), images(3, 3, 65, 49, dtype=dtype)
+    for number in (1, 2):
+        with threads(number):
+            first = infer(model, x)
+            for _ in range(9):
+                assert torch.equal(bits(infer(model, x)), bits(first))
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [(SMALL, (40, 57)), (model_config("poolformer_s12"), (40, 57))],
+    ids=["small", "s12"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_cpp_a_sample_has_the_same_bits_in_any_batch(dtype, config, size):
+    """And with any number of threads: a part of the samples each, or all of them in every layer.
+
+    As long as no batch has more tokens in a wide stage than a tile and another one fewer: few tokens are
+    summed in parts, which threads share.
+    """
+    model = make_model(config, dtype=dtype)
+    x = images(9, 3, *size, dtype=dtype)
+    with threads(1):
+        alone = torch.cat([infer(model, x[i : i + 1]) for i in range(9)])
+    assert_logits_right(alone, model, x)
+    assert len({tuple(row.tolist()) for row in alone}) == 9
+    for number, batch in itertools.product((1, 2), (1, 2, 3, 8, 9)):
+        with threads(number):
+            logits = infer(model, x[-batch:])
+            assert torch.equal(bits(logits), bits(alone[-batch:])), f"{number} threads, a batch of {batch}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_image_has_the_same_bits_with_two_threads(dtype):
+    """Large enough that threads share its convolutions, by tokens and by groups of output channels."""
+    model, x = make_model(model_config("poolformer_s12"), dtype=dtype), images(1, 3, 129, 97, dtype=dtype)
+    results = []
+    for number in (1, 2, 3):
+        with threads(number):
+            results.append(infer(model, x))
+    assert all(torch.equal(bits(results[0]), bits(other)) for other in results[1:])

@@ -1,0 +1,384 @@
+"""Inference as one operator: no change of a model is missed, hooks fire, and nothing outlives the model."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as parametrize
+from chain_helpers import ONE, RIGHT, by_reference, calls, filled, images, infer, make_model
+from helpers import HALVES, assert_close_to_fp64
+from peers import relative_error
+from torch import nn
+
+from poolformer_kernels.models import PoolFormer
+from poolformer_kernels.nn import Mlp, PoolFormerBlock
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture
+def x():
+    return images(2, 3, 41, 33)
+
+
+def ran(x, **options) -> tuple[PoolFormer, torch.Tensor]:
+    """A model that has run as one operator, and its result."""
+    model = make_model(**options)
+    assert calls(model, x) == ONE
+    logits = infer(model, x)
+    assert relative_error(logits, by_reference(model, x)) < RIGHT
+    return model, logits
+
+
+# ---- never stale -------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def change(function):
+    """`function` of a model, under the test's id."""
+    return pytest.param(function, id=function.__name__)
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.network[2][0].mlp.fc1.weight.mul_(1.5)
+
+
+def vector_in_place(model):
+    with torch.no_grad():
+        model.network[2][1].layer_scale_1.add_(0.5)
+
+
+def optimizer_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    model(images(2, 3, 32, 32, seed=5)).square().sum().backward()
+    optimizer.step()
+
+
+def data(model):
+    weight = model.patch_embed.proj.weight
+    weight.data = -weight.data
+
+
+def other_shape(model):
+    head = model.head
+    head.weight.data, head.bias.data = -head.weight.data[:5], head.bias.data[:5]
+
+
+def state_dict(model):
+    model.load_state_dict(make_model(seed=1).state_dict())
+
+
+def state_dict_assigned(model):
+    model.load_state_dict(make_model(seed=1).state_dict(), assign=True)
+
+
+def eps_of_a_block(model):
+    model.network[0][0].norm1.eps = 10.0
+
+
+def eps_of_the_mlps_norm(model):
+    model.network[0][0].norm2.eps = 10.0
+
+
+def eps_of_the_head(model):
+    model.norm.eps = 10.0
+
+
+def num_groups(model):
+    model.network[0][0].norm2.num_groups = 4
+
+
+def pool_size(model):
+    model.network[0][0].token_mixer.pool_size = 5
+
+
+def stride(model):
+    model.network[1].proj.stride = (1, 1)
+
+
+def padding(model):
+    model.network[1].proj.padding = (0, 0)
+
+
+def dilation(model):
+    model.network[1].proj.dilation = (2, 2)
+
+
+def parameter_removed(model):
+    model.network[2][0].layer_scale_2 = None
+
+
+def bias_removed(model):
+    model.network[1].proj.bias = None
+
+
+def mlp_replaced(model):
+    model.network[2][0].mlp = filled(Mlp(33, 50, act_layer=nn.SiLU), 4)
+
+
+def norm_replaced(model):
+    model.network[2][0].norm1 = nn.GroupNorm(3, 33)
+
+
+def mixer_replaced(model):
+    model.network[0][0].token_mixer = nn.Identity()
+
+
+def block_replaced(model):
+    model.network[2][1] = nn.Identity()
+
+
+def block_appended(model):
+    model.network[4].append(filled(PoolFormerBlock(40), 4))
+
+
+def block_removed(model):
+    del model.network[2][1]
+
+
+def blocks_swapped(model):
+    stage = model.network[2]
+    stage[0], stage[1] = stage[1], stage[0]
+
+
+def stage_replaced(model):
+    model.network[0] = nn.Sequential(filled(PoolFormerBlock(16), 4))
+
+
+def convolution_replaced(model):
+    model.network[1].proj = filled(nn.Conv2d(16, 33, 5, 2, 2), 4)
+
+
+def classifier_reset(model):
+    model.reset_classifier(9)
+
+
+def classifier_left_out(model):
+    model.reset_classifier(0)
+
+
+def head_of_several_layers(model):
+    model.head = nn.Sequential(model.head, nn.ReLU())
+
+
+def head_mode(model):
+    model.head_mode = "timm"
+
+
+def activation_replaced(model):
+    model.network[2][0].mlp.act = nn.ReLU()
+
+
+def activation_unknown(model):
+    model.network[2][0].mlp.act = nn.Tanh()
+
+
+def activation_changed(model):
+    model.network[2][0].mlp.act.approximate = "tanh"
+
+
+def hidden_forward(model):
+    mlp = model.network[2][0].mlp
+    mlp.forward = lambda x: torch.ones_like(x)
+
+
+def conv_forward(model):
+    proj = model.network[1].proj
+    proj.forward = torch.zeros(1, 33, 6, 5).expand_as
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.network[1].proj, "weight", Twice())
+
+
+def subclass(model):
+    class Other(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model.network[1].proj = filled(Other(16, 33, 3, 2, 1), 4)
+
+
+CHANGES = [
+    in_place, vector_in_place, optimizer_step, data, other_shape, state_dict, state_dict_assigned,
+    eps_of_a_block, eps_of_the_mlps_norm, eps_of_the_head, num_groups, pool_size, stride, padding, dilation,
+    parameter_removed, bias_removed, mlp_replaced, norm_replaced, mixer_replaced, block_replaced,
+    block_appended, block_removed, blocks_swapped, stage_replaced, convolution_replaced, classifier_reset,
+    classifier_left_out, head_of_several_layers, head_mode, activation_replaced, activation_unknown,
+    activation_changed, hidden_forward, parametrized, subclass,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", map(change, CHANGES))
+def test_a_change_is_seen(function, x):
+    model, before = ran(x)
+    function(model)
+    after, exact = infer(model, x), by_reference(model, x)
+    assert relative_error(after, exact) < RIGHT
+    if before.shape == exact.shape:  # the stale result would be seen
+        assert relative_error(before, exact) > 5 * RIGHT
+    assert torch.equal(infer(model, x), after)
+
+
+def test_a_weight_becomes_an_attribute(x):
+    model, before = ran(x)
+    proj = model.network[1].proj
+    proj.weight.data = -proj.weight.data
+    exact = by_reference(model, x)
+    proj.weight.data = -proj.weight.data
+    weight = proj._parameters.pop("weight")
+    proj.weight = -weight.detach()
+    assert relative_error(infer(model, x), exact) < RIGHT
+    assert relative_error(before, exact) > 0.1
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_dtype_is_changed(dtype, x):
+    model, before = ran(x)
+    (model.half if dtype == torch.float16 else model.bfloat16)()
+    narrow = x.to(dtype)
+    assert calls(model, narrow) == ONE
+    logits = infer(model, narrow)
+    assert logits.dtype == dtype
+    exact = by_reference(model, narrow)
+    assert_close_to_fp64(logits, by_reference(model, narrow, dtype), exact)
+    assert relative_error(before, exact) > 1e-4
+    model.float()
+    assert relative_error(infer(model, x), by_reference(model, x)) < RIGHT
+
+
+def test_a_copy_and_a_pickle_are_models_of_their_own(x):
+    model, before = ran(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        assert calls(twin, x) == ONE
+        assert torch.equal(infer(twin, x), before)
+        twin.head_mode = "timm"
+        assert relative_error(infer(twin, x), before) > 1e-2
+        assert torch.equal(infer(model, x), before)
+
+
+def test_functional_call(x):
+    model, before = ran(x)
+    other = make_model(seed=1)
+    with torch.no_grad():
+        logits = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
+    assert torch.equal(logits, infer(other, x))
+    assert relative_error(logits, before) > 0.1
+    assert torch.equal(infer(model, x), before)
+
+
+def test_stochastic_depth_and_dropout_in_training_mode(x):
+    model, before = ran(x, drop_path_rate=0.9)
+    model.network[0][0].mlp.drop.p = 0.5
+    for part, count in ((model, 5), (model.network[0][0].mlp, 1)):
+        part.train()
+        assert len({tuple(infer(model, x).flatten().tolist()) for _ in range(6)}) >= min(count, 3)
+        model.eval()
+        assert calls(model, x) == ONE
+        assert torch.equal(infer(model, x), before)
+
+
+PLACES = [
+    "patch_embed",
+    "patch_embed.proj",
+    "network.1.proj",
+    "network.0",
+    "network.2.1",
+    "network.0.0.norm1",
+]
+PLACES += ["network.0.0.token_mixer", "network.0.0.mlp", "network.0.0.mlp.act", "network.0.0.mlp.fc2"]
+PLACES += ["network.0.0.drop_path", "norm", "head"]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_hook_fires_until_it_is_removed(name, x):
+    model, before = ran(x)
+    fired = []
+    inner = model.get_submodule(name)
+    hook = inner.register_forward_hook(lambda *_: fired.append(name))
+    logits = infer(model, x)
+    assert fired == [name] * (2 if name.endswith("drop_path") else 1)
+    assert relative_error(logits, before) < RIGHT
+    hook.remove()
+    hook = inner.register_forward_pre_hook(lambda _, args: (args[0].square(),))
+    assert relative_error(infer(model, x), before) > 1e-3
+    hook.remove()
+    fired.clear()
+    assert relative_error(infer(model, x), before) < RIGHT
+    assert fired == []
+
+
+def test_one_operator_again_once_a_hook_is_removed(x):
+    model, before = ran(x)
+    for inner in (model.network[0][0].mlp, model.head):
+        hook = inner.register_forward_hook(lambda *_: None)
+        assert calls(model, x) != ONE
+        hook.remove()
+        assert calls(model, x) == ONE
+        assert torch.equal(infer(model, x), before)
+
+
+def test_hooks_of_the_model_itself_and_of_all_modules(x):
+    model, before = ran(x)
+    fired = []
+    hook = model.register_forward_hook(lambda *_: fired.append(0))
+    assert calls(model, x) == ONE
+    hook.remove()
+    assert fired == [0]
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module)))
+    assert "chain_cpp" not in calls(model, x)
+    hook.remove()
+    assert {PoolFormer, PoolFormerBlock, nn.Conv2d, nn.Linear} <= set(fired)
+    assert torch.equal(infer(model, x), before)
+    assert calls(model, x) == ONE
+
+
+def test_a_compiled_block_is_called(x):
+    model, before = ran(x)
+    seen = []
+    model.network[2][0].compile(backend=lambda graph, _: seen.append(0) or graph.forward)
+    torch._dynamo.reset()
+    assert relative_error(infer(model, x), before) < RIGHT
+    assert seen
+
+
+# ---- nothing outlives a model ------------------------------------------------------------------------------
+
+
+def as_it_is(model):
+    pass
+
+
+def forward_wrapped(model):
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+
+
+def stage_forward_wrapped(model):
+    forward = model.network[0].forward
+    model.network[0].forward = lambda x: 2 * forward(x)
+
+
+def known_to_a_part(model):
+    model.network[0].owner = [model]
+
+
+@pytest.mark.parametrize(
+    "function", map(change, [as_it_is, forward_wrapped, stage_forward_wrapped, known_to_a_part])
+)
+def test_a_model_is_collected(function, x):
+    model, _ = ran(x)
+    function(model)
+    infer(model, x)
+    alive = [weakref.ref(t) for t in (model, model.network[0], model.head.weight)]
+    del model
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True] * 3
