@@ -207,7 +207,30 @@ def subclass(model):
     model.network[1].proj = filled(Other(16, 33, 3, 2, 1), 4)
 
 
+def class_changed(model):
+    """As tools that wrap layers in place do."""
+
+    class Other(PoolFormerBlock):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.network[0][0].__class__ = Other
+
+
+def order_changed(model):
+    model.network[2]._modules["0"] = model.network[2]._modules.pop("0")
+
+
+def features_overridden(model):
+    model.forward_features = lambda x: x[:, :1].expand(-1, model.num_features, -1, -1)
+
+
+def block_overridden(model):
+    model.network[0][0].forward_with_stats = lambda x, *_: (2 * x, None)
+
+
 CHANGES = [
+    class_changed, order_changed, features_overridden, block_overridden,
     in_place, vector_in_place, optimizer_step, data, other_shape, state_dict, state_dict_assigned,
     eps_of_a_block, eps_of_the_mlps_norm, eps_of_the_head, num_groups, pool_size, stride, padding, dilation,
     parameter_removed, bias_removed, mlp_replaced, norm_replaced, mixer_replaced, block_replaced,
