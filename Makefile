@@ -45,7 +45,7 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
-	  ../../tests/test_mlp*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
+	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
 
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
