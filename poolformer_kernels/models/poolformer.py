@@ -277,7 +277,8 @@ class PatchEmbed(nn.Module):
 
 def _channels_last(x: Tensor, embed: nn.Module) -> bool:
     """Whether the convolution's result is channels_last: where x or its weight is."""
-    weight = getattr(embed._modules.get("proj"), "weight", None)
+    proj = embed._modules.get("proj")
+    weight = None if proj is None else proj._parameters.get("weight")
     return any(
         isinstance(t, Tensor) and t.dim() == 4 and memory_format_of(t) == torch.channels_last
         for t in (x, weight)
