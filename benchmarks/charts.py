@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
+import harness
 from matplotlib.figure import Figure
 
 from poolformer_kernels.cli import CommandError
@@ -55,26 +56,9 @@ class MissingRowsError(LookupError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement, as in `harness`; a limit (copy, matmul) may have its rate alone."""
+class Row(harness.Row):
+    """One measurement and where it was taken; a limit (copy, matmul) may have its rate alone."""
 
-    benchmark: str
-    direction: str
-    model: str
-    shape: str
-    stage: str
-    dtype: str
-    layout: str
-    batch: int
-    provider: str
-    median_s: float
-    p20_s: float
-    p80_s: float
-    img_per_s: float | None
-    gb_per_s: float | None
-    tflop_per_s: float | None
-    fraction: float | None
-    error_l2: float | None
     device: str
     threads: str
     torch: str

@@ -210,7 +210,7 @@ class Case:
         return f"{self.benchmark.replace('_', ' ')}: {', '.join(part for part in parts if part)}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One measurement: see the module. None is an empty field."""
 
@@ -229,7 +229,7 @@ class Row:
     img_per_s: float | None
     gb_per_s: float | None
     tflop_per_s: float | None
-    fraction: float
+    fraction: float | None
     error_l2: float | None
 
 
