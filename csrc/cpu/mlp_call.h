@@ -44,11 +44,6 @@ inline Tensor dense_rows(const Tensor& w, const char* name, int64_t cols) {
 
 inline Weight weight(const Tensor& w) { return {w.data_ptr(), w.stride(0), dtype_index(w.scalar_type())}; }
 
-inline uint32_t* worker_scratch(int64_t words) {
-  thread_local std::vector<float> buffer;
-  return reinterpret_cast<uint32_t*>(grown(buffer, words));
-}
-
 struct Parameters {
   const Tensor w1, w2;
   OptionalTensor b1, b2, norm_weight, norm_bias, layer_scale, drop_scale;
@@ -59,7 +54,6 @@ struct Call {
   MlpParams p{};
   float *mean, *rstd;
 
-  static int64_t padded(int64_t n) { return (n + kRowsMax + 15) / 16 * 16; }
   static int64_t tables(const Images& x, const Parameters& of) {
     return padded(of.w1.size(0)) + 2 * padded(of.w2.size(0)) + 2 * padded(x.channels) + 3 * padded(x.batch);
   }
@@ -77,21 +71,14 @@ struct Call {
     p.x = x.data;
     STD_TORCH_CHECK(of.w1.scalar_type() == of.w2.scalar_type(), "mlp_cpp: w1 and w2 must have one dtype");
     STD_TORCH_CHECK(!residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
-    p.b1 = vector(arena, of.b1, "b1", p.hidden, 0);
-    p.b2 = vector(arena, of.b2, "b2", p.out, 0);
-    p.gamma = vector(arena, of.norm_weight, "norm_weight", p.channels, 1);
-    p.beta = vector(arena, of.norm_bias, "norm_bias", p.channels, 0);
-    p.scale = vector(arena, of.layer_scale, "layer_scale", p.out, 1);
-    p.drop = vector(arena, of.drop_scale, "drop_scale", p.batch, 1);
+    p.b1 = padded_vector(arena, of.b1, "b1", p.hidden, 0);
+    p.b2 = padded_vector(arena, of.b2, "b2", p.out, 0);
+    p.gamma = padded_vector(arena, of.norm_weight, "norm_weight", p.channels, 1);
+    p.beta = padded_vector(arena, of.norm_bias, "norm_bias", p.channels, 0);
+    p.scale = padded_vector(arena, of.layer_scale, "layer_scale", p.out, 1);
+    p.drop = padded_vector(arena, of.drop_scale, "drop_scale", p.batch, 1);
     p.mean = mean = arena.take(padded(p.batch));
     p.rstd = rstd = arena.take(padded(p.batch));
-  }
-
-  static float* vector(Arena& arena, const OptionalTensor& t, const char* name, int64_t n, float absent) {
-    float* out = arena.take(padded(n));
-    read_vector(t, name, out, n, absent);
-    std::fill(out + n, out + padded(n), 0.0f);
-    return out;
   }
 
   // How many tiles of `most` tokens at most share so many vectors of tokens: as many for each thread.

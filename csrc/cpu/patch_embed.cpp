@@ -26,11 +26,6 @@ const PatchEmbedKernels& kernels_for(ScalarType dtype) {
   return patch_embed_baseline[index];
 }
 
-uint32_t* worker_scratch(int64_t words) {
-  thread_local std::vector<float> buffer;
-  return reinterpret_cast<uint32_t*>(grown(buffer, words));
-}
-
 }  // namespace
 
 void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, float* y_stats) {
@@ -47,12 +42,8 @@ void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, fl
   p.tokens = p.batch * p.out_h * p.out_w;
   if (p.tokens == 0) return;
 
-  const int64_t padded = (p.out + kRowsMax + 15) / 16 * 16;
-  Arena arena(padded);
-  float* bias = arena.take(padded);
-  read_vector(of.bias, "a convolution's bias", bias, p.out, 0);
-  std::fill(bias + p.out, bias + padded, 0.0f);
-  p.bias = bias;
+  Arena arena(padded(p.out));
+  p.bias = padded_vector(arena, of.bias, "a convolution's bias", p.out, 0);
 
   // Groups of w's rows are shared out where there are too few tokens for the threads. They are of one size, so
   // that a sample's statistics are the same for any number of threads.

@@ -14,6 +14,7 @@
 
 #include "../common/chan.h"
 #include "operators.h"
+#include "weight.h"
 
 namespace pk {
 namespace {
@@ -134,6 +135,22 @@ class Arena {
   }
   float* next_;
 };
+
+// Of a kernel that one of torch's threads runs, in words of 32 bits.
+inline uint32_t* worker_scratch(int64_t words) {
+  thread_local std::vector<float> buffer;
+  return reinterpret_cast<uint32_t*>(grown(buffer, words));
+}
+
+// Vectors of parameters are read kRowsMax elements at a time: zeros follow them.
+inline int64_t padded(int64_t n) { return (n + kRowsMax + 15) / 16 * 16; }
+
+inline float* padded_vector(Arena& arena, const OptionalTensor& t, const char* name, int64_t n, float absent) {
+  float* out = arena.take(padded(n));
+  read_vector(t, name, out, n, absent);
+  std::fill(out + n, out + padded(n), 0.0f);
+  return out;
+}
 
 inline Moments<double> merged(const float* partials, int64_t n) {
   Moments<double> m;
