@@ -1,12 +1,11 @@
 """Builds the extension `poolformer_kernels._C`; everything else about the package is in pyproject.toml.
 
-No GPU is needed to build; nvcc is optional; without a C++ compiler there is no extension.
-Environment: POOLFORMER_KERNELS_SKIP_EXT=1, POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST ("8.0;9.0a"),
-MAX_JOBS, CXX, CUDA_HOME, POOLFORMER_KERNELS_CXXFLAGS (appended: sanitizers, for one).
+No GPU is needed to build; nvcc is optional; without a C++ compiler there is no extension. It reads MAX_JOBS,
+POOLFORMER_KERNELS_{SKIP_EXT=1, SKIP_CUDA=1, CXXFLAGS}, TORCH_CUDA_ARCH_LIST="8.0;9.0a", CXX and CUDA_HOME.
 """
 
+import hashlib
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -18,11 +17,12 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 
-ROOT, CUDART = Path(__file__).resolve().parent, "libcudart_static.a"
-# 2.10: the oldest torch the stable ABI of this build runs under; a newer one needs no rebuild.
-DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+ROOT = Path(__file__).resolve().parent
+DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10 and, without a rebuild, newer ones
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 CXX_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+PTXAS_LINE = re.compile(r"^(?:ptxas info|    \d+ bytes stack frame).*\n", re.MULTILINE)
 
 
 def flag(name: str) -> bool:
@@ -41,9 +41,8 @@ def compiler() -> str | None:
     """A compiler that can build the extension (C++20, Python's headers, AVX-512, AMX), or None."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     options = ["-std=c++20", f"-I{sysconfig.get_paths()['include']}", "-xc++", "-c", "-", "-o", os.devnull]
-    source = "#include <Python.h>\n#include <concepts>\n"
-    if platform.machine() == "x86_64":
-        source += '__attribute__((target("avx512f,avx512bf16"))) void level() { asm("tilerelease"); }\n'
+    source = "#include <Python.h>\n#include <concepts>\n#if defined(__x86_64__)\n"
+    source += '__attribute__((target("avx512f,avx512bf16"))) void level() { asm("tilerelease"); }\n#endif\n'
     for name in names:
         if shutil.which(shlex.split(name)[0]):
             probe = run([*shlex.split(name), *options], input=source)
@@ -54,97 +53,98 @@ def compiler() -> str | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, or None if there is none or it is not wanted."""
-    if flag("POOLFORMER_KERNELS_SKIP_CUDA"):
-        return None
+    """The CUDA compiler, or None if there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
 
 
-def cuda_toolkit(nvcc_path: str) -> tuple[str, Path]:
-    """The version, and the folder of the static runtime: importing the extension then needs no CUDA."""
+def cuda_toolkit(nvcc_path: str) -> tuple[str, list[str]]:
+    """The version, and how to link the static runtime: importing the extension then needs no CUDA."""
     version = re.search(r"release (\d+\.\d+)", run([nvcc_path, "--version"], check=True).stdout)[1]
     dry = run([nvcc_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stderr
     top = Path(re.search(r"TOP=(.+)", dry)[1].strip()).resolve()
-    found = [path for lib in ("lib64", "lib", "targets/*/lib") for path in top.glob(f"{lib}/{CUDART}")]
-    if found:
-        return version, found[0].parent
-    raise FileNotFoundError(f"{CUDART} is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
+    for lib in ("lib64", "lib", "targets/*/lib"):
+        for path in top.glob(f"{lib}/libcudart_static.a"):
+            return version, [str(path), "-lrt", "-ldl"]
+    raise FileNotFoundError(f"libcudart_static.a is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
 
 
 def arch_flags(archs: str) -> list[str]:
     """nvcc flags of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX"."""
-    flags = []
+    flags = ["-DPK_HAS_SM90A=1"] if "9.0a" in archs else []  # mlp_fwd_sm90.cu asks
     for arch in re.split(r"[;\s]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are 8.0, 9.0a, 10.0+PTX and such")
-        number = match[1] + match[2]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        number, codes = match[1] + match[2], ("sm", "compute") if match[3] else ("sm",)
+        flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     return flags
 
 
-def extension() -> tuple[list, dict]:
-    """(ext_modules, cmdclass), empty where the extension cannot be built."""
-    cxx = None if flag("POOLFORMER_KERNELS_SKIP_EXT") else compiler()
-    if cxx is None:
+def cuda_digest() -> str:
+    """Of what the kernels are made from: by it the tests know a build of these very sources."""
+    files = [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("c[ou]*/*"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def extension() -> dict:
+    """ext_modules and cmdclass; empty where the extension cannot be built."""
+    if flag("POOLFORMER_KERNELS_SKIP_EXT") or (cxx := compiler()) is None:
         say("installing without the C++ extension: no compiler, or POOLFORMER_KERNELS_SKIP_EXT is set")
-        return [], {}
+        return {}
     os.environ["CXX"] = cxx
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
     except ImportError:  # building an sdist in an isolated environment needs no extension
         say("torch is not importable: installing without the C++ extension (use --no-build-isolation)")
-        return [], {}
-    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    cuda_compiler = nvcc() if cuda_sources else None
-    cuda, cuda_libraries = cuda_toolkit(cuda_compiler) if cuda_compiler else ("", None)
-    cuda_link_args = [f"-L{cuda_libraries}", "-lcudart_static", "-lrt", "-ldl"] if cuda_compiler else []
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX"
-    include = include_paths()  # torch brings pybind11's headers
-    defines = [
-        *DEFINES,
-        ("PK_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("PK_CUDA_VERSION", f'"{cuda}"'),
-        ("PK_CUDA_ARCHS", f'"{archs.replace(";", " ")}"' if cuda_compiler else '""'),
-    ]
+        return {}
+    cuda_compiler = None if flag("POOLFORMER_KERNELS_SKIP_CUDA") else nvcc()
+    cuda, cuda_link_args = cuda_toolkit(cuda_compiler) if cuda_compiler else ("", [])
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX") if cuda_compiler else ""
+    facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": cuda, "CUDA_ARCHS": archs.replace(";", " ")}
     user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
             if cuda_compiler:
-                jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-                with ThreadPoolExecutor(jobs) as pool:
-                    self.extensions[0].extra_objects += pool.map(self.compile_cuda, cuda_sources)
+                digest, sources = cuda_digest(), sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+                with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                    objects, reports = zip(*pool.map(self.compile_cuda, sources), strict=True)
+                report = Path(self.build_temp, "ptxas_report.inc").resolve()  # bindings.cpp includes it
+                text = 'R"ptxas(' + "\n".join([digest, *reports]) + ')ptxas"\n'
+                if not report.exists() or report.read_text() != text:
+                    report.write_text(text)
+                module.define_macros.append(("PK_PTXAS_REPORT", f'"{report}"'))
+                module.depends, module.extra_objects = [*module.depends, str(report)], list(objects)
             super().build_extensions()
 
-        def compile_cuda(self, source: Path) -> str:
-            target = Path(self.build_temp) / f"{source.stem}.cuda.o"
+        def compile_cuda(self, source: Path) -> tuple[str, str]:
+            target = Path(self.build_temp, f"{source.stem}.cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [cuda_compiler, "-c", str(source), "-o", str(target), "-std=c++20", "-O3"]
-            command += ["-ccbin", shlex.split(cxx)[-1], "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            command += arch_flags(archs)
-            command += [f"-I{path}" for path in include] + [f"-D{name}={value}" for name, value in DEFINES]
-            subprocess.run(command, check=True)
-            return str(target)
+            command = [cuda_compiler, "-c", str(source.relative_to(ROOT)), "-o", str(target), *NVCC_FLAGS]
+            command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{path}" for path in include_paths())]
+            done = run(command + arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES], cwd=ROOT)
+            sys.stderr.write(PTXAS_LINE.sub("", done.stderr))
+            done.check_returncode()
+            lines = PTXAS_LINE.findall(done.stderr)
+            return str(target), "".join(line for line in lines if "Compile time" not in line)
 
     module = Extension(
         "poolformer_kernels._C",
         sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))],
         depends=[str(path) for path in (ROOT / "csrc").rglob("*.*")],
-        include_dirs=include,
-        define_macros=defines,
+        include_dirs=include_paths(),  # torch brings pybind11's headers
+        define_macros=DEFINES + [(f"PK_{name}", f'"{value}"') for name, value in facts.items()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args=[*CXX_FLAGS, f"-ffile-prefix-map={ROOT}=.", *user_flags],
         extra_link_args=user_flags + cuda_link_args,
     )
-    return [module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
+    build = Build.with_options(use_ninja=shutil.which("ninja") is not None)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
 
 
-modules, commands = extension()
-packages = [*find_namespace_packages(include=["poolformer_kernels*"]), "poolformer_kernels.benchmarks"]
-setup(ext_modules=modules, cmdclass=commands, packages=packages)
+if __name__ == "__main__":  # a test reads the flags
+    packages = [*find_namespace_packages(include=["poolformer_kernels*"]), "poolformer_kernels.benchmarks"]
+    setup(packages=packages, **extension())

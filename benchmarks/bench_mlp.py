@@ -5,8 +5,8 @@
 "ours", "eager" and "compile" compute ``x + layer_scale * mlp(GroupNorm(x))``, ours from x's statistics, the
 others as the official model writes it. "eager linear" and "compile linear" compute only
 ``linear(gelu(linear(x)))`` on the same tokens: what the arithmetic asks for. In the forward compiled weights
-are frozen (on CUDA by max-autotune); "ours saved" keeps fc1's output for the backward. FLOPs are those of the
-gradients: ours computes fc1 once more.
+are frozen (on CUDA by max-autotune); "ours saved" keeps fc1's output for the backward, "ours cuda" is the C++
+backend where it has a kernel. FLOPs are those of the gradients: ours computes fc1 once more.
 """
 
 import itertools
@@ -16,10 +16,25 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
-from harness import BATCH, Case, Names, Results, arguments, finish, image, measure, run, stages, start, steps
+from harness import (
+    BATCH,
+    Case,
+    Names,
+    Results,
+    arguments,
+    finish,
+    image,
+    measure,
+    on_backend,
+    run,
+    stages,
+    start,
+    steps,
+)
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
+from poolformer_kernels.ops.backend import mlp_backend
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
 PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least
@@ -66,6 +81,14 @@ def ours(block: Block, x: Tensor, stats: Tensor, save_hidden: bool = False) -> T
     )[0]
 
 
+def has_cuda_kernel(x: Tensor, backward: bool = False) -> bool:
+    """Whether the C++ backend computes this case itself and does not leave it to Triton."""
+    channels = x.shape[1]
+    sizes = channels, 4 * channels, channels
+    here = x.is_cuda and pk.available_backends()["cuda"] is None
+    return here and mlp_backend("cuda", sizes, x.dtype, backward)[0] == "cuda"
+
+
 def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
     """The providers on x; the backward's own graphs are built here, outside of what is timed."""
     channels = x.shape[1]
@@ -86,13 +109,14 @@ def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
                 torch.compile(module.eval(), dynamic=False, mode=mode) for module in (block, tokens)
             )
             compiled(x), compiled_tokens(y)
-        return {
+        made = {
             "ours": lambda: ours(block, x, stats),
             "eager": lambda: block(x),
             "compile": lambda: compiled(x),
             "eager linear": lambda: tokens(y),
             "compile linear": lambda: compiled_tokens(y),
         }
+        return made | ({"ours cuda": on_backend("cuda", made["ours"])} if has_cuda_kernel(x) else {})
     grad = torch.randn_like(x)
     functions = {
         "ours": (lambda t: ours(block, t, stats), block, x, grad),
@@ -101,6 +125,8 @@ def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
         "eager linear": (tokens, tokens, flat(x), flat(grad)),
         "compile linear": (torch.compile(tokens, dynamic=False), tokens, flat(x), flat(grad)),
     }
+    if has_cuda_kernel(x, backward=True):
+        functions["ours cuda"] = (on_backend("cuda", functions["ours"][0]), block, x, grad)
     made = {}
     for name, (f, module, data, g) in functions.items():
         leaf = data.detach().clone().requires_grad_()

@@ -3,8 +3,8 @@
     poolformer-kernels bench pool-mixer [--device cuda] [--dtype bfloat16] [--layout channels_last]
 
 Every provider computes ``x + layer_scale * (avg_pool(n) - n)``, ``n = GroupNorm(x)``, on the same random
-data. "ours given" has x's statistics handed to it, as a block in a chain does; "ours" computes them. On the
-CPU the time of one call on a tensor too small to matter is printed too.
+data. "ours given" has x's statistics handed to it, as a block in a chain does; "ours" computes them. "ours
+cuda" is the C++ backend. On the CPU the time of one call on a tensor too small to matter is printed too.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from harness import (
     finish,
     image,
     measure,
+    on_backend,
     run,
     stages,
     start,
@@ -55,11 +56,15 @@ def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
     params = [torch.randn(x.shape[1], device=x.device).to(x.dtype) for _ in range(3)]
     torch.compiler.reset()
     functions = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    both = x.is_cuda and pk.available_backends()["cuda"] is None
+    if both:
+        functions["ours cuda"] = on_backend("cuda", ours)
     if direction == "forward":
         stats = pk.reference.sample_stats(x)
         options = {"layer_scale": params[2], "residual": True, "stats": stats, "return_stats": False}
         made = {name: (lambda f=f: f(x, *params)) for name, f in functions.items()}
-        return made | {"ours given": lambda: pool_mixer_with_stats(x, *params[:2], **options)}
+        made["ours given"] = given = lambda: pool_mixer_with_stats(x, *params[:2], **options)
+        return made | ({"ours cuda given": on_backend("cuda", given)} if both else {})
     grad, made = torch.randn_like(x), {}
     for name, f in functions.items():
         inputs = [t.detach().clone().requires_grad_() for t in (x, *params)]

@@ -56,6 +56,7 @@ __all__ = [
     "finish",
     "image",
     "measure",
+    "on_backend",
     "require",
     "run",
     "settle",
@@ -306,6 +307,16 @@ def measure(
             )
         )
     return measured
+
+
+def on_backend(backend: str, function: Callable) -> Callable:
+    """The function with one backend chosen while it runs."""
+
+    def call(*args):
+        with pk.use_backend(backend):
+            return function(*args)
+
+    return call
 
 
 def _products(like: Tensor) -> tuple[dict[str, Callable[[], Tensor]], int]:

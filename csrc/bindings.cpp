@@ -1,8 +1,12 @@
 // Host-side facts about the compiled extension. The operators register themselves (csrc/cpu, csrc/cuda).
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "cpu/isa.h"
+#include "cuda/kernels.h"
 
 #ifndef PK_TORCH_VERSION
 #error "setup.py defines PK_TORCH_VERSION, PK_CUDA_VERSION and PK_CUDA_ARCHS"
@@ -13,6 +17,67 @@ namespace py = pybind11;
 static std::vector<std::string> names(const std::vector<pk::Isa>& levels) {
   std::vector<std::string> out;
   for (auto isa : levels) out.emplace_back(pk::isa_name(isa));
+  return out;
+}
+
+static std::string demangled(const std::string& name) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  const std::string out = status == 0 ? text : name;
+  std::free(text);
+  return out;
+}
+
+// What `ptxas -v` said of the kernels, its first line a digest of their sources; empty without nvcc.
+static const char* const kPtxasReport =
+#ifdef PK_PTXAS_REPORT  // setup.py writes it
+#include PK_PTXAS_REPORT
+#else
+    ""
+#endif
+    ;
+
+static std::string ptxas_report() {
+  const std::string report = kPtxasReport, before = "function '";
+  std::string out;
+  size_t end = 0;
+  for (size_t at; (at = report.find(before, end)) != std::string::npos;) {
+    at += before.size();
+    out.append(report, end, at - end);
+    end = report.find("'", at);
+    out += demangled(report.substr(at, end - at));
+  }
+  return out.append(report, end);
+}
+
+static py::dict launch(const pk::KernelFact& kernel) {
+  py::dict out;
+  out["name"] = demangled(kernel.name);
+  out["threads"] = kernel.threads;
+  out["shared"] = kernel.shared;
+  return out;
+}
+
+static py::list kernels() {
+  py::list launches;
+  for (const auto& kernel : pk::kernel_facts()) launches.append(launch(kernel));
+  return py::module_::import("poolformer_kernels.kernels").attr("build_rows")(ptxas_report(), launches);
+}
+
+static py::list kernel_uses() {
+  py::list out;
+#ifdef PK_PTXAS_REPORT
+  for (const auto& kernel : pk::kernel_facts()) {
+    const pk::KernelUse use = pk::kernel_use(kernel);
+    py::dict row = launch(kernel);
+    row["arch"] = use.arch;
+    row["registers"] = use.registers;
+    row["local"] = use.local;
+    row["static_shared"] = use.shared;
+    row["blocks"] = use.blocks;
+    out.append(row);
+  }
+#endif
   return out;
 }
 
@@ -30,6 +95,7 @@ static py::dict build_info() {
   info["torch_built_with"] = PK_TORCH_VERSION;
   info["cuda_built_with"] = PK_CUDA_VERSION;
   info["cuda_archs"] = py::module_::import("builtins").attr("str")(PK_CUDA_ARCHS).attr("split")();
+  info["kernels"] = kernels();
   return info;
 }
 
@@ -39,5 +105,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "The instruction-set levels compiled, supported here and chosen; compiler, torch and CUDA versions of the build; "
-      "CUDA architectures (empty without nvcc).");
+      "CUDA architectures (empty without nvcc); the CUDA kernels, fields of poolformer_kernels.kernels.Kernel.");
+  m.def("ptxas_report", &ptxas_report, "A digest of the CUDA sources, then what ptxas -v said; empty without nvcc.");
+  m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
 }

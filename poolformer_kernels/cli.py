@@ -106,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="devices, backends and why one is unavailable, ISA, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--kernels",
+        action="store_true",
+        help="the CUDA kernels instead: registers, spills, shared memory, threads, occupancy",
+    )
 
     verify = commands.add_parser(
         "verify",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import Mlp, PoolFormerBlock, PoolMixer
-from .ops.backend import explain_selection
+from .ops.backend import explain_selection, mlp_backend
 
 __all__ = ["explain"]
 
@@ -55,7 +55,7 @@ def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
         reason = module.mixer_unfused_reason()
         mixer = _selected(module) if reason is None else ("modules", reason)
         reason = module.mlp_unfused_reason()
-        mlp = _selected(module) if reason is None else _mlp_alone(module.mlp, reason)
+        mlp = _mlp_selected(module.mlp) if reason is None else _mlp_alone(module.mlp, reason)
         places = (f"{name}.{part}".lstrip(".") for part in ("token_mixer", "mlp"))
         return [
             (place, operator, *row)
@@ -63,7 +63,7 @@ def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
         ]
     if isinstance(module, Mlp):
         reason = module.unfused_reason()
-        return [(name, "mlp", *(_selected(module) if reason is None else ("modules", reason)))]
+        return [(name, "mlp", *(_mlp_selected(module) if reason is None else ("modules", reason)))]
     return []
 
 
@@ -71,8 +71,23 @@ def _mlp_alone(mlp: nn.Module, reason: str) -> tuple[str, str]:
     """Of a block's MLP that is not one call with its norm and residual: it may still be one without them."""
     if not isinstance(mlp, Mlp) or mlp.unfused_reason() is not None:
         return "modules", reason
-    backend, why = _selected(mlp)
+    backend, why = _mlp_selected(mlp)
     return backend, f"{why}; norm and residual as modules: {reason}"
+
+
+def _mlp_selected(mlp: Mlp) -> tuple[str, str]:
+    """The backend of an MLP's forward, and where the backward's is another, both."""
+    selected, why = _selected(mlp)
+    w1, w2 = mlp.fc1.weight, mlp.fc2.weight
+    sizes = w1.shape[1], w1.shape[0], w2.shape[0]
+    backend, reason = mlp_backend(selected, sizes, w1.dtype)
+    if reason is not None:
+        return backend, f"{why}; {selected} has no kernel for {reason}"
+    other, reason = mlp_backend(selected, sizes, w1.dtype, backward=True)
+    return (
+        backend,
+        why if reason is None else f"{why}; backward in {other}: no {selected} kernel for {reason}",
+    )
 
 
 def _selected(module: nn.Module) -> tuple[str, str]:

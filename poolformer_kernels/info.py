@@ -5,12 +5,15 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
 
 import torch
 
 from . import __version__
-from .backends import cpp
+from .backends import cpp, cuda
+from .cli import CommandError
+from .kernels import LEGEND, kernels, table
 from .ops.backend import available_backends, explain_selection
 
 __all__ = ["collect"]
@@ -49,7 +52,7 @@ def collect() -> dict[str, dict[str, str]]:
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
     if not torch.cuda.is_available():
         devices["cuda"] = "none" if torch.version.cuda else "this torch is built without CUDA"
-    build = {key: _text(value) for key, value in cpp.build_info().items()}
+    build = {key: _text(value) for key, value in cpp.build_info().items() if key != "kernels"}
     return {
         "versions": {
             "poolformer-kernels": __version__,
@@ -78,7 +81,9 @@ def _text(value: object) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: aligned text, or JSON of the same sections."""
+    """The command: aligned text, or JSON of the same sections; with ``--kernels`` the kernels alone."""
+    if args.kernels:
+        return _run_kernels(args)
     sections = collect()
     if args.json:
         json.dump(sections, sys.stdout, indent=1, ensure_ascii=False)
@@ -90,4 +95,20 @@ def run(args: argparse.Namespace) -> int:
             print(title)
         for key, value in rows.items():
             print(f"  {key:{width}s}  {value}")
+    return 0
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    try:
+        found = kernels()
+    except RuntimeError as error:
+        raise CommandError(f"--kernels: {error}") from None
+    if args.json:
+        json.dump([asdict(kernel) | {"warps": kernel.warps} for kernel in found], sys.stdout, indent=1)
+        print()
+    elif found:
+        device = f"on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "as ptxas built them"
+        print(f"The CUDA kernels {device}. {LEGEND}\n", *table(found), sep="\n")
+    else:
+        print(f"no CUDA kernels: {cuda.UNAVAILABLE}")
     return 0

@@ -14,10 +14,16 @@ from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "memory_format_of", "merge_stats", "mlp", "pool_mixer", "sample_stats"]
 
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu_squared": _relu_squared,
     "silu": F.silu,
 }
 

@@ -31,7 +31,7 @@ def forget(monkeypatch) -> None:
 
 def test_available_backends():
     backends = pk.available_backends()
-    assert list(backends) == ["reference", "cpp", "triton"]
+    assert list(backends) == ["reference", "cpp", "triton", "cuda"]
     assert backends["reference"] is None
     for name, reason in backends.items():
         assert reason is None or (isinstance(reason, str) and reason and "\n" not in reason), name
@@ -150,7 +150,7 @@ def test_use_backend_nests_and_is_restored_after_exceptions(forget):
 @pytest.mark.parametrize("name", ["", "Reference", "nonsense", None])
 def test_unknown_backend(name):
     before = chosen()
-    with pytest.raises(ValueError, match=f"backend is {name!r}; allowed: auto, reference, cpp, triton"):
+    with pytest.raises(ValueError, match=f"backend is {name!r}; allowed: auto, reference, cpp, triton, cuda"):
         pk.use_backend(name).__enter__()
     assert chosen() == before
 
@@ -185,4 +185,4 @@ def test_environment_variable_with_an_unknown_value(value):
     done = in_a_process("import poolformer_kernels", **{VARIABLE: value})
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last == f"ValueError: {VARIABLE} is {value!r}; allowed: auto, reference, cpp, triton"
+    assert last == f"ValueError: {VARIABLE} is {value!r}; allowed: auto, reference, cpp, triton, cuda"

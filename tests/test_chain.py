@@ -259,6 +259,22 @@ def test_core_cpp_statistics_of_a_convolution(dtype, out, mean, ulps):
     assert_close_to_fp64(y, separate, exact, ulps=ulps, what="chain beside separate operators")
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_core_cpp_activations(activation):
+    """The chain knows them by their place in the reference's table."""
+    x, p = images(2, 20, 5, 6), block_parameters(20, 50, torch.float32)
+    vectors = [p[name] for name in ("b1", "b2", "gamma_2", "beta_2", "scale_2")]
+    chain = Chain()
+    chain.mlp(p["w1"], p["w2"], vectors, activation, 1e-5)
+    with torch.no_grad():
+        y = chain.run(x, True)
+        exact = pk.ops.mlp(
+            x, p["w1"], p["b1"], p["w2"], p["b2"], activation=activation, norm_weight=p["gamma_2"],
+            norm_bias=p["beta_2"], layer_scale=p["scale_2"], residual=True,
+        )  # fmt: skip
+    assert torch.equal(y, exact)
+
+
 def relative(difference, value):
     return (difference.norm() / value.double().norm()).item()
 

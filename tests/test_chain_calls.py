@@ -232,7 +232,7 @@ REFUSED = {
     "no second weight": ("lacks a parameter", [MLP, 0, 0], [W1]),
     "an even pool size": ("pool_size .* got 2", [MIXER, 0, 2], []),
     "a negative pool size": ("pool_size .* got -3", [MIXER, 0, -3], []),
-    "an unknown activation": ("no activation 4", [MLP, 0, 4], [W1, W2]),
+    "an unknown activation": ("no activation 5", [MLP, 0, 5], [W1, W2]),
     "a negative activation": ("no activation -1", [MLP, 0, -1], [W1, W2]),
     "a scale of another size": ("layer_scale_1 .* 4 elements", [MIXER, 4, 3], [torch.ones(5)]),
     "a norm of two dimensions": ("norm1.weight .* 4 elements", [MIXER, 1, 3], [torch.ones(4, 1)]),

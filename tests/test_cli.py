@@ -306,7 +306,33 @@ def test_info_prints_all_of_the_build(capsys) -> None:
     from poolformer_kernels.backends import cpp
 
     assert main(["info", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["extension"]) == set(cpp.build_info())
+    assert set(json.loads(capsys.readouterr().out)["extension"]) == set(cpp.build_info()) - {"kernels"}
+
+
+def test_info_lists_the_kernels(capsys, monkeypatch) -> None:
+    from poolformer_kernels import info, kernels
+
+    found = [kernels.Kernel("a<f16>", "sm_90a", 40, 0, 8, 32, 1024, 128, 12)]
+    monkeypatch.setattr(info, "kernels", lambda: found)
+    assert main(["info", "--kernels"]) == 0
+    words = ["a<f16>", "sm_90a", "40", "0/8", "32", "1024", "128", "12", "48/64"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == words
+    assert main(["info", "--kernels", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["registers"], row["spill_loads"], row["blocks"], row["warps"]) == (40, 8, 12, 48)
+
+    def no_image():
+        raise RuntimeError("cudaFuncGetAttributes: no kernel image")
+
+    monkeypatch.setattr(info, "kernels", no_image)
+    assert_one_line(main(["info", "--kernels"]), capsys, "--kernels: cudaFuncGetAttributes: no kernel image")
+
+    monkeypatch.setattr(info, "kernels", list)
+    monkeypatch.setattr(info.cuda, "UNAVAILABLE", "built without CUDA")
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out == "no CUDA kernels: built without CUDA\n"
+    assert main(["info", "--kernels", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_module_is_the_command() -> None:

@@ -1,74 +1,205 @@
-"""The CUDA sources compile for every shipped architecture, within limits. No GPU is needed; nvcc is."""
+"""The CUDA kernels for every shipped architecture: spills, registers, shared memory, occupancy, instructions.
 
+No GPU is needed. What is read is the installed extension: ptxas's report and the machine code. It must be of
+these very sources, which costs no second compilation of them.
+"""
+
+import functools
+import os
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from peers import require
-from torch.utils.cpp_extension import include_paths
+from test_setup import setup_script
+
+from poolformer_kernels.backends import cpp
+from poolformer_kernels.kernels import Kernel, short_name, table
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-REGISTERS = {"norm_stats": 96}  # 256 threads: at least two blocks an SM
-NVCC = shutil.which("nvcc")
-
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+ARCHS = ("sm_80", "sm_90a", "sm_100")
 
 
-def test_there_are_sources():
-    assert [path.stem for path in SOURCES] == list(REGISTERS)
+class Limit(NamedTuple):
+    """Of all instantiations of a kernel: registers of a thread, and blocks resident on a multiprocessor."""
+
+    registers: int
+    blocks: int
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_resources(source, arch, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    command = [
-        NVCC,
-        "-cubin",
-        "-std=c++20",
-        "-O3",
-        f"-arch=sm_{arch}",
-        "-Xptxas=-v",
-        str(source),
-        "-o",
-        str(cubin),
+KERNELS = {
+    "norm_stats": Limit(40, 6),
+    "pool_mixer_fwd": Limit(168, 2),
+    "pool_mixer_fwd_any": Limit(128, 1),
+    "pool_mixer_bwd_reduce": Limit(168, 2),
+    "pool_mixer_bwd_reduce_any": Limit(128, 1),
+    "pool_mixer_bwd_q": Limit(64, 2),
+    "pool_mixer_bwd_finish": Limit(64, 2),
+    "pool_mixer_bwd_apply": Limit(168, 2),
+    "pool_mixer_bwd_apply_any": Limit(128, 1),
+    "pool_mixer_merge": Limit(64, 2),
+    "mlp_round": Limit(32, 4),
+    "mlp_pack": Limit(64, 2),
+    "mlp_fwd": Limit(255, 1),
+    "mlp_fwd_sm90": Limit(168, 1),
+    "mlp_bwd_prepare": Limit(64, 2),
+    "mlp_bwd_dgrad": Limit(255, 1),
+    "mlp_bwd_wgrad": Limit(255, 1),
+    "mlp_bwd_tokens": Limit(96, 2),
+    "mlp_bwd_sample": Limit(64, 2),
+    "mlp_bwd_weights": Limit(64, 2),
+    "mlp_bwd_columns": Limit(64, 2),
+    "mlp_bwd_finish": Limit(64, 2),
+}
+FEWER = {  # float32 rows of channels_last take twice the shared memory
+    "pool_mixer_fwd<float, 4, false>": 1,
+    "pool_mixer_bwd_reduce<float, 4, false>": 1,
+    "pool_mixer_bwd_apply<float, 4, false>": 1,
+}
+# (instantiations, architectures, an instruction that they must have)
+LOAD, STORE, PRODUCT = (
+    r"LDG(STS)?\.E\.(\w+\.)*(128|256)(\.\w+)*",
+    r"STG\.E\.(\w+\.)*(128|256)(\.\w+)*",
+    r"HMMA\..*",
+)
+WIDE = "(float, 4|bf16, 8|f16, 8)"  # elements of 16 bytes
+INSTRUCTIONS = (
+    (r"norm_stats<\w+, true>", ".*", LOAD),
+    (rf"pool_mixer_(fwd|bwd_reduce|bwd_apply)<{WIDE}, \w+>", ".*", LOAD),
+    (rf"pool_mixer_(fwd|bwd_apply)<{WIDE}, \w+>", ".*", STORE),
+    (r"mlp_(fwd|fwd_sm90|bwd_dgrad|bwd_tokens)<.*", ".*", LOAD),
+    (r"mlp_(fwd|fwd_sm90|bwd_dgrad|bwd_tokens)<.*", ".*", STORE),
+    (r"mlp_(fwd|bwd_dgrad|bwd_wgrad)<.*", ".*", PRODUCT),
+    (r"\w+_sm90<.*", "sm_90a", r"HGMMA\..*"),
+)
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Kernel]:
+    """The kernels of the installed extension, which must be of these sources."""
+    info = cpp.build_info()
+    if not info.get("cuda_archs"):
+        wanted = shutil.which("nvcc") and os.environ.get("CI")
+        (pytest.fail if wanted else pytest.skip)(cpp.UNAVAILABLE or "the extension was built without CUDA")
+    from poolformer_kernels import _C
+
+    digest = setup_script().cuda_digest()
+    assert _C.ptxas_report().partition("\n")[0] == digest, "the installed extension is of other sources"
+    return [Kernel(**row) for row in info["kernels"]]
+
+
+def of_arch(built: list[Kernel], arch: str) -> list[Kernel]:
+    found = [kernel for kernel in built if kernel.arch == arch]
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the extension was not built for {arch}")
+    return found
+
+
+def family(kernel: Kernel) -> str:
+    return kernel.name.partition("<")[0]
+
+
+def test_the_default_build_is_for_these_architectures() -> None:
+    text = (ROOT / "setup.py").read_text()
+    flags = setup_script().arch_flags(re.search(r'"TORCH_CUDA_ARCH_LIST"\) or "(.+?)"', text)[1])
+    assert re.findall(r"code=(sm_\w+)", " ".join(flags)) == list(ARCHS)
+
+
+def test_every_kernel_has_a_limit(built) -> None:
+    assert {family(kernel) for kernel in built} == set(KERNELS)
+
+
+def test_every_kernel_says_how_it_is_launched(built) -> None:
+    """`list_kernels` where the file registers its operators."""
+    unlisted = sorted({kernel.name for kernel in built if kernel.threads is None})
+    assert not unlisted, "\n".join(unlisted)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resources(built, arch) -> None:
+    wrong = []
+    for kernel in of_arch(built, arch):
+        limit = KERNELS[family(kernel)]
+        right = kernel.spill_stores == kernel.spill_loads == 0 and kernel.registers <= limit.registers
+        if kernel.threads is not None:
+            right &= kernel.blocks >= FEWER.get(
+                kernel.name, limit.blocks
+            )  # 0 where shared memory is too large
+        if not right:
+            wrong.append(kernel)
+    assert not wrong, "\n".join(table(wrong))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions(built, arch) -> None:
+    names = {kernel.name for kernel in of_arch(built, arch)}
+    wanted = [
+        (name, instruction)
+        for kernels, archs, instruction in INSTRUCTIONS
+        for name in sorted(names)
+        if re.fullmatch(kernels, name) and re.fullmatch(archs, arch)
     ]
-    command += [f"-I{path}" for path in include_paths()] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(kernels) == len(registers) == len(spills) == 6  # three dtypes, aligned and not
-    assert set(spills) == {("0", "0")}
-    assert max(registers) <= REGISTERS[source.stem]
-    sass = _sass(cubin)
-    for kernel, text in sass.items():
-        vector = "Lb1E" in kernel
-        assert ("LDG.E.128" in text) == vector, kernel
-    assert sum("Lb1E" in kernel for kernel in sass) == 3
+    assert len(wanted) >= 3
+    code = machine_code(arch)
+    assert names <= set(code)
+    lacking = [f"{n}: {i}" for n, i in wanted if not any(re.fullmatch(i, op) for op in code[n])]
+    assert not lacking, "\n".join(lacking)
 
 
-def _sass(cubin):
-    cuobjdump = Path(NVCC).resolve().parent / "cuobjdump"
-    tool = str(cuobjdump) if cuobjdump.exists() else _triton_cuobjdump()
-    text = subprocess.run(
-        [tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    parts = re.split(r"Function : (\w+)", text)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+def test_warpgroups_can_have_the_registers_they_take(built) -> None:
+    """``setmaxnreg`` waits for what the copying warpgroup gives, which starts from what ptxas chose."""
+    taken = {512: (3 * 160 + 32, 128), 384: (2 * 240 + 24, 168)}  # of mlp_fwd_sm90.cuh, by threads
+    found = [kernel for kernel in of_arch(built, "sm_90a") if family(kernel) == "mlp_fwd_sm90"]
+    assert len(found) == 8
+    for kernel in found:
+        wanted, registers = taken[kernel.threads]
+        assert kernel.registers == registers, kernel
+        assert 128 * wanted <= kernel.threads * registers, kernel
 
 
-def _triton_cuobjdump():
-    triton = require("triton")
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def test_tensor_core_instructions_are_not_serialised(built) -> None:
+    from poolformer_kernels import _C
+
+    assert re.findall(r".*Performance Loss.*", _C.ptxas_report()) == []
 
 
-def test_fake_has_the_kernels_shape():
+def machine_code(arch: str) -> dict[str, set[str]]:
+    """By kernel, the instructions of the installed extension."""
+    from poolformer_kernels import _C
+
+    command = [cuobjdump(), "--dump-sass", "-arch", arch, _C.__file__]
+    found: dict[str, set[str]] = defaultdict(set)
+    seen: set[str] = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
+        for line in dump.stdout:
+            if match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]+)", line):
+                seen.add(match[1])
+            elif match := re.match(r"\s+Function : (\w+)", line):
+                seen = found[short_name(demangled(match[1]))]
+    assert dump.returncode == 0
+    return found
+
+
+@functools.cache
+def demangled(name: str) -> str:
+    return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that Triton brings."""
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parent / "cuobjdump" if nvcc else None
+    if beside is not None and beside.exists():
+        return str(beside)
+    return str(Path(require("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def test_fake_has_the_kernels_shape() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from poolformer_kernels.ops.norm_stats import CHUNK

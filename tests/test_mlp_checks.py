@@ -27,7 +27,7 @@ def all_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"x": x_of(dtype)} | {name: ones(*shape, dtype=dtype) for name, shape in WEIGHTS.items()}
 
 
-ACTIVATION = "activation must be one of gelu, gelu_tanh, relu, silu, got "
+ACTIVATION = "activation must be one of gelu, gelu_tanh, relu, relu_squared, silu, got "
 BAD = {
     # x
     "x a list": (TypeError, {"x": [[1.0]]}, ["x must be a tensor", "list"]),

@@ -230,7 +230,9 @@ def test_a_weight_written_between_compiled_calls_counts(backend):
 
 def test_bad_arguments_raise_under_compile(backend):
     w = torch.ones(2, 2)
-    with pytest.raises(Exception, match="activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"):
+    with pytest.raises(
+        Exception, match="activation must be one of gelu, gelu_tanh, relu, relu_squared, silu, got 'tanh'"
+    ):
         compiled(mlp)(torch.ones(1, 2, 3, 3), w, None, w, None, activation="tanh")
 
 

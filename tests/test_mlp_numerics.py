@@ -161,22 +161,25 @@ def test_core_large_hidden_activations(backend, dtype, activation, size, save_hi
     """Far from 0 the activation is exactly h or exactly 0, its derivative 1 or 0, in eager PyTorch too.
 
     An approximation of gelu by x times a clamped polynomial would leave x times the error at the clamp here.
+    relu_squared is exactly the square, infinite beyond float16's range, and its derivative 2 h.
     """
     for sign in (1, -1):
         inputs = activation_alone(torch.full((37,), sign * size, dtype=dtype))
         grad = torch.ones_like(inputs["x"])
         actual = run(mlp, inputs, grad, activation=activation, save_hidden=save_hidden)
-        wanted = inputs["x"] if sign > 0 else torch.zeros_like(inputs["x"])
+        relu = inputs["x"] if sign > 0 else torch.zeros_like(inputs["x"])
+        squared = activation == "relu_squared"
+        wanted, slope = (relu * relu, 2 * relu) if squared else (relu, relu / size)
         torch.testing.assert_close(actual["y"], wanted, rtol=torch.finfo(dtype).eps, atol=1e-15)
-        torch.testing.assert_close(actual["dx"], wanted / size, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
+        torch.testing.assert_close(actual["dx"], slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_large_hidden_activations_of_both_signs(backend, dtype, activation, layout):
-    """b1 of +-50, +-1e4: half of the hidden channels are off, for every token."""
-    for size in (50.0, 1e4):
+    """b1 of +-50, +-1e4: half of the hidden channels are off, for every token. 1e4^2 is beyond float16."""
+    for size in (50.0, 200.0 if activation == "relu_squared" and dtype == torch.float16 else 1e4):
         inputs = make_inputs((2, 24, 5, 7), 56, dtype, parameters=VECTORS)
         inputs["b1"] = torch.where(torch.arange(56) % 2 == 0, size, -size).to(dtype)
         inputs["w2"] = inputs["w2"] / size
@@ -401,6 +404,19 @@ def test_core_cpp_hidden_beyond_float16(kernels, save_hidden):
     given = [t for t in leaves.values() if t is not None]
     for gradient in torch.autograd.grad(y, given, torch.full_like(y, 1e-3)):
         assert torch.isfinite(gradient).all()
+
+
+def test_core_relu_squared_beyond_float16(backend):
+    """The slope is 2 h: infinite, as in eager float16, where h is saved and beyond what float16 holds."""
+    inputs = activation_alone(torch.tensor([1e3, 6e4, -6e4, 0.0, NAN], dtype=torch.float16))
+    inputs["w1"] = 4 * inputs["w1"]
+    grad = torch.full_like(inputs["x"], 2.0**-10)
+    for save_hidden in (False, True):
+        actual = run(mlp, inputs, grad, activation="relu_squared", save_hidden=save_hidden)
+        assert actual["y"].flatten().tolist() == pytest.approx([INF, INF, 0.0, 0.0, NAN], nan_ok=True)
+        saved = save_hidden and backend != "reference"
+        dx = [31.25, INF if saved else 1875.0, 0.0, 0.0, NAN]  # 2 (4 x) 4 / 2^10
+        assert actual["dx"].flatten().tolist() == pytest.approx(dx, rel=1e-3, nan_ok=True)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

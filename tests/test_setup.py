@@ -1,5 +1,6 @@
 """Installing: what the source distribution holds, and a package without its extension."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def setup_script():
+    """setup.py as a module, without a build."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def setup(*arguments, check=True, **env):
@@ -83,3 +92,32 @@ def test_a_wrong_arch_list_is_refused(folders):
     done = setup("build", *folders, check=False, TORCH_CUDA_ARCH_LIST="8.0;hopper")
     assert done.returncode != 0
     assert "TORCH_CUDA_ARCH_LIST has 'hopper'" in done.stderr
+
+
+def test_the_digest_is_of_all_that_kernels_are_made_from(tmp_path, monkeypatch):
+    script = setup_script()
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    seen = {script.cuda_digest()}
+    for name in ("setup.py", "csrc/cuda/norm_stats.cu", "csrc/cuda/device.cuh", "csrc/common/chan.h"):
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        seen.add(script.cuda_digest())
+    assert len(seen) == 5
+    (tmp_path / "csrc/cpu/vec.h").unlink()
+    assert script.cuda_digest() in seen
+    assert script.cuda_digest() == script.cuda_digest()
+
+
+def test_what_ptxas_says_is_told_from_warnings():
+    said = [
+        "ptxas info    : Compiling entry function '_Zf' for 'sm_80'\n",
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n",
+        "ptxas info    : Used 59 registers, used 1 barriers, 32 bytes smem\n",
+    ]
+    warning = "a.cu(3): warning #177-D: variable was declared but never referenced\n    int x;\n"
+    text = said[0] + said[1] + warning + said[2]
+    pattern = setup_script().PTXAS_LINE
+    assert pattern.findall(text) == said
+    assert pattern.sub("", text) == warning

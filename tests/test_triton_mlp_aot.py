@@ -42,6 +42,7 @@ OTHERS = [  # one architecture tells
     case(torch.float32, 320, 14, weight_dtype=torch.bfloat16),
     case(torch.bfloat16, 96, 56, save_hidden=True),
     case(torch.bfloat16, 192, 28, activation="gelu_tanh"),
+    case(torch.float16, 96, 56, activation="relu_squared", save_hidden=True),
 ]
 COMPILED = [
     (launch, arch)
@@ -71,8 +72,8 @@ def test_resources(launch, arch) -> None:
 
     half = signature["w2_ptr" if launch.kernel == "mlp_fc2" else "w1_ptr"] != "*fp32"
     assert used.matrix.keys() == ({MATRIX[arch]} if half else set())  # float32 stays float32
-    if launch.kernel == "mlp_fc2":
-        assert used.activations == 0
+    if launch.kernel == "mlp_fc2" or constants["ACTIVATION"] == "relu_squared":
+        assert used.activations == 0  # neither a clamp nor an exponential
     else:  # each element of a chunk once: no thread computes what another has
         assert used.activations == constants["BM"] * constants["BN"] // threads
     if launch.kernel == "mlp_fwd":  # x, and x again for the residual, in the widest pieces

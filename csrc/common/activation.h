@@ -3,6 +3,6 @@
 
 namespace pk {
 
-enum class Activation { gelu, gelu_tanh, relu, silu };
+enum class Activation { gelu, gelu_tanh, relu, relu_squared, silu };
 
 }  // namespace pk

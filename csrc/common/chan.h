@@ -14,7 +14,7 @@ struct Moments {
     if (n == 0) return;
     const Real total = count + n, delta = mean_n - mean;
     mean += delta * (n / total);
-    m2 += m2_n + delta * delta * (count * (n / total));
+    m2 += m2_n + delta * (delta * (count * (n / total)));  // 0 for the first, whatever its mean
     count = total;
   }
 };

@@ -39,7 +39,7 @@ struct Reader {
 };
 
 // Activations by the operators' names, in the order of poolformer_kernels.reference.ACTIVATIONS.
-constexpr const char* kActivations[] = {"gelu", "gelu_tanh", "relu", "silu"};
+constexpr const char* kActivations[] = {"gelu", "gelu_tanh", "relu", "relu_squared", "silu"};
 
 struct Layer {
   Kind kind;

@@ -196,6 +196,7 @@ PK_INLINE void hidden_gradient(Activation activation, const Args&... args) {
     case Activation::gelu: return hidden_gradient<Activation::gelu, EXACT>(args...);
     case Activation::gelu_tanh: return hidden_gradient<Activation::gelu_tanh, EXACT>(args...);
     case Activation::relu: return hidden_gradient<Activation::relu, EXACT>(args...);
+    case Activation::relu_squared: return hidden_gradient<Activation::relu_squared, EXACT>(args...);
     case Activation::silu: return hidden_gradient<Activation::silu, EXACT>(args...);
   }
 }

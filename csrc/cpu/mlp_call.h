@@ -26,14 +26,6 @@ inline const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
   return mlp_baseline[index];
 }
 
-inline Activation activation_named(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "mlp_cpp: activation must be gelu, gelu_tanh, relu or silu, got ", name);
-}
-
 // A weight [rows, cols] or [rows, cols, 1, 1] with dense rows.
 inline Tensor dense_rows(const Tensor& w, const char* name, int64_t cols) {
   STD_TORCH_CHECK(w.is_cpu() && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) && w.size(0) > 0 &&
@@ -106,12 +98,6 @@ inline void check(const Tensor& x, double eps) {
 // The tensor that has the dtype of the products' operands, and of the hidden activations that are saved.
 inline const Tensor& operand_of(const Tensor& x, const Tensor& w1) {
   return x.scalar_type() == ScalarType::Float ? w1 : x;
-}
-
-inline int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
 }
 
 }  // namespace

@@ -76,6 +76,7 @@ PK_INLINE void activate_rows(Activation activation, const Args&... args) {
     case Activation::gelu: return activate_rows<Activation::gelu, EXACT, SAVED>(args...);
     case Activation::gelu_tanh: return activate_rows<Activation::gelu_tanh, EXACT, SAVED>(args...);
     case Activation::relu: return activate_rows<Activation::relu, EXACT, SAVED>(args...);
+    case Activation::relu_squared: return activate_rows<Activation::relu_squared, EXACT, SAVED>(args...);
     case Activation::silu: return activate_rows<Activation::silu, EXACT, SAVED>(args...);
   }
 }
@@ -136,14 +137,16 @@ struct ForwardScratch {
   }
 };
 
-// Rows of fc1's output, with its bias, for the backward. What is finite stays so: the slope is 0 or 1 out there.
+// Rows of fc1's output, with its bias, for the backward. What is finite stays so in float16, if the slope is 0 or 1 out
+// there; that of relu_squared is 2 h above, so h becomes infinite, as it is in eager float16.
 template <class S>
 void save_rows(const MlpParams& p, float* h, int64_t rows, int64_t lanes, int64_t row, int64_t first, int64_t count) {
+  [[maybe_unused]] const vf most = splat(p.activation == Activation::relu_squared ? __builtin_inff() : 65504.0f);
   for (int64_t r = 0; r < rows && row + r < p.hidden; ++r) {
     float* in = h + r * lanes;
     if constexpr (__is_same(S, fp16))
       for (int64_t l = 0; l < lanes; l += kLanes) {
-        const vf v = load(in + l), cut = lesser(splat(65504), larger(splat(-65504), v));
+        const vf v = load(in + l), cut = lesser(most, larger(splat(-65504), v));
         store(in + l, v - v == 0.0f ? cut : v);
       }
     convert_row(in, static_cast<S*>(p.saved) + (row + r) * p.tokens + first, count);

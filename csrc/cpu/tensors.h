@@ -1,18 +1,15 @@
 // Tensors of the stable ABI and scratch memory, for the launchers of the CPU operators.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "../common/chan.h"
+#include "../common/tensors.h"
 #include "operators.h"
 #include "weight.h"
 
@@ -21,44 +18,14 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLanesMax = 16;
-
-inline int dtype_index(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "poolformer_kernels: tensors must be float32, bfloat16 or float16");
-  }
-}
-
-// The output's layout (poolformer_kernels.reference.memory_format_of).
-inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
-
-inline Tensor in_layout(const Tensor& t, bool channels_last) {
-  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const bool dense = t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
-  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
-}
-
-inline Tensor empty_like(const Tensor& x, bool channels_last) {
-  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  if (channels_last) return empty({b, c, h, w}, {c * h * w, 1, w * c, c}, dtype);
-  return empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype);
 }
 
 inline Images images_of(const Tensor& x, bool channels_last) {

@@ -1,55 +1,156 @@
-// What every CUDA entry function needs: x's device made current, its stream, outputs beside x, launch errors by name.
+// What every CUDA entry function needs: x's device made current, its stream, launches whose errors name the kernel.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <string>
-#include <vector>
+
+#include "../common/tensors.h"
+#include "device.cuh"
+#include "kernels.h"
 
 // libtorch_cuda has it. Weak, so that the extension also loads beside a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+#ifndef PK_DISPATCH_KEY
+#define PK_DISPATCH_KEY CUDA
+#endif
+
 namespace pk {
+
+torch::stable::Tensor norm_stats_cuda(torch::stable::Tensor x);  // norm_stats.cu
+
+// mlp_fwd_sm90.cu: false, and nothing done, where that kernel does not cover the call or the device.
+struct MlpParams;
+bool run_mlp_sm90(const MlpParams& p, int64_t channels, const torch::stable::Tensor& w1,
+                  const torch::stable::Tensor& w2, int32_t dtype);
+void list_mlp_sm90();
+
+namespace {
+
+#if defined(PK_EXECUTOR)
+inline bool is_device(const Tensor& t) { return t.is_cpu(); }
+#else
+inline bool is_device(const Tensor& t) { return t.is_cuda(); }
+#endif
+
+inline bool is_beside(const Tensor& x, const Tensor& t) { return is_device(t) && t.get_device() == x.get_device(); }
 
 inline void check_cuda(cudaError_t error, const std::string& what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), std::string("launch of ") + kernel); }
-
+// Kernels are launched through an object of this class, which lives as long as the call of an operator.
 class Launch {
  public:
-  explicit Launch(const torch::stable::Tensor& x) : device_(x.get_device()) {
+  explicit Launch(const Tensor& x) {
+#if defined(PK_EXECUTOR)
+    device_ = 0;
+#else
+    device_ = x.get_device();
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
     void* stream;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
-  }
-  ~Launch() {
-    if (previous_ != device_) cudaSetDevice(previous_);
+    guard_.emplace(device_);
+#endif
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  cudaStream_t stream() const { return stream_; }
+  // `shared`: bytes of dynamic shared memory.
+  template <class Params>
+  void operator()(const char* name, void (*kernel)(Params), int64_t blocks, int threads, const Params& params,
+                  int shared = 0) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), name, ": the tensors are too large for one launch, ", blocks,
+                    " blocks");
+    if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream_;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, Params(params)), std::string("launch of ") + name);
+  }
 
-  torch::stable::Tensor empty_floats(const std::vector<int64_t>& sizes) const {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                                                    aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(), device_,
-                                                    &handle));
-    return torch::stable::Tensor(handle);
+  // An attribute of the device, such as cudaDevAttrMultiProcessorCount.
+  int device(cudaDeviceAttr attribute) const {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device_), "cudaDeviceGetAttribute");
+    return value;
   }
 
  private:
-  int device_, previous_ = 0;
-  cudaStream_t stream_;
+  // The attribute is the process's, so it is always the same: all that a block of this kernel may have.
+  void allow_shared(const char* name, const void* kernel) const {
+    cudaFuncAttributes has;
+    check_cuda(cudaFuncGetAttributes(&has, kernel), std::string("attributes of ") + name);
+    const int most = device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(has.sharedSizeBytes);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               std::string("shared memory of ") + name);
+  }
+
+  int device_ = 0;
+  cudaStream_t stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// Dense memory that starts at a multiple of 16 bytes: of channels_last where `rows`.
+inline Tensor aligned(const Tensor& t, bool rows) {
+  const Tensor dense = in_layout(t, rows);
+  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
+}
+
+inline Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int64_t strides[4] = {}, stride = 1;
+  int i = static_cast<int>(sizes.size());
+  for (auto size = std::rbegin(sizes); size != std::rend(sizes); ++size) {
+    strides[--i] = stride;
+    stride *= *size;
+  }
+  const auto all = {strides[0], strides[1], strides[2], strides[3]};
+  return empty_on(like, sizes, all, aoti_torch_dtype_float32());
+}
+
+inline float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+inline bool is_float(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// A parameter of `n` elements, or none.
+inline Vector vector_of(const Tensor& x, const OptionalTensor& t, const char* name, int64_t n) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(is_beside(x, *t) && is_float(*t) && t->dim() == 1 && t->size(0) == n, "poolformer_kernels: ", name,
+                  " must be a tensor of ", n, " elements on x's device, float32, bfloat16 or float16");
+  return {t->data_ptr(), t->stride(0), dtype_index(t->scalar_type())};
+}
+
+// Whether a weight is [rows, columns] or [rows, columns, 1, 1].
+inline bool is_weight(const Tensor& x, const Tensor& w, int64_t rows, int64_t columns) {
+  return is_beside(x, w) && is_float(w) && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) &&
+         w.size(0) == rows && w.size(1) == columns;
+}
+
+// Statistics given to an operator, dense, which `kept` owns: partials [B, T, 3]. Sets T.
+inline const float* partials_of(const Tensor& x, const Tensor& stats, int64_t batch, Tensor& kept, int64_t& partials) {
+  STD_TORCH_CHECK(is_beside(x, stats) && stats.scalar_type() == ScalarType::Float && stats.dim() == 3 &&
+                      stats.size(0) == batch && stats.size(1) > 0 && stats.size(2) == 3,
+                  "poolformer_kernels: stats must be a float32 tensor of shape [B, T, 3] on x's device");
+  kept = in_layout(stats, false);
+  partials = kept.size(1);
+  return static_cast<const float*>(kept.data_ptr());
+}
+
+inline void check_images(const Tensor& x, const char* op) {
+  STD_TORCH_CHECK(is_device(x) && is_float(x) && x.dim() == 4, op,
+                  ": x must be a CUDA tensor of 4 dimensions, float32, bfloat16 or float16");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x must have channels and pixels");
+}
+
+}  // namespace
 }  // namespace pk

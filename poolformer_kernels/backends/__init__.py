@@ -3,6 +3,6 @@
 Importing a backend registers its kernels under the schemas of `poolformer_kernels.ops`.
 """
 
-from . import cpp, triton
+from . import cpp, cuda, triton
 
-__all__ = ["cpp", "triton"]
+__all__ = ["cpp", "cuda", "triton"]

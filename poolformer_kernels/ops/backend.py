@@ -12,12 +12,13 @@ __all__ = [
     "BACKENDS",
     "available_backends",
     "explain_selection",
+    "mlp_backend",
     "select_backend",
     "unavailable_reason",
     "use_backend",
 ]
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 _CHOICES = ("auto", *BACKENDS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("poolformer_kernels")
@@ -38,7 +39,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the ``with`` block on one backend, forward and backward.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: at once, for an unknown name.
@@ -114,6 +115,20 @@ def _decide(chosen: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if reason is None:
         return preferred, f"the fastest on {device}"
     return "reference", f"{preferred}: {reason}"
+
+
+@torch.compiler.assume_constant_result  # for these arguments
+def mlp_backend(
+    selected: str, sizes: tuple[int, int, int], operand: torch.dtype, backward: bool = False
+) -> tuple[str, str | None]:
+    """(the backend that runs an MLP of ``sizes`` (C, hidden, out), why it is not the one selected or None).
+
+    The CUDA C++ kernels cover narrow streams of halves; the other MLPs stay with Triton.
+    """
+    if selected != "cuda":
+        return selected, None
+    reason = import_module("..backends.cuda", __package__).mlp_unsupported(*sizes, operand, backward)
+    return (selected, None) if reason is None else ("triton", reason)
 
 
 def explain_selection(device: str, dtype: torch.dtype) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import select_backend
+from .backend import mlp_backend, select_backend, unavailable_reason
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .library import call, refuse_forward_derivatives, register
 
@@ -63,7 +63,9 @@ def mlp(
         w1, w2: ``[hidden, C]`` and ``[out, hidden]``, or the same with ``[..., 1, 1]``; any sizes. One dtype
             for both: x's, or float32 for a half x, or a half dtype for a float32 x.
         b1, b2: ``[hidden]``, ``[out]``, or None; of x's dtype, the weights' or float32.
-        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu"``, ``"relu_squared"`` (``relu(h)**2``;
+            MetaFormer's StarReLU ``s relu(h)**2 + b`` with ``w2 s`` for w2 and ``b2 + b w2.sum(1)`` for b2)
+            or ``"silu"``.
         norm: normalise x by GroupNorm of one group; None: iff ``norm_weight`` or ``norm_bias`` is given.
         norm_weight, norm_bias: GroupNorm's affine parameters ``[C]``, or None for 1 and 0.
         eps: added to the variance, not negative.
@@ -146,6 +148,8 @@ def mlp_with_stats(
         *(layer_scale, drop_scale, residual, save_hidden, stats),
     )
     backend = select_backend(device, x.dtype)
+    if backend == "cuda":
+        backend = _cuda_or_triton(x, w1, w2)
     if backend == "reference":
         y = reference.mlp(
             x,
@@ -174,6 +178,28 @@ def mlp_with_stats(
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
+
+
+def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[tuple[int, int, int], torch.dtype]:
+    """((C, hidden, out), the dtype of the products' operands)."""
+    return (x.shape[1], w1.shape[0], w2.shape[0]), w1.dtype if x.dtype == torch.float32 else x.dtype
+
+
+def _cuda_or_triton(x: Tensor, w1: Tensor, w2: Tensor) -> str:
+    """The backend of a call for which CUDA C++ was selected."""
+    backend, why = mlp_backend("cuda", *_sizes(x, w1, w2))
+    if why is None and torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad):
+        other, why = mlp_backend("cuda", *_sizes(x, w1, w2), backward=True)
+        why = None if why is None else f"backward: {why}"
+    else:
+        other = backend
+    missing = None if why is None else unavailable_reason(other)
+    if missing is not None:
+        raise RuntimeError(
+            f"backend 'cuda' was asked for and has no kernel for this call ({why}), which stays with"
+            f" {other!r}: {missing}"
+        )
+    return backend
 
 
 def _autocast(
@@ -307,8 +333,9 @@ def _register(backend: str) -> None:
             return tuple(grads)
         needed = ctx.needs_input_grad[:9]
         saved = ctx.saved_tensors
+        runs, _ = mlp_backend(backend, *_sizes(saved[0], saved[2], saved[4]), backward=True)
         computed = call(
-            _BACKWARD_OPS[backend],
+            _BACKWARD_OPS[runs],
             *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),
         )
         for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
@@ -328,5 +355,5 @@ def _register(backend: str) -> None:
 
 _FORWARD_OPS = {}
 _BACKWARD_OPS = {}
-for _backend in ("cpp", "triton"):
+for _backend in ("cpp", "triton", "cuda"):
     _register(_backend)

@@ -220,5 +220,5 @@ def _register(backend: str) -> None:
 
 _FORWARD_OPS = {}
 _BACKWARD_OPS = {}
-for _backend in ("cpp", "triton"):
+for _backend in ("cpp", "triton", "cuda"):
     _register(_backend)

@@ -1,4 +1,9 @@
-"""The token mixer's CUDA backends. Truth: fp64 on the CPU; eager: NCHW on the device (pytorch#188344)."""
+"""The token mixer on the CUDA backends. Truth: the device's fp64; eager: NCHW there (pytorch#188344)."""
+
+import os
+import subprocess
+import sys
+from itertools import product
 
 import pytest
 import torch
@@ -17,13 +22,12 @@ from helpers import (
     truth,
 )
 
-import poolformer_kernels as pk
 from poolformer_kernels import reference
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
-DTYPES = (torch.float32, *HALVES)
-FORMATS = ("nchw", "channels_last")
+from .cases import DTYPES, FORMATS, assert_same_truth, like_on, on, over, truth_on
+
 SHAPES = (
     *(
         (513, 64, 14, 14),
@@ -43,88 +47,98 @@ SHAPES = (
         (1, 5, 2, 2),
     ),
 )
+TAILS = (  # tiles of channels, cut; wide packs along rows of 8 and of 4; tall images
+    (2, 1100, 3, 5),
+    (2, 24, 30, 8),
+    (2, 20, 33, 12),
+    (1, 8, 100, 9),
+)
+POOLS = (1, 5, 7, 9, 11, 99)
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
-@pytest.fixture(autouse=True, params=["triton"])
-def backend(request):
-    with pk.use_backend(request.param):
-        yield request.param
-
-
-def on(device, tensors):
-    """The tensors with their strides on the device: expanded and sliced ones stay so."""
-    return {name: t if t is None else like_on(device, t) for name, t in tensors.items()}
-
-
-def like_on(device, t):
-    size = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
-    flat = t.as_strided((size + t.storage_offset(),), (1,), 0).to(device)
-    return flat.as_strided(t.shape, t.stride(), t.storage_offset())
-
-
-def check(inputs, grad=None, device="cuda", **options) -> None:
-    """The error rule, on the device; nothing given is written to."""
+def check(inputs, grad=None, *, layouts=("nchw",), device="cuda", **options) -> None:
+    """The error rule with x in these layouts, on the device; nothing given is written to."""
     grad = make_grad(inputs) if grad is None else grad
-    cuda, cuda_grad = on(device, inputs), like_on(device, grad)
-    before = {name: t.clone() for name, t in cuda.items() if t is not None}
-    ours = run(pool_mixer, cuda, cuda_grad, **options)
-    assert_same({name: cuda[name] for name in before}, before)
-    assert torch.equal(cuda_grad.cpu(), grad)
     plain = {name: t if t is None else t.contiguous() for name, t in on(device, inputs).items()}
-    theirs = run(eager, plain, cuda_grad.contiguous(), **options)
-    right = truth(inputs, grad, **options)
-    for name, value in ours.items():
-        assert value.dtype == inputs["x" if name == "y" else name[1:]].dtype
-        assert value.device == cuda["x"].device
-        assert_close_to_fp64(
-            value.cpu(), theirs[name].cpu(), right.values[name], scale=right.scales[name], ulps=8, what=name
-        )
-    assert ours["y"].is_contiguous(memory_format=reference.memory_format_of(inputs["x"]))
+    theirs = run(eager, plain, like_on(device, grad).contiguous(), **options)
+    right = truth_on(device, truth, inputs, grad, **options)
+    for layout in layouts:
+        laid = {**inputs, "x": as_layout(inputs["x"], layout)}
+        cuda, cuda_grad = on(device, laid), like_on(device, grad)
+        before = {name: t.clone() for name, t in cuda.items() if t is not None}
+        ours = run(pool_mixer, cuda, cuda_grad, **options)
+        assert_same({name: cuda[name] for name in before}, before)
+        assert torch.equal(cuda_grad.cpu(), grad)
+        for name, value in ours.items():
+            assert value.dtype == inputs["x" if name == "y" else name[1:]].dtype
+            assert value.device == cuda["x"].device
+            assert_close_to_fp64(
+                value,
+                theirs[name],
+                right.values[name],
+                scale=right.scales[name],
+                ulps=8,
+                what=f"{layout} {name}",
+            )
+        assert ours["y"].is_contiguous(memory_format=reference.memory_format_of(laid["x"]))
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_rule(shape, dtype, layout, residual) -> None:
+@over("shape", cuda=[((3, 17, 13, 29),)])
+def test_truth_of_the_device_is_the_cpus(shape) -> None:
+    inputs = make_inputs(shape, torch.bfloat16)
+    assert_same_truth(truth, inputs, make_grad(inputs), residual=True)
+
+
+@over(
+    "shape, dtype, residual",
+    triton=[
+        *((shape, DTYPES[(i + 1) % 3], True) for i, shape in enumerate(SHAPES)),
+        *((SHAPES[0], dtype, True) for dtype in (torch.float32, torch.float16)),
+        (SHAPES[0], torch.bfloat16, False),
+    ],
+    cuda=product([*SHAPES, *TAILS], DTYPES, [True, False]),
+)
+def test_error_rule(shape, dtype, residual) -> None:
+    check(make_inputs(shape, dtype), layouts=FORMATS, residual=residual)
+
+
+@over(
+    "pool_size, dtype",
+    triton=[(pool_size, DTYPES[i % 3]) for i, pool_size in enumerate(POOLS)],
+    cuda=product(POOLS, DTYPES),
+)
+def test_pool_sizes(pool_size, dtype) -> None:
+    check(make_inputs((2, 32, 13, 10), dtype), layouts=FORMATS, pool_size=pool_size, residual=True)
+
+
+@over(
+    "shape, dtype, grad_layout",
+    triton=product([(3, 24, 9, 6)], [torch.float32], GRAD_LAYOUTS),
+    cuda=product([(3, 24, 9, 6), (3, 24, 6, 8)], [torch.float32, torch.bfloat16], GRAD_LAYOUTS),
+)
+def test_layouts(shape, dtype, grad_layout) -> None:
     inputs = make_inputs(shape, dtype)
-    inputs["x"] = as_layout(inputs["x"], layout)
-    check(inputs, residual=residual)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pool_size", [1, 5, 7, 9, 11, 99])
-def test_pool_sizes(pool_size, dtype, layout) -> None:
-    inputs = make_inputs((2, 32, 13, 10), dtype)
-    inputs["x"] = as_layout(inputs["x"], layout)
-    check(inputs, pool_size=pool_size, residual=True)
-
-
-@pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, grad_layout) -> None:
-    inputs = make_inputs((3, 24, 9, 6))
-    inputs["x"] = as_layout(inputs["x"], layout)
-    check(inputs, as_layout(make_grad(inputs), grad_layout), residual=True)
+    inputs["x"] = as_layout(inputs["x"], "expanded")  # which repeats, so the others can hold it too
+    check(inputs, as_layout(make_grad(inputs), grad_layout), layouts=LAYOUTS, residual=True)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_float32_parameters_with_half_x(dtype) -> None:
-    check(make_inputs((2, 64, 14, 14), dtype, parameter_dtype=torch.float32), residual=True)
+    inputs = make_inputs((2, 64, 14, 14), dtype, parameter_dtype=torch.float32)
+    check(inputs, layouts=FORMATS, residual=True)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("mean", "sigma"), [(1e2, 1.0), (1e4, 1.0), (1e2, 1e-2)])
-def test_mean_much_larger_than_sigma(mean, sigma, layout) -> None:
+def test_mean_much_larger_than_sigma(mean, sigma) -> None:
     inputs = make_inputs((2, 64, 28, 28), mean=mean, sigma=sigma)
-    inputs["x"] = as_layout(inputs["x"], layout)
     for residual in (True, False):
-        check(inputs, residual=residual)
+        check(inputs, layouts=FORMATS, residual=residual)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over("dtype", triton=[(torch.bfloat16,)], cuda=[(dtype,) for dtype in DTYPES])
 @pytest.mark.parametrize("value", [0.1, 1e4 + 1 / 3])
 def test_constant_image_gives_exactly_zero(value, dtype, layout) -> None:
     x = as_layout(torch.full((2, 64, 14, 14), value, device="cuda").to(dtype), layout)
@@ -143,9 +157,14 @@ def test_nan_and_infinity_where_eager_has_them(value, name) -> None:
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4, 64, 56, 56), (2, 17, 13, 29)], ids=str)
+@over(
+    "shape, dtype, layout",
+    triton=[
+        *product([(4, 64, 56, 56)], [torch.bfloat16], FORMATS),
+        *product([(2, 17, 13, 29)], [torch.float32], FORMATS),
+    ],
+    cuda=product([(4, 64, 56, 56), (2, 17, 13, 29), (2, 1100, 3, 5)], DTYPES, FORMATS),
+)
 def test_statistics_are_handed_on(shape, dtype, layout) -> None:
     inputs = on("cuda", make_inputs(shape, dtype, mean=30.0))
     inputs["x"] = as_layout(inputs["x"], layout)
@@ -162,8 +181,16 @@ def test_statistics_are_handed_on(shape, dtype, layout) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_ten_runs_are_bitwise_equal(layout) -> None:
-    inputs = on("cuda", make_inputs((64, 96, 28, 28), torch.bfloat16))
+@over(
+    "shape, dtype",
+    triton=[((64, 96, 28, 28), torch.bfloat16)],
+    cuda=[
+        *product([(64, 96, 28, 28), (64, 64, 56, 56)], [torch.bfloat16]),
+        *product([(64, 17, 13, 29), (16, 320, 14, 14)], [torch.float32, torch.float16]),
+    ],
+)
+def test_ten_runs_are_bitwise_equal(shape, dtype, layout) -> None:
+    inputs = on("cuda", make_inputs(shape, dtype))
     inputs["x"] = as_layout(inputs["x"], layout)
     grad = like_on("cuda", make_grad(inputs | {"x": inputs["x"].cpu()}))
     first = run(pool_mixer, inputs, grad, residual=True)
@@ -178,8 +205,9 @@ def test_empty_batch() -> None:
     assert torch.equal(result["dweight"], torch.zeros(5, device="cuda"))
 
 
-def test_batch_past_the_grid_limits() -> None:
-    x = randn(70_000, 4, 3, 2).cuda().requires_grad_()
+@pytest.mark.parametrize("layout", FORMATS)
+def test_batch_past_the_grid_limits(layout) -> None:
+    x = as_layout(randn(70_000, 4, 3, 2), layout).cuda().requires_grad_()
     y = pool_mixer(x, None, None, residual=True)
     tail = x.detach()[-3:].clone().requires_grad_()
     y.backward(torch.ones_like(y))
@@ -214,7 +242,7 @@ def test_more_than_two_to_the_31_elements(shape, layout) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_device_that_is_not_current() -> None:
     with torch.cuda.device(0):
-        check(make_inputs((2, 64, 14, 14)), device="cuda:1", residual=True)
+        check(make_inputs((2, 64, 14, 14)), layouts=FORMATS, device="cuda:1", residual=True)
         assert torch.cuda.current_device() == 0
 
 
@@ -255,6 +283,18 @@ def test_graph_replay_with_changed_input(layout) -> None:
         assert_same(captured, run(pool_mixer, inputs, grad, residual=True))
 
 
+def test_without_the_caching_allocator(backend) -> None:
+    """Every tensor is memory of its own then, and a kernel that writes or reads past one faults."""
+    selected = f"{backend} and (test_pool_sizes or test_statistics or (test_layouts and offset))"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 def test_double_backward_raises() -> None:
     x = randn(1, 4, 7, 7).cuda().requires_grad_()
     (dx,) = torch.autograd.grad(pool_mixer(x, None, None).square().sum(), x, create_graph=True)
@@ -270,11 +310,11 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     assert torch.equal(y, pool_mixer(**(inputs | {"x": inputs["x"].float()}), residual=True))
 
 
-def test_opcheck() -> None:
+def test_opcheck(backend) -> None:
     inputs = on("cuda", make_inputs((2, 5, 8, 6)))
     for t in inputs.values():
         t.requires_grad_()
-    op = torch.ops.poolformer_kernels.pool_mixer_triton.default
+    op = getattr(torch.ops.poolformer_kernels, f"pool_mixer_{backend}").default
     torch.library.opcheck(op, (*inputs.values(), None, 3, 1e-5, True, True))
 
 

@@ -218,7 +218,7 @@ def pointwise(
 def applied(x: torch.Tensor, activation: str, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     y, again, slope = (torch.empty_like(x) for _ in range(3))
     pointwise[(1,)](x, y, again, slope, len(x), activation, exact)
-    torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-6, equal_nan=True)
     return y, slope
 
 
@@ -232,7 +232,7 @@ def test_activation_and_derivative_pointwise(activation, exact) -> None:
         (wanted_slope,) = torch.autograd.grad(wanted.sum(), right)
     y, slope = applied(x, activation, exact)
     halves = activation == "gelu" and not exact
-    unit = torch.finfo(torch.float32).eps * x.double().abs()
+    unit = torch.finfo(torch.float32).eps * torch.maximum(x.double().abs(), wanted.abs())
     absolute = (4e-4, 2e-4) if halves else (1e-6, 1e-6)
     assert ((y - wanted).abs() <= absolute[0] + unit).all()
     assert ((slope - wanted_slope).abs() <= absolute[1] + unit).all()
@@ -248,9 +248,22 @@ def test_activation_far_from_zero(activation, exact) -> None:
     x = torch.tensor([30.0, 200.0, 1e4, 3e38])
     for sign in (1, -1):
         y, slope = applied(sign * x, activation, exact)
-        torch.testing.assert_close(y, x if sign > 0 else torch.zeros(4), rtol=1e-6, atol=1e-11)
+        wanted, wanted_slope = x, torch.ones(4)
+        if activation == "relu_squared":
+            wanted, wanted_slope = x * x, 2 * x
+        torch.testing.assert_close(y, wanted if sign > 0 else torch.zeros(4), rtol=1e-6, atol=1e-11)
         if activation != "gelu_tanh":
-            torch.testing.assert_close(slope[:3], torch.full((3,), float(sign > 0)), rtol=1e-6, atol=1e-11)
+            wanted_slope = wanted_slope if sign > 0 else torch.zeros(4)
+            torch.testing.assert_close(slope[:3], wanted_slope[:3], rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu_squared"])
+def test_activation_and_derivative_at_zero_and_nan(activation) -> None:
+    y, slope = applied(torch.tensor([0.0, -0.0, float("nan"), float("-inf")]), activation, True)
+    assert y[:2].tolist() == slope[:2].tolist() == [0.0, 0.0]
+    assert y[2].isnan()
+    assert (y[3].item(), slope[3].item()) == (0.0, 0.0)
+    assert slope[2].isnan() == (activation == "relu_squared")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
@@ -307,8 +320,11 @@ def test_statistics_of_the_rounded_y(shape, hidden, dtype, layout) -> None:
 # ---- the op ------------------------------------------------------------------------------------------------
 
 
-def arguments(inputs, *, norm=True, residual=True, return_stats=True, save_hidden=True) -> tuple:
-    return (*(inputs[name] for name in ORDER), None, "gelu", 1e-5, norm, residual, return_stats, save_hidden)
+def arguments(
+    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True
+) -> tuple:
+    given = (inputs[name] for name in ORDER)
+    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
@@ -334,15 +350,16 @@ def test_hidden_and_mean_rstd(shape, hidden, dtype, layout) -> None:
 
 
 @pytest.mark.parametrize(("shape", "hidden"), ONE_OF_EACH, ids=str)
-def test_hidden_beyond_float16_stays_finite(shape, hidden) -> None:
+def test_hidden_beyond_float16(shape, hidden) -> None:
     inputs = make_inputs(shape, hidden, torch.float16, parameters=PLAIN)
     inputs["x"] = torch.full_like(inputs["x"], 6e4)
     inputs["w1"] = torch.full_like(inputs["w1"], 2.0)
     inputs["w1"][::2] *= -1
-    saved = FORWARD(*arguments(inputs, norm=False, residual=False, return_stats=False))[3]
-    rows = saved.view(-1, hidden)
-    assert (rows[:, 1::2] == 65504).all()
-    assert (rows[:, ::2] == -65504).all()
+    for activation, most in (("gelu", 65504), ("relu_squared", float("inf"))):  # the latter's slope is 2 h
+        options = {"norm": False, "residual": False, "return_stats": False, "activation": activation}
+        rows = FORWARD(*arguments(inputs, **options))[3].view(-1, hidden)
+        assert (rows[:, 1::2] == most).all()
+        assert (rows[:, ::2] == -65504).all()
 
 
 def test_outputs_not_asked_for_are_empty() -> None:

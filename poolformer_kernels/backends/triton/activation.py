@@ -15,6 +15,9 @@ def activate(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """The activation of fp32 values."""
     if ACTIVATION == "relu":
         return tl.where(h < 0.0, 0.0, h)  # NaN stays
+    elif ACTIVATION == "relu_squared":
+        relu = tl.where(h < 0.0, 0.0, h)
+        return relu * relu
     elif ACTIVATION == "gelu":
         return h * (_cdf_exact(h, _gaussian(h)) if EXACT else _cdf_half(h))
     elif ACTIVATION == "gelu_tanh":
@@ -29,6 +32,9 @@ def activate_with_derivative(h, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """(activation, its derivative) of fp32 values."""
     if ACTIVATION == "relu":
         return tl.where(h < 0.0, 0.0, h), tl.where(h <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu_squared":
+        relu = tl.where(h < 0.0, 0.0, h)
+        return relu * relu, relu + relu
     elif ACTIVATION == "gelu":
         gaussian = _gaussian(h)
         cdf = _cdf_exact(h, gaussian) if EXACT else _cdf_half(h)

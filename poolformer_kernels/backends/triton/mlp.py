@@ -77,7 +77,7 @@ def mlp_fwd(
         h += shift(b1_ptr, j, j_ok)[None, :]
         if hidden_ptr is not None:
             saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
-            tl.store(saved, kept(h, OPERAND), mask=ok[:, None] & j_ok[None, :])
+            tl.store(saved, kept(h, ACTIVATION, OPERAND), mask=ok[:, None] & j_ok[None, :])
         p = activate(h, ACTIVATION, EXACT)
         if HIDDEN % BN != 0:
             p = tl.where(j_ok[None, :], p, 0.0)
@@ -173,7 +173,7 @@ def mlp_fc1(
     at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
     ok = (row < left)[:, None] & j_ok[None, :]
     if hidden_ptr is not None:
-        tl.store(hidden_ptr + at, kept(h, OPERAND), mask=ok)
+        tl.store(hidden_ptr + at, kept(h, ACTIVATION, OPERAND), mask=ok)
     tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, EXACT), OPERAND), mask=ok)
 
 

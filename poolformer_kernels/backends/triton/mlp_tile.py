@@ -18,10 +18,14 @@ def tokens(tile, batch, HW, BM: tl.constexpr):
 
 
 @triton.jit
-def kept(h, dtype: tl.constexpr):
-    """fc1's output as the backward finds it: float16 leaves finite what is; the slope is 0 or 1 out there."""
+def kept(h, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
+    """fc1's output as the backward finds it: float16 leaves finite what is, if the slope is 0 or 1 out there.
+
+    That of relu_squared is 2 h above, so h is infinite beyond float16's range, as it is in eager float16.
+    """
     if dtype == tl.float16:
-        h = tl.where(tl.abs(h) < float("inf"), tl.minimum(tl.maximum(h, -65504.0), 65504.0), h)
+        most: tl.constexpr = float("inf") if ACTIVATION == "relu_squared" else 65504.0
+        h = tl.where(tl.abs(h) < float("inf"), tl.minimum(tl.maximum(h, -65504.0), most), h)
     return rounded(h, dtype)
 
 

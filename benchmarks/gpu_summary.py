@@ -1,0 +1,151 @@
+"""Writes summary.md beside a device's CSV files: what was measured, beside the fastest peer and the limits.
+
+    python benchmarks/gpu_summary.py [--results benchmarks/results/nvidia-h200]
+
+One table per benchmark, a line per case. A cell of ours says how many times faster than the fastest peer it
+is, and which fraction of the limit that a copy and a matrix product set in the same run. Peers compute the
+same without us; "linear" computes less and is no peer. Then the CUDA kernels with what they take of a
+multiprocessor.
+"""
+
+import argparse
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+import harness
+import torch
+from charts import LIMITS, Row, read_results
+
+from poolformer_kernels.backends import cpp
+from poolformer_kernels.kernels import LEGEND, kernels, table
+
+__all__ = ["benchmark_table", "main", "summary"]
+
+BENCHMARKS = {
+    "pool_mixer": "Token mixer sub-block",
+    "mlp": "MLP sub-block",
+    "block": "Blocks, stages and what is between them",
+    "model": "Whole model",
+}
+_CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
+
+
+def summary(rows: list[Row], versions: dict[str, str], kernel_lines: list[str]) -> str:
+    """The Markdown of one device's rows, in the order of the files."""
+    lines = [f"# {rows[0].device}", "", *(f"- {name}: {version}" for name, version in versions.items())]
+    for benchmark, title in BENCHMARKS.items():
+        chosen = [row for row in rows if row.benchmark == benchmark]
+        lines += ["", f"## {title}", ""]
+        if not chosen:
+            lines.append("Not measured.")
+            continue
+        origins = sorted({f"commit {row.commit}, torch {row.torch}" for row in chosen})
+        lines += [f"{'; '.join(origins)}. Times as fast as the fastest peer, fraction of the limit.", ""]
+        lines += benchmark_table(chosen)
+    return "\n".join([*lines, "", "## CUDA kernels", "", LEGEND, "", "```", *kernel_lines, "```", ""])
+
+
+def benchmark_table(rows: list[Row]) -> list[str]:
+    """A Markdown table of one benchmark; what is the same in every case stands above it."""
+    cases = _cases(rows)
+    providers = {row.provider: None for row in rows if row.provider not in LIMITS}
+    shown = sorted((p for p in providers if not _is_peer(p)), key=lambda p: not p.startswith("ours"))
+    labels = [[str(getattr(case["matmul"], name)) for name in _CASE] for case in cases]
+    varying = [i for i in range(len(_CASE)) if len({label[i] for label in labels}) > 1]
+    same = [f"{name} {labels[0][i]}" for i, name in enumerate(_CASE) if i not in varying and labels[0][i]]
+    heading = [*(_CASE[i] for i in varying), "fastest peer", *shown, "copy GB/s", "matmul TFLOP/s"]
+    lines = [", ".join(same), "", _line(heading)]
+    lines.append(_line(["---"] * len(varying) + ["---:"] * (len(heading) - len(varying))))
+    for label, case in zip(labels, cases, strict=True):
+        peers = [row for provider, row in case.items() if _is_peer(provider)]
+        peer = min(peers, key=lambda row: row.median_s, default=None)
+        lines.append(
+            _line(
+                [
+                    *(label[i] or "one block" for i in varying),  # only a block has no stage
+                    "-" if peer is None else f"{peer.provider}, {_time(peer)}, {_share(peer)}",
+                    *(_cell(case.get(provider), peer) for provider in shown),
+                    f"{case['copy'].gb_per_s:,.0f}",
+                    f"{case['matmul'].tflop_per_s:.3g}",
+                ]
+            )
+        )
+    return lines
+
+
+def _cases(rows: list[Row]) -> list[dict[str, Row]]:
+    """By case the providers' rows: a case's limits are its last two."""
+    cases: list[dict[str, Row]] = [{}]
+    for row in rows:
+        cases[-1][row.provider] = row
+        if row.provider == "matmul":
+            cases.append({})
+    return cases[:-1]
+
+
+def _is_peer(provider: str) -> bool:
+    return not (provider in LIMITS or provider.startswith("ours") or provider.endswith(" linear"))
+
+
+def _cell(row: Row | None, peer: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{_time(row) if peer is None else _ratio(row, peer)}, {_share(row)}"
+
+
+def _ratio(row: Row, peer: Row) -> str:
+    noisy = any(r.p80_s > 2 * r.p20_s for r in (row, peer))
+    return f"{'~' if noisy else ''}{peer.median_s / row.median_s:.2f}×"
+
+
+def _time(row: Row) -> str:
+    return f"{row.median_s * 1e3:.3g} ms" if row.median_s >= 1e-3 else f"{row.median_s * 1e6:.3g} us"
+
+
+def _share(row: Row) -> str:
+    return f"{row.fraction:.0%}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _versions() -> dict[str, str]:
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "not installed"
+    found = {
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "Triton": triton,
+        "CUDA of PyTorch": torch.version.cuda or "none",
+    }
+    if build := cpp.build_info():
+        archs = ", ".join(build["cuda_archs"]) or "no architecture"
+        found["CUDA of the extension"] = f"{build['cuda_built_with'] or 'none'}, for {archs}"
+    return found | {"commit": harness._commit()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the file; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: those of this machine's GPU")
+    args = parser.parse_args(argv)
+    folder = args.results
+    if folder is None:
+        folder = harness._results() / re.sub(r"[^a-z0-9]+", "-", harness.device_name("cuda").lower()).strip(
+            "-"
+        )
+    text = summary(read_results(folder), _versions(), table(kernels()))
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    print(f"written to {folder / 'summary.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,37 @@
+// The kernels of the CUDA files and how they are launched, listed while the extension loads: no device is touched.
+#pragma once
+
+#include <typeinfo>
+#include <vector>
+
+namespace pk {
+
+struct KernelFact {
+  const char* name;  // mangled, as the argument of `Kernel`
+  const void* function;
+  int threads, shared;  // of a launch; `shared` is dynamic shared memory in bytes, the most that a launch asks for
+};
+
+// What the current device says of a kernel (kernel_use.cu).
+struct KernelUse {
+  int arch, registers, local, shared;  // `arch` of the code it runs, 90 for example; bytes
+  int blocks;                          // resident on a multiprocessor
+};
+KernelUse kernel_use(const KernelFact& kernel);
+
+inline std::vector<KernelFact>& kernel_facts() {
+  static std::vector<KernelFact> all;
+  return all;
+}
+
+template <auto KERNEL>
+struct Kernel;
+
+// Lists instantiations that share a launch; called once, where a file registers its operators.
+template <auto... KERNELS>
+void list_kernels(int threads, int shared = 0) {
+  (kernel_facts().push_back({typeid(Kernel<KERNELS>*).name(), reinterpret_cast<const void*>(KERNELS), threads, shared}),
+   ...);
+}
+
+}  // namespace pk

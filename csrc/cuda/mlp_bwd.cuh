@@ -1,0 +1,211 @@
+// What the kernels of the MLP's backward share (algebra, "MLP sub-block"): a call, tiles of operands, the activation.
+#pragma once
+
+#include "../common/activation.h"
+#include "device.cuh"
+#include "ptx.cuh"
+
+namespace pk {
+namespace {
+
+#include "../common/activation_math.h"
+
+constexpr int kHiddenBlock = 64;  // hidden channels of a block of mlp_bwd_wgrad
+
+// Matrices are dense, row by row. Tokens are the pixels of all samples, numbered through the batch.
+struct MlpBwdParams {
+  const void *x, *grad;    // [tokens, C], float32 where x_float, else the operands' dtype
+  const void *n, *g;       // the same as operands [tokens, C], x normalised
+  void *n_to, *g_to;       // where mlp_bwd_tokens writes them, or null
+  const float* mean_rstd;  // [B, 2]
+  const void *w1, *w2;     // [hidden, C] and [C, hidden], operands or float32
+  Vector b1, b2, gamma, beta, layer_scale, drop_scale;
+  const void* saved;  // fc1's output [tokens, hidden] as an operand, or null
+  void* w1_rows;      // W1 as an operand
+  void* w2t;          // W2^T diag(layer_scale) as an operand [hidden, C], each row divided by its `peak`
+  float* table;       // [4, hidden]: b1, peak, u = W1 gamma, v = b1 + W1 beta
+  float* affine;      // [2, C]: gamma and beta
+  float* rows;        // [3, hidden / 64, tokens]: sums over hidden channels of dh u, dh (h - v), p dp
+  float* k;           // [B, 2]: k0 and k1
+  float* partials;    // [splits, width]: dW1 [hidden, C], G2^T [hidden, C], db1 [hidden], or null
+  float* g2t;         // [hidden, C]: the sum of its partials
+  float* columns;     // [tiles, 3 C]: sums over a tile's tokens of dn xhat, dn, d g, or null
+  void *dx, *dw1, *dw2;
+  float *db1, *db2, *dgamma, *dbeta, *dlayer_scale, *ddrop_scale;
+  int64_t tokens, pixels;
+  int64_t tiles, tiles_per_split, splits;  // of mlp_bwd_wgrad
+  int hidden, channels;
+  Activation activation;
+  bool x_float, norm, residual, divided, drop_grad;
+
+  PK_HOST_DEVICE int64_t width() const { return int64_t{2} * hidden * channels + hidden; }
+};
+
+__device__ inline int64_t sample_of(int64_t token, const MlpBwdParams& p) {
+  if (p.tokens <= 0xffffffffll) return static_cast<uint32_t>(token) / static_cast<uint32_t>(p.pixels);
+  return token / p.pixels;
+}
+
+// 8 channels of a matrix of float32 or T.
+template <class T>
+__device__ inline void load_channels(const void* from, bool is_float, int64_t at, float (&out)[8]) {
+  if (is_float) {
+    const Pack<float, 4> low = load<float, 4>(static_cast<const float*>(from) + at);
+    const Pack<float, 4> high = load<float, 4>(static_cast<const float*>(from) + at + 4);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) out[e] = e < 4 ? element(low, e) : element(high, e - 4);
+  } else {
+    const Pack<T, 8> v = load<T, 8>(static_cast<const T*>(from) + at);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) out[e] = element(v, e);
+  }
+}
+
+// One store for both dtypes: the compiler takes those of two branches to pieces.
+template <class T>
+__device__ inline void store_channels(void* to, bool is_float, int64_t at, const float (&v)[8]) {
+  const float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};
+  float* out = static_cast<float*>(to) + (is_float ? at : at / 2);
+  const Pack<T, 8> halves = packed<T>(v);
+  Pack<float, 4> first = packed<float>(low);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) first.word[i] = is_float ? first.word[i] : halves.word[i];
+  store(out, first);
+  if (is_float) store(out + 4, packed<float>(high));
+}
+
+// ---- tiles of operands in shared memory
+
+// Rows of WIDTH elements. A product's k may follow a row (operand_words: rows 2a and 2a + 1 in one phase of 8 lanes) or
+// run across rows (load_matrices_transposed: 8 neighbouring rows at a time). 16 bytes of padding, and neighbours placed
+// 4 rows apart, keep both free of bank conflicts.
+template <int WIDTH>
+struct Tile {
+  static constexpr int kStride = 2 * WIDTH + 16;  // bytes, an odd multiple of 16
+  PK_HOST_DEVICE static constexpr int bytes(int rows) { return rows * kStride; }
+};
+
+__device__ inline int placed(int row) { return (row & ~7) | (row & 7) >> 1 | (row & 1) << 2; }
+
+// Starts the copy of ROWS rows, `stride` elements apart, of which `exist` exist; the others become zeros.
+template <class T, int WIDTH, int ROWS, int THREADS>
+__device__ inline void copy_rows(char* tile, const T* from, int stride, int exist) {
+  constexpr int kPacks = WIDTH / 8, kStep = THREADS / kPacks, kStride = Tile<WIDTH>::kStride;
+  if constexpr (THREADS % kPacks == 0 && kStep % 8 == 0 && ROWS % kStep == 0) {
+    const int first = threadIdx.x / kPacks, c = threadIdx.x % kPacks;
+    const T* at = from + first * stride + 8 * c;
+    char* to = tile + placed(first) * kStride + 16 * c;
+#pragma unroll
+    for (int row = 0; row < ROWS; row += kStep) copy_async(to + row * kStride, at + row * stride, first + row < exist);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * kPacks; i += THREADS) {
+      const int row = i / kPacks, c = i % kPacks;
+      copy_async(tile + placed(row) * kStride + 16 * c, from + row * stride + 8 * c, row < exist);
+    }
+  }
+}
+
+// The order of k in a product is free as long as both operands agree. Of each 32, lane 4 g + q takes 8 q .. 8 q + 7 of
+// its rows, one pack: words 0 and 1 serve the first of two steps of 16, words 2 and 3 the second.
+template <class T, int C>
+__device__ inline void load_a(const T* low_row, const T* high_row, bool low, bool high, uint32_t (&a)[C / 16][4]) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < C / 32; ++i) {
+    Pack<T, 8> v{}, w{};
+    if (low) v = load<T, 8>(low_row + 32 * i + 8 * q);
+    if (high) w = load<T, 8>(high_row + 32 * i + 8 * q);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      a[2 * i + s][0] = v.word[2 * s], a[2 * i + s][1] = w.word[2 * s];
+      a[2 * i + s][2] = v.word[2 * s + 1], a[2 * i + s][3] = w.word[2 * s + 1];
+    }
+  }
+}
+
+// d += a b^T for the 8 rows of b of which `row` is the lane's (row lane / 4, at its pack lane % 4).
+template <class T, int C>
+__device__ inline void multiply_rows(float (&d)[4], const uint32_t (&a)[C / 16][4], const char* row) {
+#pragma unroll
+  for (int i = 0; i < C / 32; ++i) {
+    const uint4 b = *reinterpret_cast<const uint4*>(row + 64 * i);
+    mma<T>(d, a[2 * i], b.x, b.y);
+    mma<T>(d, a[2 * i + 1], b.z, b.w);
+  }
+}
+
+// d += a b for 16 rows of b, of which `row` is the one that the lane names (across_row).
+template <class T, int C>
+__device__ inline void multiply_across(float (&d)[C / 8][4], const uint32_t (&a)[4], const char* row) {
+#pragma unroll
+  for (int i = 0; i < C / 16; ++i) {
+    uint32_t b[4];
+    load_matrices_transposed(b, row + 32 * i);
+    mma<T>(d[2 * i], a, b[0], b[1]);
+    mma<T>(d[2 * i + 1], a, b[2], b[3]);
+  }
+}
+
+// Offsets of the row that a lane reads: for multiply_rows, and for multiply_across.
+template <int WIDTH>
+__device__ inline int along_row() {
+  return placed(threadIdx.x % 32 / 4) * Tile<WIDTH>::kStride + threadIdx.x % 4 * 16;
+}
+template <int WIDTH>
+__device__ inline int across_row() {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  return (matrix % 2 * 8 + placed(lane % 8)) * Tile<WIDTH>::kStride + matrix / 2 * 16;
+}
+
+template <class T>
+__device__ inline void unpacked(uint32_t word, float& low, float& high) {
+  Pack<T, 2> v;
+  v.word[0] = word;
+  low = element(v, 0);
+  high = element(v, 1);
+}
+
+// ---- the activation
+
+struct Exp {
+  __device__ float operator()(float x) const { return exp2_flushed(x * 1.44269504f); }
+};
+
+// gelu's slope is Phi(x) + x phi(x), and the chip has an instruction for the bell: half of a polynomial's work.
+template <Activation A>
+__device__ inline Activated<float> activated(float x) {
+  if constexpr (A == Activation::gelu) {
+    const float phi = gelu_phi(x);
+    return {x * phi, x * 0.39894228f * exp2_flushed(x * x * -0.72134752f) + phi};
+  } else {
+    return activate<A, false>(x, Exp{});
+  }
+}
+
+template <Activation A>
+__device__ inline void activate_all(const float (&h)[2][4], float (&value)[2][4], float (&slope)[2][4]) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Activated<float> of = activated<A>(h[t][i]);
+      value[t][i] = of.value;
+      slope[t][i] = of.slope;
+    }
+}
+
+// Of all elements of two accumulators.
+__device__ inline void activated(Activation activation, const float (&h)[2][4], float (&value)[2][4],
+                                 float (&slope)[2][4]) {
+  switch (activation) {
+    case Activation::gelu: return activate_all<Activation::gelu>(h, value, slope);
+    case Activation::gelu_tanh: return activate_all<Activation::gelu_tanh>(h, value, slope);
+    case Activation::relu: return activate_all<Activation::relu>(h, value, slope);
+    case Activation::relu_squared: return activate_all<Activation::relu_squared>(h, value, slope);
+    default: return activate_all<Activation::silu>(h, value, slope);
+  }
+}
+
+}  // namespace
+}  // namespace pk

@@ -1,0 +1,284 @@
+// The token mixer's operators on CUDA: checks, output tensors, launches.
+#include <tuple>
+
+#include "launch.cuh"
+#include "pool_mixer_any.cuh"
+
+namespace pk {
+namespace {
+
+constexpr int kStaticShared = 6 * 1024;  // at the most, of these kernels
+constexpr int64_t kMerged = 128;         // partials that every block merges for itself
+
+int up(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
+
+// Rows of a strip: many rows read few twice, few rows make many blocks. The statistics have room for the partials of
+// `finest_rows`; poolformer_kernels.backends.cuda.stats_tiles has the same arithmetic.
+int coarsest_rows(int64_t height) { return height < 4 * kStripRows ? kStripRows : 2 * kStripRows; }
+int finest_rows(int64_t height) { return height < 64 ? 2 : height < 160 ? 4 : 2 * kStripRows; }
+
+// Strips of `rows` rows at the most.
+Plan plan_of(const Tensor& x, bool channels_last, int64_t pool, int rows) {
+  Plan p{};
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3), most = (int64_t{1} << 31) - 1;
+  STD_TORCH_CHECK(c <= most && h <= most && w <= most && up(h, 2) * (w + 1) <= most, "pool_mixer_cuda: images of ", c,
+                  " x ", h, " x ", w, " are too large");
+  p.channels = static_cast<int>(c), p.height = static_cast<int>(h), p.width = static_cast<int>(w);
+  p.pool = static_cast<int>(std::min(pool, 2 * std::max(h, w) - 1));  // a wider one covers nothing more
+  p.channels_last = channels_last;
+  p.strips = up(h, rows);
+  p.rows = up(h, p.strips);
+  p.across = Divisor(up(w, channels_last ? 2 : kCellElements));
+  p.columns = p.strips * static_cast<int>(p.across.value);
+  p.groups = up(c, channels_last ? kCellElements : 1);
+  if (channels_last) {
+    p.tile_groups = up(p.groups, up(p.groups, kTileCells));
+    p.tile_columns = kTileCells / p.tile_groups;
+  } else {
+    p.tile_columns = std::min(p.columns, kTileCells);
+    p.tile_groups = kTileCells / p.tile_columns;
+  }
+  p.column_tiles = up(p.columns, p.tile_columns);
+  p.group_tiles = Divisor(up(p.groups, p.tile_groups));
+  p.tiles = Divisor(int64_t{p.column_tiles} * p.group_tiles.value);
+  p.row = channels_last ? w * c : w;
+  p.column = channels_last ? c : 1;
+  p.channel = channels_last ? 1 : h * w;
+  p.sample = c * h * w;
+  return p;
+}
+
+// The coarsest strips that still give every multiprocessor two blocks, else the finest. Sets `slots`.
+Plan plan_of(const Tensor& x, bool channels_last, int64_t pool, const Launch& on, int64_t* slots) {
+  const int finest = finest_rows(x.size(2)), wanted = 2 * on.device(cudaDevAttrMultiProcessorCount);
+  Plan p = plan_of(x, channels_last, pool, finest);
+  *slots = p.tiles.value;
+  for (int rows = coarsest_rows(x.size(2)); rows > finest; rows /= 2) {
+    const Plan coarse = plan_of(x, channels_last, pool, rows);
+    if (x.size(0) * coarse.tiles.value >= wanted) return coarse;
+  }
+  return p;
+}
+
+// How wide a thread's loads are.
+enum class Width { scalar, channels, along8, along4 };
+
+Width width_of(const Plan& p, int bytes, std::initializer_list<const void*> tensors) {
+  const int whole = 16 / bytes;
+  uintptr_t all = 0;
+  for (const void* each : tensors) all |= reinterpret_cast<uintptr_t>(each);
+  if (p.pool != 3) return Width::scalar;
+  if (p.channels_last) return p.channels % whole == 0 && all % 16 == 0 ? Width::channels : Width::scalar;
+  if (whole == 8 && p.width % 8 == 0 && all % 16 == 0) return Width::along8;
+  return p.width % 4 == 0 && all % (4 * bytes) == 0 ? Width::along4 : Width::scalar;
+}
+
+using Kernel = void (*)(PoolMixerParams);
+
+// A kernel for pools of 3 at each width, and the one for other pools.
+struct Kernels {
+  const char* name;
+  Kernel any, scalar, channels, along8, along4;
+};
+
+template <class T>
+struct Of {
+  static constexpr int kWhole = 16 / sizeof(T);
+  static constexpr Kernels forward = {"pool_mixer_fwd",
+                                      pool_mixer_fwd_any<T>,
+                                      pool_mixer_fwd<T, 1, false>,
+                                      pool_mixer_fwd<T, kWhole, false>,
+                                      pool_mixer_fwd<T, kWhole, true>,
+                                      pool_mixer_fwd<T, 4, true>};
+  static constexpr Kernels reduce = {"pool_mixer_bwd_reduce",
+                                     pool_mixer_bwd_reduce_any<T>,
+                                     pool_mixer_bwd_reduce<T, 1, false>,
+                                     pool_mixer_bwd_reduce<T, kWhole, false>,
+                                     pool_mixer_bwd_reduce<T, kWhole, true>,
+                                     pool_mixer_bwd_reduce<T, 4, true>};
+  static constexpr Kernels apply = {"pool_mixer_bwd_apply",
+                                    pool_mixer_bwd_apply_any<T>,
+                                    pool_mixer_bwd_apply<T, 1, false>,
+                                    pool_mixer_bwd_apply<T, kWhole, false>,
+                                    pool_mixer_bwd_apply<T, kWhole, true>,
+                                    pool_mixer_bwd_apply<T, 4, true>};
+};
+
+// A block for each tile. `tensors`: those that the kernel walks over.
+void launch(const Launch& on, const Kernels& kernels, PoolMixerParams& p, Width width, int bytes, int tensors) {
+  Plan& plan = p.plan;
+  const int whole = 16 / bytes;
+  plan.pitch = (2 * plan.tile_columns * tensors + 2) * plan.tile_groups * kCellElements * bytes + 16;
+  int shared = width == Width::channels ? stages_of(tensors) * plan.pitch : 0;
+  if (shared > on.device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared) {  // on small devices, wide rows
+    width = Width::scalar;
+    shared = 0;
+  }
+  const int share = width == Width::channels ? whole : width == Width::along8 ? 8 : width == Width::along4 ? 4 : 1;
+  plan.split = Divisor(kCellElements / (plan.channels_last ? share : std::max(share, 2)));
+  plan.fast = Divisor(int64_t{plan.split.value} * (plan.channels_last ? plan.tile_groups : plan.tile_columns));
+  plan.items = static_cast<int>(plan.fast.value) * (plan.channels_last ? plan.tile_columns : plan.tile_groups);
+  const Kernel kernel = plan.pool != 3             ? kernels.any
+                        : width == Width::channels ? kernels.channels
+                        : width == Width::along8   ? kernels.along8
+                        : width == Width::along4   ? kernels.along4
+                                                   : kernels.scalar;
+  const int threads = std::min(share == 8 ? 128 : 256, up(plan.items, 32) * 32);
+  on(kernels.name, kernel, p.batch * plan.tiles.value, threads, p, shared);
+}
+
+const Kernels& of_dtype(const Tensor& x, const Kernels& f32, const Kernels& b16, const Kernels& h16) {
+  const int index = dtype_index(x.scalar_type());
+  return index == 0 ? f32 : index == 1 ? b16 : h16;
+}
+
+void check(const Tensor& x, int64_t pool, double eps, const char* op) {
+  check_images(x, op);
+  STD_TORCH_CHECK(pool > 0 && pool % 2 == 1, op, ": pool_size must be odd and positive, got ", pool);
+  STD_TORCH_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
+}
+
+struct MergeParams {
+  const float* partials;  // [B, n, 3]
+  float* merged;          // [B, 3]
+  int64_t n;
+};
+
+// A sample's partials into one, where there are too many for every block to do it.
+__global__ void __launch_bounds__(kReduceThreads) pool_mixer_merge(MergeParams p) {
+  __shared__ float each[3 * 8];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t b = blockIdx.x, part = (p.n + warps - 1) / warps, begin = min(warp * part, p.n);
+  const Moments<float> m = merged(p.partials + (b * p.n + begin) * 3, min(part, p.n - begin));
+  if (threadIdx.x % 32 == 0) {
+    each[3 * warp] = m.count;
+    each[3 * warp + 1] = m.mean;
+    each[3 * warp + 2] = m.m2;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Moments<float> all;
+  for (int i = 0; i < warps; ++i) all.merge(each[3 * i], each[3 * i + 1], each[3 * i + 2]);
+  p.merged[3 * b] = all.count;
+  p.merged[3 * b + 1] = all.mean;
+  p.merged[3 * b + 2] = all.m2;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                              OptionalTensor layer_scale, OptionalTensor drop_scale,
+                                              OptionalTensor stats, int64_t pool_size, double eps, bool residual,
+                                              bool return_stats) {
+  check(input, pool_size, eps, "pool_mixer_cuda");
+  const Launch on(input);
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last);
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const int bytes = static_cast<int>(x.element_size());
+  PoolMixerParams p{};
+  p.plan = plan_of(x, channels_last, pool_size, on, &p.slots);
+  Tensor y = empty_like(x, channels_last);
+  Tensor mean_rstd = empty_floats(x, {batch, 2});
+  Tensor y_stats = return_stats ? empty_floats(x, {batch, p.slots, 3}) : empty_floats(x, {0});
+  Tensor given = stats.has_value() ? *stats : norm_stats_cuda(x);
+  p.stats = partials_of(x, given, batch, given, p.partials);
+  p.x = x.data_ptr();
+  p.out = y.mutable_data_ptr();
+  p.mean_rstd = floats(mean_rstd);
+  p.y_stats = return_stats ? floats(y_stats) : nullptr;
+  p.weight = vector_of(x, weight, "weight", channels);
+  p.bias = vector_of(x, bias, "bias", channels);
+  p.layer_scale = vector_of(x, layer_scale, "layer_scale", channels);
+  p.drop_scale = vector_of(x, drop_scale, "drop_scale", batch);
+  p.batch = batch;
+  p.eps = static_cast<float>(eps);
+  p.residual = residual;
+  Tensor one = p.partials > kMerged ? empty_floats(x, {batch, 3}) : empty_floats(x, {0});
+  if (p.partials > kMerged) {
+    on("pool_mixer_merge", pool_mixer_merge, batch, kReduceThreads, MergeParams{p.stats, floats(one), p.partials});
+    p.stats = floats(one);
+    p.partials = 1;
+  }
+  launch(on, of_dtype(x, Of<float>::forward, Of<bf16>::forward, Of<f16>::forward), p,
+         width_of(p.plan, bytes, {p.x, p.out}), bytes, 1);
+  return {y, mean_rstd, y_stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tensor input, Tensor mean_rstd,
+                                                               OptionalTensor weight, OptionalTensor bias,
+                                                               OptionalTensor layer_scale, OptionalTensor drop_scale,
+                                                               int64_t pool_size, bool residual) {
+  check(input, pool_size, 0, "pool_mixer_cuda_backward");
+  STD_TORCH_CHECK(is_beside(input, grad) && grad.scalar_type() == input.scalar_type() && grad.dim() == 4 &&
+                      grad.size(0) == input.size(0) && grad.size(1) == input.size(1) && grad.size(2) == input.size(2) &&
+                      grad.size(3) == input.size(3),
+                  "pool_mixer_cuda_backward: grad must have x's device, dtype and shape");
+  const Launch on(input);
+  const bool channels_last = is_channels_last(input);
+  const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
+  const Tensor saved = in_layout(mean_rstd, false);
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const int bytes = static_cast<int>(x.element_size());
+  STD_TORCH_CHECK(is_beside(x, saved) && saved.scalar_type() == ScalarType::Float && saved.dim() == 2 &&
+                      saved.size(0) == batch && saved.size(1) == 2,
+                  "pool_mixer_cuda_backward: mean_rstd must be a float32 CUDA tensor of shape [B, 2]");
+  PoolMixerParams p{};
+  p.plan = plan_of(x, channels_last, pool_size, coarsest_rows(x.size(2)));
+  Tensor dx = empty_like(x, channels_last);
+  Tensor dweight = empty_floats(x, {channels}), dlayer_scale = empty_floats(x, {channels});
+  Tensor ddrop_scale = empty_floats(x, {batch});
+  Tensor q_partials = empty_floats(x, {batch, p.plan.column_tiles, channels});
+  Tensor q = empty_floats(x, {batch, channels}), k = empty_floats(x, {batch});
+  p.x = x.data_ptr();
+  p.grad = g.data_ptr();
+  p.out = dx.mutable_data_ptr();
+  p.mean_rstd = static_cast<float*>(saved.data_ptr());
+  p.weight = vector_of(x, weight, "weight", channels);
+  p.bias = vector_of(x, bias, "bias", channels);
+  p.layer_scale = vector_of(x, layer_scale, "layer_scale", channels);
+  p.drop_scale = vector_of(x, drop_scale, "drop_scale", batch);
+  p.q_partials = floats(q_partials);
+  p.q = floats(q);
+  p.k = floats(k);
+  p.dweight = floats(dweight);
+  p.dlayer_scale = floats(dlayer_scale);
+  p.ddrop_scale = floats(ddrop_scale);
+  p.batch = batch;
+  p.residual = residual;
+  const Width width = width_of(p.plan, bytes, {p.x, p.grad, p.out});
+  const int chunks = up(channels, kReduceChannels);
+  launch(on, of_dtype(x, Of<float>::reduce, Of<bf16>::reduce, Of<f16>::reduce), p, width, bytes, 2);
+  on("pool_mixer_bwd_q", pool_mixer_bwd_q, batch * chunks, kReduceThreads, p);
+  on("pool_mixer_bwd_finish", pool_mixer_bwd_finish, batch + chunks, kReduceThreads, p);
+  launch(on, of_dtype(x, Of<float>::apply, Of<bf16>::apply, Of<f16>::apply), p, width, bytes, 2);
+  return {dx, dweight, dlayer_scale, ddrop_scale};
+}
+
+// Of the shared memory that any shape asks for, the most.
+constexpr int most_shared(int bytes, int tensors) {
+  return stages_of(tensors) * ((2 * tensors + 2) * kTileElements * bytes + 16);
+}
+
+template <class T>
+void list() {
+  constexpr int kWhole = 16 / sizeof(T), kBytes = sizeof(T);
+  list_kernels<pool_mixer_fwd_any<T>, pool_mixer_fwd<T, 1, false>, pool_mixer_fwd<T, 4, true>,
+               pool_mixer_bwd_reduce_any<T>, pool_mixer_bwd_reduce<T, 1, false>, pool_mixer_bwd_reduce<T, 4, true>,
+               pool_mixer_bwd_apply_any<T>, pool_mixer_bwd_apply<T, 1, false>, pool_mixer_bwd_apply<T, 4, true>>(256);
+  list_kernels<pool_mixer_fwd<T, kWhole, false>>(threads_of<T, kWhole>, most_shared(kBytes, 1));
+  list_kernels<pool_mixer_bwd_reduce<T, kWhole, false>, pool_mixer_bwd_apply<T, kWhole, false>>(threads_of<T, kWhole>,
+                                                                                                most_shared(kBytes, 2));
+  if constexpr (kWhole == 8)
+    list_kernels<pool_mixer_fwd<T, 8, true>, pool_mixer_bwd_reduce<T, 8, true>, pool_mixer_bwd_apply<T, 8, true>>(128);
+}
+
+}  // namespace
+}  // namespace pk
+
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, PK_DISPATCH_KEY, m) {
+  m.impl("pool_mixer_cuda", TORCH_BOX(&pk::pool_mixer));
+  m.impl("pool_mixer_cuda_backward", TORCH_BOX(&pk::pool_mixer_backward));
+  pk::list<float>();
+  pk::list<pk::bf16>();
+  pk::list<pk::f16>();
+  pk::list_kernels<pk::pool_mixer_merge, pk::pool_mixer_bwd_q, pk::pool_mixer_bwd_finish>(pk::kReduceThreads);
+}

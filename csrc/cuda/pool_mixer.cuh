@@ -1,0 +1,209 @@
+// What the token mixer's kernels share: how a sample is cut into tiles, and a thread's elements of a row.
+//
+// A sample is cut into strips of rows and these into cells: 8 channels x 2 columns in channels_last, 1 channel x 8
+// columns in NCHW. A block's tile is `tile_columns` x `tile_groups` cells, whatever the dtype, which decides
+// how wide a thread's loads are. Small batches are cut into more tiles than large ones (`plan_of`): a pixel's value
+// does not depend on that, the last bits of the statistics handed on do.
+#pragma once
+
+#include "device.cuh"
+
+namespace pk {
+namespace {
+
+constexpr int kStripRows = 7;  // divides the stages at 224 x 224
+constexpr int kTileCells = 128;
+constexpr int kCellElements = 8;  // along the layout's innermost axis
+constexpr int kTileElements = kTileCells * kCellElements;
+
+// Division of numbers below 2^31 by a constant known at the launch: a product and a shift.
+struct Divisor {
+  uint32_t value = 1, factor = 0, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t by) : value(static_cast<uint32_t>(by)) {
+    while ((int64_t{1} << shift) < by) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + value - 1) / value);
+  }
+  __device__ int of(int n) const {
+    return value == 1 ? n : static_cast<int>(static_cast<uint64_t>(n) * factor >> 32 >> (shift - 1));
+  }
+};
+
+struct Plan {
+  int channels, height, width, pool;
+  int rows, strips;     // rows of a strip (the last has fewer)
+  Divisor across;       // cells along the width
+  int columns, groups;  // columns: strips x across; groups: cells along the channels
+  int tile_columns, tile_groups;
+  int column_tiles;
+  Divisor group_tiles, tiles;  // of a sample
+  Divisor split, fast;         // threads' shares: of a cell along the innermost axis, of a tile along it
+  int items;                   // shares of a tile
+  int pitch;                   // bytes of a stage in shared memory
+  bool channels_last;
+  int64_t row, column, channel, sample;  // strides in elements
+};
+
+struct PoolMixerParams {
+  Plan plan;
+  const void *x, *grad;
+  void* out;           // y or dx
+  const float* stats;  // [B, partials, 3], of x
+  int64_t partials;
+  float* mean_rstd;  // [B, 2]: written by the forward
+  float* y_stats;    // [B, slots, 3], or null
+  int64_t slots;     // of a sample, no fewer than its tiles
+  Vector weight, bias, layer_scale, drop_scale;
+  float* q_partials;  // [B, column_tiles, C]
+  float* q;           // [B, C]
+  float* k;           // [B]
+  float *dweight, *dlayer_scale, *ddrop_scale;
+  int64_t batch;
+  float eps;
+  bool residual;
+};
+
+// ---- where a thread is
+
+struct Tile {
+  int64_t b;
+  int tile, column, group;  // `column` and `group`: its first cell
+};
+
+__device__ inline Tile tile_at(const Plan& p, unsigned block) {
+  const int b = p.tiles.of(block), tile = block - b * p.tiles.value;
+  const int column = p.group_tiles.of(tile), group = tile - column * p.group_tiles.value;
+  return {b, tile, column * p.tile_columns, group * p.tile_groups};
+}
+
+struct Place {
+  int channel, w, top, rows;  // no rows: nothing to do
+  int64_t offset;             // of the first element, in the tensor
+};
+
+template <int CO>
+__device__ inline Place place_of(const Plan& p, const Tile& t, int item, int width) {
+  const int slow = p.fast.of(item), fast = item - slow * p.fast.value;
+  const int cell = p.split.of(fast), part = fast - cell * p.split.value;
+  Place at;
+  int column;
+  if (p.channels_last) {
+    at.channel = (t.group + cell) * kCellElements + part * width;
+    column = t.column + slow;
+  } else {
+    at.channel = t.group + slow;
+    column = t.column + cell;
+  }
+  const int strip = p.across.of(column), cell_w = column - strip * p.across.value;
+  at.w = p.channels_last ? cell_w * CO : cell_w * kCellElements + part * CO;
+  at.top = strip * p.rows;
+  const bool exists = item < p.items && strip < p.strips && at.w < p.width && at.channel < p.channels;
+  at.rows = exists ? min(p.rows, p.height - at.top) : 0;
+  at.offset = t.b * p.sample + at.top * p.row + at.w * p.column + at.channel * p.channel;
+  return at;
+}
+
+// Channels of a tile, for a loop of the block's threads over them.
+__device__ inline int channels_of(const Plan& p, const Tile& t, int& first) {
+  const int each = p.channels_last ? kCellElements : 1;
+  first = t.group * each;
+  return min(p.tile_groups * each, p.channels - first);
+}
+
+// ---- a thread's part of a row: V channels x 2 columns, or (ALONG, NCHW) V columns of one channel
+
+template <class T, int V, bool ALONG>
+struct Own {
+  static constexpr int CH = ALONG ? 1 : V, CO = ALONG ? V : 2, N = CH * CO;
+  Pack<T, V> pack[ALONG ? 1 : 2];
+
+  // Element i of column j.
+  __device__ float value(int j, int i) const { return ALONG ? element(pack[0], j) : element(pack[ALONG ? 0 : j], i); }
+  __device__ void load_from(const T* at, int64_t column, bool second) {
+    pack[0] = load<T, V>(at);
+    if constexpr (!ALONG)
+      if (second) pack[1] = load<T, V>(at + column);
+  }
+};
+
+// With the columns beside it. What lies outside the image stays as it was filled.
+template <class T, int V, bool ALONG>
+struct Row {
+  using Mine = Own<T, V, ALONG>;
+  static constexpr int CH = Mine::CH, CO = Mine::CO, N = Mine::N;
+  Mine own;
+  Pack<T, ALONG ? 1 : V> left, right;
+
+  // Column j, -1 to CO.
+  __device__ float value(int j, int i) const {
+    return j < 0 ? element(left, i) : j < CO ? own.value(j, i) : element(right, i);
+  }
+  __device__ void fill(uint32_t word) {
+#pragma unroll
+    for (auto& pack : own.pack)
+#pragma unroll
+      for (uint32_t& each : pack.word) each = word;
+    fill_sides(word, true, true);
+  }
+  __device__ void fill_sides(uint32_t word, bool at_left, bool at_right) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof left.word / 4); ++i) {
+      if (at_left) left.word[i] = word;
+      if (at_right) right.word[i] = word;
+    }
+  }
+};
+
+// The columns around a thread that exist.
+struct Columns {
+  bool left, second, right;
+  int64_t stride;
+
+  template <class R>
+  __device__ static Columns of(const Plan& p, int w) {
+    return {w > 0, w + 1 < p.width, w + R::CO < p.width, p.column};
+  }
+  template <class T, int V, bool ALONG>
+  __device__ void load_row(Row<T, V, ALONG>& row, const T* at) const {
+    constexpr int kSide = ALONG ? 1 : V;
+    if (left) row.left = load<T, kSide>(at - stride);
+    row.own.load_from(at, stride, second);
+    if (right) row.right = load<T, kSide>(at + Row<T, V, ALONG>::CO * stride);
+  }
+  template <class T, int V, bool ALONG>
+  __device__ void fill_missing(Row<T, V, ALONG>& row, uint32_t word) const {
+    row.fill_sides(word, !left, !right);
+    if constexpr (!ALONG) {
+#pragma unroll
+      for (uint32_t& each : row.own.pack[1].word)
+        if (!second) each = word;
+    }
+  }
+};
+
+// weight * layer_scale of the tile's channels, for all threads; NaN where an infinite weight or bias makes eager
+// subtract infinities.
+__device__ inline void gains(const PoolMixerParams& p, const Tile& t, float* gain) {
+  int first;
+  const int n = channels_of(p.plan, t, first);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const float gamma = p.weight.at(first + i, 1.0f), poison = gamma + p.bias.at(first + i, 0.0f);
+    gain[i] = (gamma + 0.0f * poison) * p.layer_scale.at(first + i, 1.0f);
+  }
+}
+
+// Those of a thread, from what `gains` left in shared memory.
+template <int CH>
+__device__ inline void gains_at(const float* shared, int local, float (&out)[CH]) {
+  constexpr int kEach = CH % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int i = 0; i < CH; i += kEach) {
+    const Pack<float, kEach> some = load<float, kEach>(shared + local + i);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) out[i + j] = element(some, j);
+  }
+}
+
+}  // namespace
+}  // namespace pk

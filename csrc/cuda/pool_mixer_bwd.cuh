@@ -1,0 +1,218 @@
+// The token mixer's backward: q in partials (reduce), q (q), what follows from q (finish), dx (apply).
+// Formulas: algebra, "Token mixer sub-block".
+#pragma once
+
+#include "pool_mixer_walk.cuh"
+
+namespace pk {
+namespace {
+
+constexpr int kReduceThreads = 256, kReduceChannels = 32;
+
+// What a tile's threads summed, [slow][fast channels], into one number for each channel.
+__device__ inline void write_q(const PoolMixerParams& p, const Tile& t, const float* sums) {
+  const Plan& plan = p.plan;
+  int first;
+  const int n = channels_of(plan, t, first);
+  float* out = p.q_partials + (t.b * plan.column_tiles + t.column / plan.tile_columns) * plan.channels + first;
+  __syncthreads();
+  if (plan.channels_last) {
+    const int pitch = plan.tile_groups * kCellElements;
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
+      float total = 0;
+      for (int i = 0; i < plan.tile_columns; ++i) total += sums[i * pitch + c];
+      out[c] = total;
+    }
+  } else {
+    const int fast = static_cast<int>(plan.fast.value);
+    for (int c = threadIdx.x / 32; c < n; c += blockDim.x / 32) {
+      float total = 0;
+      for (int i = threadIdx.x % 32; i < fast; i += 32) total += sums[c * fast + i];
+      total = warp_sum(total);
+      if (threadIdx.x % 32 == 0) out[c] = total;
+    }
+  }
+}
+
+// Per tile and channel sum g (P x - x) = q / rstd: with the pool on x the mean drops out.
+template <class T, int V, bool ALONG>
+__global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, V> : 2)
+    pool_mixer_bwd_reduce(PoolMixerParams p) {
+  using W = Walk<T, V, ALONG, 2>;
+  using R = typename W::R;
+  constexpr bool kShifted = sizeof(T) == 4;
+  __shared__ float sums[kTileElements];
+  PK_SHARED(memory);
+  const Plan& plan = p.plan;
+  const Tile t = tile_at(plan, blockIdx.x);
+  const float mean = p.mean_rstd[2 * t.b];
+  const uint32_t outside = kShifted ? __float_as_uint(mean) : 0;
+  int item = threadIdx.x;
+  do {
+    const Place at = place_of<R::CO>(plan, t, item, R::CH);
+    W walk(plan, at, item, p.x, p.grad, memory);
+    walk.surround(plan, at, outside);
+    Sizes<R> sizes(plan, at);
+    float inverse[kKinds<R>], q[R::CH] = {};
+    const auto invert = [&] {
+#pragma unroll
+      for (int kind = 0; kind < kKinds<R>; ++kind) inverse[kind] = sizes.inverse(kind);
+    };
+    invert();
+    walk.down(
+        plan, at, outside, [&](const R& row, int, float (&out)[R::N]) { plain_sums<kShifted>(row, mean, out); },
+        [&](int r, const typename R::Mine& centre, const typename R::Mine& grad, const float (&total)[R::N]) {
+          if (sizes.at_row(r)) invert();
+#pragma unroll
+          for (int j = 0; j < R::CO; ++j) {
+            if (!ALONG && j == 1 && !walk.has_second) continue;
+            const int kind = kind_of<R>(j);
+#pragma unroll
+            for (int i = 0; i < R::CH; ++i) {
+              const float x = centre.value(j, i), around = kShifted ? x - mean : x;
+              const float mixed = fmaf(-sizes.size[kind], around, total[j * R::CH + i]) * inverse[kind];
+              q[i] = fmaf(grad.value(j, i), mixed, q[i]);
+            }
+          }
+        });
+    if (item < plan.items)
+#pragma unroll
+      for (int i = 0; i < R::CH; ++i) sums[item * R::CH + i] = q[i];
+  } while (!W::kOneItem && (item += blockDim.x) < plan.items);
+  write_q(p, t, sums);
+}
+
+// sum over i < n of values[i * stride] by eight threads of each of 32 columns, the same in all rows of the block.
+template <class Value>
+__device__ inline float column_sum(int64_t n, float* scratch, const Value& value) {
+  const int lane = threadIdx.x % kReduceChannels, row = threadIdx.x / kReduceChannels;
+  float total = 0;
+  for (int64_t i = row; i < n; i += kReduceThreads / kReduceChannels) total += value(i);
+  __syncthreads();
+  scratch[threadIdx.x] = total;
+  __syncthreads();
+  total = 0;
+  for (int i = 0; i < kReduceThreads / kReduceChannels; ++i) total += scratch[i * kReduceChannels + lane];
+  return total;
+}
+
+// q of 32 channels of one sample.
+__global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_q(PoolMixerParams p) {
+  __shared__ float scratch[kReduceThreads];
+  const int chunks = (p.plan.channels + kReduceChannels - 1) / kReduceChannels;
+  const int64_t b = blockIdx.x / chunks, tiles = p.plan.column_tiles;
+  const int c = blockIdx.x % chunks * kReduceChannels + threadIdx.x % kReduceChannels;
+  const bool exists = c < p.plan.channels;
+  const float* from = p.q_partials + b * tiles * p.plan.channels + c;
+  const float total = column_sum(tiles, scratch, [&](int64_t i) { return exists ? from[i * p.plan.channels] : 0.0f; });
+  if (exists && threadIdx.x < kReduceChannels) p.q[b * p.plan.channels + c] = total * p.mean_rstd[2 * b + 1];
+}
+
+// The first blocks: k and drop_scale's gradient, a sample each. The others: weight's and layer_scale's gradients of 32
+// channels each, Q = sum_b d_b q_b.
+__global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixerParams p) {
+  __shared__ float scratch[kReduceThreads];
+  const int channels = p.plan.channels;
+  const int64_t b = blockIdx.x;
+  if (b < p.batch) {
+    float total = 0;
+    for (int c = threadIdx.x; c < channels; c += kReduceThreads)
+      total += p.weight.at(c, 1.0f) * p.layer_scale.at(c, 1.0f) * p.q[b * channels + c];
+    total = block_sum(total, scratch);
+    if (threadIdx.x == 0) {
+      p.ddrop_scale[b] = total;
+      p.k[b] = total * p.drop_scale.at(b, 1.0f) / static_cast<float>(p.plan.sample);
+    }
+    return;
+  }
+  const int c = static_cast<int>(b - p.batch) * kReduceChannels + threadIdx.x % kReduceChannels;
+  const bool exists = c < channels;
+  const float total = column_sum(
+      p.batch, scratch, [&](int64_t i) { return exists ? p.drop_scale.at(i, 1.0f) * p.q[i * channels + c] : 0.0f; });
+  if (!exists || threadIdx.x >= kReduceChannels) return;
+  p.dweight[c] = total * p.layer_scale.at(c, 1.0f);
+  p.dlayer_scale[c] = total * p.weight.at(c, 1.0f);
+}
+
+// Sums over three columns, each divided by the size of its own pool.
+template <class R>
+struct AdjointSums {
+  float weight[R::CO == 2 ? 4 : 5];  // 1 / taps across: left, right, and those of the kinds
+
+  __device__ AdjointSums(const Plan& p, int w) {
+    weight[0] = inverse_of(three_taps(w - 1, p.width));
+    weight[1] = inverse_of(three_taps(w + R::CO, p.width));
+#pragma unroll
+    for (int kind = 0; kind < kKinds<R>; ++kind)
+      weight[2 + kind] = inverse_of(three_taps(w + column_of<R>(kind), p.width));
+  }
+  // `down`: 1 / taps of the row.
+  __device__ void operator()(const R& row, float down, float (&out)[R::N]) const {
+    const auto of = [&](int j) {
+      return down * (j < 0 ? weight[0] : j == R::CO ? weight[1] : weight[2 + kind_of<R>(j)]);
+    };
+#pragma unroll
+    for (int i = 0; i < R::CH; ++i)
+#pragma unroll
+      for (int j = 0; j < R::CO; j += 2) {
+        const float inner = fmaf(of(j + 1), row.value(j + 1, i), of(j) * row.value(j, i));
+        out[j * R::CH + i] = fmaf(of(j - 1), row.value(j - 1, i), inner);
+        out[(j + 1) * R::CH + i] = fmaf(of(j + 2), row.value(j + 2, i), inner);
+      }
+  }
+};
+
+// dx = g + r (gamma a e - xhat k), e = P^T g - g; without the first g where there is no residual.
+template <class T, int V, bool ALONG>
+__global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, V> : 2)
+    pool_mixer_bwd_apply(PoolMixerParams p) {
+  using W = Walk<T, V, ALONG, 2>;
+  using R = typename W::R;
+  alignas(16) __shared__ float shared[kTileElements];
+  PK_SHARED(memory);
+  const Plan& plan = p.plan;
+  const Tile t = tile_at(plan, gridDim.x - 1 - blockIdx.x);  // the samples reduced last are still in the cache
+  const float mean = p.mean_rstd[2 * t.b], rstd = p.mean_rstd[2 * t.b + 1];
+  const float kept = p.residual ? 1.0f : 0.0f, correction = p.k[t.b] * rstd * rstd,
+              scale = rstd * p.drop_scale.at(t.b, 1.0f);
+  int item = threadIdx.x;
+  do {
+    const Place at = place_of<R::CO>(plan, t, item, R::CH);
+    W walk(plan, at, item, p.grad, p.x, memory);
+    walk.surround(plan, at, 0);
+    if (item == threadIdx.x) {
+      gains(p, t, shared);
+      __syncthreads();
+    }
+    const int local = at.rows > 0 ? at.channel - t.group * (plan.channels_last ? kCellElements : 1) : 0;
+    float gain[R::CH];
+    gains_at(shared, local, gain);
+#pragma unroll
+    for (float& each : gain) each *= scale;
+    const AdjointSums<R> adjoint(plan, at.w);
+    T* dx = static_cast<T*>(p.out) + at.offset;
+    walk.down(
+        plan, at, 0,
+        [&](const R& row, int r, float (&out)[R::N]) {
+          adjoint(row, inverse_of(three_taps(at.top + r, plan.height)), out);
+        },
+        [&](int, const typename R::Mine& centre, const typename R::Mine& x, const float (&total)[R::N]) {
+#pragma unroll
+          for (int half = 0; half < (ALONG ? 1 : 2); ++half) {
+            if (half == 1 && !walk.has_second) continue;
+            float value[V];
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+              const int j = ALONG ? e : half, i = ALONG ? 0 : e;
+              const float g = centre.value(j, i), around = x.value(j, i) - mean;
+              value[e] = fmaf(-correction, around, fmaf(gain[i], total[j * R::CH + i] - g, kept * g));
+            }
+            store<T, V>(dx + half * plan.column, packed<T>(value));
+          }
+          dx += plan.row;
+        });
+  } while (!W::kOneItem && (item += blockDim.x) < plan.items);
+}
+
+}  // namespace
+}  // namespace pk

@@ -1,0 +1,49 @@
+"""Builds csrc/cuda for the host: the kernels' own source, with the executor in place of the CUDA runtime."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+FOLDER = Path(__file__).parent
+CUDA = FOLDER.parents[1] / "csrc" / "cuda"
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+]
+ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]  # this processor would let it pass
+DEFINES = ["-DPK_EXECUTOR", "-DPK_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def build(target: Path, sources: list[Path] | None = None, jobs: int = 2) -> Path:
+    """Compiles the kernels (all of them by default) into the library ``target``."""
+    headers = [f"-I{FOLDER / 'include'}", *(f"-I{path}" for path in include_paths())]
+
+    def compiled(source: Path) -> str:
+        out = target.with_name(f"{source.stem}.o")
+        command = ["g++", *FLAGS, *ALIGNMENT, *DEFINES, "-include", "cuda_runtime.h", *headers]
+        done = subprocess.run(
+            [*command, "-x", "c++", "-c", str(source), "-o", str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return str(out)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compiled, [*(sources or sorted(CUDA.glob("*.cu"))), FOLDER / "executor.cpp"]))
+    libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+    subprocess.run(["g++", "-shared", *ALIGNMENT, "-o", str(target), *objects, *libraries], check=True)
+    return target
+
+
+def load(library: Path) -> None:
+    """Registers the kernels for CPU tensors."""
+    import poolformer_kernels  # noqa: F401  (the schemas come first)
+
+    torch.ops.load_library(str(library))

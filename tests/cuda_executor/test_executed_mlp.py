@@ -1,0 +1,334 @@
+"""The CUDA C++ MLP's forward, both its kernels, in the executor: the error rule over dtypes and shapes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    HALVES,
+    LAYOUTS,
+    as_layout,
+    as_vector_layout,
+    assert_close_to_fp64,
+    assert_same,
+    bits,
+    tiled_stats,
+)
+from mlp_helpers import PLAIN, VECTORS, as_weight_layout, assert_right, eager, make_grad, make_inputs
+
+import poolformer_kernels as pk
+from poolformer_kernels import reference
+from poolformer_kernels.backends.cuda import STATS_ROWS
+from poolformer_kernels.ops import mlp
+from poolformer_kernels.ops.mlp import mlp_with_stats
+
+FORWARD = torch.ops.poolformer_kernels.mlp_cuda.default
+ORDER = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
+SHAPES = (  # x, hidden: samples that share tiles, several tiles, one token
+    ((3, 64, 9, 13), 128),
+    ((1, 64, 1, 1), 64),
+    ((2, 96, 8, 16), 64),
+    ((2, 128, 6, 11), 192),
+    ((1, 192, 5, 13), 64),
+    ((5, 96, 1, 3), 64),
+)
+ONE = SHAPES[0]
+
+
+@pytest.fixture(autouse=True, params=[80, 90], ids=["sm_80", "sm_90"])
+def architecture(request, executor_library):
+    executor_library.executor_architecture(request.param)
+    yield request.param
+    executor_library.executor_architecture(90)
+
+
+@pytest.fixture(autouse=True)
+def no_graph():
+    with torch.no_grad():
+        yield
+
+
+def check(inputs, layout="channels_last", ulps=8, **options) -> torch.Tensor:
+    inputs = {**inputs, "x": as_layout(inputs["x"], layout)}
+    before = {name: t.clone() for name, t in inputs.items() if t is not None}
+    y = mlp(**inputs, **options)
+    with torch.enable_grad():
+        assert_right({"y": y}, inputs, make_grad(inputs), ulps=ulps, **options)
+    assert y.is_contiguous(memory_format=reference.memory_format_of(inputs["x"]))
+    assert_same({name: inputs[name] for name in before}, before)  # nothing was written to
+    return y
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
+def test_residual_form(shape, hidden, dtype) -> None:
+    check(make_inputs(shape, hidden, dtype), residual=True)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
+def test_layouts_of_x(layout) -> None:
+    check(make_inputs((3, 64, 6, 9), 64, torch.bfloat16), layout, residual=True)
+
+
+@pytest.mark.parametrize("conv", [True, False])
+@pytest.mark.parametrize("layout", ["transposed", "strided", "padded", "offset", "expanded"])
+@pytest.mark.parametrize("name", ["w1", "w2"])
+def test_layouts_of_weights(name, layout, conv) -> None:
+    inputs = make_inputs((1, 64, 6, 7), 64, torch.bfloat16, conv=conv)
+    inputs[name] = as_weight_layout(inputs[name], layout)
+    check(inputs, residual=True)
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded", "offset", "column"])
+def test_layouts_of_vectors(layout) -> None:
+    inputs = make_inputs((2, 64, 6, 7), 64, torch.bfloat16)
+    check(inputs | {name: as_vector_layout(inputs[name], layout) for name in VECTORS}, residual=True)
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("b1",), ("b2", "drop_scale"), ("norm_weight",), ("norm_bias", "layer_scale")], ids=str
+)
+def test_missing_vectors(given) -> None:
+    for norm in (False, True) if not any(name.startswith("norm") for name in given) else (True,):
+        check(make_inputs(*ONE, torch.bfloat16, parameters=given), residual=True, norm=norm)
+        check(make_inputs(*ONE, torch.bfloat16, parameters=given), norm=norm)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_activations(dtype, activation) -> None:
+    check(make_inputs((1, 64, 8, 9), 64, dtype), residual=True, activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "vector_dtype"),
+    [
+        *((half, torch.float32, torch.float32) for half in HALVES),
+        *((torch.float32, half, vector) for half in HALVES for vector in (torch.float32, half)),
+        *((half, half, torch.float32) for half in HALVES),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("shape", "hidden"), [ONE, SHAPES[3]], ids=str)
+def test_mixed_dtypes(shape, hidden, dtype, weight_dtype, vector_dtype) -> None:
+    dtypes = {"weight_dtype": weight_dtype, "vector_dtype": vector_dtype}
+    check(make_inputs(shape, hidden, dtype, **dtypes), residual=True)
+    check(make_inputs(shape, hidden, dtype, parameters=PLAIN, **dtypes))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "sigma"),
+    [(torch.bfloat16, 1e2, 1.0), (torch.bfloat16, -1e4, 1e2), (torch.float16, 1e2, 1.0)],
+    ids=str,
+)
+def test_mean_much_larger_than_sigma(dtype, mean, sigma) -> None:
+    """The mean is a float32, in eager PyTorch too: an ulp of it is allowed."""
+    inputs = make_inputs(*ONE, dtype, mean=mean, sigma=sigma)
+    for residual in (True, False):
+        check(inputs, residual=residual, ulps=8 + abs(mean) / sigma)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_sample_that_is_not_finite_stays_alone(value) -> None:
+    for parameters in (PLAIN, VECTORS):
+        inputs = make_inputs(*ONE, torch.bfloat16, parameters=parameters)
+        clean = mlp(**inputs)
+        inputs["x"][1, 3, 2, 4] = value
+        y = mlp(**inputs)
+        hurt = torch.zeros(y.shape, dtype=torch.bool)
+        hurt[1 if parameters is VECTORS else (1, slice(None), 2, 4)] = True
+        assert not y[hurt].isfinite().any()
+        assert torch.equal(y[~hurt], clean[~hurt])
+
+
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2", "norm_weight", "norm_bias"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_nan_in_a_parameter_is_not_lost(activation, name) -> None:
+    inputs = make_inputs((1, 64, 3, 5), 64, torch.bfloat16)
+    inputs["drop_scale"] = None
+    inputs[name].view(-1)[3] = float("nan")
+    y = mlp(**inputs, activation=activation)
+    assert torch.equal(y.isnan(), eager(**inputs, activation=activation).isnan())
+    assert y.isnan().any()
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [1, 5, 300])
+def test_given_statistics(tiles) -> None:
+    inputs = make_inputs(*ONE, torch.bfloat16, mean=40.0)
+    stats = tiled_stats(inputs["x"], tiles)
+    y = mlp_with_stats(**inputs, residual=True, stats=stats)[0]
+    with torch.enable_grad():
+        assert_right({"y": y}, inputs, make_grad(inputs), residual=True, ulps=88)
+    permuted = stats.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert torch.equal(bits(y), bits(mlp_with_stats(**inputs, residual=True, stats=permuted)[0]))
+
+
+def test_given_statistics_are_used() -> None:
+    inputs = make_inputs(*ONE, torch.bfloat16)
+    quarter = reference.sample_stats(inputs["x"]) * torch.tensor([1.0, 1.0, 0.25])
+    doubled = mlp(**{**inputs, "norm_weight": 2 * inputs["norm_weight"]}, eps=0.0)
+    y, stats = mlp_with_stats(**inputs, eps=0.0, stats=quarter, return_stats=False)
+    assert stats is None
+    torch.testing.assert_close(y, doubled, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 64, 9, 13), (2, 64, 8, 8), (5, 64, 1, 65), (4, 96, 7, 7), (1, 192, 5, 26)], ids=str
+)
+def test_statistics_of_the_rounded_y(shape, dtype) -> None:
+    operand = torch.bfloat16 if dtype == torch.float32 else dtype
+    for mean, residual in ((-2.3, False), (1e3, True)):
+        inputs = make_inputs(shape, 64, dtype, mean=mean, weight_dtype=operand, vector_dtype=torch.float32)
+        inputs["drop_scale"] = None
+        inputs["x"] = as_layout(inputs["x"], "channels_last")
+        y, stats = mlp_with_stats(**inputs, residual=residual)
+        assert stats.dtype == torch.float32
+        assert torch.equal(stats[:, :, 0].sum(1), torch.full((shape[0],), float(y[0].numel())))
+        exact = reference.merge_stats(reference.sample_stats(y.double()))
+        ours = reference.merge_stats(stats.double())
+        theirs = reference.merge_stats(reference.sample_stats(y))
+        sigma = exact[1].sqrt()
+        assert_close_to_fp64(ours[0].float(), theirs[0].float(), exact[0], scale=exact[0].abs() + sigma)
+        scale = exact[1] + exact[0].abs() * sigma  # the partials' means are rounded to float32
+        assert_close_to_fp64(ours[1].float(), theirs[1].float(), exact[1], scale=scale, ulps=2)
+
+
+# ---- the op ------------------------------------------------------------------------------------------------
+
+
+def arguments(
+    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True
+) -> tuple:
+    given = (inputs[name] for name in ORDER)
+    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("shape", "hidden"), [ONE, *SHAPES[2:]], ids=str)
+def test_hidden_and_mean_rstd(shape, hidden, dtype) -> None:
+    inputs = make_inputs(shape, hidden, dtype)
+    _, mean_rstd, _, saved = FORWARD(*arguments({**inputs, "x": as_layout(inputs["x"], "channels_last")}))
+    d = {name: None if t is None else t.double() for name, t in inputs.items()}
+    mean, var = reference.merge_stats(reference.sample_stats(d["x"]))
+    torch.testing.assert_close(mean_rstd[:, 0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean_rstd[:, 1].double(), (var + 1e-5).rsqrt(), rtol=2e-6, atol=0)
+    assert saved.dtype == dtype
+    n = torch.group_norm(d["x"], 1, d["norm_weight"], d["norm_bias"]).permute(0, 2, 3, 1)
+    n = n.reshape(-1, shape[1])
+    exact = n @ d["w1"].flatten(1).T + d["b1"]
+    theirs = n.to(dtype) @ inputs["w1"].flatten(1).T + inputs["b1"]
+    assert_close_to_fp64(saved.view(exact.shape), theirs, exact, ulps=8)
+
+
+def test_hidden_beyond_float16() -> None:
+    inputs = make_inputs(*ONE, torch.float16, parameters=PLAIN)
+    inputs["x"] = torch.full_like(inputs["x"], 6e4)
+    inputs["w1"] = torch.full_like(inputs["w1"], 2.0)
+    inputs["w1"][::2] *= -1
+    for activation, most in (("gelu", 65504), ("relu_squared", float("inf"))):  # the latter's slope is 2 h
+        options = {"norm": False, "residual": False, "return_stats": False, "activation": activation}
+        rows = FORWARD(*arguments(inputs, **options))[3].view(-1, ONE[1])
+        assert (rows[:, 1::2] == most).all()
+        assert (rows[:, ::2] == -65504).all()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_schema_and_fakes(batch, layout) -> None:
+    for pixels in ((5, 13), (3, 5)):
+        inputs = make_inputs((batch, 64, *pixels), 64, torch.bfloat16)
+        inputs["x"] = as_layout(inputs["x"], layout)
+        torch.library.opcheck(FORWARD, arguments(inputs), test_utils=("test_schema", "test_faketensor"))
+        others = FORWARD(
+            *arguments(
+                make_inputs((batch, 64, *pixels), 64, torch.bfloat16, parameters=PLAIN),
+                norm=False,
+                return_stats=False,
+                save_hidden=False,
+            )
+        )[1:]
+        assert [t.shape for t in others] == [(0,)] * 3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_order_of_threads_does_not_matter(dtype, other_orders) -> None:
+    for shape, hidden in SHAPES:
+        call = arguments(make_inputs(shape, hidden, dtype))
+        first = FORWARD(*call)
+        for _ in other_orders():
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, FORWARD(*call), strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "hidden", "groups"),  # weights that stay, and that go round; the last round lacks a tile
+    [
+        ((3, 64, 13, 17), 256, 3),
+        ((1, 64, 9, 21), 320, 3),
+        ((2, 96, 16, 14), 192, 3),
+        ((3, 128, 13, 17), 384, 2),
+        ((1, 192, 7, 50), 320, 2),
+    ],
+    ids=str,
+)
+def test_tiles_after_tiles(
+    shape, hidden, groups, dtype, architecture, executor_library, other_orders
+) -> None:
+    """Several rounds of a persistent block on Hopper (the executor has two multiprocessors)."""
+    inputs = make_inputs(shape, hidden, dtype)
+    check(inputs, residual=True)
+    assert executor_library.executor_threads() == (128 if architecture < 90 else 128 * (groups + 1))
+    call = arguments(inputs, save_hidden=False)
+    first = FORWARD(*call)
+    for _ in other_orders():
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, FORWARD(*call), strict=True))
+
+
+# ---- what the kernels do not cover -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "dtype", "why"),
+    [
+        ((1, 320, 2, 2), 64, torch.bfloat16, "320 to 320 channels, not 64, 96, 128, 192 to as many"),
+        ((1, 64, 2, 2), 100, torch.bfloat16, "100 hidden channels, not a multiple of 64 up to 4096"),
+        ((1, 64, 2, 2), 64, torch.float32, "products of float32"),
+    ],
+    ids=str,
+)
+def test_other_calls_stay_with_triton_or_raise(shape, hidden, dtype, why, monkeypatch) -> None:
+    monkeypatch.setattr(pk.backends.triton, "UNAVAILABLE", "no CUDA device")
+    message = (
+        f"backend 'cuda' was asked for and has no kernel for this call ({why}), which stays with 'triton'"
+    )
+    with pytest.raises(RuntimeError) as error:
+        mlp(**make_inputs(shape, hidden, dtype))
+    assert str(error.value) == f"{message}: no CUDA device"
+
+
+def test_the_op_names_what_it_does_not_take() -> None:
+    good = make_inputs((1, 64, 2, 2), 64, torch.bfloat16)
+    for bad, message in (
+        (make_inputs((1, 32, 2, 2), 64, torch.bfloat16), "64, 96, 128 or 192 channels, got 32"),
+        (make_inputs((1, 64, 2, 2), 96, torch.bfloat16), "w1 must be .* multiple of 64 up to 4096, got 96"),
+        ({**good, "w1": good["w1"].sum()}, r"w1 must be a tensor \[hidden, 64\]"),
+        ({**good, "w2": good["w2"][1:]}, r"w2 must be a tensor \[64, 64\]"),
+        (make_inputs((1, 64, 2, 2), 64), "must be halves, got float32"),
+        ({**good, "w2": good["w2"].float()}, "w2 must be of w1's dtype"),
+        ({**good, "b1": good["b1"][1:]}, "b1 must be a tensor of 64 elements on x's device"),
+        ({**good, "b1": good["b1"].double()}, "b1 must be .* float32, bfloat16 or float16"),
+        ({**good, "x": good["x"][0]}, "x must be a CUDA tensor of 4 dimensions"),
+        ({**good, "x": good["x"].double()}, "x must be .* float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            FORWARD(*arguments(bad))
+
+
+def test_units_of_statistics() -> None:
+    text = (Path(__file__).parents[2] / "csrc" / "cuda" / "mlp_tile.cuh").read_text()
+    assert int(re.search(r"kUnit = (\d+);", text)[1]) == STATS_ROWS

@@ -1,0 +1,268 @@
+"""What only the CUDA C++ backend has: kernel memory, refusals, what it leaves to Triton, whole models."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from helpers import HALVES, as_layout, assert_same, require_backend, run
+from helpers import make_inputs as mixer_inputs
+from mlp_helpers import NAMES, make_grad, make_inputs
+from peers import randomise, relative_error
+
+import poolformer_kernels as pk
+from poolformer_kernels.kernels import short_name
+from poolformer_kernels.nn import PoolFormerBlock, PoolFormerStage
+from poolformer_kernels.ops import mlp, pool_mixer
+
+from .cases import FORMATS, like_on, on
+
+OPS = torch.ops.poolformer_kernels
+
+
+@pytest.fixture(autouse=True)
+def chosen():
+    require_backend("cuda")
+    with pk.use_backend("cuda"):
+        yield
+
+
+# ---- the kernels -------------------------------------------------------------------------------------------
+
+
+def test_no_kernel_has_local_memory() -> None:
+    """Spilled registers, and arrays that are not in registers, would be there."""
+    from poolformer_kernels._C import kernel_uses
+
+    uses = kernel_uses()
+    names = {short_name(use["name"]).split("<")[0] for use in uses}
+    assert names >= {"norm_stats", "pool_mixer_fwd", "mlp_fwd", "mlp_bwd_wgrad", "mlp_bwd_dgrad"}
+    assert not [use for use in uses if use["local"] or not use["blocks"]]
+
+
+# ---- nothing is written beside the tensors -----------------------------------------------------------------
+
+SENTINEL = 0x5A
+
+
+class Bytes:
+    """Memory of the device by its address."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "shape": (size,), "typestr": "|u1", "strides": None, "version": 3,
+        }  # fmt: skip
+
+
+def written_outside(call, sizes) -> int:
+    """How many bytes ``call`` writes of a memory pool outside of the tensors that it allocates there.
+
+    The allocator gives out pieces of 512 bytes from its segments, of which the pool has enough when the call
+    begins, full of sentinels; its history says which bytes were asked for.
+    """
+    pool = torch.cuda.MemPool()
+    torch.cuda.synchronize()
+    with torch.cuda.use_mem_pool(pool):
+        filled = [torch.full((size,), SENTINEL, dtype=torch.uint8, device="cuda") for size in sizes]
+        ranges = [(t.data_ptr(), t.numel()) for t in filled]
+        del filled
+        torch.cuda.memory._record_memory_history("all", context=None, stacks="python")
+        try:
+            result = call()
+            trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        finally:
+            torch.cuda.memory._record_memory_history(None)
+        torch.cuda.synchronize()
+        found = [torch.as_tensor(Bytes(*piece), device="cuda").cpu() != SENTINEL for piece in ranges]
+    allocated = [(event["addr"], event["size"]) for event in trace if event["action"] == "alloc"]
+    held = [any(start <= at < start + size for start, size in ranges) for at, _ in allocated]
+    assert held
+    assert all(held)  # the guarded memory served every tensor
+    for (start, size), changed in zip(ranges, found, strict=True):
+        for at, length in allocated:  # a tensor may begin in the range before
+            changed[min(max(at - start, 0), size) : min(max(at - start + length, 0), size)] = False
+    del result
+    return sum(int(changed.sum()) for changed in found)
+
+
+def calls(dtype, layout):
+    """Every operator of the backend, as it is called; sizes that end inside an allocation's last piece."""
+    x, *vectors = on("cuda", mixer_inputs((3, 24, 9, 7), dtype)).values()
+    x = as_layout(x, layout)
+    grad = torch.ones_like(x)
+    yield "norm_stats", partial(OPS.norm_stats_cuda, x)
+    for pool in (3, 5):
+        forward = partial(OPS.pool_mixer_cuda, x, *vectors, None, pool, 1e-5, True, True)
+        _, mean_rstd, _ = forward()
+        yield f"pool_mixer {pool}", forward
+        backward = partial(OPS.pool_mixer_cuda_backward, grad, x, mean_rstd, *vectors, pool, True)
+        yield f"pool_mixer_backward {pool}", backward
+    operand = dtype if dtype in HALVES else torch.bfloat16
+    for channels, hidden in ((64, 128), (96, 64), (128, 192), (192, 64)):
+        inputs = make_inputs((3, channels, 9, 7), hidden, dtype, weight_dtype=operand)
+        grad = make_grad(inputs).cuda()
+        x, *parameters = (on("cuda", inputs)[name] for name in NAMES)
+        x = as_layout(x, layout)
+        for activation, save in (("gelu", False), ("gelu", True), ("relu", False)):
+            options = (activation, 1e-5, True, True, True, save)
+            forward = partial(OPS.mlp_cuda, x, *parameters, None, *options)
+            yield f"mlp {channels} {activation} {save}", forward
+            if channels == 192:  # of which Triton has the backward
+                continue
+            _, mean_rstd, _, hidden_kept = forward()
+            saved = (hidden_kept if save else None, activation)
+            arguments = (grad, x, mean_rstd, *parameters, *saved, True, True, True, True)
+            yield f"mlp_backward {channels} {activation} {save}", partial(OPS.mlp_cuda_backward, *arguments)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_nothing_is_written_beside_the_tensors(dtype, layout) -> None:
+    for name, call in calls(dtype, layout):
+        with torch.no_grad():
+            call()  # whatever is set up once
+            outside = written_outside(call, [2**20] * 8 + [2**24])
+        assert outside == 0, f"{name}: {outside} bytes"
+
+
+# ---- what the backend refuses, and what it leaves to Triton ------------------------------------------------
+
+
+def test_an_explicit_choice_that_cannot_be_met_raises(monkeypatch) -> None:
+    asked = "backend 'cuda' was asked for and cannot run this call: "
+    with pytest.raises(RuntimeError, match=f"{asked}it computes float32, bfloat16 and float16, not float64"):
+        pool_mixer(torch.ones(1, 8, 4, 4, dtype=torch.float64, device="cuda"), None, None)
+    with pytest.raises(RuntimeError, match=f"{asked}it runs on cuda tensors, not cpu"):
+        pool_mixer(torch.ones(1, 8, 4, 4), None, None)
+    wide = on("cuda", make_inputs((1, 320, 4, 4), 64, torch.bfloat16))
+    monkeypatch.setattr(pk.backends.triton, "UNAVAILABLE", "gone")
+    with pytest.raises(RuntimeError, match=r"no kernel for this call \(320 to 320 channels.*'triton': gone"):
+        mlp(**wide)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "out", "dtype"),
+    [
+        ((2, 320, 7, 7), 64, 320, torch.bfloat16),
+        ((2, 64, 7, 7), 64, 128, torch.bfloat16),
+        ((2, 64, 7, 7), 100, 64, torch.float16),
+        ((2, 64, 7, 7), 64, 64, torch.float32),
+    ],
+    ids=str,
+)
+def test_other_mlps_are_tritons(shape, hidden, out, dtype) -> None:
+    inputs = on("cuda", make_inputs(shape, hidden, dtype, out=out))
+    grad = make_grad(inputs).cuda()
+    ours = run(mlp, inputs, grad)
+    with pk.use_backend("triton"):
+        assert_same(ours, run(mlp, inputs, grad))
+
+
+def s12(dtype=torch.bfloat16, memory_format=torch.channels_last):
+    torch.manual_seed(0)
+    model = randomise(pk.create_model("poolformer_s12", num_classes=20))
+    return model.to(torch.bfloat16).to("cuda", dtype, memory_format=memory_format)
+
+
+def images(batch=8, size=224, dtype=torch.bfloat16, memory_format=torch.channels_last, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = -0.3 + torch.randn(batch, 3, size, size, generator=generator)
+    return x.bfloat16().to("cuda", dtype).contiguous(memory_format=memory_format)
+
+
+def test_explain() -> None:
+    lines = pk.explain(s12()).splitlines()
+    assert len(lines) == 2 * 12
+    for line in lines:
+        place, operator, backend, reason = re.split(r"\s{2,}", line)
+        narrow = place.startswith(("network.0.", "network.2."))
+        if operator == "pool_mixer" or narrow:
+            assert (backend, reason) == ("cuda", "asked for")
+        else:
+            assert backend == "triton"
+            assert re.fullmatch(r"asked for; cuda has no kernel for (320|512) to .* channels, not .*", reason)
+
+
+# ---- whole models ------------------------------------------------------------------------------------------
+
+
+def trained(model, x, grad) -> dict[str, torch.Tensor]:
+    """The logits, and the gradients of x and of every parameter, those of one kind as one vector."""
+    x = x.detach().requires_grad_()
+    y = model(x)
+    names = [name for name, _ in model.named_parameters()]
+    dx, *grads = torch.autograd.grad(y, [x, *model.parameters()], grad.to(y.dtype))
+    return {"y": y.detach(), "x": dx} | dict(zip(names, grads, strict=True))
+
+
+def test_s12_against_fp64() -> None:
+    """The error rule. Vectors of a kind are judged together: alone they have few elements."""
+    grad = torch.randn(8, 20, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    ours = trained(s12(), images(), grad)
+    nchw = {"memory_format": torch.contiguous_format}
+    with pk.use_backend("reference"):
+        theirs = trained(s12(**nchw), images(**nchw), grad)
+        right = trained(s12(torch.float64, **nchw), images(dtype=torch.float64, **nchw), grad)
+    kinds: dict[str, list[str]] = {}
+    for name in right:
+        if name.endswith("norm1.bias"):  # the pool takes constants away: exactly zero
+            assert not ours[name].any()
+        else:
+            kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    for kind, names in kinds.items():
+        sizes = [right[name].norm() for name in names]
+        scaled = [
+            torch.cat(
+                [(found[name].double() / size).flatten() for name, size in zip(names, sizes, strict=True)]
+            )
+            for found in (ours, theirs, right)
+        ]
+        error, other = (relative_error(value, scaled[2]) for value in scaled[:2])
+        assert error <= 1.5 * other + torch.finfo(torch.bfloat16).eps / 2, (kind, error, other)
+
+
+def test_graphed_model() -> None:
+    model = s12().eval()
+    g = pk.graphed(model, images(4, 64))
+    for seed in (1, 2):
+        x = images(4, 64, seed=seed)
+        with torch.inference_mode():
+            expected = model(x)
+        assert torch.equal(g(x), expected)
+
+
+def test_model_on_another_stream() -> None:
+    model = s12().eval()
+    x = images(4, 64, seed=1)
+    with torch.inference_mode():
+        expected = model(x)
+        late = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # kernels on another stream would read zeros
+            late.copy_(x)
+            got = model(late)
+        stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("channels", [64, 192, 320])
+def test_compiled_stage(channels, layout) -> None:
+    """One graph; of 192 channels the MLP's backward is Triton's, of 320 all of the MLP."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stage = randomise(PoolFormerStage(*(PoolFormerBlock(channels, mlp_ratio=1.0) for _ in range(2))))
+    stage = stage.to("cuda", torch.bfloat16)
+    x = as_layout(torch.randn(3, channels, 14, 14).bfloat16(), layout).cuda()
+    grad = like_on("cuda", torch.randn(3, channels, 14, 14).bfloat16())
+    compiled = torch.compile(copy.deepcopy(stage), fullgraph=True)
+    results = []
+    for function, module in ((stage, stage), (compiled, compiled)):
+        leaf = x.detach().requires_grad_()
+        y = function(leaf)
+        results.append([y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], grad)])
+    for eager, other in zip(*results, strict=True):
+        assert torch.equal(eager, other)

@@ -1,0 +1,128 @@
+"""The GPU check's summary: ratios to the fastest peer and fractions of the limits, from known CSV files."""
+
+import csv
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from peers import require
+
+
+@pytest.fixture(scope="module")
+def gpu_summary() -> ModuleType:
+    for package in ("matplotlib", "rich"):
+        require(package)
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return import_module("gpu_summary")
+
+
+def case(benchmark: str, times: dict[str, tuple[float, float]], **other: str) -> list[dict[str, str]]:
+    """The rows of a case, (median, fraction) by provider, then a copy of 4300 GB/s and 790 TFLOP/s."""
+    common = {
+        "benchmark": benchmark,
+        "direction": "forward",
+        "model": "poolformer_s12",
+        "shape": "64x56x56",
+        "stage": "1",
+        "dtype": "bfloat16",
+        "layout": "channels_last",
+        "batch": "256",
+        "device": "NVIDIA H200",
+        "threads": "16",
+        "torch": "2.11.0",
+        "commit": "abc1234",
+    } | other
+    rows = []
+    for provider, (seconds, fraction) in times.items():
+        numbers = {"median_s": seconds, "p20_s": 0.9 * seconds, "p80_s": 1.1 * seconds, "fraction": fraction}
+        rows.append(common | {"provider": provider} | {name: str(n) for name, n in numbers.items()})
+    limits = {"copy": {"gb_per_s": "4300.4"}, "matmul": {"tflop_per_s": "790.12"}}
+    for provider, rate in limits.items():
+        rows.append(common | {"provider": provider, "median_s": "1", "fraction": "1"} | rate)
+    return rows
+
+
+def write(path: Path, *cases: list[dict[str, str]]) -> None:
+    from charts import Row
+
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [column.name for column in fields(Row)], restval="")
+        writer.writeheader()
+        writer.writerows(row for rows in cases for row in rows)
+
+
+def lines_of(gpu_summary: ModuleType, folder: Path) -> list[str]:
+    assert gpu_summary.main(["--results", str(folder)]) == 0
+    return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_backends_stand_beside_the_fastest_peer(gpu_summary, tmp_path) -> None:
+    mixer = {"ours": (2e-4, 0.8), "ours given": (1e-4, 0.9), "eager": (1.6e-3, 0.1), "compile": (5e-4, 0.32)}
+    write(
+        tmp_path / "pool_mixer.csv",
+        case("pool_mixer", mixer),
+        case("pool_mixer", mixer | {"compile": (2e-3, 0.08)}, layout="NCHW"),
+    )
+    mlp = {
+        "ours cuda": (1e-3, 0.5),
+        "ours triton": (2e-3, 0.25),
+        "eager": (3e-3, 0.2),
+        "eager linear": (5e-4, 1),
+    }
+    write(tmp_path / "mlp.csv", case("mlp", mlp))
+    lines = lines_of(gpu_summary, tmp_path)
+    assert lines[0] == "# NVIDIA H200"
+    at = lines.index("## Token mixer sub-block")
+    assert lines[at + 2].startswith("commit abc1234, torch 2.11.0. ")
+    assert lines[at + 4 : at + 10] == [
+        "direction forward, model poolformer_s12, stage 1, shape 64x56x56, dtype bfloat16, batch 256",
+        "",
+        "| layout | fastest peer | ours | ours given | copy GB/s | matmul TFLOP/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| channels_last | compile, 500 us, 32% | 2.50×, 80% | 5.00×, 90% | 4,300 | 790 |",
+        "| NCHW | eager, 1.6 ms, 10% | 8.00×, 80% | 16.00×, 90% | 4,300 | 790 |",
+    ]
+    at = lines.index("## MLP sub-block")
+    assert lines[at + 6 : at + 9] == [
+        "| fastest peer | ours cuda | ours triton | eager linear | copy GB/s | matmul TFLOP/s |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| eager, 3 ms, 20% | 3.00×, 50% | 1.50×, 25% | 6.00×, 100% | 4,300 | 790 |",
+    ]
+    assert lines[lines.index("## Whole model") + 2] == "Not measured."
+
+
+def test_missing_providers_noise_and_a_peer_fed_another_layout(gpu_summary, tmp_path) -> None:
+    first = case("block", {"ours": (1e-3, 0.5), "eager": (2e-3, 0.25)}, stage="")
+    first[1]["layout"] = "NCHW"  # what eager NCHW is fed; the case stays one
+    first[0]["p80_s"] = "0.0025"
+    write(tmp_path / "block.csv", first, case("block", {"ours": (5e-4, 0.125)}, stage="head"))
+    lines = lines_of(gpu_summary, tmp_path)
+    at = lines.index("| stage | fastest peer | ours | copy GB/s | matmul TFLOP/s |")
+    assert lines[at + 2 : at + 4] == [
+        "| one block | eager, 2 ms, 25% | ~2.00×, 50% | 4,300 | 790 |",
+        "| head | - | 500 us, 12% | 4,300 | 790 |",
+    ]
+
+
+def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
+    from poolformer_kernels.kernels import Kernel
+
+    monkeypatch.setattr(
+        gpu_summary, "kernels", lambda: [Kernel("f<bf16>", "sm_90a", 59, 0, 0, 32, 0, 256, 4)]
+    )
+    write(tmp_path / "mlp.csv", case("mlp", {"ours": (1e-3, 0.5), "eager": (2e-3, 0.25)}))
+    lines = lines_of(gpu_summary, tmp_path)
+    at = lines.index("## CUDA kernels")
+    assert lines[at + 7].split() == ["f<bf16>", "sm_90a", "59", "0/0", "32", "0", "256", "4", "32/64"]
+
+
+def test_without_rows_it_says_so(gpu_summary, tmp_path) -> None:
+    from poolformer_kernels.cli import CommandError
+
+    with pytest.raises(CommandError, match="no CSV file with rows"):
+        gpu_summary.main(["--results", str(tmp_path)])
