@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; the exit code."""
     doc = __doc__.format(providers=", ".join(PROVIDERS))
     default = "8 (256 on CUDA), and 1 for the first model; 1 to 32 (256) for --scaling"
-    parser = arguments(doc, prog, models=list_models(), dtypes=["bfloat16"], rounds=20, batch=default)
+    models = list_models("poolformer_*")
+    parser = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20, batch=default)
     add = parser.add_argument
     add(
         "--providers", action=Names, allowed=PROVIDERS,

@@ -135,7 +135,7 @@ def arguments(
     parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
-        "--models", action=Names, allowed=list_models(), prefix="poolformer_", default=models,
+        "--models", action=Names, allowed=list_models("poolformer_*"), prefix="poolformer_", default=models,
         help=f"default: {', '.join(models)}; poolformer_ may be left out",
     )  # fmt: skip
     add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")

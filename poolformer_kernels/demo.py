@@ -112,7 +112,7 @@ def make_models(name: str, checkpoint: str | None) -> tuple[nn.Module, nn.Module
         CommandError: an unknown model or a checkpoint that does not fit.
     """
     try:
-        model_config(name)
+        model_config(name, "poolformer_*")
     except ValueError as error:
         raise CommandError(f"--model: {error}") from None
     try:

@@ -279,7 +279,7 @@ def v2_of_timm():
             lambda: our_model(1, in_chans=1).state_dict(),
             ("patch_embed.proj.weight", "[64, 1, 7, 7]", "[64, 3, 7, 7]"),
         ),
-        (v2_of_timm, ("missing", "network.0.0.layer_scale_1", "unexpected", "stem.norm.weight")),
+        (v2_of_timm, ("missing", "network.0.0.layer_scale_1", "unexpected", "patch_embed.norm.weight")),
         (
             lambda: {"conv1.weight": torch.zeros(3)},
             ("not a PoolFormer checkpoint", "'conv1.weight'", "stem.conv.weight"),

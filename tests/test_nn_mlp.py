@@ -234,7 +234,7 @@ def foreign_activation(mlp, fired):
         (forward_of_an_instance, "fc1, act, fc2 or drop has hooks"),
         (subclass_of_a_layer, "fc1 and fc2 are Layer and Conv2d, not Conv2d or Linear"),
         (weight_norm, "fc1 and fc2 are ParametrizedConv2d and Conv2d, not Conv2d or Linear"),
-        (foreign_activation, "act is Activation, not GELU, ReLU or SiLU"),
+        (foreign_activation, "act is Activation, not GELU, ReLU, SiLU or StarReLU"),
     ],
 )
 def test_hooks_and_foreign_layers_are_called(change, reason, backend, mlp_calls):

@@ -77,6 +77,7 @@ def load_checkpoint(model: PoolFormer, path: str | PathLike) -> CheckpointReport
         converted, source = _convert(state_dict)
         unused, kept = _check_fit(model, converted)
         head_mode = _noted_head_mode(state_dict) or ("timm" if source == "timm" else "official")
+        head_mode = head_mode if head_mode in model.heads else model.heads[0]
     except (TypeError, ValueError) as error:
         raise type(error)(f"checkpoint {path}: {error}") from error
     model.load_state_dict({key: value for key, value in converted.items() if key not in unused}, strict=False)
@@ -164,9 +165,17 @@ def _noted_head_mode(state_dict: Mapping[str, Tensor]) -> str | None:
 # (the source's key, ours): S is the stage's index in `network`, D that of the downsample before it.
 _TIMM = (
     (r"stem\.conv\.(\w+)", r"patch_embed.proj.\1"),
+    (r"stem\.norm\.(\w+)", r"patch_embed.norm.\1"),
     (r"stages[._](?P<stage>\d)\.downsample\.conv\.(\w+)", r"network.{D}.proj.\2"),
-    (r"stages[._](?P<stage>\d)\.blocks\.(\d+)\.layer_scale([12])\.scale", r"network.{S}.\2.layer_scale_\3"),
-    (r"stages[._](?P<stage>\d)\.blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.(\w+)", r"network.{S}.\2.\3.\4"),
+    (r"stages[._](?P<stage>\d)\.downsample\.norm\.(\w+)", r"network.{D}.norm.\2"),
+    (
+        r"stages[._](?P<stage>\d)\.blocks\.(\d+)\.(layer|res)_scale([12])\.scale",
+        r"network.{S}.\2.\3_scale_\4",
+    ),
+    (
+        r"stages[._](?P<stage>\d)\.blocks\.(\d+)\.(norm[12]|mlp\.(?:fc[12]|act))\.(\w+)",
+        r"network.{S}.\2.\3.\4",
+    ),
     (r"head\.norm\.(\w+)", r"norm.\1"),
     (r"head\.fc\.(\w+)", r"head.\1"),
 )

@@ -1,6 +1,5 @@
 """PoolFormer: the table of released models and the module, under the official state-dict keys."""
 
-import difflib
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,10 @@ from ..nn.plan import calls_more, run_chain
 from ..ops.chain import Chain
 from ..reference import memory_format_of
 
-__all__ = ["HEADS", "ModelConfig", "PoolFormer", "list_models", "model_config"]
+__all__ = ["CONFIGS", "HEADS", "MEDIUM", "SMALL", "ModelConfig", "PatchEmbed", "PoolFormer"]
 
 HEADS = ("official", "timm")
+_FORWARDS = ("forward", "forward_features", "forward_head")
 _LAYER_NORM_EPS = 1e-6  # timm's head
 
 
@@ -24,15 +24,16 @@ class ModelConfig:
 
     ``drop_path_rate`` is the training recipe's; `create_model` uses it only when told to. ``input_size`` is
     the side of the square test image in pixels, cropped from one resized to ``input_size / crop_pct``;
-    ``mean`` and ``std`` apply to RGB in [0, 1].
+    ``mean`` and ``std`` apply to RGB in [0, 1]. ``layer_scale_init`` is None for none, ``params`` None where
+    nobody published a count.
     """
 
     name: str
     layers: tuple[int, int, int, int]
     dims: tuple[int, int, int, int]
-    layer_scale_init: float
+    layer_scale_init: float | None
     drop_path_rate: float
-    params: int
+    params: int | None
     crop_pct: float
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -40,41 +41,19 @@ class ModelConfig:
     input_size: int = 224
 
     @property
-    def hf_hub_id(self) -> str:
-        """The repository of the pretrained weights on the Hugging Face hub."""
+    def hf_hub_id(self) -> str | None:
+        """The repository of the pretrained weights on the Hugging Face hub, or None where there is none."""
         return f"timm/{self.name}.sail_in1k"
 
 
-_SMALL, _MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
-_CONFIGS = {
-    config.name: config
-    for config in (
-        ModelConfig("poolformer_s12", (2, 2, 6, 2), _SMALL, 1e-5, 0.1, 11_915_176, 0.90),
-        ModelConfig("poolformer_s24", (4, 4, 12, 4), _SMALL, 1e-5, 0.1, 21_388_968, 0.90),
-        ModelConfig("poolformer_s36", (6, 6, 18, 6), _SMALL, 1e-6, 0.2, 30_862_760, 0.90),
-        ModelConfig("poolformer_m36", (6, 6, 18, 6), _MEDIUM, 1e-6, 0.3, 56_172_520, 0.95),
-        ModelConfig("poolformer_m48", (8, 8, 24, 8), _MEDIUM, 1e-6, 0.4, 73_473_448, 0.95),
-    )
-}
-
-
-def list_models() -> list[str]:
-    """The names that `create_model` knows, smallest model first."""
-    return list(_CONFIGS)
-
-
-def model_config(name: str) -> ModelConfig:
-    """The configuration of a released model.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    try:
-        return _CONFIGS[name]
-    except (KeyError, TypeError):
-        close = difflib.get_close_matches(str(name), _CONFIGS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"name is {name!r}; allowed: {', '.join(_CONFIGS)}{hint}") from None
+SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
+CONFIGS = (
+    ModelConfig("poolformer_s12", (2, 2, 6, 2), SMALL, 1e-5, 0.1, 11_915_176, 0.90),
+    ModelConfig("poolformer_s24", (4, 4, 12, 4), SMALL, 1e-5, 0.1, 21_388_968, 0.90),
+    ModelConfig("poolformer_s36", (6, 6, 18, 6), SMALL, 1e-6, 0.2, 30_862_760, 0.90),
+    ModelConfig("poolformer_m36", (6, 6, 18, 6), MEDIUM, 1e-6, 0.3, 56_172_520, 0.95),
+    ModelConfig("poolformer_m48", (8, 8, 24, 8), MEDIUM, 1e-6, 0.4, 73_473_448, 0.95),
+)
 
 
 class PoolFormer(nn.Module):
@@ -128,27 +107,49 @@ class PoolFormer(nn.Module):
         self.num_features = config.dims[-1]
         self.features_only = features_only
         self.head_mode = head
-        self.patch_embed = PatchEmbed(in_chans, config.dims[0], kernel=7, stride=4, padding=2)
+        self.patch_embed = self._embed(0, in_chans, config.dims[0], kernel=7, stride=4, padding=2)
         network: list[nn.Module] = []
         step = drop_path_rate / (sum(config.layers) - 1)
         done = 0
         for stage, (depth, dim) in enumerate(zip(config.layers, config.dims, strict=True)):
             if stage > 0:
-                network.append(PatchEmbed(config.dims[stage - 1], dim, kernel=3, stride=2, padding=1))
-            blocks = (
-                PoolFormerBlock(dim, drop_path=step * i, layer_scale_init_value=config.layer_scale_init)
-                for i in range(done, done + depth)
+                network.append(self._embed(stage, config.dims[stage - 1], dim, kernel=3, stride=2, padding=1))
+            network += self._before(stage)
+            network.append(
+                PoolFormerStage(*(self._block(stage, step * i) for i in range(done, done + depth)))
             )
-            network.append(PoolFormerStage(*blocks))
             done += depth
         self.network = nn.ModuleList(network)
         if features_only:
             for stage, dim in enumerate(config.dims):
-                self.add_module(f"norm{2 * stage}", GroupNorm(dim))
+                self.add_module(f"norm{2 * stage}", self._norm(dim))
         else:
-            self.norm = GroupNorm(self.num_features)
+            self.norm = self._norm(self.num_features)
             self.reset_classifier(num_classes)
         self.register_state_dict_post_hook(_note_head_mode)
+
+    # What subclasses build otherwise.
+
+    def _embed(self, stage: int, in_chans: int, dim: int, **convolution: int) -> nn.Module:
+        return PatchEmbed(in_chans, dim, **convolution)
+
+    def _before(self, stage: int) -> list[nn.Module]:
+        """Entries of `network` between a stage's downsample and its blocks."""
+        return []
+
+    def _block(self, stage: int, drop_path: float) -> nn.Module:
+        config = self.config
+        return PoolFormerBlock(
+            config.dims[stage], drop_path=drop_path, layer_scale_init_value=config.layer_scale_init
+        )
+
+    def _norm(self, dim: int) -> nn.Module:
+        return GroupNorm(dim)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head modes that the model can be evaluated with, its own first."""
+        return HEADS
 
     @property
     def head_mode(self) -> str:
@@ -157,8 +158,8 @@ class PoolFormer(nn.Module):
 
     @head_mode.setter
     def head_mode(self, mode: str) -> None:
-        if mode not in HEADS:
-            raise ValueError(f"head is {mode!r}; allowed: {', '.join(HEADS)}")
+        if mode not in self.heads:
+            raise ValueError(f"head is {mode!r}; allowed: {', '.join(self.heads)}")
         self._head_mode = mode
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -176,7 +177,7 @@ class PoolFormer(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
-            like = self.norm.weight
+            like = self.patch_embed.proj.weight
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -206,10 +207,10 @@ class PoolFormer(nn.Module):
             return self.forward_head(self.forward_features(x)) if logits is None else logits
         x = self.patch_embed(x)
         features = []
-        for index, module in enumerate(self.network):
+        for module in self.network:
             x = module(x)
-            if index % 2 == 0:  # a stage; the odd ones are the downsamples
-                features.append(self.get_submodule(f"norm{index}")(x))
+            if isinstance(module, PoolFormerStage):
+                features.append(self.get_submodule(f"norm{2 * len(features)}")(x))
         return features
 
     def add_to(self, chain: Chain) -> bool:
@@ -218,7 +219,7 @@ class PoolFormer(nn.Module):
         norm, head = modules.get("norm"), modules.get("head")
         layers = (modules["patch_embed"], *modules["network"])
         if (
-            type(self) is not PoolFormer
+            any(getattr(type(self), name) is not getattr(PoolFormer, name) for name in _FORWARDS)
             or "forward_features" in self.__dict__
             or "forward_head" in self.__dict__
             or type(norm) is not GroupNorm

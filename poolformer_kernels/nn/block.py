@@ -11,7 +11,7 @@ from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
 from ..reference import memory_format_of
 from .checks import hooked, is_number, positive_int, probability
-from .layers import DropPath, GroupNorm, Pooling
+from .layers import DropPath, GroupNorm, Pooling, StarReLU
 from .mlp import Mlp
 from .plan import calls_more, run_chain
 
@@ -42,6 +42,7 @@ class PoolFormerBlock(nn.Module):
         use_layer_scale: scale each branch by a learned vector ``[C]``.
         layer_scale_init_value: its initial value.
         save_hidden: see `poolformer_kernels.ops.mlp`.
+        token_mixer: called with ``dim``; ``Pooling(pool_size)`` when None.
 
     Returns:
         y, of x's shape and memory format. Under autocast on the CPU a bfloat16 x stays bfloat16, while the
@@ -67,6 +68,7 @@ class PoolFormerBlock(nn.Module):
         layer_scale_init_value: float = 1e-5,
         *,
         save_hidden: bool = False,
+        token_mixer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         positive_int("dim", dim)
@@ -75,7 +77,7 @@ class PoolFormerBlock(nn.Module):
                 f"mlp_ratio must be a number that leaves at least one channel, got {mlp_ratio!r}"
             )
         self.norm1 = norm_layer(dim)
-        self.token_mixer = Pooling(pool_size)
+        self.token_mixer = Pooling(pool_size) if token_mixer is None else token_mixer(dim)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, save_hidden=save_hidden)
         self.drop_path = DropPath(drop_path) if probability("drop_path", drop_path) > 0 else nn.Identity()
@@ -102,13 +104,13 @@ class PoolFormerBlock(nn.Module):
         return self.mlp_with_stats(x, stats, return_stats)
 
     def mixer_with_stats(
-        self, x: Tensor, stats: Tensor | None, return_stats: bool
+        self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """The token mixer's line of `forward_with_stats`."""
+        """The token mixer's line of `forward_with_stats`; without ``residual`` what it adds to x."""
         modules = self._modules  # an attribute of a module costs nearly 1 us
         norm, mixer = modules["norm1"], modules["token_mixer"]
         if self.mixer_unfused_reason() is not None:
-            return self._add(x, mixer(norm(x)), self.layer_scale_1), None
+            return self._add(x, mixer(norm(x)), self.layer_scale_1, residual), None
         return pool_mixer_with_stats(
             x,
             norm.weight,
@@ -117,26 +119,22 @@ class PoolFormerBlock(nn.Module):
             eps=norm.eps,
             layer_scale=self.layer_scale_1,
             drop_scale=self._drop_scale(x),
-            residual=True,
+            residual=residual,
             stats=stats,
             return_stats=return_stats and _on_kernels(x),
         )
 
     def mlp_with_stats(
-        self, x: Tensor, stats: Tensor | None, return_stats: bool
+        self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """The MLP's line of `forward_with_stats`."""
+        """The MLP's line of `forward_with_stats`; without ``residual`` what it adds to x."""
         modules = self._modules
         norm, mlp = modules["norm2"], modules["mlp"]
         if self.mlp_unfused_reason() is not None:
-            return self._add(x, mlp(norm(x)), self.layer_scale_2), None
-        fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
+            return self._add(x, mlp(norm(x)), self.layer_scale_2, residual), None
         return mlp_with_stats(
             x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            *mlp.operands(),
             activation=mlp.activation,
             norm=True,
             norm_weight=norm.weight,
@@ -144,7 +142,7 @@ class PoolFormerBlock(nn.Module):
             eps=norm.eps,
             layer_scale=self.layer_scale_2,
             drop_scale=self._drop_scale(x),
-            residual=True,
+            residual=residual,
             save_hidden=mlp.save_hidden,
             stats=stats,
             return_stats=return_stats and _on_kernels(x),
@@ -160,6 +158,8 @@ class PoolFormerBlock(nn.Module):
         modules = self._modules
         drop_path, mixer, mlp = modules["drop_path"], modules["token_mixer"], modules["mlp"]
         if drop_path.training and type(drop_path) is DropPath and drop_path.drop_prob > 0:
+            return False
+        if type(mlp._modules["act"]) is StarReLU:  # its fold is computed in each call
             return False
         norm1, norm2, fc1, fc2 = modules["norm1"], modules["norm2"], mlp._modules["fc1"], mlp._modules["fc2"]
         affine1, affine2, own = norm1._parameters, norm2._parameters, self._parameters
@@ -211,19 +211,20 @@ class PoolFormerBlock(nn.Module):
         drop_path = self._modules["drop_path"]
         return drop_path.sample(x) if type(drop_path) is DropPath else None
 
-    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None, residual: bool) -> Tensor:
         # float32 parameters do not widen a half residual stream
         dtype = torch.promote_types(x.dtype, branch.dtype)
         if scale is not None:
             branch = branch * scale.view(-1, 1, 1)
-        return (x + self.drop_path(branch)).to(dtype)
+        branch = self.drop_path(branch)
+        return (x + branch if residual else branch).to(dtype)
 
 
 class PoolFormerStage(nn.Sequential):
     """Blocks in a row, as ``nn.Sequential(*blocks)``, handing each other the statistics of what they write.
 
     So each block is two kernels, and only the first kernel of the stage reads its input to normalise it. A
-    block that is hooked, compiled on its own or of another class is called as a module, as all of them are
+    block that is hooked, compiled on its own or has another forward is called as a module, as all of them are
     while PyTorch's global module hooks are set; statistics then start anew behind it.
 
     Inference on the CPU is one operator call where no block has hooks.
@@ -256,7 +257,8 @@ def _on_kernels(x: Tensor) -> bool:
 
 def _takes_stats(block: nn.Module) -> bool | None:
     """Whether a block uses statistics that it is given; None: it must be called as a module."""
-    if type(block) is not PoolFormerBlock or calls_more(block):
+    own_forward = getattr(type(block), "forward", None) is PoolFormerBlock.forward
+    if not own_forward or calls_more(block):
         return None
     return block.mixer_unfused_reason() is None
 

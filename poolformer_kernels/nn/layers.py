@@ -1,4 +1,4 @@
-"""The layers without a product: the token mixer, the norm, the pool, stochastic depth."""
+"""The layers without a product: the token mixer, the norms, the pool, StarReLU, stochastic depth."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from .checks import not_negative, odd, positive_int, probability
 
-__all__ = ["DropPath", "GroupNorm", "PoolMixer", "Pooling"]
+__all__ = ["ChannelLayerNorm", "DropPath", "GroupNorm", "PoolMixer", "Pooling", "StarReLU"]
 
 
 class PoolMixer(nn.Module):
@@ -52,6 +52,44 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, num_channels: int, **kwargs) -> None:
         super().__init__(1, num_channels, **kwargs)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of ``[B, C, H, W]``.
+
+    Equivalent PyTorch: ``F.layer_norm(x.permute(0, 2, 3, 1), (C,), weight, bias, eps).permute(0, 3, 1, 2)``;
+    the result is channels_last.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, *, bias: bool = True) -> None:
+        super().__init__(positive_int("num_channels", num_channels), not_negative("eps", eps), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class StarReLU(nn.Module):
+    """``scale * relu(x)**2 + bias``, both learned scalars ``[1]``.
+
+    Source: MetaFormer Baselines for Vision (arXiv 2210.13452), section 2.2.
+    """
+
+    def __init__(self, scale: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), float(scale)))
+        self.bias = nn.Parameter(torch.full((1,), float(bias)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x).square() + self.bias
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight ``[out, in, ...]`` and bias of a layer behind ``relu(x)**2`` that computes it behind this.
+
+        ``W (s r + b) + c = (s W) r + (b W 1 + c)``; the sums over a half weight are float32.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shift = self.bias.to(dtype) * weight.flatten(1).sum(1, dtype=dtype)
+        return self.scale * weight, shift if bias is None else shift + bias
 
 
 class Pooling(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .checks import boolean, hooked, positive_int, probability
+from .layers import StarReLU
 
 __all__ = ["Mlp"]
 
@@ -24,8 +25,8 @@ class Mlp(nn.Module):
         in_features: channels C of x.
         hidden_features: channels between; ``in_features`` when None.
         out_features: channels of the result; ``in_features`` when None.
-        act_layer: called without arguments. The operator computes ``nn.GELU`` (both forms), ``nn.ReLU`` and
-            ``nn.SiLU``.
+        act_layer: called without arguments. The operator computes ``nn.GELU`` (both forms), ``nn.ReLU``,
+            ``nn.SiLU`` and `StarReLU`.
         drop: dropout probability after the activation and after fc2.
         bias: fc1 and fc2 have biases.
         use_conv: fc1 and fc2 are ``nn.Conv2d`` and x is ``[B, C, H, W]`` (or ``[C, H, W]``); else they are
@@ -85,16 +86,15 @@ class Mlp(nn.Module):
         return self._operator(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
     def _operator(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self._modules["fc1"], self._modules["fc2"]
-        return ops.mlp(
-            x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            activation=self.activation,
-            save_hidden=self.save_hidden,
-        )
+        return ops.mlp(x, *self.operands(), activation=self.activation, save_hidden=self.save_hidden)
+
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w1, b1, w2, b2 of the operator: the layers' own, or with StarReLU's scalars folded into fc2's."""
+        modules = self._modules
+        fc1, act, fc2 = modules["fc1"], modules["act"], modules["fc2"]
+        if type(act) is StarReLU:
+            return fc1.weight, fc1.bias, *act.fold(fc2.weight, fc2.bias)
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
     @property
     def activation(self) -> str | None:
@@ -109,7 +109,7 @@ class Mlp(nn.Module):
         modules = self._modules  # an attribute of a module costs nearly 1 us, and this is asked in every call
         fc1, act, fc2, drop = modules["fc1"], modules["act"], modules["fc2"], modules["drop"]
         if self.activation is None:
-            return f"act is {type(act).__name__}, not GELU, ReLU or SiLU"
+            return f"act is {type(act).__name__}, not GELU, ReLU, SiLU or StarReLU"
         if type(drop) is nn.Dropout:
             if drop.p > 0 and drop.training:
                 return f"drop is active (p = {drop.p})"
@@ -136,4 +136,4 @@ class Mlp(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", StarReLU: "relu_squared"}

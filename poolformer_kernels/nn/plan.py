@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops.chain import Chain, chainable
 from .checks import hooked
 
-__all__ = ["Chained", "calls_more", "run_chain"]
+__all__ = ["Chained", "calls_more", "forget_chain", "run_chain"]
 
 _PLACE = "_poolformer_kernels_plan"  # in the instance's own dictionary, so that both die together
 _INTERNAL = vars(nn.Module()).keys() - {"training"} | {_PLACE}
@@ -42,6 +42,11 @@ def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | Non
             plan = _Plan(module)
         chain = plan.chain
     return chain.run(x, channels_last) if chain is not None and chain.takes(x, channels_last) else None
+
+
+def forget_chain(module: nn.Module) -> None:
+    """Removes what `run_chain` keeps in the module."""
+    module.__dict__.pop(_PLACE, None)
 
 
 def _collect(module: Chained) -> Chain | None:

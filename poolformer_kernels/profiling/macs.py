@@ -41,6 +41,7 @@ _COUNTED = {
     _aten.mm.default: ("linear", _product),
     _aten.bmm.default: ("linear", _product),
     _aten.native_group_norm.default: ("group_norm", lambda x, w, *_, out: _norm(x, w is not None)),
+    _aten.native_batch_norm.default: ("batch_norm", lambda x, w, *_, out: x.numel() * (1 + (w is not None))),
     _aten.native_layer_norm.default: ("layer_norm", lambda x, shape, w, *_, out: _norm(x, w is not None)),
 }
 
@@ -119,9 +120,10 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
     """Multiply-accumulates of one forward pass by kind of operator; ``.total()`` is the model's figure.
 
     fvcore's convention, the one of the published PoolFormer figures: a convolution or matrix product counts
-    its multiplications, a normalisation 5 per element (4 without affine parameters), pooling, activations and
-    additions nothing. A fused operator counts as the operations it stands for, in the forward pass alone
-    (PyTorch's ``FlopCounterMode``, where this module registers the operators, counts what a kernel executes).
+    its multiplications, a normalisation 5 per element (4 without affine parameters; a batch norm 2 and 1),
+    pooling, activations and additions nothing. A fused operator counts as the operations it stands for, in
+    the forward pass alone (PyTorch's ``FlopCounterMode``, where this module registers the operators, counts
+    what a kernel executes).
 
     Args:
         model: any module; it runs on meta tensors in eval mode, so nothing is computed and no weight copied.

@@ -20,7 +20,7 @@ def paper_figures(size: int = 224) -> dict[str, dict]:
 
     Source: MetaFormer (arXiv 2111.11418), Tables 1 and 2.
     """
-    return {name: _figures(name, size) for name in list_models()}
+    return {name: _figures(name, size) for name in list_models("poolformer_*")}
 
 
 def _figures(name: str, size: int) -> dict:

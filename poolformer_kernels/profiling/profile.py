@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..models.poolformer import PoolFormer
+from ..models import MetaFormer, PoolFormer, PoolFormerV2
 from ..ops.backend import select_backend, use_backend
 from .layers import Layer
 from .layers import layers as model_layers
@@ -158,6 +158,8 @@ def profile(
 def _checked(model, size, batch, dtype, memory_format, measure, rounds) -> tuple[int, int]:
     if not isinstance(model, PoolFormer):
         raise TypeError(f"model must be a poolformer_kernels.models.PoolFormer, got {type(model).__name__}")
+    if isinstance(model, (MetaFormer, PoolFormerV2)):
+        raise TypeError(f"model must be a plain PoolFormer, got {type(model).__name__}; count_macs takes any")
     sides = (size, size) if type(size) is int else size
     if not isinstance(sides, tuple) or len(sides) != 2 or any(type(side) is not int for side in sides):
         raise TypeError(f"size must be an int or a tuple of two ints, got {size!r}")

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> Profile:
     try:
-        config = model_config(args.model)
+        config = model_config(args.model, "poolformer_*")
     except ValueError as error:
         raise CommandError(f"--model: {error}") from None
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,253 @@
+"""MetaFormer: every mixer and ablation against the formulas, and the modules as objects."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randn
+from metaformer_helpers import LAYERS, SIZE, Shift, on_meta, tiny, twin
+from peers import relative_error
+from torch import nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.ops.chain import Chain
+from poolformer_kernels.profiling import profile
+
+CASES = {
+    "pooling": {},
+    "pool_5": {"pool_size": 5},
+    "identity": {"token_mixers": "identity"},
+    "random_matrix": {"token_mixers": "random_matrix"},
+    "convolution": {"token_mixers": "convolution", "pool_size": 5},
+    "attention": {"token_mixers": "attention"},
+    "ppaa": {"token_mixers": ("pooling", "pooling", "attention", "attention"), "norm_layer": "layer"},
+    "ppff": {"token_mixers": ["pooling", "pooling", "spatial_fc", "spatial_fc"]},
+    "callables": {"token_mixers": ("pooling", Shift, "identity", Shift), "act_layer": nn.Tanh},
+    "layer_norm": {"norm_layer": "layer", "act_layer": "relu"},
+    "batch_norm": {"norm_layer": "batch", "act_layer": "silu"},
+    "no_norm": {"norm_layer": "none"},
+    "no_residual": {"residual": False},
+    "no_residual_attention": {"residual": False, "token_mixers": "attention", "norm_layer": "layer"},
+    "no_mlp": {"mlp": False},
+    "no_mlp_no_residual": {"mlp": False, "residual": False, "token_mixers": "convolution"},
+    "no_layer_scale": {"layer_scale_init": None, "token_mixers": "convolution"},
+}
+
+
+def leaves(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_the_formulas(case):
+    model = tiny(**CASES[case])
+    weight, x = randn(3, 7, seed=1), randn(3, 3, *SIZE, mean=0.1)
+    exact = copy.deepcopy(model).double()
+    state = {**dict(exact.named_parameters()), **dict(exact.named_buffers())}
+    maps, logits = twin(model.config, state, x.double())
+    expected = torch.autograd.grad((logits * weight).sum(), leaves(exact))
+    assert logits.std(0).norm() > 1e-3  # the image matters
+    for own, tolerance in ((exact, 1e-10), (model, 2e-5)):
+        dtype = own.head.weight.dtype
+        assert relative_error(own.forward_features(x.to(dtype)), maps) < tolerance
+        y = own(x.to(dtype))
+        assert relative_error(y, logits) < tolerance
+        grads = torch.autograd.grad((y * weight).sum(), leaves(own))
+        with torch.no_grad():  # the inference chain, where there is one
+            last = x.to(dtype, memory_format=torch.channels_last)
+            assert relative_error(own(last), logits) < tolerance
+        largest = max(e.norm() for e in expected)  # some are zero, but for rounding
+        for (name, _), g, e in zip(own.named_parameters(), grads, expected, strict=True):
+            assert (g - e).norm() < 10 * tolerance * max(e.norm(), largest / 20), name
+
+
+def test_kernels_compute_what_they_can():
+    """Pooling with GroupNorm is the operator, so is every MLP; what is left is named."""
+    text = pk.explain(tiny(token_mixers=("pooling", "pooling", "attention", "attention")))
+    rows = [line.split(maxsplit=2) for line in text.splitlines()]
+    fused = [place for place, _, rest in rows if not rest.startswith("modules")]
+    assert [p for p in fused if p.endswith("token_mixer")] == [f"network.{i}.0.token_mixer" for i in (0, 2)]
+    assert sum(p.endswith("mlp") for p in fused) == sum(LAYERS)
+    assert "token_mixer is Attention, not Pooling" in text
+    text = pk.explain(tiny(norm_layer="layer", mlp=False))
+    assert "norm1 is ChannelLayerNorm, not a GroupNorm of one group" in text
+    assert "the block has no MLP" in text
+
+
+def test_another_pool_and_activation_stay_one_operator_in_inference():
+    for structure, chained in (({"pool_size": 5, "act_layer": "relu"}, True), ({"residual": False}, False)):
+        assert tiny(**structure).add_to(Chain()) is chained
+
+
+def test_batch_norm_trains():
+    model = tiny(norm_layer="batch").train()
+    x = randn(4, 3, *SIZE, mean=0.1)
+    before = model.norm.running_mean.clone()
+    n = model.patch_embed(x)
+    block = model.network[0][0]
+    normed = F.batch_norm(n, None, None, block.norm1.weight, block.norm1.bias, training=True)
+    pooled = F.avg_pool2d(normed, 3, 1, 1, count_include_pad=False) - normed
+    expected = n + block.layer_scale_1.view(-1, 1, 1) * pooled
+    assert relative_error(block.mixer_with_stats(n, None, False)[0], expected) < 1e-6
+    model(x).square().sum().backward()
+    assert not torch.equal(model.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("structure", [{}, {"residual": False}, {"mlp": False}], ids=str)
+def test_drop_path_drops_the_branch(structure):
+    model = tiny(drop_path_rate=0.5, token_mixers="convolution", **structure)
+    x = randn(64, 96, 3, 4)
+    block = model.network[6][0].train()
+    torch.manual_seed(1)
+    y = block(x)
+    torch.manual_seed(1)
+    kept = [torch.empty(64).bernoulli_(0.5).view(-1, 1, 1, 1) for _ in range(2)]
+    assert 10 < kept[0].sum() < 54
+    m = 2 * kept[0] * block.layer_scale_1.view(-1, 1, 1) * block.token_mixer(block.norm1(x))
+    z = m if structure.get("residual") is False else x + m
+    if block.mlp is not None:
+        m = 2 * kept[1] * block.layer_scale_2.view(-1, 1, 1) * block.mlp(block.norm2(z))
+        z = m if structure.get("residual") is False else z + m
+    assert relative_error(y, z) < 1e-5
+
+
+def test_random_matrix_is_frozen_and_saved():
+    model = tiny(token_mixers="random_matrix").requires_grad_(True)
+    matrix = model.network[2][0].token_mixer.random_matrix
+    assert not matrix.requires_grad
+    assert "network.2.0.token_mixer.random_matrix" in model.state_dict()
+    assert torch.allclose(matrix.sum(1), torch.ones(35))
+    assert matrix.std() > 0.2 / 35
+
+
+def test_position_embedding_moves_the_indices_after_it():
+    model = tiny(token_mixers=("pooling", "pooling", "attention", "attention"))
+    kinds = [type(module).__name__ for module in model.network]
+    stage, embed = "PoolFormerStage", "PatchEmbed"
+    assert kinds == [stage, embed, stage, embed, "PositionEmbedding", stage, embed, stage]
+    assert model.network[4].pos_embed.shape == (1, 64, 3, 4)
+
+
+@pytest.mark.parametrize("norm_layer", ["group", "layer", "batch"])
+def test_features_and_heads(norm_layer):
+    structure = {"token_mixers": ("pooling", "attention", "identity", "attention"), "norm_layer": norm_layer}
+    model, backbone = tiny(**structure), tiny(features_only=True, **structure)
+    backbone.load_state_dict(model.state_dict(), strict=False)
+    x = randn(2, 3, *SIZE)
+    with torch.no_grad():
+        maps = backbone(x)
+        assert [m.shape[1:] for m in maps] == [(32, 10, 14), (32, 5, 7), (64, 3, 4), (96, 2, 2)]
+        last = model.forward_features(x)
+        assert relative_error(maps[3], backbone.norm6(last)) < 1e-6
+        pooled = model.forward_head(last, pre_logits=True)
+        assert relative_error(pooled, model.norm(last).mean((2, 3))) < 1e-6
+        if norm_layer == "batch":
+            with pytest.raises(ValueError, match=r"head is 'timm'; allowed: official"):
+                model.head_mode = "timm"
+            return
+        model.head_mode = "timm"
+        expected = F.layer_norm(last.mean((2, 3)), (96,), model.norm.weight, model.norm.bias, 1e-6)
+        assert relative_error(model.forward_head(last, pre_logits=True), expected) < 1e-6
+    model.reset_classifier(4)
+    assert model(x).shape == (2, 4)
+
+
+# ---- modules as objects ------------------------------------------------------------------------------------
+
+MIXED = {"token_mixers": ("pooling", "random_matrix", "convolution", "attention"), "norm_layer": "layer"}
+
+
+def test_copies_and_layouts():
+    model = tiny(**MIXED)
+    x = randn(2, 3, *SIZE)
+    with torch.no_grad():
+        expected = model(x)
+        for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(same(x), expected)
+            assert same.config == model.config
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        assert relative_error(last(x.to(memory_format=torch.channels_last)), expected) < 1e-5
+        assert model.forward_features(x).is_contiguous()
+        half = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x)
+    assert relative_error(half, expected) < 0.05
+    assert relative_error(mixed, expected) < 0.05
+
+
+@pytest.mark.parametrize("structure", [MIXED, {"residual": False}], ids=str)
+def test_compiled_model_has_no_graph_break(structure):
+    torch.compiler.reset()
+    model = tiny(**structure)
+    x = randn(2, 3, *SIZE)
+    y = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert relative_error(y, model(x)) < 1e-6
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"token_mixers": "poling"},
+            ValueError,
+            ("token_mixers", "'poling'", "pooling, identity", "callable"),
+        ),
+        ({"token_mixers": ("pooling",) * 3}, ValueError, ("token_mixers", "4", "3")),
+        ({"token_mixers": nn.Identity()}, TypeError, ("token_mixers", "Identity", "callable")),
+        ({"pool_size": 4}, ValueError, ("pool_size", "4", "odd")),
+        ({"norm_layer": "instance"}, ValueError, ("norm_layer", "'instance'", "group, layer, batch, none")),
+        ({"act_layer": None}, TypeError, ("act_layer", "NoneType", "gelu")),
+        ({"residual": 1}, TypeError, ("residual", "bool", "int")),
+        ({"mlp": None}, TypeError, ("mlp", "bool", "NoneType")),
+        ({"layer_scale_init": "1e-5"}, TypeError, ("layer_scale_init", "str", "number")),
+        ({"image_size": (224, 2)}, ValueError, ("image_size", "3", "2")),
+        ({"image_size": 224.0}, TypeError, ("image_size", "float", "int")),
+        ({"image_size": (224, 224, 3)}, ValueError, ("image_size", "(height, width)")),
+        ({"mixer": "pooling"}, TypeError, ("mixer", "token_mixers", "norm_layer")),
+        (
+            {"name": "metaformer_s13"},
+            ValueError,
+            ("name", "metaformer_s12", "poolformerv2_s12", "did you mean"),
+        ),
+        ({"name": "metaformer_s12", "pretrained": True}, ValueError, ("pretrained", "hub", "checkpoint")),
+        ({"pretrained": True, "pool_size": 5}, ValueError, ("pretrained", "pool_size", "checkpoint")),
+        ({"norm_layer": "batch", "head": "timm"}, ValueError, ("head", "'timm'", "official")),
+    ],
+)
+def test_bad_arguments(options, error, words):
+    with pytest.raises(error) as caught, torch.device("meta"):
+        pk.create_model(**{"name": "poolformer_s12", **options})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["random_matrix", "spatial_fc", "attention"])
+def test_images_of_another_size(kind):
+    model = tiny(token_mixers=("pooling", "pooling", "pooling", kind))
+    with pytest.raises(ValueError, match=r"was made for maps of 2 x 2 pixels, got 2 x 3"):
+        model(torch.zeros(1, 3, 40, 88))
+
+
+def test_profile_takes_plain_poolformers_only():
+    with pytest.raises(TypeError, match=r"got MetaFormer; count_macs"):
+        profile(on_meta("metaformer_id_s12"), measure=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: pk.nn.Attention(48), ValueError, "multiple of head_dim 32, got 48"),
+        (lambda: pk.nn.SpatialFC((7, 0)), ValueError, "width must be positive"),
+        (lambda: pk.nn.PositionEmbedding("64", (7, 7)), TypeError, "dim must be an int, got str"),
+        (lambda: pk.nn.MetaFormerBlock(8, residual=False, res_scale_init_value=1.0), ValueError, "residual"),
+        (lambda: pk.nn.MetaFormerBlock(8, res_scale_init_value="1"), TypeError, "res_scale_init_value"),
+    ],
+)
+def test_bad_parts(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,286 @@
+"""PoolFormerV2 against timm's, and StarReLU's fold into fc2."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randn
+from peers import randomise, relative_error, require
+
+import poolformer_kernels as pk
+from poolformer_kernels.models import ModelConfig, PoolFormerV2, model_config
+from poolformer_kernels.nn import MetaFormerBlock, Mlp, PoolFormerBlock, StarReLU
+from poolformer_kernels.ops.chain import Chain
+from poolformer_kernels.profiling import count_macs
+
+NAMES = ["poolformerv2_s12", "poolformerv2_s24", "poolformerv2_s36", "poolformerv2_m36", "poolformerv2_m48"]
+LAYERS, DIMS = (1, 2, 2, 1), (16, 24, 40, 48)
+TINY = ModelConfig("tiny", LAYERS, DIMS, None, 0.1, None, 1.0)
+
+
+def tiny_pair(classes=7, **options):
+    """timm's PoolFormerV2, small, and ours with the same random weights, in eval mode."""
+    timm = require("timm").models.metaformer
+    torch.manual_seed(0)
+    theirs = timm.MetaFormer(
+        depths=LAYERS,
+        dims=DIMS,
+        num_classes=classes,
+        norm_layers=timm.GroupNorm1NoBias,
+        use_mlp_head=False,
+        **options,
+    )
+    for name, p in randomise(theirs).named_parameters():
+        if "res_scale" in name or name.endswith("act.scale"):
+            torch.nn.init.normal_(p, 0.9, 0.1)
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    ours = PoolFormerV2(TINY, classes, **options)
+    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
+    return ours.eval(), theirs.eval()
+
+
+def images(*shape, seed=0):
+    return randn(*shape, mean=0.1, seed=seed)
+
+
+# ---- the models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_sizes_and_configurations_are_timms(name):
+    timm = require("timm")
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name), pk.create_model(name)
+    converted = pk.convert_state_dict(theirs.state_dict())
+    assert {k: t.shape for k, t in converted.items()} == {k: t.shape for k, t in ours.state_dict().items()}
+    config, cfg = model_config(name), timm.get_pretrained_cfg(f"{name}.sail_in1k")
+    assert sum(p.numel() for p in ours.parameters()) == config.params
+    assert (config.crop_pct, config.mean, config.std) == (cfg.crop_pct, cfg.mean, cfg.std)
+    assert (config.interpolation, (3, config.input_size, config.input_size)) == (
+        cfg.interpolation,
+        cfg.input_size,
+    )
+    assert config.hf_hub_id == cfg.hf_hub_id
+    assert ours.head_mode == "timm"
+
+
+def test_names():
+    assert pk.list_models("poolformerv2_*") == NAMES
+    assert set(NAMES) < set(pk.list_models())
+    assert [model_config(name).drop_path_rate for name in NAMES] == [0.1, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_macs_are_poolformers_with_other_norms():
+    with torch.device("meta"):
+        v1, v2 = (count_macs(pk.create_model(f"poolformer{v}_s12"), (1, 3, 224, 224)) for v in ("", "v2"))
+    assert v2["convolution"] == v1["convolution"]
+    assert v2["group_norm"] == v1["group_norm"] - 5 * 512 * 49
+    assert v2["layer_norm"] == 5 * (64 * 3136 * 2 + 128 * 784 + 320 * 196 + 512)
+
+
+def test_the_released_size_equals_timm_and_its_file_loads(tmp_path):
+    timm = require("timm")
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model("poolformerv2_s12", num_classes=20)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    ours = pk.create_model("poolformerv2_s12", num_classes=20, checkpoint=tmp_path / "timm.pth").eval()
+    x = images(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs(x)
+        assert relative_error(ours(x), expected) < 1e-5
+    assert expected.std() > 0.05
+    # a file of our own, under our keys; .safetensors knows no head mode
+    require("safetensors.torch").save_file(ours.state_dict(), tmp_path / "ours.safetensors")
+    again = pk.create_model("poolformerv2_s12", num_classes=20)
+    assert pk.load_checkpoint(again, tmp_path / "ours.safetensors").source == "official"
+    assert again.head_mode == "timm"
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), ours(x))
+    with pytest.raises(ValueError, match=r"does not fit poolformer_s12"):
+        pk.create_model("poolformer_s12", num_classes=20, checkpoint=tmp_path / "timm.pth")
+
+
+def test_logits_and_gradients_meet_the_error_rule(backend):
+    """In the root mean square over eight inputs: a network's largest error is one element's luck, and in one
+    input all early layers share the rounding errors of the gradient behind them.
+    """
+    ours, theirs = tiny_pair()
+    models = (ours, theirs, copy.deepcopy(theirs).double())
+    found = ([], [], [])
+    for i in range(8):
+        x, weight = images(2, 3, 48 + i, 37 + 4 * i, seed=2 * i), images(2, 7, seed=2 * i + 1)
+        for model, values in zip(models, found, strict=True):
+            leaf = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
+            y = model(leaf)
+            names, parameters = zip(*model.named_parameters(), strict=True)
+            dx, *grads = torch.autograd.grad((y * weight).sum(), [leaf, *parameters])
+            grads = dict(zip(names, grads, strict=True))
+            grads = grads if model is ours else pk.convert_state_dict(grads)
+            values.append({"y": y.detach().flatten(), "x": dx.flatten(), **grads})
+    for name in found[0][0]:
+        actual, eager, exact = (torch.cat([v[name] for v in values]).double() for values in found)
+        floor = 4.5 * torch.finfo(torch.float32).eps * exact.norm()
+        assert (actual - exact).norm() <= 1.5 * (eager - exact).norm() + floor, name
+
+
+def test_training_with_stochastic_depth_equals_timm_under_the_same_seed():
+    ours, theirs = tiny_pair(drop_path_rate=0.6)
+    x = images(6, 3, 32, 32)
+    torch.manual_seed(5)
+    expected = theirs.train()(x)
+    torch.manual_seed(5)
+    y = ours.train()(x)
+    assert relative_error(y, expected) < 1e-5
+    assert relative_error(y, ours.eval()(x)) > 0.05
+
+
+def test_feature_maps_equal_timm_through_norms_of_their_own():
+    ours, theirs = tiny_pair()
+    backbone = randomise(PoolFormerV2(TINY, features_only=True), seed=1).eval()
+    result = backbone.load_state_dict(ours.state_dict(), strict=False)
+    assert result.missing_keys == [f"norm{i}.weight" for i in (0, 2, 4, 6)]
+    x = images(2, 3, 65, 97)
+    with torch.no_grad():
+        raw = theirs.forward_intermediates(x, intermediates_only=True)
+        for i, (y, expected) in enumerate(zip(backbone(x), raw, strict=True)):
+            weight = backbone.get_parameter(f"norm{2 * i}.weight")
+            assert relative_error(y, F.group_norm(expected, 1, weight, None, 1e-6)) < 1e-5
+
+
+def test_dtypes_layouts_and_copies():
+    ours, theirs = tiny_pair()
+    x = images(2, 3, 64, 64)
+    with torch.no_grad():
+        exact = copy.deepcopy(theirs).double()(x.double())
+        expected = ours(x)
+        for same in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(same(x), expected)
+        last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+        y = last.forward_features(x.to(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(last.forward_head(y), expected) < 1e-5
+        half, eager = (copy.deepcopy(m).bfloat16()(x.bfloat16()) for m in (ours, theirs))
+        assert relative_error(half, exact) < 1.5 * relative_error(eager, exact) + 4e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        y, eager = ours(x), theirs(x)
+    assert relative_error(y, exact) < 1.5 * relative_error(eager, exact) + 4e-3
+    y.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == p.dtype for p in ours.parameters())
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = PoolFormerV2(TINY)
+    assert 0.018 < model.network[3].proj.weight.std() < 0.022
+    assert not model.patch_embed.proj.bias.any()
+    assert [p.unique().tolist() for n, p in model.named_parameters() if "res_scale" in n] == [[1.0]] * 6
+    act = model.network[0][0].mlp.act
+    assert (act.scale.item(), act.bias.item()) == (1.0, 0.0)
+
+
+def test_head_and_errors():
+    ours, _ = tiny_pair()
+    ours.reset_classifier(3)
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        pooled = ours.forward_features(x).mean((2, 3))
+        expected = F.layer_norm(pooled, (48,), ours.norm.weight, ours.norm.bias, 1e-6)
+        assert relative_error(ours(x), expected @ ours.head.weight.T) < 1e-5
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=r"head is 'official'; allowed: timm"):
+            pk.create_model("poolformerv2_s12", head="official")
+        with pytest.raises(TypeError, match=r"pool_size is given; poolformerv2_s12 takes none of"):
+            pk.create_model("poolformerv2_s12", pool_size=5)
+
+
+def test_compiled_model_has_no_graph_break():
+    torch.compiler.reset()
+    ours, _ = tiny_pair()
+    x = images(2, 3, 32, 32)
+    assert relative_error(torch.compile(ours, backend="eager", fullgraph=True)(x), ours(x)) < 1e-6
+
+
+# ---- StarReLU and ResScale ---------------------------------------------------------------------------------
+
+
+def star_mlp(bias=False, **options):
+    torch.manual_seed(0)
+    mlp = Mlp(6, 20, 9, act_layer=lambda: StarReLU(0.8, -0.4), bias=bias, **options)
+    for p in mlp.parameters():
+        if p.dim() > 1 or p.numel() > 1:
+            torch.nn.init.normal_(p, std=0.4)
+    return mlp
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("use_conv", [False, True])
+def test_star_relu_is_folded_with_its_gradients(bias, use_conv):
+    mlp = star_mlp(bias, use_conv=use_conv).double()
+    assert mlp.unfused_reason() is None
+    assert mlp.activation == "relu_squared"
+    x = randn(2, 6, 5, 7, dtype=torch.float64) if use_conv else randn(2, 5, 6, dtype=torch.float64)
+    y, expected = mlp(x), mlp.fc2(mlp.act(mlp.fc1(x)))
+    assert relative_error(y, expected) < 1e-14
+    leaves = dict(mlp.named_parameters())
+    weight = torch.randn_like(y)
+    for name, g, e in zip(
+        leaves,
+        torch.autograd.grad((y * weight).sum(), [*leaves.values()]),
+        torch.autograd.grad((expected * weight).sum(), [*leaves.values()]),
+        strict=True,
+    ):
+        assert relative_error(g, e) < 1e-12, name
+
+
+def test_star_relu_zero_scale_has_a_gradient():
+    mlp = star_mlp()
+    torch.nn.init.zeros_(mlp.act.scale)
+    x = randn(2, 6, 5, 7)
+    mlp(x).sum().backward()
+    r = F.relu(mlp.fc1(x)).square()
+    assert relative_error(mlp.act.scale.grad, F.conv2d(r, mlp.fc2.weight).sum().view(1)) < 1e-5
+
+
+def test_a_changed_star_relu_is_seen_in_inference():
+    """The fold is computed in each call: nothing keeps the old one."""
+    block = PoolFormerBlock(6, act_layer=StarReLU).eval()
+    assert not block.add_to(Chain())
+    stage = pk.nn.PoolFormerStage(block)
+    x = randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    torch.nn.init.ones_(block.layer_scale_2)
+    with torch.no_grad():
+        first = stage(x)
+        block.mlp.act.bias.add_(1)
+        difference = stage(x) - first
+    expected = block.mlp.fc2.weight.sum((1, 2, 3)).view(-1, 1, 1).expand_as(difference)
+    assert relative_error(difference, expected) < 1e-4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_res_scale_block_is_its_formula(training, backend):
+    torch.manual_seed(0)
+    block = randomise(MetaFormerBlock(6, drop_path=0.5, res_scale_init_value=0.7)).train(training)
+    for p in (block.res_scale_1, block.res_scale_2):
+        torch.nn.init.normal_(p, 0.7, 0.2)
+    x = randn(8, 6, 5, 7, mean=0.5)
+    torch.manual_seed(3)
+    y = block(x)
+    torch.manual_seed(3)
+    keep = [torch.empty(8).bernoulli_(0.5).mul(2).view(-1, 1, 1, 1) if training else 1.0 for _ in range(2)]
+    n = block.norm1(x)
+    branch = F.avg_pool2d(n, 3, 1, 1, count_include_pad=False) - n
+    z = block.res_scale_1.view(-1, 1, 1) * x + keep[0] * block.layer_scale_1.view(-1, 1, 1) * branch
+    branch = block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(z))))
+    expected = block.res_scale_2.view(-1, 1, 1) * z + keep[1] * block.layer_scale_2.view(-1, 1, 1) * branch
+    assert relative_error(y, expected) < 1e-6
+    weight = torch.randn_like(y)
+    for (name, p), g in zip(
+        block.named_parameters(),
+        torch.autograd.grad((y * weight).sum(), [*block.parameters()]),
+        strict=True,
+    ):
+        (e,) = torch.autograd.grad((expected * weight).sum(), [p], retain_graph=True)
+        assert (g - e).norm() < 1e-5 * (e.norm() + 1), name
