@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .accelerate import unfused_reasons
+from .accelerate.structures import FC1, FC2, MLP, structure_of
 from .nn import Mlp, PoolFormerBlock, PoolMixer
 from .ops.backend import explain_selection, mlp_backend
 
@@ -20,7 +22,8 @@ def explain(target: nn.Module | Tensor) -> str:
     Returns:
         The lines, aligned, under the choice of `poolformer_kernels.use_backend` in force. The backend is
         ``modules`` where a layer runs as plain PyTorch modules and ``none`` where an explicit choice cannot
-        be met, so that the call would raise.
+        be met, so that the call would raise. Blocks of other packages' PoolFormers are listed too, with the
+        reason where `poolformer_kernels.accelerate` leaves a part of one alone.
 
     Raises:
         TypeError: another type of target.
@@ -55,30 +58,46 @@ def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
         reason = module.mixer_unfused_reason()
         mixer = _selected(module) if reason is None else ("modules", reason)
         reason = module.mlp_unfused_reason()
-        mlp = _mlp_selected(module.mlp) if reason is None else _mlp_alone(module.mlp, reason)
-        places = (f"{name}.{part}".lstrip(".") for part in ("token_mixer", "mlp"))
-        return [
-            (place, operator, *row)
-            for place, operator, row in zip(places, _OPERATORS, (mixer, mlp), strict=True)
-        ]
+        mlp = _mlp_selected(*_layers(module.mlp)) if reason is None else _mlp_alone(module.mlp, reason)
+        return _block_rows(name, ("token_mixer", "mlp"), (mixer, mlp))
     if isinstance(module, Mlp):
         reason = module.unfused_reason()
-        return [(name, "mlp", *(_mlp_selected(module) if reason is None else ("modules", reason)))]
-    return []
+        return [(name, "mlp", *(_mlp_selected(*_layers(module)) if reason is None else ("modules", reason)))]
+    structure = structure_of(module)
+    if structure is None:
+        return []
+    mixer_reason, mlp_reason = unfused_reasons(module)
+    mixer = _selected(module) if mixer_reason is None else ("modules", mixer_reason)
+    mlp = ("modules", mlp_reason)
+    if mlp_reason is None:
+        parts = structure.parts(module, MLP)
+        mlp = _mlp_selected(parts[FC1], parts[FC2])
+    return _block_rows(name, structure.bodies, (mixer, mlp))
+
+
+def _block_rows(
+    name: str, parts: tuple[str, str], rows: tuple[tuple[str, str], tuple[str, str]]
+) -> list[tuple[str, str, str, str]]:
+    places = (f"{name}.{part}".lstrip(".") for part in parts)
+    return [(place, operator, *row) for place, operator, row in zip(places, _OPERATORS, rows, strict=True)]
 
 
 def _mlp_alone(mlp: nn.Module, reason: str) -> tuple[str, str]:
     """Of a block's MLP that is not one call with its norm and residual: it may still be one without them."""
     if not isinstance(mlp, Mlp) or mlp.unfused_reason() is not None:
         return "modules", reason
-    backend, why = _mlp_selected(mlp)
+    backend, why = _mlp_selected(*_layers(mlp))
     return backend, f"{why}; norm and residual as modules: {reason}"
 
 
-def _mlp_selected(mlp: Mlp) -> tuple[str, str]:
-    """The backend of an MLP's forward, and where the backward's is another, both."""
-    selected, why = _selected(mlp)
-    w1, w2 = mlp.fc1.weight, mlp.fc2.weight
+def _layers(mlp: Mlp) -> tuple[nn.Module, nn.Module]:
+    return mlp.fc1, mlp.fc2
+
+
+def _mlp_selected(fc1: nn.Module, fc2: nn.Module) -> tuple[str, str]:
+    """The backend of the forward of an MLP of these layers, and where the backward's is another, both."""
+    selected, why = _selected(fc1)
+    w1, w2 = fc1.weight, fc2.weight
     sizes = w1.shape[1], w1.shape[0], w2.shape[0]
     backend, reason = mlp_backend(selected, sizes, w1.dtype)
     if reason is not None:

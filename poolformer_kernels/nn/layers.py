@@ -85,11 +85,19 @@ class StarReLU(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight ``[out, in, ...]`` and bias of a layer behind ``relu(x)**2`` that computes it behind this.
 
-        ``W (s r + b) + c = (s W) r + (b W 1 + c)``; the sums over a half weight are float32.
+        See `fold_star_relu`.
         """
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        shift = self.bias.to(dtype) * weight.flatten(1).sum(1, dtype=dtype)
-        return self.scale * weight, shift if bias is None else shift + bias
+        return fold_star_relu(self.scale, self.bias, weight, bias)
+
+
+def fold_star_relu(s: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``W (s r + b) + c = (s W) r + (b W 1 + c)``: (weight, bias) of a layer behind ``relu(x)**2 = r``.
+
+    The weight keeps its dtype; the sums over a half weight are float32.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    shift = b.to(dtype) * weight.flatten(1).sum(1, dtype=dtype)
+    return (s * weight).to(weight.dtype), shift if bias is None else shift + bias
 
 
 class Pooling(nn.Module):

@@ -1,0 +1,247 @@
+"""The blocks that other packages build a PoolFormer from, and why a sub-block of one is no operator call."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.checks import hooked
+from ..reference import ACTIVATIONS
+
+__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "MIXER", "MLP", "NORM", "PLAIN", "POOL", "STRUCTURES"]
+__all__ += ["Structure", "activation_of", "drops_paths", "is_star_relu", "structure_of"]
+
+MIXER, MLP = range(2)
+NORM, DROP_PATH, BODY, POOL = range(4)  # where parts() has what
+FC1, ACT, FC2 = range(3, 6)
+PLAIN = (Tensor, nn.Parameter)  # not quantised, sharded or fake
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The names in a block; of two, the first is the token mixer's and the second the MLP's."""
+
+    name: str
+    norms: tuple[str, str]
+    bodies: tuple[str, str]
+    drop_paths: tuple[str, str]
+    scales: tuple[str, str]
+    layers: tuple[str, str, str]
+    quiet: tuple[str, ...] = ()  # modules of the MLP that must do nothing
+    inner_drop_path: str | None = None  # of the MLP, called behind the activation and behind the second layer
+    residual_scales: tuple[str, str] | None = None  # if there are any, all scales are modules
+    returns_tuple: bool = False
+
+    def matches(self, block: nn.Module) -> bool:
+        """Whether a module has these names; scales that are parameters may be absent."""
+        names = [*self.norms, *self.bodies, *self.drop_paths]
+        if self.residual_scales is not None:
+            names += [*self.scales, *self.residual_scales]
+        elif "use_layer_scale" not in vars(block):
+            return False
+        return all(block._modules.get(name) is not None for name in names)
+
+    def parts(self, block: nn.Module, which: int) -> list[nn.Module]:
+        """The modules that a sub-block's operator call stands for, in the order of the constants above.
+
+        Raises:
+            KeyError: one of them is missing.
+        """
+        modules = (
+            block._modules
+        )  # an attribute of a module costs nearly 1 us, and this is asked in every call
+        body = modules[self.bodies[which]]
+        inner = body._modules
+        names = ("pool",) if which == MIXER else self.layers + self.quiet
+        parts = [modules[self.norms[which]], modules[self.drop_paths[which]], body]
+        parts += [inner[name] for name in names]
+        if which == MLP and self.inner_drop_path is not None:
+            parts.append(inner[self.inner_drop_path])
+        if self.residual_scales is not None:
+            parts += [modules[self.scales[which]], modules[self.residual_scales[which]]]
+        return parts
+
+    def layer_scale(self, block: nn.Module, which: int) -> Tensor | None:
+        """The LayerScale vector ``[C]``."""
+        if self.residual_scales is None:
+            return getattr(block, self.scales[which]) if block.use_layer_scale else None
+        return _scale(block._modules[self.scales[which]])
+
+    def residual_scale(self, block: nn.Module, which: int) -> Tensor | None:
+        """The vector ``[C]`` that the shortcut is multiplied by."""
+        if self.residual_scales is None:
+            return None
+        return _scale(block._modules[self.residual_scales[which]])
+
+    def foreign_reason(self, block: nn.Module, which: int, activation: str | None = None) -> str | None:
+        """Why no operator computes a sub-block, whatever its modules are set to, or None.
+
+        ``activation`` is the operator's name for the MLP's, where it was found earlier.
+        """
+        try:
+            parts = self.parts(block, which)
+        except KeyError as missing:
+            body = block._modules[self.bodies[which]]
+            wanted = "not average pooling" if which == MIXER else f"without {missing}"
+            return f"{self.bodies[which]} is {_kind(body)}, {wanted}"
+        reason = self._around_reason(parts, which)
+        if reason is not None:
+            return reason
+        return (
+            _pool_reason(self.bodies[MIXER], parts[POOL])
+            if which == MIXER
+            else self._mlp_reason(parts, activation)
+        )
+
+    def passing_reason(self, block: nn.Module, which: int) -> str | None:
+        """Why a sub-block that an operator computes must run its modules now, or None."""
+        parts, body = self.parts(block, which), self.bodies[which]
+        if which == MLP:
+            for name, module in zip(self.quiet, parts[FC2 + 1 :], strict=False):
+                if type(module) is nn.Dropout and module.p > 0 and module.training:
+                    return f"{name} of {body} is active (p = {module.p})"
+            for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
+                if type(fc.weight) not in PLAIN and not torch.compiler.is_compiling():
+                    return f"{name} has a weight of {_kind(fc.weight)}, not a plain parameter"
+            parts += parts[ACT]._modules.values()
+        for part in parts:
+            if hooked(part):
+                return f"{_kind(part)} in or around {body} has hooks"
+        return "forward was set on the block itself" if "forward" in vars(block) else None
+
+    def _around_reason(self, parts: list[nn.Module], which: int) -> str | None:
+        norm, drop_path = parts[NORM], parts[DROP_PATH]
+        if not isinstance(norm, nn.GroupNorm):
+            return f"{self.norms[which]} is {_kind(norm)}, not GroupNorm"
+        if norm.num_groups != 1:
+            return f"{self.norms[which]} has {norm.num_groups} groups, not 1"
+        if type(drop_path) is not nn.Identity and "drop_prob" not in vars(drop_path):
+            return f"{self.drop_paths[which]} is {_kind(drop_path)}, not DropPath or Identity"
+        if self.residual_scales is not None:
+            for name, scale in ((self.scales[which], parts[-2]), (self.residual_scales[which], parts[-1])):
+                if type(scale) is not nn.Identity and [*scale._parameters] != ["scale"]:
+                    return f"{name} is {_kind(scale)}, not a scale of channels or Identity"
+        return None
+
+    def _mlp_reason(self, parts: list[nn.Module], activation: str | None) -> str | None:
+        for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
+            if type(fc) is not nn.Conv2d:
+                return f"{name} is {_kind(fc)}, not Conv2d"
+            if not (fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1):
+                return f"{name} is not a 1x1 convolution of stride 1, without padding and groups"
+        name, act = self.layers[1], parts[ACT]
+        if activation is None and activation_of(act) is None:
+            return f"{name} is {_kind(act)}, which computes none of {', '.join(ACTIVATIONS)} or StarReLU"
+        for name, module in zip(self.quiet, parts[FC2 + 1 :], strict=False):
+            if type(module) not in (nn.Dropout, nn.Identity):
+                return f"{name} is {_kind(module)}, not Dropout or Identity"
+        if self.inner_drop_path is not None and "drop_prob" not in vars(parts[FC2 + 1 + len(self.quiet)]):
+            return f"{self.inner_drop_path} is not DropPath"
+        return None
+
+
+def structure_of(block: nn.Module) -> Structure | None:
+    """The structure whose names a module has."""
+    return next((s for s in STRUCTURES.values() if s.matches(block)), None)
+
+
+def is_star_relu(act: nn.Module) -> bool:
+    """StarReLU, ``scale * relu(x) ** 2 + bias``."""
+    parameters = act._parameters
+    return (
+        parameters.keys() == {"scale", "bias"}
+        and type(act._modules.get("relu")) is nn.ReLU
+        and all(p is not None and p.shape == (1,) for p in parameters.values())
+    )
+
+
+def activation_of(act: nn.Module) -> str | None:
+    """The operator's name for an activation, by its values where it is not torch's own; None: it has none."""
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    if type(act) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(act)]
+    if is_star_relu(act):
+        return "relu_squared"
+    if any(True for _ in act.parameters()):
+        return None
+    x = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        try:
+            y = act.forward(x.clone())
+        except Exception:  # whatever a module of the user's may raise on a line of numbers
+            return None
+        for name, function in ACTIVATIONS.items():
+            if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, function(x), 1e-9, 1e-9):
+                return name
+    return None
+
+
+def drops_paths(drop_path: nn.Module) -> bool:
+    """Whether a call of a DropPath (or Identity) drops samples now."""
+    return drop_path.training and bool(vars(drop_path).get("drop_prob"))
+
+
+def _pool_reason(body: str, pool: nn.Module) -> str | None:
+    if type(pool) is not nn.AvgPool2d:
+        return f"{body}.pool is {_kind(pool)}, not AvgPool2d"
+    size, stride, padding = (
+        (v, v) if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if size[0] != size[1] or size[0] % 2 == 0:
+        return f"{body}.pool has kernel_size {pool.kernel_size}, not odd and square"
+    if stride != (1, 1):
+        return f"{body}.pool has stride {pool.stride}, not 1"
+    if padding != (size[0] // 2, size[0] // 2):
+        return f"{body}.pool has padding {pool.padding}, not half its size"
+    if pool.count_include_pad:
+        return f"{body}.pool has count_include_pad=True"
+    if pool.divisor_override is not None:
+        return f"{body}.pool has divisor_override {pool.divisor_override}"
+    return None
+
+
+def _scale(module: nn.Module) -> Tensor | None:
+    return None if type(module) is nn.Identity else module.scale
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_MLP = ("fc1", "act", "fc2")
+STRUCTURES = {
+    s.name: s
+    for s in (
+        Structure(
+            "timm MetaFormerBlock",
+            norms=("norm1", "norm2"),
+            bodies=("token_mixer", "mlp"),
+            drop_paths=("drop_path1", "drop_path2"),
+            scales=("layer_scale1", "layer_scale2"),
+            residual_scales=("res_scale1", "res_scale2"),
+            layers=_MLP,
+            quiet=("drop1", "norm", "drop2"),
+        ),
+        Structure(
+            "Hugging Face PoolFormerLayer",
+            norms=("before_norm", "after_norm"),
+            bodies=("pooling", "output"),
+            drop_paths=("drop_path", "drop_path"),
+            scales=("layer_scale_1", "layer_scale_2"),
+            layers=("conv1", "act_fn", "conv2"),
+            inner_drop_path="drop",
+            returns_tuple=True,
+        ),
+        Structure(
+            "official or mmpretrain PoolFormerBlock",
+            norms=("norm1", "norm2"),
+            bodies=("token_mixer", "mlp"),
+            drop_paths=("drop_path", "drop_path"),
+            scales=("layer_scale_1", "layer_scale_2"),
+            layers=_MLP,
+            quiet=("drop",),
+        ),
+    )
+}

@@ -1,0 +1,340 @@
+"""accelerate: other packages' models compute the same, from the same modules and parameters, and faster."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from accelerate_helpers import (
+    DEPTHS,
+    SOURCES,
+    PoolFormerBlock,
+    assert_equal,
+    assert_right,
+    blocks_of,
+    image,
+    logits,
+    make_model,
+    results,
+)
+from torch import nn
+from torch.func import functional_call
+
+from poolformer_kernels.accelerate import accelerate, blocks, restore, run
+
+IMAGES = [(size, seed) for size in ((64, 64), (45, 71)) for seed in range(2)]
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+STAGES = {"timm": "stages.0.blocks", "timm v2": "stages.0.blocks"}
+source = pytest.mark.parametrize("source", SOURCES)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The operators called, and whether with statistics."""
+    made = []
+
+    def call(operator, name, *args, **options):
+        made.append((name, options["stats"] is not None))
+        return operator(*args, **options)
+
+    for name in ("pool_mixer", "mlp"):
+        operator = getattr(run, f"{name}_with_stats")
+        monkeypatch.setattr(run, f"{name}_with_stats", partial(call, operator, name))
+    return made
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+@source
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_logits_and_gradients(source, dtype, layout, kernels):
+    model = make_model(source).to(dtype).to(memory_format=FORMATS[layout])
+    images = [image(*given).to(dtype).to(memory_format=FORMATS[layout]) for given in IMAGES]
+    model.to(dtype)
+    assert_right(model, images)
+
+
+@source
+def test_autocast(source, kernels):
+    model = make_model(source)
+    assert_right(model, [image(*given) for given in IMAGES], autocast=True)
+    streams = []
+    for each in (model, accelerate(model, inplace=False)):
+        seen = []
+        for block in blocks_of(each):
+            block.register_forward_hook(lambda module, given, y, seen=seen: seen.append(y))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits(each, image())
+        streams.append([(y[0] if isinstance(y, tuple) else y).dtype for y in seen])
+    assert streams[0] == streams[1]
+    assert torch.float32 in streams[0]
+
+
+@source
+def test_drop_path_draws_what_it_drew(source):
+    model, x = make_model(source, drop_path=0.6).double().train(), image().double()
+    expected, state = results(model, x), torch.get_rng_state()
+    assert_equal(results(accelerate(model), x), expected, 1e-11)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (logits(model, x) - expected["logits"]).abs().max() > 1e-3
+    model, x = make_model(source, drop_path=0.6).train(), image()
+    expected = results(model, x)["logits"]
+    torch.testing.assert_close(results(accelerate(model), x)["logits"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dropped_samples_are_left_as_they_are(kernels):
+    block = accelerate(PoolFormerBlock(drop_path=0.5)).train()
+    nn.init.ones_(block.layer_scale_1)
+    nn.init.zeros_(block.layer_scale_2)
+    torch.manual_seed(0)
+    x = torch.randn(400, 16, 3, 3)
+    with torch.no_grad():
+        branch = block(x) - x
+        whole = block.token_mixer(block.norm1(x))
+    dropped = branch.flatten(1).abs().amax(1) == 0
+    assert 140 < dropped.sum() < 260
+    torch.testing.assert_close(branch[~dropped], 2 * whole[~dropped], atol=1e-5, rtol=1e-4)
+
+
+# ---- what runs ---------------------------------------------------------------------------------------------
+
+
+@source
+def test_two_operator_calls_a_block_and_statistics_between(source, calls, kernels):
+    model = accelerate(make_model(source))
+    calls.clear()  # of the comparison by which it sees what a block computes
+    logits(model, image())
+    assert [name for name, _ in calls] == ["pool_mixer", "mlp"] * sum(DEPTHS)
+    given = [stats for _, stats in calls]
+    if source == "timm v2":  # stages 3 and 4 scale the shortcut outside of the operators
+        assert given == [False, True, True, True, False, True, False, False, False, False]
+    else:
+        first = [i == 0 for depth in DEPTHS for i in range(depth)]
+        between = source != "transformers"  # whose blocks are called one by one
+        assert given[::2] == [between and not first_of_stage for first_of_stage in first]
+        assert all(given[1::2])
+
+
+@pytest.mark.parametrize(("source", "count"), [("timm", 4), ("official", 4), ("transformers", 5)])
+def test_inference_is_one_call_a_stage_or_block(source, count, calls, monkeypatch, kernels):
+    model = make_model(source)
+    expected = logits(model, image())
+    accelerate(model)
+    calls.clear()  # of the comparison by which it sees what a block computes
+    ran, chain = [], blocks.run_chain
+    monkeypatch.setattr(blocks, "run_chain", lambda *args: ran.append(chain(*args)) or ran[-1])
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(model, image()), expected.detach())
+    assert not calls
+    assert len(ran) == count
+    assert all(y is not None for y in ran)
+
+
+@source
+@torch.no_grad()
+def test_inference_reads_parameters_and_modes_in_every_call(source, kernels):
+    model, x = make_model(source, drop_path=0.9), image()
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    for training, factor in ((False, 1.0), (False, 1.5), (True, 1.0)):
+        for each in (model, plain):
+            each.train(training)
+            for parameter in each.parameters():
+                parameter.mul_(factor)
+        drawn = []
+        for each in (model, plain):
+            torch.manual_seed(0)
+            drawn.append(logits(each, x))
+        torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-3)
+
+
+def test_parts_that_are_not_asked_for_stay_modules(calls, kernels):
+    model, x = make_model("timm"), image()
+    expected = results(model, x)
+    for options, ran in (({"mlp": False}, "pool_mixer"), ({"mixer": False}, "mlp")):
+        assert accelerate(model, **options) is model  # the last call counts
+        calls.clear()
+        assert_equal(results(model, x), expected, 1e-4)
+        assert {name for name, _ in calls} == {ran}
+
+
+# ---- the same modules --------------------------------------------------------------------------------------
+
+
+@source
+def test_everything_about_the_model_stays(source):
+    model = make_model(source)
+    modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    looks, attributes = repr(model), [[*vars(module)] for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
+    assert accelerate(accelerate(model)) is model
+    assert classes != [type(module) for module in model.modules()]
+    assert all(isinstance(module, c) for module, c in zip(model.modules(), classes, strict=True))
+    assert [(k, id(v)) for k, v in model.named_modules()] == [(k, id(v)) for k, v in modules.items()]
+    now = model.state_dict(keep_vars=True)
+    assert [(k, id(v)) for k, v in now.items()] == [(k, id(v)) for k, v in state.items()]
+    assert repr(model) == looks
+    assert [[*vars(module)] for module in model.modules()] == attributes
+
+
+@source
+def test_restore_undoes_it(source):
+    model, x = make_model(source), image()
+    classes, attributes = [[*map(f, model.modules())] for f in (type, lambda m: [*vars(m)])]
+    expected = results(model, x)
+    accelerate(model)
+    with torch.no_grad():
+        logits(model, x)  # which keeps a chain in the blocks
+    assert restore(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert [[*vars(module)] for module in model.modules()] == attributes
+    assert_equal(results(model, x), expected)
+    assert restore(model) is model
+
+
+def test_a_copy_is_accelerated_on_request():
+    model = make_model("official")
+    classes = [type(module) for module in model.modules()]
+    other = accelerate(model, inplace=False)
+    assert other is not model
+    assert [type(module) for module in model.modules()] == classes
+    assert [type(module) for module in other.modules()] != classes
+
+
+def test_optimiser_and_checkpoints_from_before_go_on_working():
+    model, x = make_model("timm").train(), image()
+    twin = copy.deepcopy(model)
+    optimisers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    accelerate(model)
+    for _ in range(2):
+        for each, optimiser in zip((model, twin), optimisers, strict=True):
+            optimiser.zero_grad()
+            logits(each, x).square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(logits(model, x), logits(twin, x), atol=1e-4, rtol=1e-3)
+    model.load_state_dict(make_model("timm").state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, x), logits(make_model("timm"), x), atol=1e-5, rtol=1e-4)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("source", ["timm", "transformers", "official"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_accelerated_and_independent(source, copied, kernels):
+    model, x = accelerate(make_model(source)), image()
+    with torch.no_grad():
+        logits(model, x)
+    other, expected = copied(model), results(model, x)
+    assert [*map(type, other.modules())] == [*map(type, model.modules())]
+    assert_equal(results(other, x), expected)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert_equal(results(other, x), expected)
+    assert restore(other) is other
+
+
+def test_replicas_compute_with_their_own_parameters():
+    block = accelerate(PoolFormerBlock())
+    replica = block._replicate_for_data_parallel()
+    nn.init.ones_(block.layer_scale_1)
+    for name in ("layer_scale_1", "layer_scale_2"):
+        setattr(replica, name, torch.zeros(16))
+    x = torch.randn(1, 16, 4, 4)
+    assert torch.equal(replica(x), x)
+    assert not torch.equal(block(x), x)
+
+
+# ---- transforms and compilers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["timm", "timm v2", "transformers"])
+def test_compile_a_stage(source, kernels):
+    torch._dynamo.reset()
+    model = accelerate(make_model(source, drop_path=0.9))
+    blocks = blocks_of(model)[:2]
+    stage = nn.Sequential(*blocks) if source == "transformers" else model.get_submodule(STAGES[source])
+    assert [*stage] == blocks
+
+    def features(x):
+        if source != "transformers":
+            return stage(x)
+        for block in stage:
+            (x,) = block(x)
+        return x
+
+    def gradients(function, x):
+        torch.manual_seed(0)
+        y = function(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *stage.parameters()])]
+
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 16, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), features(x))
+    stage.train()
+    expected, given = (gradients(function, x) for function in (features, compiled))
+    assert (expected[0] - features(x)).abs().max() > 1e-3
+    torch.testing.assert_close(given, expected)
+
+
+@source
+def test_functional_call(source):
+    model, x = make_model(source), image()
+    doubled = {name: 2 * p for name, p in model.named_parameters()}
+    expected = functional_call(model, doubled, (x,))
+    given = functional_call(accelerate(model), doubled, (x,))
+    expected, given = (y if isinstance(y, torch.Tensor) else y.logits for y in (expected, given))
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["timm", "transformers"])
+def test_transforms_and_tracers_see_the_modules(source):
+    model, x = make_model(source), image()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        y = functional_call(model, parameters, (x,))
+        return (y if isinstance(y, torch.Tensor) else y.logits).square().sum()
+
+    def transformed():
+        grads = torch.func.grad(loss)(parameters, x)
+        _, tangent = torch.func.jvp(lambda x: loss(parameters, x), (x,), (torch.ones_like(x),))
+        each = torch.vmap(lambda x: logits(model, x))(x[:, None])
+        traced = [torch.jit.trace(model, x, strict=False)(x)]
+        if source == "timm":
+            traced += [torch.jit.script(model)(x), torch.fx.symbolic_trace(model)(x)]
+        traced = [y if isinstance(y, torch.Tensor) else y["logits"] for y in traced]
+        return [*grads.values(), tangent, each, *traced]
+
+    expected = transformed()
+    accelerate(model)
+    assert all(map(torch.equal, transformed(), expected))
+
+
+def test_checkpointing(calls):
+    model, x = make_model("timm").train(), image()
+    expected = results(model, x)
+    accelerate(model).set_grad_checkpointing(True)
+    calls.clear()
+    torch.manual_seed(0)
+    logits(model, x).mul(torch.linspace(-1, 1, 14).view(2, 7)).sum().backward()
+    assert_equal(
+        {n: p.grad for n, p in model.named_parameters()},
+        {n: expected[n] for n, _ in model.named_parameters()},
+        1e-4,
+    )
+    assert len(calls) > 2 * sum(DEPTHS)  # some ran again
