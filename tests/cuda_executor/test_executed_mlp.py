@@ -264,6 +264,7 @@ def test_the_order_of_threads_does_not_matter(dtype, other_orders) -> None:
             assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, FORWARD(*call), strict=True))
 
 
+@pytest.mark.parametrize("architecture", [90], indirect=True)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "hidden", "groups"),  # weights that stay, and that go round; the last round lacks a tile
@@ -276,13 +277,11 @@ def test_the_order_of_threads_does_not_matter(dtype, other_orders) -> None:
     ],
     ids=str,
 )
-def test_tiles_after_tiles(
-    shape, hidden, groups, dtype, architecture, executor_library, other_orders
-) -> None:
+def test_tiles_after_tiles(shape, hidden, groups, dtype, executor_library, other_orders) -> None:
     """Several rounds of a persistent block on Hopper (the executor has two multiprocessors)."""
     inputs = make_inputs(shape, hidden, dtype)
     check(inputs, residual=True)
-    assert executor_library.executor_threads() == (128 if architecture < 90 else 128 * (groups + 1))
+    assert executor_library.executor_threads() == 128 * (groups + 1)
     call = arguments(inputs, save_hidden=False)
     first = FORWARD(*call)
     for _ in other_orders():

@@ -249,7 +249,10 @@ def test_nan_stays_in_its_sample() -> None:
         ({"mean_rstd": torch.zeros(3, 2)}, r"mean_rstd must be .* of shape \[B, 2\]"),
         ({"hidden": torch.zeros(5, dtype=BF16)}, "hidden must be .* B H W hidden elements"),
         ({"b1": torch.zeros(63)}, "b1 must be .* of 64 elements"),
-        ({"layer_scale": torch.zeros(64, dtype=torch.float64)}, "layer_scale must be .* float32, bfloat16 or float16"),
+        (
+            {"layer_scale": torch.zeros(64, dtype=torch.float64)},
+            "layer_scale must be .* float32, bfloat16 or float16",
+        ),
         ({"activation": "tanh"}, "activation must be gelu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
