@@ -1,0 +1,286 @@
+"""Accelerated models in PyTorch's compilers and exporters, mixed precision, EMA, timm and transformers."""
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+from accelerate_helpers import (
+    DEPTHS,
+    SOURCES,
+    PoolFormerBlock,
+    blocks_of,
+    logits,
+    make_model,
+)
+from peers import randomise, relative_error, require
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from poolformer_kernels.accelerate import accelerate
+
+PEERS = ("timm", "timm v2", "transformers")
+BATCHES = (3, 1, 6)
+FLOOR = 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch_of(size: int) -> Tensor:
+    return torch.randn((size, 3, 64, 64), generator=torch.Generator().manual_seed(size))
+
+
+def assert_right(given: Tensor, plain: nn.Module, x: Tensor, function=logits) -> None:
+    """No further from the modules' result in float64 than theirs in float32, by the L2 norm."""
+    with torch.no_grad():
+        right, eager = function(copy.deepcopy(plain).double(), x.double()), function(plain, x)
+    pairs = [(given, eager, right)] if isinstance(given, Tensor) else zip(given, eager, right, strict=True)
+    for ours, theirs, exact in pairs:
+        error, allowed = relative_error(ours, exact), 1.5 * relative_error(theirs, exact) + FLOOR
+        assert error <= allowed, (error, allowed)
+
+
+def operators_of(graph: torch.fx.Graph) -> list[str]:
+    """Our operators that a graph calls, in order."""
+    names = (str(node.target).split(".") for node in graph.nodes)
+    return [
+        name for namespace, name, *_ in (n for n in names if len(n) > 1) if namespace == "poolformer_kernels"
+    ]
+
+
+# ---- torch.compile, torch.export, AOTInductor, ONNX --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "training"), [*((source, True) for source in PEERS), ("timm", False)])
+def test_compile_once_for_every_batch_size(source, training, kernels):
+    plain = make_model(source).train(training)
+    model = accelerate(copy.deepcopy(plain))
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for size in (3, 2, 6):  # of one sample the compiler makes a case of its own
+        x = batch_of(size)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch._dynamo.config.patch(error_on_recompile=True), torch.set_grad_enabled(training):
+            y = logits(compiled, x)
+        assert_right(y, plain, x)
+        if training:
+            wanted = torch.autograd.grad(logits(model, x).square().sum(), list(model.parameters()))
+            given = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+    assert backend.frame_count == 1
+    expected = ["pool_mixer_cpp", "mlp_cpp"] * sum(DEPTHS)
+    if not training:
+        expected = ["chain_cpp"] * len(DEPTHS)
+    assert operators_of(backend.graphs[0].graph) == expected
+
+
+@pytest.mark.parametrize(("source", "strict"), [*((source, False) for source in PEERS), ("timm", True)])
+def test_export_save_load_and_run(source, strict, kernels):
+    plain = make_model(source)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(
+        accelerate(copy.deepcopy(plain)), (batch_of(3),), dynamic_shapes=shapes, strict=strict
+    )
+    assert operators_of(program.graph) == ["pool_mixer_cpp", "mlp_cpp"] * sum(DEPTHS)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in BATCHES:
+        assert_right(logits(loaded, batch_of(size)), plain, batch_of(size))
+
+
+def test_ahead_of_time_inductor(kernels, tmp_path):
+    """The package calls the kernels: the process that loads it must have imported this one."""
+    if shutil.which("g++") is None:
+        pytest.skip("the code generator needs g++")
+    torch.manual_seed(0)
+    plain = randomise(nn.Sequential(PoolFormerBlock(), PoolFormerBlock())).eval()
+    x = {size: torch.randn(size, 16, 9, 7) for size in BATCHES}
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with torch.no_grad():
+        program = torch.export.export(accelerate(copy.deepcopy(plain)), (x[3],), dynamic_shapes=shapes)
+    assert operators_of(program.graph) == ["chain_cpp"]
+    file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "blocks.pt2"))
+    loaded = torch._inductor.aoti_load_package(file)
+    for given in x.values():
+        assert_right(loaded(given), plain, given)
+
+
+@pytest.mark.parametrize("source", ["timm", "transformers"])
+def test_onnx(source, kernels, tmp_path):
+    """ONNX has no operators of ours: the export sees the modules."""
+    require("onnxscript")
+    onnxruntime = require("onnxruntime")
+    plain = make_model(source)
+    model = accelerate(copy.deepcopy(plain))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.onnx.export(model, (batch_of(3),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in BATCHES:
+        x = batch_of(size)
+        y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        assert_right(torch.from_numpy(y), plain, x)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_autocast_and_grad_scaler(source, kernels):
+    """A step of float16 training: no further from float64's than without us, and none where it overflows."""
+    plain = make_model(source).train()
+    start, x = nn.utils.parameters_to_vector(plain.parameters()).detach(), batch_of(6)
+    steps = {}
+    for name, model in (("eager", copy.deepcopy(plain)), ("ours", accelerate(copy.deepcopy(plain)))):
+        optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for factor in (1.0, 1e30):  # which a float16 gradient cannot hold
+            optimiser.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = logits(model, x).float().square().mean()
+            scaler.scale(loss * factor).backward()
+            scaler.step(optimiser)
+            scaler.update()
+            if factor == 1.0:
+                steps[name] = nn.utils.parameters_to_vector(model.parameters()).detach() - start
+                assert scaler.get_scale() == 1024.0
+        assert scaler.get_scale() == 512.0
+        after = nn.utils.parameters_to_vector(model.parameters()).detach() - start
+        assert torch.equal(after, steps[name])
+    model = copy.deepcopy(plain).double()
+    loss = logits(model, x.double()).square().mean()
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    right = -torch.cat([g.flatten() for g in grads])
+    ours, eager = (relative_error(steps[name], right) for name in ("ours", "eager"))
+    assert ours <= 1.5 * eager + torch.finfo(torch.float16).eps / 2, (ours, eager)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+def test_checkpoints_change_no_gradient(source, reentrant, kernels):
+    """Nor are other drop paths drawn when a block is computed again."""
+    blocks = blocks_of(accelerate(make_model(source, drop_path=0.9).train()))[:2]
+    parameters = [p for block in blocks for p in block.parameters()]
+    x, runs = torch.randn((8, 16, 8, 8), requires_grad=True), []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: runs.append(module))
+
+    def gradients(call):
+        torch.manual_seed(0)
+        y = x
+        for block in blocks:
+            y = call(block, y)
+            y = y if isinstance(y, Tensor) else y[0]
+        for t in (x, *parameters):
+            t.grad = None
+        y.square().sum().backward()  # autograd.grad is not for reentrant checkpoints
+        return [y.detach(), *(t.grad for t in (x, *parameters))]
+
+    expected = gradients(lambda block, y: block(y))
+    assert len(runs) == 2
+    given = gradients(lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
+    assert len(runs) == 6
+    assert all(map(torch.equal, given, expected))
+    assert (gradients(lambda block, y: block.eval()(y))[0] - expected[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "ModelEmaV3"])
+def test_moving_averages(kind, kernels):
+    """The average is an accelerated copy; its numbers are those of the same average without us."""
+    plain, x = make_model("timm").train(), batch_of(3)
+    averages = []
+    for model in (plain, accelerate(copy.deepcopy(plain))):
+        if kind == "AveragedModel":
+            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            average.update_parameters(model)
+        else:
+            average = require("timm").utils.ModelEmaV3(model, decay=0.9)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimiser.zero_grad()
+            logits(model, x).square().mean().backward()
+            optimiser.step()
+            (average.update_parameters if kind == "AveragedModel" else average.update)(model)
+        averages.append(average.module.eval())
+        assert [*map(type, blocks_of(averages[-1]))] == [*map(type, blocks_of(model))]
+    assert type(blocks_of(averages[0])[0]) is not type(blocks_of(averages[1])[0])
+    assert_right(logits(averages[1], x), averages[0], x)
+    assert relative_error(logits(plain.eval(), x), logits(averages[0], x)) > 1e-3
+
+
+# ---- timm and transformers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12"])
+def test_timm_features(name, kernels):
+    timm = require("timm")
+    plain = randomise(timm.create_model(name, features_only=True)).eval()
+    x = batch_of(2)
+    given = accelerate(copy.deepcopy(plain))(x)
+    assert len(given) == 4
+    assert_right(given, plain, x, lambda model, x: model(x))
+
+
+@pytest.mark.parametrize("source", ["timm", "timm v2"])
+def test_timm_intermediates_and_reset_classifier(source, kernels):
+    plain, x = make_model(source), batch_of(2)
+    model = accelerate(copy.deepcopy(plain))
+
+    def intermediates(model, x):
+        last, features = model.forward_intermediates(x)
+        return [last, *features]
+
+    assert len(intermediates(model, x)) == 5
+    assert_right(intermediates(model, x), plain, x, intermediates)
+    for each in (plain, model):
+        each.reset_classifier(0)
+    assert_right(logits(model, x), plain, x)
+    for each in (plain, model):
+        torch.manual_seed(0)
+        each.reset_classifier(5)
+    assert logits(model, x).shape == (2, 5)
+    assert_right(logits(model, x), plain, x)
+
+
+def test_transformers_folder_and_pipeline(kernels, tmp_path):
+    transformers = require("transformers", "models.poolformer.modeling_poolformer")
+    image_module = require("PIL", "Image").Image
+    plain = make_model("transformers")
+    plain.config.id2label = {i: f"label {i}" for i in range(7)}
+    accelerate(copy.deepcopy(plain)).save_pretrained(tmp_path)
+    processor = transformers.PoolFormerImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
+    processor.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(plain)
+    state = plain.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    pictures = [
+        image_module.fromarray(torch.randint(0, 256, (80, 70, 3), dtype=torch.uint8).numpy())
+        for _ in range(3)
+    ]
+    scores = []
+    for model in (plain.double(), accelerate(loaded)):
+        classify = transformers.pipeline(
+            "image-classification", model=model, image_processor=str(tmp_path), device="cpu", top_k=7
+        )
+        answers = classify(pictures, batch_size=3)
+        scores.append(torch.tensor([[a["score"] for a in sorted(answer, key=_label)] for answer in answers]))
+    assert scores[1].std() > 1e-3
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-6)
+
+
+def _label(answer: dict) -> str:
+    return answer["label"]
