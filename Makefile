@@ -33,7 +33,7 @@ test: $(VENV)/.extra-test $(VENV)/.extension
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.extra-bench $(VENV)/.extension
-	for name in pool-mixer mlp block model; do $(BIN)/poolformer-kernels bench $$name $(ARGS) || exit; done
+	for name in pool-mixer mlp block model training; do $(BIN)/poolformer-kernels bench $$name $(ARGS) || exit; done
 	$(BIN)/python benchmarks/plots.py
 
 lint: $(VENV)/.lint

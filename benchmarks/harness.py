@@ -3,8 +3,8 @@
 A case is one operation on one input. Its providers, a copy and a large matrix product are timed in the same
 interleaved rounds, so every figure has its limits beside it. Rows of the CSV, in this order::
 
-    benchmark     pool_mixer | mlp | block | model | scaling
-    direction     forward | backward
+    benchmark     pool_mixer | mlp | block | model | scaling | training
+    direction     forward | backward | step
     model         for example poolformer_s12
     shape         CxHxW of what is fed
     stage         1 to 4; stem, down1 to down3, head; empty for a single block and a whole model
@@ -384,7 +384,7 @@ def write_rows(rows: list[Row], name: str, device: str, file: str | None = None)
     check_writable(str(path))
     facts = _facts(device)
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*(column.name for column in fields(Row)), *facts])
+        writer = csv.DictWriter(stream, [*(column.name for column in fields(rows[0])), *facts])
         writer.writeheader()
         for row in rows:
             values = asdict(row) | facts

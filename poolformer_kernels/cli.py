@@ -13,7 +13,7 @@ from .ops.backend import BACKENDS
 
 __all__ = ["CommandError", "check_writable", "main", "report_errors"]
 
-_BENCHMARKS = ("model", "block", "mlp", "pool-mixer")
+_BENCHMARKS = ("model", "block", "mlp", "pool-mixer", "training")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -1,0 +1,270 @@
+"""A training step of timm's model as it is, compiled and accelerated, beside our own model.
+
+    poolformer-kernels bench training [--models s12] [--dtype bfloat16 float32] [--batch 8]
+
+A step is forward, cross entropy, backward and a fused AdamW: float32 parameters, autocast for bfloat16. All
+providers start from the same weights and see the same batch. The losses before and after each of {steps}
+steps and the gradients of the first are compared with those of timm's model in float64; only then are steps
+timed, with a learning rate of 0, so that each does the same work.
+
+The CSV has three columns more: loss_error, the largest error of a loss relative to how much the loss changes;
+saved_bytes, what autograd keeps between forward and backward (each storage once, parameters excluded); and
+saved_fraction of eager's. Of the bytes a step takes at the least, the backward reads an input and a gradient
+and writes one for each input and output of the forward, and AdamW reads 4 and writes 3 floats per parameter;
+its FLOPs are three times the forward's.
+
+Providers: {providers}
+"""
+
+import argparse
+import copy
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from harness import Case, Names, Results, Row, arguments, finish, image, measure, run, start, steps
+from parts import cost
+from providers import _quiet, _reason, make_pair
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import poolformer_kernels as pk
+from poolformer_kernels.accelerate import accelerate
+from poolformer_kernels.cli import CommandError, _size
+
+BUDGET_S = 30.0  # of one case's rounds
+STEPS = 3
+LR = 1e-4
+# The largest errors that are rounding's: of a loss, ten times an honest one, relative to how much the loss
+# changes; of a parameter's gradient in the L2 norm, where one left out is an error of 1. Losses alone hardly
+# show a wrong gradient: AdamW's steps are as large with another one.
+WRONG_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
+WRONG_GRADIENT = {"float32": 1e-4, "bfloat16": 0.5}
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    torch.compiler.reset()  # earlier graphs must not count as recompilations of this
+    return torch.compile(model, dynamic=False)
+
+
+# (timm's model, ours) -> what is trained; each is given copies
+PROVIDERS: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "ours": lambda peer, ours: ours,
+    "accelerate": lambda peer, ours: accelerate(peer),
+    "accelerate compile": lambda peer, ours: _compiled(accelerate(peer)),
+    "eager": lambda peer, ours: peer,
+    "compile": lambda peer, ours: _compiled(peer),
+}
+
+
+@dataclass(frozen=True)
+class TrainingRow(Row):
+    """A row with what only training has; None in the rows of the limits."""
+
+    loss_error: float | None = None
+    saved_bytes: int | None = None
+    saved_fraction: float | None = None
+
+
+@dataclass
+class Training:
+    """A model, its optimiser and one batch."""
+
+    model: nn.Module
+    x: Tensor
+    target: Tensor
+    dtype: torch.dtype
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
+
+    def loss(self) -> Tensor:
+        autocast = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.x.device.type, self.dtype if autocast else torch.bfloat16, enabled=autocast):
+            return F.cross_entropy(self.model(self.x), self.target)
+
+    @torch.enable_grad()
+    def step(self) -> Tensor:
+        """One step; the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def trajectory(self) -> tuple[list[float], dict[str, Tensor]]:
+        """(the losses before the first step and after each of `STEPS`, the first step's gradients).
+
+        From then on steps change nothing.
+        """
+        losses, gradients = [], {}
+        for i in range(STEPS):
+            losses.append(self.step().item())
+            if i == 0:
+                named = self.model.named_parameters()
+                gradients = {name.removeprefix("_orig_mod."): p.grad.double() for name, p in named}
+        with torch.no_grad():
+            losses.append(self.loss().item())
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        return losses, gradients
+
+
+def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd keeps for the backward of ``loss()``, but for the parameters'."""
+    excluded = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda t: t):
+        value = loss()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del value
+    return total
+
+
+def loss_error(losses: list[float], exact: list[float]) -> float:
+    """The largest error of a loss, relative to the range of the exact ones; of NaN, infinity."""
+    worst = max(abs(a - b) if math.isfinite(a) else math.inf for a, b in zip(losses, exact, strict=True))
+    return worst / (max(exact) - min(exact))
+
+
+def gradient_error(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, str]:
+    """(the largest relative L2 error of a parameter's gradient, its name).
+
+    Parameters without a gradient, as the bias of a mixer's norm, are left out.
+    """
+    if gradients.keys() != exact.keys():
+        raise ValueError("gradients must be of the parameters that exact has")
+    least = 1e-9 * max(value.norm().item() for value in exact.values())
+    errors = {name: (gradients[name] - value).norm().item() for name, value in exact.items()}
+    sizes = {name: value.norm().item() for name, value in exact.items()}
+    found = [(errors[name] / size, name) for name, size in sizes.items() if size > least]
+    return max(((e if math.isfinite(e) else math.inf, name) for e, name in found))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case before its tensors exist."""
+
+    model: str
+    dtype: str
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"training of {self.model}, {self.dtype}, batch {self.batch}, {self.size} x {self.size}"
+
+
+def measure_point(point: Point, args: argparse.Namespace, results: Results) -> None:
+    """Check and time the providers on one case."""
+    dtype = getattr(torch, point.dtype)
+    peer, ours = make_pair(point.model, torch.float32, args.device)
+    shape = (ours.in_chans, point.size, point.size)
+    x = image(point.batch, shape, args.device, torch.float32, "channels_last")
+    target = torch.randint(ours.num_classes, (point.batch,), device=args.device)
+
+    exact = copy.deepcopy(peer).to(torch.float64, memory_format=torch.contiguous_format).train()
+    right, gradients = Training(exact, x.double().contiguous(), target, torch.float64).trajectory()
+    del exact
+    calls, errors, saved = {}, {}, {}
+    for name in args.providers:
+        try:
+            with _quiet():
+                model = PROVIDERS[name](*(copy.deepcopy(model).train() for model in (peer, ours)))
+                training = Training(model, x, target, dtype)
+                losses, found = training.trajectory()
+        except Exception as failure:  # of a compiler; what runs without one must not hide its bugs
+            if "compile" not in name:
+                raise
+            results.unavailable[name] = _reason(failure)
+            continue
+        exact = pk.convert_state_dict(gradients) if name == "ours" else gradients
+        error, (worst, parameter) = loss_error(losses, right), gradient_error(found, exact)
+        if error > WRONG_LOSS[point.dtype]:
+            results.wrong[name] = f"wrong: error {error:.2g} of the losses against float64, {point}"
+            continue
+        if worst > WRONG_GRADIENT[point.dtype]:
+            results.wrong[name] = f"wrong: error {worst:.2g} of the gradient of {parameter}, {point}"
+            continue
+        calls[name], errors[name] = training.step, error
+        saved[name] = saved_bytes(training.loss, model.parameters())
+    if not calls:
+        return
+    moved, flops = cost(peer, ours, point.size, point.batch, dtype.itemsize)
+    weights = sum(p.numel() for p in peer.parameters())
+    case = Case(
+        benchmark="training",
+        direction="step",
+        shape=shape,
+        dtype=point.dtype,
+        batch=point.batch,
+        least=(5 * moved // 2 + 7 * 4 * weights, 3 * flops),
+        model=point.model,
+    )
+    with torch.inference_mode():
+        largest = ours.patch_embed(x).to(dtype).clone()
+    rows = measure(case, calls, largest, rounds=args.rounds, budget_s=BUDGET_S)
+    results.groups.append(
+        [
+            TrainingRow(
+                **asdict(row),
+                loss_error=errors.get(row.provider),
+                saved_bytes=saved.get(row.provider),
+                saved_fraction=saved[row.provider] / saved["eager"]
+                if {row.provider, "eager"} <= saved.keys()
+                else None,
+            )
+            for row in rows
+        ]
+    )
+    del calls, training, model
+    gc.collect()
+
+
+def memory_lines(groups: list[list[TrainingRow]]) -> list[str]:
+    """What each provider keeps for the backward, and how far its losses are from float64's."""
+    lines = []
+    for group in groups:
+        for row in (row for row in group if row.saved_bytes is not None):
+            share = "" if row.saved_fraction is None else f", {row.saved_fraction:.1%} of eager's"
+            lines.append(
+                f"{row.provider}, {row.model}, {row.dtype}, batch {row.batch}: {row.saved_bytes / 1e6:.1f} MB"
+                f" kept for the backward{share}; loss error {row.loss_error:.1e}"
+            )
+    return lines
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    doc = __doc__.format(providers=", ".join(PROVIDERS), steps=STEPS)
+    parser = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16"], rounds=10)
+    parser.add_argument("--providers", action=Names, allowed=PROVIDERS, help="default: all")
+    parser.add_argument("--image-size", type=_size, nargs="+", metavar="N", help="default: 224")
+    args = start(parser, argv)
+    if rejected := [dtype for dtype in args.dtype if dtype not in WRONG_LOSS]:
+        raise CommandError(f"--dtype {rejected[0]}: without loss scaling; allowed: {', '.join(WRONG_LOSS)}")
+    args.providers = args.providers or list(PROVIDERS)
+    batches = args.batch or ([64] if args.device == "cuda" else [8])
+    results = Results()
+    points = itertools.product(args.models, args.dtype, batches, args.image_size or [224])
+    for point in steps(itertools.starmap(Point, points)):
+        measure_point(point, args, results)
+    code = finish("training", "Training step", results, args)
+    for line in memory_lines(results.groups):
+        print(line)
+    return code
+
+
+if __name__ == "__main__":
+    run(main)

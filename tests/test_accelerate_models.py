@@ -1,0 +1,106 @@
+"""accelerate on the released configurations: logits and gradients within the error rule.
+
+On a small odd image each of the fifteen runs at its full depth and width, m36 and m48 in inference alone. At
+224 x 224 and at 193 x 257 runs one of either width of each source, the small one at its full depth and the
+wide one with 1, 1, 2 and 1 blocks in its stages: apart from the depth, models of the same width are the same.
+LayerScale and norms are random: at the released initial values of 1e-5 a wrong branch would not show.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from accelerate_helpers import blocks_of, logits, results
+from helpers import assert_close_to_fp64, randn
+from peers import randomise, require
+from torch import Tensor, nn
+
+from poolformer_kernels.accelerate import accelerate, unfused_reasons
+from poolformer_kernels.models import list_models, model_config
+
+SIZES = ("s12", "s24", "s36", "m36", "m48")
+SOURCES = ("poolformer", "poolformerv2", "transformers")
+DEPTHS = {name: model_config(f"poolformer_{name}").layers for name in SIZES}
+REDUCED = (1, 1, 2, 1)
+
+
+def make_model(source: str, size: str, depths: Sequence[int]) -> nn.Module:
+    """The configuration with ``depths`` blocks in its stages and random parameters, in eval mode."""
+    config = model_config(f"poolformer_{size}")
+    with torch.device("meta"):  # their own initialisation takes longer than the test
+        if source == "transformers":
+            peer = require("transformers", "models.poolformer.modeling_poolformer")
+            options = {"depths": list(config.layers), "hidden_sizes": list(config.dims), "num_labels": 1000}
+            model = peer.PoolFormerForImageClassification(peer.PoolFormerConfig(**options))
+            stages = model.poolformer.encoder.block
+        else:
+            model = require("timm").create_model(f"{source}_{size}")
+            stages = [stage.blocks for stage in model.stages]
+    assert tuple(map(len, stages)) == config.layers
+    for stage, depth in zip(stages, depths, strict=True):
+        del stage[depth:]
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(std=1 / math.sqrt(p[0].numel()), generator=generator)
+    randomise(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "res_scale" in name or name.endswith("act.scale"):
+                p.add_(0.9)
+    return model.eval()
+
+
+def assert_right(model: nn.Module, x: Tensor, depths: Sequence[int]) -> None:
+    """The error rule in the L2 norm: of the logits, of dx and of the gradients of all parameters together.
+
+    Of a few numbers alone, as the gradient of StarReLU's scale, eager may be right by chance. In float32 a
+    gradient that is wrong shows beside much larger ones.
+    """
+    eager = results(model, x)
+    right = results(copy.deepcopy(model).double(), x.double())
+    accelerate(model)
+    blocks = blocks_of(model)
+    assert len(blocks) == sum(depths)
+    assert {unfused_reasons(block) for block in blocks} == {(None, None)}
+    ours = results(model, x)
+    squares: dict[str, Tensor] = {}  # of our errors, eager's and the right values
+    for name, value in right.items():
+        errors = torch.stack([(given - value).norm() for given in (ours[name], eager[name])] + [value.norm()])
+        kind = name if name in ("logits", "dx") else "gradients"
+        squares[kind] = squares.get(kind, 0) + errors.square()
+    for kind, (error, other, size) in ((k, v.sqrt().tolist()) for k, v in squares.items()):
+        bound = 1.5 * other + 4.5 * torch.finfo(torch.float32).eps * size
+        assert error <= bound, f"{kind}: L2 error {error:.3e} > {bound:.3e} (eager {other:.3e}, {size:.3e})"
+
+
+def test_all_models_are_here():
+    assert [f"poolformer_{size}" for size in SIZES] == list_models("poolformer_*")
+
+
+@pytest.mark.parametrize("size", SIZES[:3])
+@pytest.mark.parametrize("source", SOURCES)
+def test_full_depth(source, size, kernels):
+    assert_right(make_model(source, size, DEPTHS[size]), randn(2, 3, 33, 47, mean=0.1), DEPTHS[size])
+
+
+@pytest.mark.parametrize("size", SIZES[3:])
+@pytest.mark.parametrize("source", SOURCES)
+@torch.inference_mode()
+def test_logits_of_the_wide_models_at_full_depth(source, size, kernels):
+    model, x = make_model(source, size, DEPTHS[size]), randn(2, 3, 33, 47, mean=0.1)
+    eager = logits(model, x)
+    exact = logits(model.double(), x.double())
+    ours = logits(accelerate(model.float()), x)  # the same parameters again
+    assert_close_to_fp64(ours, eager, exact, what="logits")
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (193, 257)], ids=str)
+@pytest.mark.parametrize(("size", "depths"), [("s12", DEPTHS["s12"]), ("m36", REDUCED)])
+@pytest.mark.parametrize("source", SOURCES)
+def test_real_sizes(source, size, depths, shape, kernels):
+    assert_right(make_model(source, size, depths), randn(1, 3, *shape, mean=0.1), depths)

@@ -1,0 +1,119 @@
+"""bench training: what it counts as kept for the backward, what it refuses to time, and its CSV."""
+
+import copy
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate_helpers import PoolFormerBlock
+from peers import require
+from torch import nn
+
+from poolformer_kernels import cli
+from poolformer_kernels.accelerate import accelerate
+
+TINY = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch, tmp_path) -> None:
+    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
+    for package in ("PIL", "rich", "sklearn", "timm"):
+        require(package)
+    monkeypatch.syspath_prepend(str(cli._benchmarks()))
+    import harness
+
+    for name, value in harness._WARM_HEAP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def bench(*arguments: str) -> int:
+    options = ["--device", "cpu", "--threads", "1", "--rounds", "2", *TINY]
+    return cli.main(["bench", "training", *options, *arguments])
+
+
+def test_saved_bytes_of_a_case_counted_by_hand() -> None:
+    import bench_training
+
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)), torch.randn(2, 3)
+    target = torch.tensor([1, 4])
+    saved = bench_training.saved_bytes(lambda: F.cross_entropy(model(x), target), model.parameters())
+    # x, ReLU's result once for itself and the layer after it, log-probabilities, targets, the sum of weights
+    assert saved == 4 * (6 + 8 + 10) + 8 * 2 + 4
+
+
+def test_saved_fraction_of_a_block_counted_by_hand(kernels) -> None:
+    import bench_training
+
+    block = PoolFormerBlock(16)
+    x = torch.randn(4, 16, 7, 7).contiguous(memory_format=torch.channels_last)
+    eager, accelerated = (
+        bench_training.saved_bytes(lambda model=model: model(x), model.parameters())
+        for model in (block, accelerate(copy.deepcopy(block)))
+    )
+    # maps: both norms' inputs and results, both branches before their LayerScale, 4 + 4 around GELU;
+    # ours: both sub-blocks' inputs. Means and deviations of either norm
+    assert eager == 14 * x.nbytes + 2 * 2 * 4 * 4
+    assert accelerated == 2 * x.nbytes + 2 * 2 * 4 * 4
+
+
+def test_rows(tmp_path, capsys) -> None:
+    assert bench("--csv", str(tmp_path / "t.csv"), "--providers", "ours,accelerate,eager") == 0
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["ours", "accelerate", "eager", "copy", "matmul"]
+    out = capsys.readouterr().out
+    for provider in ("ours", "accelerate", "eager"):
+        row = rows[provider]
+        assert (row["benchmark"], row["direction"], row["dtype"]) == ("training", "step", "float32")
+        assert (row["model"], row["shape"], row["batch"]) == ("poolformer_s12", "3x32x32", "2")
+        assert float(row["img_per_s"]) == pytest.approx(2 / float(row["median_s"]), rel=1e-4)
+        assert 1e-10 < float(row["loss_error"]) < 1e-4
+        fraction = float(row["saved_bytes"]) / float(rows["eager"]["saved_bytes"])
+        assert float(row["saved_fraction"]) == pytest.approx(fraction, rel=1e-4)
+        assert f"{float(row['saved_bytes']) / 1e6:.1f} MB kept for the backward, {fraction:.1%} of" in out
+    assert float(rows["accelerate"]["saved_fraction"]) < 0.4  # 2 maps of 14 in blocks, more around them
+    assert rows["copy"]["saved_bytes"] == rows["copy"]["loss_error"] == ""
+    assert rows["copy"]["commit"]
+
+
+def other_logits(model: nn.Module) -> nn.Module:
+    model.register_forward_hook(lambda module, given, y: 1.01 * y)
+    return model
+
+
+def wrong_gradient(model: nn.Module) -> nn.Module:
+    model.stages[2].blocks[3].mlp.fc1.weight.register_hook(torch.zeros_like)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("broken", "other_rule", "words"),
+    [
+        (other_logits, "WRONG_GRADIENT", "of the losses against float64"),
+        (wrong_gradient, "WRONG_LOSS", "error 1 of the gradient of stages.2.blocks.3.mlp.fc1.weight"),
+    ],
+)
+def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, capsys, monkeypatch) -> None:
+    import bench_training
+
+    monkeypatch.setitem(getattr(bench_training, other_rule), "float32", 2.0)  # each rule alone finds it
+    monkeypatch.setitem(bench_training.PROVIDERS, "eager", lambda peer, ours: broken(peer))
+    assert bench("--csv", str(tmp_path / "t.csv"), "--providers", "accelerate,eager") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "eager: wrong: error" in out
+    assert words in out
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["accelerate", "copy", "matmul"]
+    assert rows["accelerate"]["saved_fraction"] == ""
+
+
+def test_half_precision_without_loss_scaling_is_refused(capsys) -> None:
+    assert bench("--dtype", "float16") == 2
+    assert "--dtype float16: without loss scaling; allowed: float32, bfloat16" in capsys.readouterr().err
