@@ -257,7 +257,7 @@ def test_schema_and_fakes(batch, layout) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_order_of_threads_does_not_matter(dtype, other_orders) -> None:
-    for shape, hidden in SHAPES:
+    for shape, hidden in (SHAPES[2], SHAPES[4]):
         call = arguments(make_inputs(shape, hidden, dtype))
         first = FORWARD(*call)
         for _ in other_orders():

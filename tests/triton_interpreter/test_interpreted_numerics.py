@@ -46,9 +46,17 @@ def check(inputs, grad=None, **options) -> None:
     assert_same({name: inputs[name] for name in before}, before)  # nothing was written to
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "residual"),
+    [
+        (torch.float32, "nchw", True),
+        (torch.float32, "channels_last", False),
+        (torch.bfloat16, "nchw", False),
+        (torch.bfloat16, "channels_last", True),
+        (torch.float16, "channels_last", True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(shape, dtype, layout, residual) -> None:
     inputs = make_inputs(shape, dtype)
