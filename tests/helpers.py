@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import poolformer_kernels as pk
+from poolformer_kernels import reference
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 BACKENDS = ("reference", "cpp")
@@ -236,6 +237,19 @@ def assert_right(
         assert_close_to_fp64(
             value, theirs[name], right.values[name], scale=right.scales[name], ulps=ulps, what=name
         )
+
+
+def assert_statistics_of(stats: Tensor, y: Tensor) -> None:
+    """The partials that a kernel returned are those of y as it was rounded."""
+    assert stats.dtype == torch.float32
+    assert torch.equal(stats[:, :, 0].sum(1), torch.full((len(y),), float(y[0].numel())))
+    exact = reference.merge_stats(reference.sample_stats(y.double()))
+    ours = reference.merge_stats(stats.double())
+    theirs = reference.merge_stats(reference.sample_stats(y))
+    sigma = exact[1].sqrt()
+    assert_close_to_fp64(ours[0].float(), theirs[0].float(), exact[0], scale=exact[0].abs() + sigma)
+    scale = exact[1] + exact[0].abs() * sigma  # the partials' means are rounded to float32
+    assert_close_to_fp64(ours[1].float(), theirs[1].float(), exact[1], scale=scale, ulps=2)
 
 
 def assert_same(actual: Tensors, expected: Tensors) -> None:

@@ -9,9 +9,9 @@ from helpers import (
     PARAMETERS,
     as_layout,
     as_vector_layout,
-    assert_close_to_fp64,
     assert_right,
     assert_same,
+    assert_statistics_of,
     bits,
     eager,
     make_grad,
@@ -173,15 +173,7 @@ def test_statistics_of_the_rounded_y(residual, shape, dtype, layout) -> None:
         inputs = make_inputs(shape, dtype, mean=mean)
         inputs["x"] = as_layout(inputs["x"], layout)
         y, stats = pool_mixer_with_stats(**inputs, residual=residual)
-        assert stats.dtype == torch.float32
-        assert torch.equal(stats[:, :, 0].sum(1), torch.full((shape[0],), float(y[0].numel())))
-        exact = reference.merge_stats(reference.sample_stats(y.double()))
-        ours = reference.merge_stats(stats.double())
-        theirs = reference.merge_stats(reference.sample_stats(y))
-        sigma = exact[1].sqrt()
-        assert_close_to_fp64(ours[0].float(), theirs[0].float(), exact[0], scale=exact[0].abs() + sigma)
-        scale = exact[1] + exact[0].abs() * sigma  # the partials' means are rounded to float32
-        assert_close_to_fp64(ours[1].float(), theirs[1].float(), exact[1], scale=scale, ulps=2)
+        assert_statistics_of(stats, y)
 
 
 @pytest.mark.parametrize("tiles", [1, 5, 300])
