@@ -346,7 +346,7 @@ def test_save_hidden_reaches_the_operator(mlp_calls):
     for save in (True, False):
         Mlp(4, save_hidden=save)(x)
     Mlp(4)(x)
-    assert [kwargs["save_hidden"] for _, kwargs in mlp_calls] == [True, False, False]
+    assert [kwargs["save_hidden"] for _, kwargs in mlp_calls] == [True, False, None]
 
 
 @pytest.mark.parametrize(

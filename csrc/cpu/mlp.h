@@ -74,7 +74,7 @@ struct MlpKernels {
   void (*finish)(const void* x, const void* grad, const float* e, float mean, float rstd, float k0, float k1, int64_t n,
                  void* dx);
   int64_t (*weight_items)(const MlpBackwardParams&);
-  void (*weights)(const MlpBackwardParams&, int64_t first_item, int64_t last_item);
+  void (*weights)(const MlpBackwardParams&, int64_t item);
 };
 
 // (float32, float32), (bfloat16, bfloat16), (float16, float16), (float32, bfloat16), (float32, float16): elements of x

@@ -217,8 +217,11 @@ void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t 
     if (p.saved) {
       const int64_t count = tokens - lane < lanes ? tokens - lane : lanes;
       __builtin_memset(s.h, 0, kItemRows * lanes * sizeof(float));
-      for (int64_t r = 0; r < valid; ++r)
-        convert_row(static_cast<const S*>(p.saved) + (row + r) * p.tokens + first + lane, s.h + r * lanes, count);
+      for (int64_t r = 0; r < valid; ++r) {
+        const S* from = static_cast<const S*>(p.saved) + (row + r) * p.tokens + first + lane;
+        convert_row(from, s.h + r * lanes, count);
+        if (lane + lanes < block) prefetch<0>(from + lanes, lanes * sizeof(S));
+      }
     } else {
       multiply<Op>(a1.data, a1.row, kItemRows, p.n + lane, block, lanes, k1, s.h, lanes, false);
       if (valid < kItemRows) __builtin_memset(s.h + valid * lanes, 0, (kItemRows - valid) * lanes * sizeof(float));
@@ -367,18 +370,16 @@ void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   }
 }
 
-// Items first .. last - 1: those of the input's channels, then those of the output's.
+// An item: those of the input's channels come first, then those of the output's.
 template <class W>
-void weight_gradients(const MlpBackwardParams& p, int64_t first, int64_t last) {
+void weight_gradients(const MlpBackwardParams& p, int64_t item) {
   const int64_t inputs = (p.channels + kInputChannels - 1) / kInputChannels;
-  for (int64_t i = first; i < last; ++i) {
-    if (i < inputs) {
-      const int64_t c = i * kInputChannels;
-      input_channels<W>(p, c, p.channels - c < kInputChannels ? p.channels - c : kInputChannels);
-    } else {
-      const int64_t c = (i - inputs) * kOutputChannels;
-      output_channels<W>(p, c, p.out - c < kOutputChannels ? p.out - c : kOutputChannels);
-    }
+  if (item < inputs) {
+    const int64_t c = item * kInputChannels;
+    input_channels<W>(p, c, least(kInputChannels, p.channels - c));
+  } else {
+    const int64_t c = (item - inputs) * kOutputChannels;
+    output_channels<W>(p, c, least(kOutputChannels, p.out - c));
   }
 }
 
@@ -386,10 +387,10 @@ int64_t weight_items(const MlpBackwardParams& p) {
   return (p.channels + kInputChannels - 1) / kInputChannels + (p.out + kOutputChannels - 1) / kOutputChannels;
 }
 
-PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t first, int64_t last) {
-  if (p.w1.dtype == 0) return weight_gradients<float>(p, first, last);
-  if (p.w1.dtype == 1) return weight_gradients<bf16>(p, first, last);
-  weight_gradients<fp16>(p, first, last);
+PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t item) {
+  if (p.w1.dtype == 0) return weight_gradients<float>(p, item);
+  if (p.w1.dtype == 1) return weight_gradients<bf16>(p, item);
+  weight_gradients<fp16>(p, item);
 }
 
 // Words of the largest scratch of `prepare`, `hidden` and `input`.

@@ -81,11 +81,10 @@ struct Call {
 
   double work() const { return double(p.tokens) * p.hidden * (p.channels + p.out); }
 
-  // f(first, last) over `count` items that share `work()`
+  // f(i) over `count` items that share `work()`
   template <class F>
   void over(int64_t count, const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, int64_t(kSerialWork / (work() / count + 1)));
-    torch::stable::parallel_for(0, count, grain, f);
+    each_item(count, std::max<int64_t>(1, int64_t(kSerialWork / (work() / count + 1))), f);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -107,6 +108,30 @@ class Arena {
 inline uint32_t* worker_scratch(int64_t words) {
   thread_local std::vector<float> buffer;
   return reinterpret_cast<uint32_t*>(grown(buffer, words));
+}
+
+// f(i) for the items 0 .. count - 1, at least `grain` to a thread. A thread takes its own share from the first on, as
+// parallel_for would, and then what is left of the others': items are few and their times differ.
+template <class F>
+void each_item(int64_t count, int64_t grain, const F& f) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) shares[t].next = t * count / threads, shares[t].end = (t + 1) * count / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t k = 0; k < threads; ++k) {
+        Share& share = shares[(t + k) % threads];
+        for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) f(i);
+      }
+  });
 }
 
 // Vectors of parameters are read kRowsMax elements at a time: zeros follow them.

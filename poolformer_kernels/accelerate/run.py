@@ -159,6 +159,7 @@ def _mlp(
         layer_scale=scale,
         drop_scale=drop_scale,
         residual=shortcut is None,
+        save_hidden=None,
         stats=stats,
         return_stats=return_stats and alone and _on_kernels(x),
     )

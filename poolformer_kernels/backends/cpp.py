@@ -7,7 +7,7 @@ import torch
 
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
-__all__ = ["DEVICES", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles"]
+__all__ = ["DEVICES", "ISA", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles"]
 
 DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
@@ -26,6 +26,9 @@ except ImportError as error:
     def build_info() -> dict:
         """Facts about the compiled extension; empty where there is none."""
         return {}
+
+
+ISA: str | None = build_info().get("isa_chosen")  # the instruction-set level of the kernels
 
 
 def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:

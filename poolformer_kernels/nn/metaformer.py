@@ -52,7 +52,7 @@ class MetaFormerBlock(PoolFormerBlock):
         use_layer_scale: bool = True,
         layer_scale_init_value: float = 1e-5,
         *,
-        save_hidden: bool = False,
+        save_hidden: bool | None = None,
         token_mixer: Callable[[int], nn.Module] | None = None,
         residual: bool = True,
         mlp: bool = True,

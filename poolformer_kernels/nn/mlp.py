@@ -51,7 +51,7 @@ class Mlp(nn.Module):
         *,
         bias: bool = True,
         use_conv: bool = True,
-        save_hidden: bool = False,
+        save_hidden: bool | None = None,
     ) -> None:
         super().__init__()
         positive_int("in_features", in_features)
@@ -60,7 +60,7 @@ class Mlp(nn.Module):
         boolean("bias", bias)
         kernel = (1,) if boolean("use_conv", use_conv) else ()
         layer = nn.Conv2d if use_conv else nn.Linear
-        self.save_hidden = boolean("save_hidden", save_hidden)
+        self.save_hidden = None if save_hidden is None else boolean("save_hidden", save_hidden)
         self.fc1 = layer(in_features, hidden, *kernel, bias=bias)
         self.act = act_layer()
         self.fc2 = layer(hidden, out, *kernel, bias=bias)

@@ -1,5 +1,6 @@
 """The MLP operator: norm, fc1, activation, fc2, and the residual around them."""
 
+import math
 from importlib import import_module
 
 import torch
@@ -46,7 +47,7 @@ def mlp(
     layer_scale: Tensor | None = None,
     drop_scale: Tensor | None = None,
     residual: bool = False,
-    save_hidden: bool = False,
+    save_hidden: bool | None = False,
 ) -> Tensor:
     """The channel MLP; with ``norm_weight`` and ``residual=True`` the whole MLP sub-block.
 
@@ -73,7 +74,8 @@ def mlp(
         drop_scale: ``[B]`` (stochastic depth: 0 or 1/keep per sample), or None for 1.
         residual: add x; ``out`` is then C.
         save_hidden: keep fc1's output for the backward instead of computing it again from x: faster where
-            memory is plenty, ``hidden / C`` times the memory of x.
+            memory is plenty, ``hidden / C`` times the memory of x. None: where that is faster and x is small,
+            on CPUs without a matrix unit from 256 channels on.
 
     Returns:
         y ``[B, out, H, W]``, of x's dtype; channels_last if x's channels are innermost, else contiguous.
@@ -126,7 +128,7 @@ def mlp_with_stats(
     layer_scale: Tensor | None = None,
     drop_scale: Tensor | None = None,
     residual: bool = False,
-    save_hidden: bool = False,
+    save_hidden: bool | None = False,
     stats: Tensor | None = None,
     return_stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -171,6 +173,8 @@ def mlp_with_stats(
     else:
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
         refuse_forward_derivatives("mlp", backend, tensors)
+        if save_hidden is None:
+            save_hidden = backend == "cpp" and w1.shape[1] >= _kept_from()
         if save_hidden:
             save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, _, y_stats, _ = call(
@@ -178,6 +182,15 @@ def mlp_with_stats(
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
+
+
+@torch.compiler.assume_constant_result
+def _kept_from() -> float:
+    """How many channels make a step on the CPU faster with fc1's output kept (benchmarks/bench_mlp.py).
+
+    With fewer there is more to keep and less to compute again, and a matrix unit computes it sooner.
+    """
+    return math.inf if import_module("..backends.cpp", __package__).ISA == "amx" else 256
 
 
 def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[tuple[int, int, int], torch.dtype]:
@@ -256,7 +269,8 @@ def _check(
         check_stats(x, stats)
     check_eps(eps)
     check_bool("residual", residual)
-    check_bool("save_hidden", save_hidden)
+    if save_hidden is not None:
+        check_bool("save_hidden", save_hidden)
 
 
 def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, columns: int) -> int:
