@@ -1,13 +1,14 @@
-"""How many images a second: whole PoolFormers, ours beside eager, torch.compile, OpenVINO and ONNX Runtime.
+"""How many images a second: whole PoolFormers, ours beside timm's: as it is, accelerated, in other runtimes.
 
     poolformer-kernels bench model [--models s12] [--dtype bfloat16 float32] [--batch 8 1]
     poolformer-kernels bench model --scaling
 
 timm's model and ours hold the same random weights; each provider's logits are compared with float64 before it
-is timed. The peers' weights are frozen (torch.compile) or part of the graph (OpenVINO, ONNX Runtime).
+is timed. "accelerate" is timm's model after `poolformer_kernels.accelerate`. The peers' weights are frozen
+(torch.compile) or part of the graph (OpenVINO, ONNX Runtime).
 The default run takes 10 minutes on 2 cores, most of it in torch.compile and OpenVINO's conversion: with
---providers ours eager it takes 2. max-autotune, only when asked for, adds minutes per case. --scaling takes
-a quarter of an hour: time over batch, image size and depth, with the exponents fitted.
+--providers ours accelerate eager it takes 2. max-autotune, only when asked for, adds minutes per case.
+--scaling takes a quarter of an hour: time over batch, image size and depth, with the exponents fitted.
 
 Providers: {providers}
 """

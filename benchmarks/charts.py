@@ -30,6 +30,7 @@ COLOURS = {  # in the order of the bars
     "ours graphed": "#b5560f",
     "ours cpp": "#e9985a",
     "ours triton": "#f2b98c",
+    "accelerate": "#d3a52c",
     "compile": "#4a7fc1",
     "max-autotune": "#24446f",
     "reduce-overhead": "#86b3e0",

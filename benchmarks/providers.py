@@ -1,8 +1,9 @@
 """What could run a PoolFormer, or a part of one: ours, eager, torch.compile, OpenVINO, ONNX Runtime.
 
-The peers run timm's modules, ours run ours, on the same weights. A provider is a name and a builder
-``(timm's module, ours, x) -> call``; a builder raises `UnavailableError` with the reason where it cannot run.
-Every result is compared with float64 before anything is timed.
+The peers run timm's modules, ours run ours, on the same weights; "accelerate" runs a copy of timm's through
+`poolformer_kernels.accelerate`. A provider is a name and a builder ``(timm's module, ours, x) -> call``; a
+builder raises `UnavailableError` with the reason where it cannot run. Every result is compared with float64
+before anything is timed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from harness import Case, Results, measure, require
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
+from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.ops.backend import BACKENDS, explain_selection
 from poolformer_kernels.verify import errors
@@ -91,6 +93,14 @@ def _ours_graphed(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
         raise UnavailableError("it captures modules, and this part is a method")
     graphed = pk.graphed(ours, x)
     return lambda: graphed(x)
+
+
+def _accelerated(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    try:
+        fast = accelerate(peer, inplace=False)
+    except ValueError as error:  # a part without blocks
+        raise UnavailableError(str(error)) from None
+    return lambda: fast(x)
 
 
 def _eager(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
@@ -165,6 +175,7 @@ PROVIDERS: dict[str, Callable[[nn.Module, Ours, Tensor], Call]] = {
     "ours": _ours,
     **{f"ours {backend}": partial(_ours_on, backend) for backend in BACKENDS},
     "ours graphed": _ours_graphed,
+    "accelerate": _accelerated,
     "eager": _eager,
     "eager NCHW": _eager_nchw,
     "compile": partial(_compiled, "default"),
@@ -179,7 +190,7 @@ def default_providers(device: str) -> list[str]:
     """What a user would choose from on this device; max-autotune compiles for minutes and is not in it."""
     if device == "cuda":
         return ["ours", "ours graphed", "eager", "eager NCHW", "compile", "reduce-overhead"]
-    return ["ours", "eager", "compile", "openvino", "onnxruntime"]
+    return ["ours", "accelerate", "eager", "compile", "openvino", "onnxruntime"]
 
 
 @dataclass
@@ -211,7 +222,7 @@ def prepare(names: list[str], peer: nn.Module, ours: Ours, x: Tensor) -> Prepare
                     call = PROVIDERS[name](peer, ours, x)
                     out = torch.as_tensor(call())[samples]
             except Exception as error:  # of other people's compilers; ours must not hide theirs
-                if name.startswith("ours") and not isinstance(error, UnavailableError):
+                if name.startswith(("ours", "accelerate")) and not isinstance(error, UnavailableError):
                     raise
                 prepared.unavailable[name] = _reason(error)
                 continue

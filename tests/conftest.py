@@ -10,6 +10,11 @@ from helpers import BACKENDS, require_backend
 import poolformer_kernels as pk
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "accelerated models at real sizes: all fifteen, at full depth (minutes)"
+    parser.addoption("--full-depth", action="store_true", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own

@@ -3,6 +3,7 @@
 On a small odd image each of the fifteen runs at its full depth and width, m36 and m48 in inference alone. At
 224 x 224 and at 193 x 257 runs one of either width of each source, the small one at its full depth and the
 wide one with 1, 1, 2 and 1 blocks in its stages: apart from the depth, models of the same width are the same.
+``pytest tests/test_accelerate_models.py --full-depth`` runs all fifteen there, each as it is (minutes, 4 GB).
 LayerScale and norms are random: at the released initial values of 1e-5 a wrong branch would not show.
 """
 
@@ -99,8 +100,15 @@ def test_logits_of_the_wide_models_at_full_depth(source, size, kernels):
     assert_close_to_fp64(ours, eager, exact, what="logits")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The models of `test_real_sizes`."""
+    if "depths" in metafunc.fixturenames:
+        full = metafunc.config.getoption("full_depth")
+        models = list(DEPTHS.items()) if full else [("s12", DEPTHS["s12"]), ("m36", REDUCED)]
+        metafunc.parametrize(("size", "depths"), models, ids=[size for size, _ in models])
+
+
 @pytest.mark.parametrize("shape", [(224, 224), (193, 257)], ids=str)
-@pytest.mark.parametrize(("size", "depths"), [("s12", DEPTHS["s12"]), ("m36", REDUCED)])
 @pytest.mark.parametrize("source", SOURCES)
 def test_real_sizes(source, size, depths, shape, kernels):
     assert_right(make_model(source, size, depths), randn(1, 3, *shape, mean=0.1), depths)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate_helpers import blocks_of
+from chain_helpers import Calls
 from peers import require
 
 from poolformer_kernels import cli
+from poolformer_kernels.accelerate import unfused_reasons
 from poolformer_kernels.profiling import count_macs
 
 HEADER = (
@@ -55,10 +58,10 @@ def test_model(tmp_path, capsys) -> None:
 
     files = ["--csv", str(tmp_path / "m.csv"), "--json", str(tmp_path / "m.json")]
     options = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
-    assert bench("model", *options, "--providers", "ours,eager", "ours triton", *files) == 0
+    assert bench("model", *options, "--providers", "ours,accelerate,eager", "ours triton", *files) == 0
     out = capsys.readouterr().out
     by_provider = rows(tmp_path / "m.csv")
-    assert list(by_provider) == ["ours", "eager", "copy", "matmul"]
+    assert list(by_provider) == ["ours", "accelerate", "eager", "copy", "matmul"]
 
     # counted here: timm's convolutions and linear layers; weights once, activations once in and once out
     peer = timm.create_model("poolformer_s12")
@@ -78,7 +81,7 @@ def test_model(tmp_path, capsys) -> None:
         moved / float(by_provider["copy"]["gb_per_s"]) / 1e9,
         flops / float(by_provider["matmul"]["tflop_per_s"]) / 1e12,
     )
-    for provider in ("ours", "eager"):
+    for provider in ("ours", "accelerate", "eager"):
         row = by_provider[provider]
         seconds = float(row["median_s"])
         assert 0 < float(row["p20_s"]) <= seconds <= float(row["p80_s"])
@@ -125,11 +128,30 @@ def test_half_precision_errors_are_those_of_rounding() -> None:
 
     peer, ours = providers.make_pair("poolformer_s12", torch.bfloat16, "cpu")
     x = harness.image(2, (3, 32, 32), "cpu", torch.bfloat16, "channels_last")
-    prepared = providers.prepare(["ours", "eager NCHW", "onnxruntime"], peer, ours, x)
+    prepared = providers.prepare(["ours", "accelerate", "eager NCHW", "onnxruntime"], peer, ours, x)
     assert prepared.unavailable == {"onnxruntime": "it is measured in float32 only"}
     for error in prepared.errors.values():
         assert 1e-4 < error < 0.02
-    assert prepared.errors["ours"] < 1.5 * prepared.errors["eager NCHW"]
+    for name in ("ours", "accelerate"):
+        assert prepared.errors[name] < 1.5 * prepared.errors["eager NCHW"]
+
+
+def test_accelerate_runs_a_copy_by_kernels(kernels) -> None:
+    import harness
+    import providers
+
+    peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
+    x = harness.image(2, (3, 32, 32), "cpu", torch.float32, "channels_last")
+    call = providers.prepare(["accelerate"], peer, ours, x).calls["accelerate"]
+    with torch.inference_mode(), Calls() as counted:
+        call()
+    assert counted.kernels() == {"chain_cpp": 4}  # each stage is one call
+    reason = "not accelerated: see poolformer_kernels.accelerate"
+    assert {unfused_reasons(block) for block in blocks_of(peer)} == {(reason, reason)}
+    prepared = providers.prepare(["accelerate", "eager"], peer.stem, ours.patch_embed, x)
+    reason = prepared.unavailable["accelerate"]
+    assert reason.startswith("no block to accelerate in Stem; looked for ")
+    assert list(prepared.calls) == ["eager"]
 
 
 @pytest.mark.parametrize(

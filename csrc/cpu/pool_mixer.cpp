@@ -79,23 +79,25 @@ struct Call {
     read_vector(layer_scale, "layer_scale", layer, p.channels, 1);
     // Where gamma or beta is infinite, eager subtracts infinities: 0 * inf carries the NaN over.
     for (int64_t c = 0; c < p.channels; ++c) coef[c] = (gamma[c] + 0.0f * (gamma[c] + coef[c])) * layer[c];
-    taps(arena, p.height, &p.row_taps, &p.row_inv);
-    taps(arena, p.width, &p.col_taps, &p.col_inv);
+    p.area = taps(arena, p.height, &p.row_taps, &p.row_weight) * taps(arena, p.width, &p.col_taps, &p.col_weight);
     float* inv = arena.take((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
     p.inv = inv;
     for (int64_t rows = 1; rows <= std::min(p.pool, p.height); ++rows)
       for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_taps[w]);
   }
 
-  void taps(Arena& arena, int64_t size, const float** count, const float** inverse) const {
-    float *n = arena.take(size), *inv = arena.take(size + kLanesMax);  // read a vector at a time
+  // Returns the most taps of a position.
+  float taps(Arena& arena, int64_t size, const float** count, const float** weight) const {
+    float *n = arena.take(size), *relative = arena.take(size + kLanesMax);  // read a vector at a time
+    const float most = valid_taps(size / 2, size, p.pool);
     for (int64_t i = 0; i < size; ++i) {
       n[i] = valid_taps(i, size, p.pool);
-      inv[i] = 1.0f / n[i];
+      relative[i] = most / n[i];
     }
-    std::fill(inv + size, inv + size + kLanesMax, 0.0f);
+    std::fill(relative + size, relative + size + kLanesMax, 0.0f);
     *count = n;
-    *inverse = inv;
+    *weight = relative;
+    return most;
   }
 
   // Whole samples per thread where that balances: the second pass over a sample then finds it in the cache.

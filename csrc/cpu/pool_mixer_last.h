@@ -305,18 +305,18 @@ struct BackwardLast {
     const int64_t channels = p.channels, row = p.width * channels, lanes = n;
     const T *gradient = grad, *input = x + h * row;
     T* out = dx + h * row;
-    const float *row_inv = p.row_inv, *col_inv = p.col_inv;
+    const float *row_weight = p.row_weight, *col_weight = p.col_weight;
     const Pair scale = coef;
-    const vf center_x = mean, k = correct;
-    const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
+    const vf center_x = mean, k = correct, area = splat(p.area);
+    const vf kept = splat(residual);
     const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
       const T* here = gradient + w * channels;
-      const vf across = splat(col_inv[w]);
+      const vf across = splat(col_weight[w]);
       column_sums<W>(
           p, h,
           [&](int64_t r) PK_FORCED {
             const Pair v = get_pair<PARTIAL>(here + r * row, lanes);
-            const vf weight = across * splat(row_inv[r]);
+            const vf weight = across * splat(row_weight[r]);
             return Pair{v.a * weight, v.b * weight};
           },
           sum, center);
@@ -325,9 +325,8 @@ struct BackwardLast {
       PK_EACH_ROW {
         const int64_t here = r * row + w * channels;
         const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);
-        const Pair s = sum.row[r], e = {s.a - g.a, s.b - g.b}, d = {in.a - center_x, in.b - center_x};
-        const Pair value = {(scale.a * e.a - d.a * k) + (vf)((vu)g.a & mask),
-                            (scale.b * e.b - d.b * k) + (vf)((vu)g.b & mask)};
+        const Pair s = sum.row[r], e = {s.a - area * g.a, s.b - area * g.b}, d = {in.a - center_x, in.b - center_x};
+        const Pair value = {kept * g.a + (scale.a * e.a - d.a * k), kept * g.b + (scale.b * e.b - d.b * k)};
         put_pair<PARTIAL>(out + here, value, lanes);
       }
     };
@@ -339,7 +338,7 @@ template <class T, bool PARTIAL>
 PK_INLINE void backward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
                               float* scratch) {
   const int64_t offset = b * p.channels * p.height * p.width + c;
-  const vf scale = splat(p.scale[b]);
+  const vf scale = splat(p.scale[b] / p.area);
   const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
   BackwardLast<T, PARTIAL> kernel{p,
                                   static_cast<const T*>(p.x) + offset,

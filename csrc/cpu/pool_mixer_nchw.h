@@ -34,7 +34,7 @@ struct Strip {
   }
 
   // The pool's sums: use(h, sum, center) for each row of the output, at the vector of columns from w on.
-  // WEIGHTED: row h counts 1 / row_taps[h] times.
+  // WEIGHTED: row h counts row_weight[h] times.
   template <int POOL, bool WEIGHTED, class Use>
   PK_INLINE void pool(int64_t w, const Use& use) const {
     if constexpr (POOL == 3) {
@@ -42,7 +42,7 @@ struct Strip {
         const float* at = row(h) + w;
         center = read<vf>(at);
         const vf sum = (read<vf>(at - 1) + center) + read<vf>(at + 1);
-        return WEIGHTED ? sum * splat(p.row_inv[h]) : sum;
+        return WEIGHTED ? sum * splat(p.row_weight[h]) : sum;
       };
       vf center, next_center{}, previous{}, next{};
       if (begin > 0) previous = across(begin - 1, center);
@@ -60,7 +60,7 @@ struct Strip {
         const float* at = row(h) + w - half_w;
         vf sum = read<vf>(at);
         for (int64_t k = 1; k <= 2 * half_w; ++k) sum += read<vf>(at + k);
-        write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_inv[h]) : sum);
+        write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_weight[h]) : sum);
       }
       for (int64_t h = begin; h < end; ++h) {
         const int64_t above = h > p.half_h ? h - p.half_h : 0, taps = valid_taps(h, p.height, p.pool);
@@ -177,15 +177,14 @@ struct BackwardPlane {
 
   template <bool PARTIAL>
   __attribute__((noinline)) void columns(int64_t w, int64_t n) {
-    const vu mask = vu{} + (p.residual ? 0xffffffffu : 0u);
-    const vf scale = coef, k = correct, center_x = mean;
+    const vf scale = coef, k = correct, center_x = mean, kept = splat(p.residual), area = splat(p.area);
     const T *in = x + w, *gradient = grad + w;
     T* out = dx + w;
     strip.template pool<POOL, true>(w, [&](int64_t h, vf sum, vf) PK_FORCED {
       const int64_t here = h * p.width;
-      const vf g = get<PARTIAL>(gradient + here, n), e = sum - g;
+      const vf g = get<PARTIAL>(gradient + here, n), e = sum - area * g;
       const vf d = get<PARTIAL>(in + here, n) - center_x;
-      put<PARTIAL>(out + here, (scale * e - d * k) + (vf)((vu)g & mask), n);
+      put<PARTIAL>(out + here, kept * g + (scale * e - d * k), n);
     });
   }
 };
@@ -197,14 +196,14 @@ void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t
     const Strip strip(p, item % p.strips, scratch);
     const T* grad = static_cast<const T*>(p.grad) + offset;
     strip.fill(grad, [&](vf v, int64_t w, auto) PK_FORCED {
-      return v * read<vf>(p.col_inv + w);  // zero behind the row
+      return v * read<vf>(p.col_weight + w);  // zero behind the row
     });
     BackwardPlane<T, POOL> kernel{p,
                                   strip,
                                   static_cast<const T*>(p.x) + offset,
                                   grad,
                                   static_cast<T*>(p.out) + offset,
-                                  splat(p.coef[c] * p.scale[b]),
+                                  splat(p.coef[c] * p.scale[b] / p.area),
                                   splat(p.mean[b]),
                                   splat(p.correct[b])};
     int64_t w = 0;

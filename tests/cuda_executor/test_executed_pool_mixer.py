@@ -8,6 +8,7 @@ from helpers import (
     LAYOUTS,
     PARAMETERS,
     VECTOR_LAYOUTS,
+    adjoint_bias,
     as_layout,
     as_vector_layout,
     assert_right,
@@ -316,3 +317,9 @@ def test_opcheck(dtype, layout) -> None:
 def test_options_that_are_refused(pool_size, eps) -> None:
     with pytest.raises(RuntimeError, match="pool_mixer_cuda"):
         FORWARD(randn(1, 2, 3, 4), None, None, None, None, None, pool_size, eps, True, True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("pool_size", [3, 5])
+def test_no_bias_of_the_adjoint(pool_size, layout) -> None:
+    assert abs(adjoint_bias(pool_size, layout)) < 0.05

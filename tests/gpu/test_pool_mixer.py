@@ -11,6 +11,7 @@ from helpers import (
     GRAD_LAYOUTS,
     HALVES,
     LAYOUTS,
+    adjoint_bias,
     as_layout,
     assert_close_to_fp64,
     assert_same,
@@ -330,3 +331,9 @@ def test_compiled_whole_over_dynamic_batches(layout) -> None:
             torch._dynamo.mark_dynamic(inputs["drop_scale"], 0)
             got = compiled(**inputs, residual=True)
             assert torch.equal(got, pool_mixer(**inputs, residual=True))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("pool_size", [3, 5, 7])
+def test_no_bias_of_the_adjoint(pool_size, layout) -> None:
+    assert abs(adjoint_bias(pool_size, layout, "cuda")) < 0.05
