@@ -1,9 +1,10 @@
 """What a training step of the MLP sub-block needs in memory on the CPU, and what its backward keeps.
 
-The peak is the process's resident memory during one step less that before it, in a process of its own: it
-counts tensors, the libraries' workspaces and the kernels' own buffers alike, as no allocator's counters do.
-x, the gradient of y and the parameters exist before; y and all gradients count. malloc gives blocks of 64 KiB
-and more back at once: what is freed is not counted, and nothing that was counted before is used again.
+The peak is the process's resident memory during one step less that before it, in a process for each size, the
+smallest peak first: it counts tensors, the libraries' workspaces and the kernels' own buffers alike, as no
+allocator's counters do. x, the gradient of y and the parameters exist before; y and all gradients count.
+malloc gives blocks of 64 KiB and more back at once: what is freed is not counted, and nothing that was
+counted before is used again.
 """
 
 import os
@@ -22,6 +23,7 @@ from poolformer_kernels.ops import mlp
 
 # C, H = W, batch. More samples than 16 at C = 320: there y, dx, the weights' gradients and their float32 sums
 # alone are 27 % of eager's peak, most of it the same for any batch; see test_what_grows_with_the_batch.
+PROVIDERS = ("ours", "hidden saved", "eager")
 STEPS = ((64, 56, 16), (320, 14, 64))
 SHARE = 0.30  # of eager's peak at most
 CODE = """
@@ -57,23 +59,24 @@ def resident(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
 
-provider = sys.argv[1]
 torch.set_num_threads(1)
 with pk.use_backend("cpp"):
-    step(*problem(16, 4, 1))  # loads the code; too small to leave buffers that the step could use
-    given = problem(*map(int, sys.argv[2:]))
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # the peak starts again from here
-    step(*given)
-    print(resident("VmHWM") - before)
+    for provider in sys.argv[4:]:
+        step(*problem(16, 4, 1))  # loads the code; too small to leave buffers that the step could use
+        given = problem(*map(int, sys.argv[1:4]))
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")  # the peak starts again from here
+        step(*given)
+        print(resident("VmHWM") - before)
+        del given
 """
 MALLOC = {"MMAP_THRESHOLD_": 65536, "TRIM_THRESHOLD_": 65536, "TOP_PAD_": 0, "ARENA_MAX": 1}
 
 
 @cache
-def peak_of(provider: str, *step: int) -> int:
-    """Bytes that one training step, (C, H = W, batch), needs at its peak: eager, ours or hidden saved."""
+def peaks_of(*step: int) -> dict[str, int]:
+    """Bytes that one training step, (C, H = W, batch), needs at its peak, by provider."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peaks are read from Linux's /proc")
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
@@ -81,14 +84,14 @@ def peak_of(provider: str, *step: int) -> int:
     malloc = {f"MALLOC_{name}": str(value) for name, value in MALLOC.items()}
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, provider, *map(str, step)],
+        [sys.executable, "-c", CODE, *map(str, step), *PROVIDERS],
         env=os.environ | malloc | path,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return dict(zip(PROVIDERS, map(int, done.stdout.split()), strict=True))
 
 
 def told(peaks: dict[str, int]) -> str:
@@ -97,26 +100,20 @@ def told(peaks: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_peak_of_a_training_step(kernels, step):
-    peaks = {provider: peak_of(provider, *step) for provider in ("eager", "ours")}
+    """And hidden activations that are saved count once."""
+    peaks = peaks_of(*step)
     assert peaks["ours"] <= SHARE * peaks["eager"], f"{peaks['ours'] / peaks['eager']:.1%}: {told(peaks)}"
+    channels, size, batch = step
+    hidden = 4 * channels * size**2 * batch * 2
+    assert 0.9 * hidden <= peaks["hidden saved"] - peaks["ours"] <= 1.1 * hidden, told(peaks)
+    assert peaks["hidden saved"] < peaks["eager"], told(peaks)
 
 
 def test_what_grows_with_the_batch(kernels):
     """Per sample, where the weights are large beside the activations."""
-    grown = {
-        provider: (peak_of(provider, 320, 14, 64) - peak_of(provider, 320, 14, 16)) // 48
-        for provider in ("eager", "ours")
-    }
+    large, small = peaks_of(320, 14, 64), peaks_of(320, 14, 16)
+    grown = {provider: (large[provider] - small[provider]) // 48 for provider in PROVIDERS}
     assert grown["ours"] <= SHARE * grown["eager"], f"{grown['ours'] / grown['eager']:.1%}: {told(grown)}"
-
-
-@pytest.mark.parametrize("step", STEPS, ids=str)
-def test_hidden_activations_that_are_saved_count_once(kernels, step):
-    channels, size, batch = step
-    peaks = {provider: peak_of(provider, *step) for provider in ("ours", "hidden saved", "eager")}
-    hidden = 4 * channels * size**2 * batch * 2
-    assert 0.9 * hidden <= peaks["hidden saved"] - peaks["ours"] <= 1.1 * hidden, told(peaks)
-    assert peaks["hidden saved"] < peaks["eager"], told(peaks)
 
 
 def saved_by(inputs: dict, **options) -> list[torch.Tensor]:

@@ -27,12 +27,10 @@ def test_in_the_interpreter(name) -> None:
         "--tb=short",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
         "-W",
         "ignore::RuntimeWarning",
     ]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     inner = subprocess.run(
         [*command, str(FOLDER / name)], env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True

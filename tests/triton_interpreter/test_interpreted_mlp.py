@@ -295,10 +295,15 @@ def test_given_statistics_are_used(shape, hidden) -> None:
     torch.testing.assert_close(y, doubled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "hidden"),
-    [*FUSED[:2], FUSED[4], *PAIR[:4], ((5, 16, 8, 8), 20), ((2, 8, 1, 130), 16), ((9, 8, 4, 8), 16)],
+    ("shape", "hidden", "dtype", "layout"),
+    [
+        (*problem, *kind)
+        for i, problem in enumerate(
+            (*FUSED[:2], FUSED[4], *PAIR[:4], ((5, 16, 8, 8), 20), ((2, 8, 1, 130), 16), ((9, 8, 4, 8), 16))
+        )
+        for kind in (KINDS[0], KINDS[1 + i % 2])
+    ],
     ids=str,
 )
 def test_statistics_of_the_rounded_y(shape, hidden, dtype, layout) -> None:

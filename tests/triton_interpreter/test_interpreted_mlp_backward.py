@@ -25,8 +25,9 @@ from poolformer_kernels.backends.triton import (
 )
 
 KINDS = ((torch.float32, "nchw"), (torch.bfloat16, "channels_last"), (torch.float16, "nchw"))
-FUSED, GEMM = ((3, 17, 5, 7), 40), ((3, 132, 2, 3), 70)  # (shape of x, hidden) of either form
-SHAPES = (FUSED, GEMM, ((2, 96, 7, 5), 70), ((2, 2, 1, 1), 5), ((4, 1, 13, 2), 33))
+FUSED, GEMM = ((3, 17, 5, 7), 40), ((3, 132, 2, 3), 20)  # (shape of x, hidden) of either form
+TWO_BLOCKS = (GEMM[0], 70)  # of hidden channels
+SHAPES = (FUSED, TWO_BLOCKS, ((2, 96, 7, 5), 70), ((2, 2, 1, 1), 5), ((4, 1, 13, 2), 33))
 
 
 def statistics(x, eps: float = 1e-5):
@@ -128,7 +129,7 @@ def test_norm_without_parameters(norm) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS[:2])
-@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
+@pytest.mark.parametrize(("shape", "hidden"), [FUSED, TWO_BLOCKS], ids=["fused", "gemm"])
 def test_saved_hidden(shape, hidden, dtype, layout) -> None:
     inputs = make_inputs(shape, hidden, dtype)
     inputs["x"] = as_layout(inputs["x"], layout)
@@ -209,22 +210,21 @@ def test_empty_batch(shape, hidden) -> None:
     assert all(value.numel() == 0 for value in result.values())
 
 
-@pytest.mark.parametrize(
-    ("shape", "hidden", "runs"), [(*FUSED, 10), (*GEMM, 3)], ids=["fused", "gemm"]
-)  # one gemm run takes more than a second
-def test_runs_are_bitwise_equal(shape, hidden, runs) -> None:
-    inputs = make_inputs((2, shape[1], 2, 3), min(hidden, 48), torch.bfloat16)
+@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
+def test_runs_are_bitwise_equal(shape, hidden) -> None:
+    """The interpreter has one order: what could differ is memory that was not written."""
+    inputs = make_inputs((2, shape[1], 2, 3), hidden, torch.bfloat16)
     grad = make_grad(inputs)
     first = gradients(inputs, grad, residual=True)
-    for _ in range(runs - 1):
+    for _ in range(2):
         assert_same(gradients(inputs, grad, residual=True), first)
 
 
 @pytest.mark.parametrize(("save_hidden", "layout"), [(False, "channels_last"), (True, "nchw")])
 def test_chunks_of_samples(save_hidden, layout, monkeypatch) -> None:
-    inputs = make_inputs((19, 132, 2, 3), 40, torch.bfloat16)
+    inputs = make_inputs((19, 132, 2, 3), 20, torch.bfloat16)
     inputs["x"] = as_layout(inputs["x"], layout)
-    monkeypatch.setattr(mlp_backward_gemm, "WORKSPACE", 8 * 6 * 40)  # 8 samples, then 8, then 3
+    monkeypatch.setattr(mlp_backward_gemm, "WORKSPACE", 8 * 6 * 20)  # 8 samples, then 8, then 3
     check(inputs, residual=True, save_hidden=save_hidden)
 
 
@@ -233,7 +233,8 @@ def test_several_splits_of_the_tokens(monkeypatch) -> None:
     monkeypatch.setattr(mlp_backward, "plan", lambda *args: plan(*args)._replace(programs=12))
     for dtype in (torch.float32, torch.bfloat16):
         check(make_inputs((2, 17, 11, 13), 40, dtype), residual=True)
-    check(make_inputs((2, 132, 11, 13), 20, torch.bfloat16), residual=True)
+    for save_hidden in (False, True):  # float32: two splits of three tiles of 64 tokens
+        check(make_inputs((2, 132, 8, 9), 20), residual=True, save_hidden=save_hidden)
 
 
 @pytest.mark.parametrize("rows", [1, 256, 257, 70000])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import HALVES, PARAMETERS, as_layout, assert_same, make_grad, make_inputs, run
+from helpers import PARAMETERS, as_layout, assert_same, make_grad, make_inputs, run
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import triton as backend
@@ -20,8 +20,15 @@ def test_the_interpreter_makes_the_backend_available_on_the_cpu() -> None:
     assert "cpu" in backend.DEVICES
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced_hw", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        *((torch.float32, layout) for layout in ("nchw", "channels_last")),
+        *((torch.bfloat16, layout) for layout in ("channels_last", "sliced_hw")),
+        *((torch.float16, layout) for layout in ("nchw", "transposed")),
+    ],
+    ids=str,
+)
 def test_opcheck(dtype, layout) -> None:
     inputs = make_inputs((2, 5, 8, 6), dtype)
     inputs["x"] = as_layout(inputs["x"], layout)
@@ -35,9 +42,9 @@ def test_opcheck(dtype, layout) -> None:
     torch.library.opcheck(BACKWARD, (grad, x, mean_rstd, weight, bias, scale, drop, 3, True))
 
 
-@pytest.mark.parametrize("count", range(1, len(PARAMETERS) + 2))
-def test_every_subset_of_gradients(count) -> None:
-    inputs = make_inputs((2, 5, 8, 6))
+@pytest.mark.parametrize("count", [1, len(PARAMETERS), len(PARAMETERS) + 1])
+def test_subsets_of_gradients(count) -> None:
+    inputs = make_inputs((2, 5, 4, 6))
     grad = make_grad(inputs)
     everything = run(pool_mixer, inputs, grad, residual=True)
     for names in itertools.combinations(inputs, count):
@@ -64,11 +71,12 @@ def test_empty_batch(layout) -> None:
     assert stats.shape[2] == 3
 
 
-def test_ten_runs_are_bitwise_equal() -> None:
+def test_runs_are_bitwise_equal() -> None:
+    """The interpreter has one order: what could differ is memory that was not written."""
     inputs = make_inputs((3, 17, 9, 13), torch.bfloat16)
     grad = make_grad(inputs)
     first = run(pool_mixer, inputs, grad, residual=True)
-    for _ in range(9):
+    for _ in range(2):
         assert_same(run(pool_mixer, inputs, grad, residual=True), first)
 
 
