@@ -23,8 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The few long tests at the start of both workers' halves: none is left alone with one at the end."""
-    names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor", "large")
-    long = [item for item in items if any(name in item.nodeid for name in names)]
+    names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor")
+    long = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
     first = set(long)
     rest = [item for item in items if item not in first]
     half = (len(rest) + len(long) % 2) // 2

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import torch
@@ -11,6 +11,7 @@ import torch
 __all__ = [
     "BACKENDS",
     "available_backends",
+    "constant_result",
     "explain_selection",
     "mlp_backend",
     "select_backend",
@@ -22,6 +23,12 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 _CHOICES = ("auto", *BACKENDS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("poolformer_kernels")
+
+
+def constant_result(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler: 1.5 s of our import."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _checked(name: str, origin: str) -> str:
@@ -90,7 +97,7 @@ def select_backend(device: str, dtype: torch.dtype) -> str:
     return _selected(_chosen, device, dtype)
 
 
-@torch.compiler.assume_constant_result  # for these arguments; the choice itself is guarded on
+@constant_result  # for these arguments; the choice itself is guarded on
 def _selected(chosen: str, device: str, dtype: torch.dtype) -> str:
     try:
         return _SELECTED[chosen, device, dtype][0]
@@ -117,7 +124,7 @@ def _decide(chosen: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     return "reference", f"{preferred}: {reason}"
 
 
-@torch.compiler.assume_constant_result  # for these arguments
+@constant_result  # for these arguments
 def mlp_backend(
     selected: str, sizes: tuple[int, int, int], operand: torch.dtype, backward: bool = False
 ) -> tuple[str, str | None]:

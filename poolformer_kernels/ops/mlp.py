@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import mlp_backend, select_backend, unavailable_reason
+from .backend import constant_result, mlp_backend, select_backend, unavailable_reason
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .library import call, refuse_forward_derivatives, register
 
@@ -184,7 +184,7 @@ def mlp_with_stats(
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _kept_from() -> float:
     """How many channels make a step on the CPU faster with fc1's output kept (benchmarks/bench_mlp.py).
 
