@@ -239,7 +239,7 @@ Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
     for (int64_t i = 0; i <= rows / kRowsMax; ++i)
       for (int64_t l = 0; l < count; ++l) drops[first + l] += drop_rows[i * block + l];
   }
-  kernels.weights(p, 0, kernels.weight_items(p));
+  for (int64_t i = 0; i < kernels.weight_items(p); ++i) kernels.weights(p, i);
   t.resize(p.out), db1.resize(p.hidden);
   return {{"e", e},
           {"g_p", dense(g_p, p.hidden, p.out)},

@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import accelerate_helpers
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
@@ -13,8 +14,9 @@ from helpers import HALVES, assert_close_to_fp64
 from peers import relative_error
 from torch import nn
 
+from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
-from poolformer_kernels.nn import Mlp, PoolFormerBlock
+from poolformer_kernels.nn import Mlp, PoolFormerBlock, plan
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -405,3 +407,30 @@ def test_a_model_is_collected(function, x):
     del model
     gc.collect()
     assert [ref() is None for ref in alive] == [True] * 3
+
+
+@pytest.mark.parametrize("where", ["norm1", "norm2"])
+def test_a_parameter_that_is_computed_is_never_stale(where):
+    """The norms of an accelerated block may be of any class derived from GroupNorm."""
+    torch.manual_seed(0)
+    block, x = accelerate_helpers.PoolFormerBlock(), images(2, 16, 9, 7)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(std=0.3)
+    parametrize.register_parametrization(block.get_submodule(where), "weight", Twice())
+    plain = copy.deepcopy(block).eval()
+    accelerate(block.eval())
+    for _ in range(2):
+        assert relative_error(infer(block, x), infer(plain, x)) < RIGHT
+        with torch.no_grad():
+            for p in (*block.parameters(), *plain.parameters()):
+                p.mul_(1.5)
+
+
+def test_no_plan_is_seen_half_built(x, monkeypatch):
+    """By another thread's inference."""
+    model, seen = make_model(), []
+    collect = plan._collect
+    monkeypatch.setattr(plan, "_collect", lambda root: seen.append(vars(root)[plan._PLACE]) or collect(root))
+    assert calls(model, x) == ONE
+    assert seen == [None]

@@ -322,6 +322,18 @@ def test_core_no_bias_of_the_adjoint(backend, pool_size, layout):
     assert abs(adjoint_bias(pool_size, layout)) < 0.05
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+def test_core_large_gradients_under_a_large_pool(backend, layout):
+    """Sums over a window stay in range as long as its mean does."""
+    x, grad = (as_layout(randn(1, 16, 40, 40, seed=seed), layout) for seed in (0, 1))
+    dx = {}
+    for size in (1.0, 1e36):
+        leaf = x.detach().requires_grad_()
+        y = pool_mixer(leaf, None, None, pool_size=31)
+        dx[size] = torch.autograd.grad(y, leaf, grad * size)[0]
+    torch.testing.assert_close(dx[1e36] / 1e36, dx[1.0], rtol=1e-4, atol=1e-6)
+
+
 # ---- more than 2^31 elements -------------------------------------------------------------------------------
 
 

@@ -86,18 +86,18 @@ struct Call {
       for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_taps[w]);
   }
 
-  // Returns the most taps of a position.
+  // Returns the weights' common factor: the most taps of a position, less a power of two that keeps sums in range.
   float taps(Arena& arena, int64_t size, const float** count, const float** weight) const {
     float *n = arena.take(size), *relative = arena.take(size + kLanesMax);  // read a vector at a time
-    const float most = valid_taps(size / 2, size, p.pool);
+    const float most = valid_taps(size / 2, size, p.pool), part = std::exp2(-std::ceil(std::log2(most)));
     for (int64_t i = 0; i < size; ++i) {
       n[i] = valid_taps(i, size, p.pool);
-      relative[i] = most / n[i];
+      relative[i] = most / n[i] * part;
     }
     std::fill(relative + size, relative + size + kLanesMax, 0.0f);
     *count = n;
     *weight = relative;
-    return most;
+    return most * part;
   }
 
   // Whole samples per thread where that balances: the second pass over a sample then finds it in the cache.

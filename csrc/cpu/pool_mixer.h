@@ -25,11 +25,11 @@ struct PoolMixerParams {
   const float* correct;   // [B] backward: rstd^2 k, see pool_mixer.cpp
   const float* row_taps;  // [H] valid taps in the vertical direction
   const float* col_taps;  // [W] and in the horizontal one
-  // The adjoint's weights, all `area` times as large: 1 inside, not a rounded 1 / 3. That is too large by as much for
-  // every element, which a sum less its own gradient does not forgive.
-  const float* row_weight;  // [H] the largest of row_taps / row_taps
-  const float* col_weight;  // [W] and of col_taps
-  float area;               // product of the two largest
+  // The adjoint's weights, all `area` times as large: a power of two inside, not a rounded 1 / 3. That is too large by
+  // as much for every element, which a sum less its own gradient does not forgive.
+  const float* row_weight;  // [H] a factor / row_taps
+  const float* col_weight;  // [W] another one / col_taps
+  float area;               // product of the two
   const float* inv;         // [pool + 1, W] 1 / (taps * col_taps)
 
   float* x_partials;  // [B, chunks, 3], see stats.h

@@ -134,14 +134,15 @@ __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixe
   p.dlayer_scale[c] = total * p.weight.at(c, 1.0f);
 }
 
-// Three taps to those of a pool: 1 inside, not a rounded 1 / 3. That is too large by as much for every element, which a
-// sum less its own gradient does not forgive.
-__device__ inline float relative_weight(float taps) { return taps == 3.0f ? 1.0f : taps == 2.0f ? 1.5f : 3.0f; }
+// 3 / 4 of 1 / taps: a power of two inside, not a rounded 1 / 3. That is too large by as much for every element, which
+// a sum less its own gradient does not forgive.
+__device__ inline float relative_weight(float taps) { return taps == 3.0f ? 0.25f : taps == 2.0f ? 0.375f : 0.75f; }
+constexpr float kRelativeArea = 0.75f * 0.75f;
 
-// Nine times the sums over three columns, each divided by the size of its own pool.
+// Sums over three columns, each divided by the size of its own pool, times kRelativeArea.
 template <class R>
 struct AdjointSums {
-  float weight[R::CO == 2 ? 4 : 5];  // 3 / taps across: left, right, and those of the kinds
+  float weight[R::CO == 2 ? 4 : 5];  // of the columns: left, right, and those of the kinds
 
   __device__ AdjointSums(const Plan& p, int w) {
     weight[0] = relative_weight(three_taps(w - 1, p.width));
@@ -150,7 +151,7 @@ struct AdjointSums {
     for (int kind = 0; kind < kKinds<R>; ++kind)
       weight[2 + kind] = relative_weight(three_taps(w + column_of<R>(kind), p.width));
   }
-  // `down`: 3 / taps of the row.
+  // `down`: the weight of the row.
   __device__ void operator()(const R& row, float down, float (&out)[R::N]) const {
     const auto of = [&](int j) {
       return down * (j < 0 ? weight[0] : j == R::CO ? weight[1] : weight[2 + kind_of<R>(j)]);
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
   const Tile t = tile_at(plan, gridDim.x - 1 - blockIdx.x);  // the samples reduced last are still in the cache
   const float mean = p.mean_rstd[2 * t.b], rstd = p.mean_rstd[2 * t.b + 1];
   const float kept = p.residual ? 1.0f : 0.0f, correction = p.k[t.b] * rstd * rstd,
-              scale = rstd * p.drop_scale.at(t.b, 1.0f) / 9.0f;
+              scale = rstd * p.drop_scale.at(t.b, 1.0f) / kRelativeArea;
   int item = threadIdx.x;
   do {
     const Place at = place_of<R::CO>(plan, t, item, R::CH);
@@ -209,7 +210,8 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
             for (int e = 0; e < V; ++e) {
               const int j = ALONG ? e : half, i = ALONG ? 0 : e;
               const float g = centre.value(j, i), around = x.value(j, i) - mean;
-              value[e] = fmaf(-correction, around, fmaf(gain[i], fmaf(-9.0f, g, total[j * R::CH + i]), kept * g));
+              value[e] =
+                  fmaf(-correction, around, fmaf(gain[i], fmaf(-kRelativeArea, g, total[j * R::CH + i]), kept * g));
             }
             store<T, V>(dx + half * plan.column, packed<T>(value));
           }

@@ -65,7 +65,7 @@ class _Plan:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        root.__dict__[_PLACE] = self
+        root.__dict__.setdefault(_PLACE, None)  # sizes count it; another thread must not meet half a plan
         self._root = ref(root)
         self._places: list[dict] = []
         self._keys: list[str] = []
@@ -85,7 +85,9 @@ class _Plan:
         self._sizes = [*map(len, self._sized)]  # nothing may be added: a forward of the instance, say
         self._ordered = [m._modules for m in self._modules if len(m._modules) > 1]
         self._orders = [*map(list, self._ordered)]
-        self.chain = _collect(root)
+        computed = any("parametrizations" in m._modules for m in self._modules)  # anew for each call
+        self.chain = None if computed else _collect(root)
+        root.__dict__[_PLACE] = self
 
     def _watch(self, place: dict, keys: list[str]) -> None:
         self._places += [place] * len(keys)

@@ -94,6 +94,8 @@ _SELECTED: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
 
 def select_backend(device: str, dtype: torch.dtype) -> str:
     """The backend that runs a call with x on this device type and of this dtype."""
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return "reference"  # ONNX knows no operators of ours, whatever was asked for
     return _selected(_chosen, device, dtype)
 
 

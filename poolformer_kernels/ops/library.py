@@ -39,11 +39,15 @@ def call(op, *args):
     What `torch.library.register_autograd` makes asks the schema for every argument in each call that is
     recorded, which takes 0.1 ms; `_FUNCTIONS` do not.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # which hides what requires gradients
+        or torch.jit.is_tracing()  # a trace has operators, no Python functions
+    ):
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        plain = op in _FUNCTIONS and torch._C._functorch.peek_interpreter_stack() is None
-        return _FUNCTIONS[op].apply(*args) if plain else op(*args)
+        return _FUNCTIONS[op].apply(*args) if op in _FUNCTIONS else op(*args)
     with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
         return op(*args)
 
