@@ -435,6 +435,14 @@ def test_vmap_keeps_gradients(kernels):
     torch.testing.assert_close(given, torch.stack(right), rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_forward_derivatives_are_refused_as_eager_ones(kernels):
+    block, x = random_block(), randn(2, 12, 6, 5)
+    torch.compiler.reset()
+    jvp = torch.compile(lambda x: torch.func.jvp(block, (x,), (torch.ones_like(x),))[1], backend="eager")
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        jvp(x)
+
+
 def test_a_trace_made_with_gradients_can_be_saved(kernels):
     block, x, file = random_block(), randn(2, 12, 6, 5), io.BytesIO()
     torch.jit.save(torch.jit.trace(block, x), file)

@@ -18,6 +18,8 @@ _FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}  # o
 def refuse_forward_derivatives(operator: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
     """Kernels have a backward only: where a transform would drop or zero tangents, raise."""
     if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(f"{operator} on the {backend!r} backend has no forward-mode derivative")
         return
     transforms = torch._C._functorch
     if forward_ad._current_level < 0 and transforms.peek_interpreter_stack() is None:
