@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import math
+import re
 
 import pytest
 import torch
@@ -102,7 +104,8 @@ def wrong_gradient(model: nn.Module) -> nn.Module:
 def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, capsys, monkeypatch) -> None:
     import bench_training
 
-    monkeypatch.setitem(getattr(bench_training, other_rule), "float32", 2.0)  # each rule alone finds it
+    lax = 2.0 if other_rule == "WRONG_LOSS" else (2.0, 2.0)
+    monkeypatch.setitem(getattr(bench_training, other_rule), "float32", lax)  # each rule alone finds it
     monkeypatch.setitem(bench_training.PROVIDERS, "eager", lambda peer, ours: broken(peer))
     assert bench("--csv", str(tmp_path / "t.csv"), "--providers", "accelerate,eager") == 1
     out = " ".join(capsys.readouterr().out.split())
@@ -112,6 +115,44 @@ def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, caps
         rows = {row["provider"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["accelerate", "copy", "matmul"]
     assert rows["accelerate"]["saved_fraction"] == ""
+
+
+def test_bfloat16_gradients_off_by_a_factor_are_wrong(tmp_path, capsys, monkeypatch) -> None:
+    import bench_training
+
+    def scaled(model: nn.Module, factor: float) -> nn.Module:
+        for name, p in model.named_parameters():
+            if name.endswith("fc1.weight"):
+                p.register_hook(lambda grad: factor * grad)
+        return model
+
+    monkeypatch.setitem(bench_training.PROVIDERS, "ours", lambda peer, ours: scaled(ours, 0.6))
+    monkeypatch.setitem(bench_training.PROVIDERS, "eager", lambda peer, ours: scaled(peer, 1.4))
+    options = ["--dtype", "bfloat16", "--csv", str(tmp_path / "t.csv")]
+    assert bench(*options, "--providers", "ours,accelerate,eager") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"ours: wrong: error 0\.4\d? of the gradient of network\.\S+\.mlp\.fc1\.weight", out)
+    assert re.search(r"eager: wrong: error 0\.4\d? of the gradient of stages\.\S+\.mlp\.fc1\.weight", out)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert [row["provider"] for row in csv.DictReader(file)] == ["accelerate", "copy", "matmul"]
+
+
+def test_gradient_errors_by_hand() -> None:
+    import bench_training
+
+    exact = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.0]), "a.1.b": torch.tensor([1e-10])}
+    found = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.5]), "a.1.b": torch.tensor([1.0])}
+    errors = bench_training.gradient_errors(found, exact)
+    assert errors == {"a.0.w": 0.0, "a.1.w": 0.125, "a.*.w": 0.1}
+    eager = {"a.0.w": 0.0, "a.1.w": 0.01, "a.*.w": 0.0475}
+    words = bench_training.wrong_gradient(errors, eager, "float32")
+    assert words == "error 0.12 of the gradient of a.1.w against float64, more than 0.02"
+    assert bench_training.wrong_gradient(errors, eager, "bfloat16") is None  # 0.105 and 0.22 are the limits
+    eager["a.*.w"] = 0.0425
+    words = bench_training.wrong_gradient(errors, eager, "bfloat16")
+    assert words == "error 0.1 of the gradient of a.*.w against float64, more than 0.095"
+    found["a.0.w"] = torch.tensor([math.nan])
+    assert bench_training.gradient_errors(found, exact)["a.*.w"] == math.inf
 
 
 def test_half_precision_without_loss_scaling_is_refused(capsys) -> None:

@@ -68,7 +68,7 @@ def assert_mlp_right(inputs, grad, layout="nchw", *, save_hidden=False, **option
 
 
 def test_is_the_papers_definition():
-    """Equation 2 of the paper, one number at a time, in float64."""
+    """Equation 3 of the paper, one number at a time, in float64."""
     inputs = make_inputs((3, 2, 2, 3), 4, torch.float64)
     v = {name: t.flatten(1).tolist() if t.dim() == 4 else t.tolist() for name, t in inputs.items()}
     y = mlp(**inputs, activation="relu", eps=1e-3, residual=True)

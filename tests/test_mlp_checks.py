@@ -94,14 +94,14 @@ BAD = {
     "activation a function": (ValueError, {"activation": F.gelu}, [ACTIVATION + "<built-in function gelu>"]),
     "activation a list": (ValueError, {"activation": ["gelu"]}, [ACTIVATION + "['gelu']"]),
     # the norm
-    "norm a string": (TypeError, {"norm": "layer"}, ["norm must be a bool", "str"]),
-    "norm an int": (TypeError, {"norm": 1}, ["norm must be a bool", "int"]),
+    "norm a string": (TypeError, {"norm": "layer"}, ["norm must be a bool or None", "str"]),
+    "norm an int": (TypeError, {"norm": 1}, ["norm must be a bool or None", "int"]),
     "eps negative": (ValueError, {"eps": -1e-5}, ["eps must not be negative", "-1e-05"]),
     "eps NaN": (ValueError, {"eps": float("nan")}, ["eps must not be negative", "nan"]),
     "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be a finite float", "inf"]),
     "eps a string": (TypeError, {"eps": "1e-5"}, ["eps must be a number", "str"]),
     "residual": (TypeError, {"residual": 1}, ["residual must be a bool", "int"]),
-    "save_hidden": (TypeError, {"save_hidden": "yes"}, ["save_hidden must be a bool", "str"]),
+    "save_hidden": (TypeError, {"save_hidden": "yes"}, ["save_hidden must be a bool or None", "str"]),
     # statistics
     "stats without norm": (
         ValueError,

@@ -13,7 +13,7 @@ from peers import randomise, relative_error, require
 from torch import nn
 
 import poolformer_kernels as pk
-from poolformer_kernels.nn import DropPath, GroupNorm, PoolFormerBlock, Pooling, PoolMixer
+from poolformer_kernels.nn import DropPath, GroupNorm, PoolFormerBlock, Pooling, PoolMixer, StarReLU
 
 BLOCK_KEYS = ["layer_scale_1", "layer_scale_2", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
 BLOCK_KEYS += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
@@ -340,6 +340,8 @@ def test_reprs_name_the_settings():
         (lambda: PoolMixer(4, pool_size="3"), TypeError, ("pool_size", "str", "int")),
         (lambda: PoolMixer(4, eps=-1e-5), ValueError, ("eps", "-1e-05", "negative")),
         (lambda: PoolMixer(4, eps=None), TypeError, ("eps", "NoneType", "number")),
+        (lambda: GroupNorm("4"), TypeError, ("num_channels", "str", "int")),
+        (lambda: StarReLU("a"), TypeError, ("scale", "str", "number")),
         (lambda: Pooling(-3), ValueError, ("pool_size", "-3", "positive")),
         (lambda: DropPath(1.0), ValueError, ("drop_prob", "1.0", "[0, 1)")),
         (lambda: DropPath(True), TypeError, ("drop_prob", "bool", "number")),

@@ -357,7 +357,7 @@ def test_save_hidden_reaches_the_operator(mlp_calls):
         (lambda: Mlp(4, drop=float("nan")), ValueError, ("drop", "nan")),
         (lambda: Mlp(4, bias=1), TypeError, ("bias", "int", "bool")),
         (lambda: Mlp(4, use_conv=None), TypeError, ("use_conv", "NoneType", "bool")),
-        (lambda: Mlp(4, save_hidden="yes"), TypeError, ("save_hidden", "str", "bool")),
+        (lambda: Mlp(4, save_hidden="yes"), TypeError, ("save_hidden", "str", "bool or None")),
         (lambda: Mlp(4)(torch.zeros(2, 4)), ValueError, ("x", "[B, C, H, W]", "(2, 4)")),
         (lambda: Mlp(4)(torch.zeros(2, 3, 5, 5)), ValueError, ("w1", "[any, 3]", "[4, 4, 1, 1]")),
         (lambda: Mlp(4)([1.0]), TypeError, ("x", "tensor", "list")),

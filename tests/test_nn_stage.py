@@ -399,8 +399,8 @@ def test_a_stage_is_a_sequential(backend):
     assert torch.equal(PoolFormerStage()(x), x)
 
 
-def test_save_hidden_must_be_a_bool():
-    with pytest.raises(TypeError, match="save_hidden must be a bool, got int"):
+def test_save_hidden_must_be_a_bool_or_none():
+    with pytest.raises(TypeError, match="save_hidden must be a bool or None, got int"):
         PoolFormerBlock(4, save_hidden=1)
 
 

@@ -244,6 +244,19 @@ def test_star_relu_zero_scale_has_a_gradient():
     assert relative_error(mlp.act.scale.grad, F.conv2d(r, mlp.fc2.weight).sum().view(1)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_star_relu_is_folded_into_half_weights_with_float32_sums(dtype):
+    act, weight, bias = StarReLU(0.8, -0.4).to(dtype), randn(9, 300, 1, 1, dtype=dtype), randn(9, dtype=dtype)
+    scale, shift = (p.detach().double() for p in (act.scale, act.bias))
+    exact = shift * weight.double().sum((1, 2, 3))
+    for given, expected in ((None, exact), (bias, exact + bias.double())):
+        folded, offset = act.fold(weight, given)
+        assert folded.dtype == dtype
+        assert torch.equal(folded, (scale * weight.double()).to(dtype))
+        assert offset.dtype == torch.float32
+        assert relative_error(offset, expected) < 1e-6
+
+
 def test_a_changed_star_relu_is_seen_in_inference():
     """The fold is computed in each call: nothing keeps the old one."""
     block = PoolFormerBlock(6, act_layer=StarReLU).eval()
@@ -257,6 +270,17 @@ def test_a_changed_star_relu_is_seen_in_inference():
         difference = stage(x) - first
     expected = block.mlp.fc2.weight.sum((1, 2, 3)).view(-1, 1, 1).expand_as(difference)
     assert relative_error(difference, expected) < 1e-4
+
+
+def test_res_scale_keeps_a_half_residual_stream_under_autocast():
+    torch.manual_seed(0)
+    block = randomise(MetaFormerBlock(6, res_scale_init_value=0.7)).eval()
+    x = randn(2, 6, 5, 7, mean=0.5).bfloat16()
+    expected = block(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 0.02
 
 
 @pytest.mark.parametrize("training", [False, True])

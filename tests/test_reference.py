@@ -10,7 +10,7 @@ from poolformer_kernels import reference
 
 
 def mixer_in_loops(x, weight, bias, layer_scale, drop_scale, pool_size, eps, residual) -> torch.Tensor:
-    """Equations 1 and 3 and Algorithm 1 of the paper, one pixel at a time."""
+    """Equations 2 and 4 and Algorithm 1 of the paper, one pixel at a time."""
     batch, channels, height, width = x.shape
     reach = pool_size // 2
     y = torch.empty_like(x)

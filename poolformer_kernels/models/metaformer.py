@@ -54,6 +54,8 @@ class MetaFormerConfig(ModelConfig):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
+
+    Source: MetaFormer (arXiv 2111.11418), section 4.4 and Table 5.
     """
 
     token_mixers: Layer | tuple[Layer, ...] = "pooling"
@@ -120,7 +122,9 @@ class MetaFormer(PoolFormer):
     identity mapping           ``create_model("metaformer_id_s12")``
     global random matrix       ``create_model("metaformer_s12", token_mixers="random_matrix")``
     depthwise convolution      ``create_model("metaformer_s12", token_mixers="convolution")``
-    pool size 5, 7, 9          ``create_model("poolformer_s12", pool_size=5)``
+    pool size 5                ``create_model("poolformer_s12", pool_size=5)``
+    pool size 7                ``create_model("poolformer_s12", pool_size=7)``
+    pool size 9                ``create_model("poolformer_s12", pool_size=9)``
     Layer Normalization        ``create_model("poolformer_s12", norm_layer="layer")``
     Batch Normalization        ``create_model("poolformer_s12", norm_layer="batch")``
     no normalization           ``create_model("poolformer_s12", norm_layer="none")``
@@ -139,8 +143,12 @@ class MetaFormer(PoolFormer):
         num_classes, in_chans, head, drop_path_rate, features_only: see `PoolFormer`; head mode ``"timm"``
             needs a norm that is ``"group"`` or ``"layer"``.
 
-    A call, its result and its errors are `PoolFormer`'s; ValueError too for images of another size than
-    ``image_size`` where a part is made for that.
+    A call takes images ``[B, in_chans, H, W]`` of a floating dtype; the result, logits ``[B, num_classes]``
+    or four maps, is `PoolFormer`'s.
+
+    Raises:
+        TypeError, ValueError: as `PoolFormer`; images of another size than ``image_size`` where a part is
+            made for that.
 
     Source: MetaFormer (arXiv 2111.11418), section 4.4 and Table 5.
     """

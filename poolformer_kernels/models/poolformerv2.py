@@ -41,7 +41,10 @@ class PoolFormerV2(PoolFormer):
     ``network.{2s}.{i}.res_scale_1``   ``stages.{s}.blocks.{i}.res_scale1.scale``
     =================================  =========================================
 
-    Args, calls, results and errors: see `PoolFormer`.
+    Args: see `PoolFormer`; ``head`` is ``"timm"``.
+
+    A call takes images ``[B, in_chans, H, W]`` of a floating dtype; the result, logits ``[B, num_classes]``
+    or four maps, and the errors are `PoolFormer`'s.
 
     Source: MetaFormer Baselines for Vision (arXiv 2210.13452), Table 1.
     """

@@ -52,7 +52,7 @@ class PoolFormerBlock(nn.Module):
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
 
-    Source: MetaFormer (arXiv 2111.11418), equations 1 to 3.
+    Source: MetaFormer (arXiv 2111.11418), equations 2 to 4.
     """
 
     def __init__(
@@ -229,7 +229,12 @@ class PoolFormerStage(nn.Sequential):
 
     Inference on the CPU is one operator call where no block has hooks.
 
-    x and the result are ``[B, C, H, W]``.
+    x and the result are ``[B, C, H, W]``; dtypes and layouts are the blocks'.
+
+    Raises:
+        TypeError: a block that is not a module; in a call, the blocks' errors.
+
+    Source: MetaFormer (arXiv 2111.11418), Figure 2 and section 3.2.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["boolean", "hooked", "is_number", "not_negative", "odd", "positive_int", "probability"]
+__all__ = ["boolean", "hooked", "is_number", "not_negative", "number", "odd", "positive_int", "probability"]
 
 
 def hooked(module: nn.Module) -> bool:
@@ -20,9 +20,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def boolean(name: str, value: bool) -> bool:
-    if type(value) is not bool:
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+def boolean(name: str, value: bool | None, optional: bool = False) -> bool | None:
+    if type(value) is not bool and not (optional and value is None):
+        raise TypeError(f"{name} must be a bool{' or None' * optional}, got {type(value).__name__}")
+    return value
+
+
+def number(name: str, value: float) -> float:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return value
 
 
@@ -41,9 +47,7 @@ def odd(name: str, value: int) -> int:
 
 
 def not_negative(name: str, value: float) -> float:
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not value >= 0:
+    if not number(name, value) >= 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value
 

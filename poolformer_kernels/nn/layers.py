@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .checks import not_negative, odd, positive_int, probability
+from .checks import not_negative, number, odd, positive_int, probability
 
 __all__ = ["ChannelLayerNorm", "DropPath", "GroupNorm", "PoolMixer", "Pooling", "StarReLU"]
 
@@ -29,7 +29,7 @@ class PoolMixer(nn.Module):
     Raises:
         TypeError, ValueError: a dim, pool size or eps of the wrong type or range.
 
-    Source: MetaFormer (arXiv 2111.11418), equation 3 and Algorithm 1.
+    Source: MetaFormer (arXiv 2111.11418), equation 4 and Algorithm 1.
     """
 
     def __init__(self, dim: int, pool_size: int = 3, eps: float = 1e-5) -> None:
@@ -48,10 +48,23 @@ class PoolMixer(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with one group, the paper's modified layer norm: ``nn.GroupNorm(1, num_channels, ...)``."""
+    """GroupNorm with one group, the paper's modified layer norm.
+
+    Equivalent PyTorch: ``nn.GroupNorm(1, num_channels, **kwargs)``.
+
+    Args:
+        num_channels: C of x, ``[B, C, ...]``; y has x's shape and, but for autocast, dtype. ``weight`` and
+            ``bias`` are ``[C]``.
+        kwargs: ``eps``, ``affine``, ``device`` and ``dtype`` of ``nn.GroupNorm``.
+
+    Raises:
+        TypeError, ValueError: channels that are not a positive int; in a call, PyTorch's errors.
+
+    Source: MetaFormer (arXiv 2111.11418), section 4.4; Group Normalization (arXiv 1803.08494).
+    """
 
     def __init__(self, num_channels: int, **kwargs) -> None:
-        super().__init__(1, num_channels, **kwargs)
+        super().__init__(1, positive_int("num_channels", num_channels), **kwargs)
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -59,6 +72,16 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     Equivalent PyTorch: ``F.layer_norm(x.permute(0, 2, 3, 1), (C,), weight, bias, eps).permute(0, 3, 1, 2)``;
     the result is channels_last.
+
+    Args:
+        num_channels: C. ``weight`` and ``bias`` are ``[C]``.
+        eps: added to the variance.
+        bias: have a bias.
+
+    Raises:
+        TypeError, ValueError: channels or an eps of the wrong type or range; in a call, PyTorch's errors.
+
+    Source: Layer Normalization (arXiv 1607.06450); MetaFormer (arXiv 2111.11418), Table 5.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5, *, bias: bool = True) -> None:
@@ -69,15 +92,23 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class StarReLU(nn.Module):
-    """``scale * relu(x)**2 + bias``, both learned scalars ``[1]``.
+    """The square of ReLU with a learned scale and bias, for x of any shape and floating dtype.
+
+    Equivalent PyTorch: ``scale * F.relu(x).square() + bias``.
+
+    Args:
+        scale, bias: initial values of the parameters ``scale`` and ``bias``, each ``[1]``.
+
+    Raises:
+        TypeError: an initial value that is not a number.
 
     Source: MetaFormer Baselines for Vision (arXiv 2210.13452), section 2.2.
     """
 
     def __init__(self, scale: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((1,), float(scale)))
-        self.bias = nn.Parameter(torch.full((1,), float(bias)))
+        self.scale = nn.Parameter(torch.full((1,), float(number("scale", scale))))
+        self.bias = nn.Parameter(torch.full((1,), float(number("bias", bias))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.relu(x).square() + self.bias
@@ -104,6 +135,14 @@ class Pooling(nn.Module):
     """Average pool minus identity, stride 1, borders averaging the pixels that exist; no parameters.
 
     Equivalent PyTorch: ``F.avg_pool2d(x, K, 1, K // 2, count_include_pad=False) - x``.
+
+    Args:
+        pool_size: K, odd and positive. x is ``[B, C, H, W]`` of a floating dtype; y has its shape and dtype.
+
+    Raises:
+        TypeError, ValueError: a pool size of the wrong type or range; in a call, PyTorch's errors.
+
+    Source: MetaFormer (arXiv 2111.11418), equation 4 and Algorithm 1.
     """
 
     def __init__(self, pool_size: int = 3) -> None:
@@ -122,7 +161,15 @@ class Pooling(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training each sample is zeroed with probability ``drop_prob``, else scaled up.
 
-    Equivalent PyTorch: ``x * (torch.bernoulli(keep) / keep)`` per sample, ``keep = 1 - drop_prob``.
+    Equivalent PyTorch, ``keep`` being ``1 - drop_prob``::
+
+        y = x * x.new_empty(B, 1, 1, 1).bernoulli_(keep).div_(keep)
+
+    Args:
+        drop_prob: in [0, 1). x is ``[B, C, H, W]`` of a floating dtype; y has its shape and dtype.
+
+    Raises:
+        TypeError, ValueError: a probability of the wrong type or range.
 
     Source: Deep Networks with Stochastic Depth (arXiv 1603.09382).
     """

@@ -38,7 +38,7 @@ class Mlp(nn.Module):
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
 
-    Source: MetaFormer (arXiv 2111.11418), equation 2.
+    Source: MetaFormer (arXiv 2111.11418), equation 3.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Mlp(nn.Module):
         boolean("bias", bias)
         kernel = (1,) if boolean("use_conv", use_conv) else ()
         layer = nn.Conv2d if use_conv else nn.Linear
-        self.save_hidden = None if save_hidden is None else boolean("save_hidden", save_hidden)
+        self.save_hidden = boolean("save_hidden", save_hidden, optional=True)
         self.fc1 = layer(in_features, hidden, *kernel, bias=bias)
         self.act = act_layer()
         self.fc2 = layer(hidden, out, *kernel, bias=bias)

@@ -115,10 +115,16 @@ class RandomMatrix(_Spatial):
 
 
 class PositionEmbedding(_Spatial):
-    """Adds a learned map ``pos_embed`` ``[1, C, H, W]``, zeros at first, to x ``[B, C, H, W]``.
+    """Adds a learned map ``pos_embed`` ``[1, C, H, W]``, zeros at first: ``x + pos_embed``.
+
+    Args:
+        dim: channels C of x, ``[B, C, H, W]``.
+        size: its (H, W).
 
     Raises:
         TypeError, ValueError: sizes that are not positive ints; in a call, an x of another size.
+
+    Source: MetaFormer (arXiv 2111.11418), Table 5; An Image is Worth 16x16 Words (arXiv 2010.11929).
     """
 
     def __init__(self, dim: int, size: tuple[int, int]) -> None:

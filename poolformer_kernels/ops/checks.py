@@ -83,7 +83,7 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be a finite float, got {eps}")
 
 
-def check_bool(name: str, value: bool) -> None:
-    """A flag is True or False."""
-    if type(value) is not bool:
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+def check_bool(name: str, value: bool | None, optional: bool = False) -> None:
+    """A flag is True or False, or None where it is optional."""
+    if type(value) is not bool and not (optional and value is None):
+        raise TypeError(f"{name} must be a bool{' or None' * optional}, got {type(value).__name__}")

@@ -92,7 +92,7 @@ def mlp(
         RuntimeError: the backend asked for cannot run this call; or a second derivative through a kernel
             backend.
 
-    Source: MetaFormer (arXiv 2111.11418), equation 2 (``Z = sigma(Norm(Y) W1) W2 + Y``).
+    Source: MetaFormer (arXiv 2111.11418), equation 3 (``Z = sigma(Norm(Y) W1) W2 + Y``).
     """
     return mlp_with_stats(
         x,
@@ -260,7 +260,7 @@ def _check(
     )
     if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    check_bool("norm", norm)
+    check_bool("norm", norm, optional=True)
     if not norm:
         for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("stats", stats)):
             if p is not None:
@@ -269,8 +269,7 @@ def _check(
         check_stats(x, stats)
     check_eps(eps)
     check_bool("residual", residual)
-    if save_hidden is not None:
-        check_bool("save_hidden", save_hidden)
+    check_bool("save_hidden", save_hidden, optional=True)
 
 
 def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, columns: int) -> int:

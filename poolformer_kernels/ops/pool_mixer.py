@@ -69,7 +69,7 @@ def pool_mixer(
         RuntimeError: the backend asked for cannot run this call; or a second derivative through a kernel
             backend.
 
-    Source: MetaFormer (arXiv 2111.11418), equations 1 and 3 (``TokenMixer(Norm(X)) + X``) and Algorithm 1.
+    Source: MetaFormer (arXiv 2111.11418), equations 2 and 4 (``TokenMixer(Norm(X)) + X``) and Algorithm 1.
     """
     return pool_mixer_with_stats(
         x,
