@@ -11,7 +11,7 @@ from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.accelerate.structures import structure_of
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
-SOURCES = ("timm", "timm v2", "transformers", "official")
+SOURCES = ("timm", "timm v2", "transformers", "official", "mmpretrain")
 
 
 class DropPath(nn.Module):
@@ -53,7 +53,7 @@ class Mlp(nn.Module):
 
 
 class PoolFormerBlock(nn.Module):
-    """The block of the official code and of mmpretrain, by its description."""
+    """The block of the official code, by its description."""
 
     def __init__(
         self, dim=16, *, act=nn.GELU, norm=lambda dim: nn.GroupNorm(1, dim), drop=0.0, drop_path=0.0,
@@ -78,15 +78,38 @@ class PoolFormerBlock(nn.Module):
         return x + self.drop_path(s2 * self.mlp(self.norm2(x)))
 
 
+class MmpretrainBlock(nn.Module):
+    """The block of mmpretrain, by its description: it always has LayerScale, and no flag for it."""
+
+    def __init__(self, dim: int = 16, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.init_cfg = None
+        self.norm1 = nn.GroupNorm(1, dim)
+        self.token_mixer = Pooling()
+        self.norm2 = nn.GroupNorm(1, dim)
+        self.mlp = Mlp(dim, 4 * dim, nn.GELU, 0.0)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-5))
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.layer_scale_1.view(-1, 1, 1)
+        x = x + self.drop_path(scale * self.token_mixer(self.norm1(x)))
+        scale = self.layer_scale_2.view(-1, 1, 1)
+        return x + self.drop_path(scale * self.mlp(self.norm2(x)))
+
+
 class Official(nn.Module):
     """A model of such blocks: stem, stages in sequence, mean, head."""
 
-    def __init__(self, num_classes: int = 7, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, num_classes: int = 7, drop_path: float = 0.0, block: type[nn.Module] = PoolFormerBlock
+    ) -> None:
         super().__init__()
         layers, channels = [], 3
         for dim, depth in zip(DIMS, DEPTHS, strict=True):
             layers.append(nn.Conv2d(channels, dim, 3, 2, 1))
-            layers.append(nn.Sequential(*(PoolFormerBlock(dim, drop_path=drop_path) for _ in range(depth))))
+            layers.append(nn.Sequential(*(block(dim, drop_path=drop_path) for _ in range(depth))))
             channels = dim
         self.network = nn.ModuleList(layers)
         self.head = nn.Linear(channels, num_classes)
@@ -100,8 +123,9 @@ class Official(nn.Module):
 def make_model(source: str, drop_path: float = 0.0) -> nn.Module:
     """A small model with random parameters, in eval mode."""
     torch.manual_seed(0)
-    if source == "official":
-        model = Official(drop_path=drop_path)
+    if source in ("official", "mmpretrain"):
+        block = PoolFormerBlock if source == "official" else MmpretrainBlock
+        model = Official(drop_path=drop_path, block=block)
     elif source == "transformers":
         transformers = require("transformers", "models.poolformer.modeling_poolformer")
         config = transformers.PoolFormerConfig(

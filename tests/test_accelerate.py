@@ -119,7 +119,9 @@ def test_two_operator_calls_a_block_and_statistics_between(source, calls, kernel
         assert all(given[1::2])
 
 
-@pytest.mark.parametrize(("source", "count"), [("timm", 4), ("official", 4), ("transformers", 5)])
+@pytest.mark.parametrize(
+    ("source", "count"), [("timm", 4), ("official", 4), ("mmpretrain", 4), ("transformers", 5)]
+)
 def test_inference_is_one_call_a_stage_or_block(source, count, calls, monkeypatch, kernels):
     model = make_model(source)
     expected = logits(model, image())
@@ -247,15 +249,37 @@ def test_copies_are_accelerated_and_independent(source, copied, kernels):
     assert restore(other) is other
 
 
-def test_replicas_compute_with_their_own_parameters():
-    block = accelerate(PoolFormerBlock())
-    replica = block._replicate_for_data_parallel()
-    nn.init.ones_(block.layer_scale_1)
-    for name in ("layer_scale_1", "layer_scale_2"):
-        setattr(replica, name, torch.zeros(16))
-    x = torch.randn(1, 16, 4, 4)
-    assert torch.equal(replica(x), x)
-    assert not torch.equal(block(x), x)
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes one: what was a parameter is an attribute, computed from it."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas.get(child)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.view_as(parameter))
+    return replicas[model]
+
+
+@source
+def test_replicas_are_operators_and_compute_with_their_own_parameters(source, calls, kernels):
+    model, x = make_model(source), image()
+    expected = logits(model, x)
+    replica = replica_of(accelerate(model))
+    assert not [*replica.parameters()]
+    calls.clear()
+    torch.testing.assert_close(logits(replica, x), expected, atol=1e-5, rtol=1e-4)
+    assert [name for name, _ in calls] == ["pool_mixer", "mlp"] * sum(DEPTHS)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(replica, x), expected, atol=1e-5, rtol=1e-4)
+        for module in replica.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    vars(module)[name] = torch.zeros_like(value)
+        assert torch.equal(logits(replica, x), torch.zeros(2, 7))
+        torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
 
 
 # ---- transforms and compilers ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..nn.plan import calls_more, run_chain
 from ..ops.chain import Chain
 from ..reference import memory_format_of
 from .run import add_to_chain, run, takes
-from .structures import ACT, MIXER, MLP, STRUCTURES, Structure, activation_of
+from .structures import ACT, MIXER, MLP, STAR_RELU, STRUCTURES, Structure, activation_of
 
 __all__ = ["Recipe", "Sequential", "accelerated_class", "recipe_of"]
 
@@ -48,7 +48,7 @@ class Recipe:
             return f"accelerate was called with {('mixer', 'mlp')[which]}=False"
         parts = structure.parts(block, which)
         replaced = tuple([type(part) for part in parts]) != self.types[which]
-        if which == MLP and type(parts[ACT]) is nn.GELU:
+        if which == MLP and (type(parts[ACT]) is nn.GELU or self.activation == STAR_RELU):
             replaced |= activation_of(parts[ACT]) != self.activation
         if replaced:
             return f"a module of {structure.bodies[which]} or around it was replaced after accelerate"

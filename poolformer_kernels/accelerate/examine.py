@@ -1,11 +1,15 @@
 """Whether a block is what its names say: its own forward is compared with ours on random parameters."""
 
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops.backend import use_backend
 from .blocks import Recipe, accelerated_class
@@ -14,7 +18,10 @@ from .structures import ACT, MLP, Structure, activation_of, structure_of
 __all__ = ["examine"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NOT_SETTINGS = {*vars(nn.Module()), "forward", "_poolformer_kernels_plan"}
+_SETTINGS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
 _DROP_PROB = 0.4
+_LOCK = threading.RLock()  # the backend is chosen for the whole process
 _compared: dict[tuple, str | None] = {}
 
 
@@ -23,6 +30,11 @@ def examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[
 
     ``original`` is the block's class without acceleration.
     """
+    with _LOCK, _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        return _examine(block, original)
+
+
+def _examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[str | None, str | None]]:
     structure = structure_of(block)
     reasons = (_forward_reason(original),) * 2
     if reasons[0] is None:
@@ -34,12 +46,16 @@ def examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[
     activation = activation_of(structure.parts(block, MLP)[ACT]) if types[MLP] is not None else None
     recipe = Recipe(original, structure.name, tuple(types), activation)
     if any(types):
-        bodies = (block._modules[name] for name in structure.bodies)
-        key = (recipe, *(_settings(module) for module in (block, *bodies)))
-        if key not in _compared:
-            _compared[key] = _compare(block, recipe, structure)
-        if _compared[key] is not None:
-            reasons = tuple(reason or _compared[key] for reason in reasons)
+        settings = _key(block, original)
+        key = None if settings is None else (recipe, settings)
+        if key in _compared:
+            wrong = _compared[key]
+        else:
+            wrong = _compare(block, recipe, structure)
+            if key is not None:
+                _compared[key] = wrong
+        if wrong is not None:
+            reasons = tuple(reason or wrong for reason in reasons)
             recipe = Recipe(original, structure.name, (None, None), activation)
     return recipe, reasons
 
@@ -54,63 +70,124 @@ def _forward_reason(original: type[nn.Module]) -> str | None:
     return None
 
 
-def _settings(module: nn.Module) -> tuple:
-    """The plain values that a module's forward may depend on."""
-    plain = (bool, int, float, str, type(None))
-    return tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "training")
+def _key(block: nn.Module, original: type[nn.Module]) -> tuple | None:
+    """Everything that the block's forward may depend on besides numbers; None: more than can be compared."""
+    key = []
+    for path, module in block.named_modules(remove_duplicate=False):
+        settings = _settings(module)
+        if settings is None or any(b is not None for b in module._buffers.values()):
+            return None
+        parameters = tuple(
+            (name, None if p is None else (tuple(p.shape), p.dtype)) for name, p in module._parameters.items()
+        )
+        made = type(module) if path else original
+        key.append((path, made, made.forward, settings, parameters))
+    return tuple(key)
+
+
+def _settings(module: nn.Module) -> tuple | None:
+    """A module's own attributes, where all of them are plain values."""
+    settings = []
+    for name, value in vars(module).items():
+        if name in _NOT_SETTINGS or (name == "p" and isinstance(module, nn.Dropout)):
+            continue
+        if name == "drop_prob":
+            value = bool(value)
+        if not all(isinstance(v, _SETTINGS) for v in (value if isinstance(value, tuple) else (value,))):
+            return None
+        settings.append((name, type(value), value))
+    return tuple(settings)
 
 
 def _compare(block: nn.Module, recipe: Recipe, structure: Structure) -> str | None:
-    """What is wrong with our forward in place of the original, in eval mode and with drop paths drawn."""
+    """What is wrong with our forward in place of the original: results and gradients, drop paths drawn."""
     theirs, name = recipe.original.forward, recipe.original.__name__
-    block = _replica(block)
-    for which, types in enumerate(recipe.types):
-        if types is None:  # modules in both: whatever they are, they need not run here
-            for part in (structure.norms[which], structure.bodies[which]):
-                block._modules[part] = nn.Identity()
-    norm = next(
-        block._modules[n] for n, t in zip(structure.norms, recipe.types, strict=True) if t is not None
-    )
-    x = _random(3, norm.num_channels, 4, 5)
-    for training in (False, True):
-        block.train(training)
-        try:
-            expected, given = (_run(f, block, x) for f in (theirs, accelerated_class(recipe).forward))
-        except Exception as error:  # a forward that is not ours may raise anything
-            return f"the forward of {name} could not be compared with ours: {error}"
-        if structure.returns_tuple:
-            if not isinstance(expected, tuple) or len(expected) != 1:
-                return f"the forward of {name} does not return a tuple of one"
-            expected, given = expected[0], given[0]
-        same = isinstance(expected, Tensor) and expected.shape == given.shape
-        if not same or not torch.allclose(expected, given, 1e-9, 1e-9):
-            return f"the forward of {name} computes something else than its modules' names say"
+    generator = torch.Generator().manual_seed(0)  # one for all, so that no two parameters are the same
+    try:
+        block = _replica(block, generator)
+        for which, types in enumerate(recipe.types):
+            if types is None:  # modules in both: whatever they are, they need not run here
+                for part in (structure.norms[which], structure.bodies[which]):
+                    block._modules[part] = nn.Identity()
+        norm = next(
+            block._modules[n] for n, t in zip(structure.norms, recipe.types, strict=True) if t is not None
+        )
+        x = _random((3, norm.num_channels, 4, 5), generator)
+        for training, recording in ((False, False), (False, True), (True, True)):
+            block.train(training)
+            ys, grads = [], []
+            for forward in (theirs, accelerated_class(recipe).forward):
+                y, given = _run(forward, block, x, structure, recording)
+                ys.append(y)
+                grads.append(given)
+            size = max([0.0, *(g.abs().max().item() for g in grads[0])])  # of a zero gradient there is noise
+            same = _close(*ys, ys[0].abs().max().item())
+            if not same or not all(_close(*pair, size) for pair in zip(*grads, strict=True)):
+                return f"the forward of {name} computes something else than its modules' names say"
+    except _TupleOfOneError:
+        return f"the forward of {name} does not return a tuple of one"
+    except Exception as error:  # a forward that is not ours may raise anything
+        return f"the forward of {name} could not be compared with ours: {error}"
     return None
 
 
-@torch.no_grad()
-def _run(forward: Callable, block: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-    with use_backend("reference"), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        torch.manual_seed(0)
-        return forward(block, x)
+class _TupleOfOneError(Exception):
+    pass
 
 
-def _replica(module: nn.Module) -> nn.Module:
+def _run(
+    forward: Callable, block: nn.Module, x: Tensor, structure: Structure, recording: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The result and, where recording, the gradients of x and of every parameter, each time the same way."""
+    tensors = [x.detach().requires_grad_(recording), *block.parameters()]
+    with (
+        use_backend("reference"),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", enabled=False),
+        torch.set_grad_enabled(recording),
+    ):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device's
+        y = forward(block, tensors[0])
+        if structure.returns_tuple:
+            if not isinstance(y, tuple) or len(y) != 1:
+                raise _TupleOfOneError
+            (y,) = y
+        if not recording:
+            return y, []
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device="cpu").view(y.shape)
+        return y.detach(), [*torch.autograd.grad(y, tensors, weights, materialize_grads=True)]
+
+
+def _close(expected: Tensor, given: Tensor, size: float) -> bool:
+    return expected.shape == given.shape and bool((expected - given).abs().max() <= 1e-9 * size)
+
+
+def _replica(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """The module without hooks, with random parameters on the CPU; what is dropped at random, mostly is."""
     replica = object.__new__(type(module))
-    replica.__dict__ = {k: v for k, v in vars(module).items() if k != "forward"}
+    replica.__dict__ = {k: _copied(v) for k, v in vars(module).items() if k != "forward"}
     replica.__dict__ |= {name: OrderedDict() for name in _HOOKS}
     if isinstance(module, nn.Dropout):
         replica.p = 0.0
-    elif "drop_prob" in vars(module):
+    elif "drop_prob" in vars(module):  # also where it is 0, which schedules change
         replica.drop_prob = _DROP_PROB
     replica._parameters = {
-        name: p if p is None else nn.Parameter(_random(*p.shape)) for name, p in module._parameters.items()
+        name: p if p is None else nn.Parameter(_random(p.shape, generator))
+        for name, p in module._parameters.items()
     }
-    replica._modules = {name: m if m is None else _replica(m) for name, m in module._modules.items()}
+    replica._buffers = {name: _copied(b) for name, b in module._buffers.items()}
+    replica._modules = {
+        name: m if m is None else _replica(m, generator) for name, m in module._modules.items()
+    }
     return replica
 
 
-def _random(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(len(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+def _copied(value: object) -> object:
+    """Of a tensor that is no parameter, a copy for this comparison; other values are themselves."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")

@@ -20,6 +20,7 @@ from .structures import (
     MLP,
     NORM,
     PLAIN,
+    STAR_RELU,
     Structure,
     drops_paths,
     is_star_relu,
@@ -132,8 +133,9 @@ def _mlp(
     scale, shortcut = structure.layer_scale(block, MLP), structure.residual_scale(block, MLP)
     x = _widened(x, scale)
     w2, b2, constant = fc2.weight, fc2.bias, None
-    if is_star_relu(act):
+    if activation == STAR_RELU:
         w2, b2 = fold_star_relu(act.scale, act.bias, w2, b2)
+        activation = "relu_squared"
     inner = _inner_drop_path(structure, parts)
     if inner is None or not drops_paths(inner):
         drop_scale = _drop_scale(parts[DROP_PATH], x)

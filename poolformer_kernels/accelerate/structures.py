@@ -4,17 +4,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..nn.checks import hooked
 from ..reference import ACTIVATIONS
 
-__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "MIXER", "MLP", "NORM", "PLAIN", "POOL", "STRUCTURES"]
-__all__ += ["Structure", "activation_of", "drops_paths", "is_star_relu", "structure_of"]
+__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "MIXER", "MLP", "NORM", "PLAIN", "POOL"]
+__all__ += [
+    "STAR_RELU",
+    "STRUCTURES",
+    "Structure",
+    "activation_of",
+    "drops_paths",
+    "is_star_relu",
+    "structure_of",
+]
 
 MIXER, MLP = range(2)
 NORM, DROP_PATH, BODY, POOL = range(4)  # where parts() has what
 FC1, ACT, FC2 = range(3, 6)
 PLAIN = (Tensor, nn.Parameter)  # not quantised, sharded or fake
+STAR_RELU = "star_relu"  # relu_squared with its scale and bias folded into the next layer
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,14 @@ class Structure:
     returns_tuple: bool = False
 
     def matches(self, block: nn.Module) -> bool:
-        """Whether a module has these names; scales that are parameters may be absent."""
+        """Whether a module has these names; scales that are parameters may be absent where a flag says so."""
         names = [*self.norms, *self.bodies, *self.drop_paths]
         if self.residual_scales is not None:
             names += [*self.scales, *self.residual_scales]
-        elif "use_layer_scale" not in vars(block):
+        if any(block._modules.get(name) is None for name in names):
             return False
-        return all(block._modules.get(name) is not None for name in names)
+        flagged = self.residual_scales is not None or "use_layer_scale" in vars(block)
+        return flagged or all(isinstance(getattr(block, name, None), Tensor) for name in self.scales)
 
     def parts(self, block: nn.Module, which: int) -> list[nn.Module]:
         """The modules that a sub-block's operator call stands for, in the order of the constants above.
@@ -64,7 +76,8 @@ class Structure:
     def layer_scale(self, block: nn.Module, which: int) -> Tensor | None:
         """The LayerScale vector ``[C]``."""
         if self.residual_scales is None:
-            return getattr(block, self.scales[which]) if block.use_layer_scale else None
+            scaled = vars(block).get("use_layer_scale", True)  # mmpretrain's blocks always are
+            return getattr(block, self.scales[which]) if scaled else None
         return _scale(block._modules[self.scales[which]])
 
     def residual_scale(self, block: nn.Module, which: int) -> Tensor | None:
@@ -101,7 +114,8 @@ class Structure:
                 if type(module) is nn.Dropout and module.p > 0 and module.training:
                     return f"{name} of {body} is active (p = {module.p})"
             for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
-                if type(fc.weight) not in PLAIN and not torch.compiler.is_compiling():
+                kind = type(fc.weight)
+                if kind not in PLAIN and not (torch.compiler.is_compiling() and kind in _TRACED):
                     return f"{name} has a weight of {_kind(fc.weight)}, not a plain parameter"
             parts += parts[ACT]._modules.values()
         for part in parts:
@@ -119,7 +133,9 @@ class Structure:
             return f"{self.drop_paths[which]} is {_kind(drop_path)}, not DropPath or Identity"
         if self.residual_scales is not None:
             for name, scale in ((self.scales[which], parts[-2]), (self.residual_scales[which], parts[-1])):
-                if type(scale) is not nn.Identity and [*scale._parameters] != ["scale"]:
+                if type(scale) is nn.Identity or [*scale._parameters] == ["scale"]:
+                    continue
+                if not _has_vectors(scale, {"scale"}):
                     return f"{name} is {_kind(scale)}, not a scale of channels or Identity"
         return None
 
@@ -147,22 +163,24 @@ def structure_of(block: nn.Module) -> Structure | None:
 
 def is_star_relu(act: nn.Module) -> bool:
     """StarReLU, ``scale * relu(x) ** 2 + bias``."""
-    parameters = act._parameters
     return (
-        parameters.keys() == {"scale", "bias"}
-        and type(act._modules.get("relu")) is nn.ReLU
-        and all(p is not None and p.shape == (1,) for p in parameters.values())
+        type(act._modules.get("relu")) is nn.ReLU
+        and _has_vectors(act, {"scale", "bias"})
+        and act.scale.shape == act.bias.shape == (1,)
     )
 
 
 def activation_of(act: nn.Module) -> str | None:
-    """The operator's name for an activation, by its values where it is not torch's own; None: it has none."""
+    """The operator's name for an activation, or STAR_RELU; by its values where it is not torch's own.
+
+    None: it has none.
+    """
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
     if type(act) in _ACTIVATIONS:
         return _ACTIVATIONS[type(act)]
     if is_star_relu(act):
-        return "relu_squared"
+        return STAR_RELU
     if any(True for _ in act.parameters()):
         return None
     x = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
@@ -201,6 +219,15 @@ def _pool_reason(body: str, pool: nn.Module) -> str | None:
     return None
 
 
+def _has_vectors(module: nn.Module, names: set[str]) -> bool:
+    """Whether the attributes are vectors, and there is no other parameter.
+
+    In replicas of DataParallel and units of FSDP, what was a parameter is an attribute like any other.
+    """
+    given = [getattr(module, name, None) for name in names]
+    return module._parameters.keys() <= names and all(isinstance(t, Tensor) and t.dim() == 1 for t in given)
+
+
 def _scale(module: nn.Module) -> Tensor | None:
     return None if type(module) is nn.Identity else module.scale
 
@@ -209,6 +236,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
+_TRACED = (FakeTensor, FunctionalTensor)  # what parameters are while torch.export traces
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _MLP = ("fc1", "act", "fc2")
 STRUCTURES = {

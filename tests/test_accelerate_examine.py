@@ -1,0 +1,375 @@
+"""accelerate's comparison of forwards: what it notices, may remember and leaves untouched; and runs later."""
+
+import copy
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate_helpers import (
+    DropPath,
+    Mlp,
+    MmpretrainBlock,
+    PoolFormerBlock,
+    Pooling,
+    image,
+    logits,
+    make_model,
+)
+from peers import randomise
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.utils import remove_weight_norm, weight_norm
+
+from poolformer_kernels.accelerate import accelerate, restore, unfused_reasons
+from poolformer_kernels.accelerate import examine as examine_function
+
+examine = sys.modules[examine_function.__module__]
+OTHER = "computes something else than its modules' names say"
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch):
+    """What is remembered, empty before each test."""
+    monkeypatch.setattr(examine, "_compared", {})
+    return examine._compared
+
+
+def make_block(made=PoolFormerBlock, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(made(**options)).eval()
+
+
+def images() -> Tensor:
+    return torch.randn((2, 16, 5, 6), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(block: nn.Module) -> list[Tensor]:
+    """y, dx and the gradient of every parameter, zero where there is none."""
+    x = images().requires_grad_()
+    y = block(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()], materialize_grads=True)
+    return [y.detach(), *grads]
+
+
+def assert_same(block: nn.Module, expected: list[Tensor], *, exact: bool = False) -> None:
+    size = 0.0 if exact else 1e-5 * max(t.abs().max().item() for t in expected)
+    assert all((a - b).abs().max() <= size for a, b in zip(outputs(block), expected, strict=True))
+
+
+# ---- what it notices ---------------------------------------------------------------------------------------
+
+
+def block_of(mixer, mlp) -> type[nn.Module]:
+    """A class with this structure and a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(mixer(self, x))
+        return x + self.drop_path(mlp(self, x))
+
+    return type("Other", (nn.Module,), {"forward": forward})
+
+
+def mixer(self, x, norm="norm1", scale="layer_scale_1"):
+    return getattr(self, scale)[:, None, None] * self.token_mixer(getattr(self, norm)(x))
+
+
+def mlp(self, x, norm="norm2", scale="layer_scale_2"):
+    return getattr(self, scale)[:, None, None] * self.mlp(getattr(self, norm)(x))
+
+
+def bias_as_weight(self, x):
+    norm = self.norm1
+    y = F.group_norm(x, 1, norm.bias, norm.bias, norm.eps)
+    return self.layer_scale_1[:, None, None] * self.token_mixer(y)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        (lambda s, x: mixer(s, x, scale="layer_scale_2"), lambda s, x: mlp(s, x, scale="layer_scale_1")),
+        (mixer, lambda s, x: mlp(s, x, scale="layer_scale_1")),
+        (mixer, lambda s, x: mlp(s, x, norm="norm1")),
+        (lambda s, x: mixer(s, x, norm="norm2"), lambda s, x: mlp(s, x, norm="norm1")),
+        (bias_as_weight, mlp),
+        (mixer, lambda s, x: mlp(s, x.detach())),
+        (lambda s, x: mixer(s, x).detach(), mlp),
+        (mixer, lambda s, x: (2 if torch.is_grad_enabled() else 1) * mlp(s, x)),
+        (mixer, lambda s, x: (1 if torch.is_grad_enabled() else 2) * mlp(s, x)),
+    ],
+    ids=[
+        *("scales swapped", "one scale", "one norm", "norms swapped", "bias as weight"),
+        *("detached input", "detached branch", "more while recording", "less while recording"),
+    ],
+)
+def test_other_uses_of_the_same_parts(forward):
+    made = block_of(*forward)
+    block = made()
+    vars(block).update(vars(make_block()))
+    accelerate(block)
+    assert type(block) is made
+    assert all(reason == f"the forward of Other {OTHER}" for reason in unfused_reasons(block))
+
+
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_drop_paths_in_other_places(drop_prob):
+    made = block_of(lambda s, x: s.drop_path(mixer(s, x)), mlp)
+    block = made()
+    vars(block).update(vars(make_block()))
+    block.drop_path = DropPath(drop_prob)
+    accelerate(block)
+    assert type(block) is made
+    assert unfused_reasons(block)[0] == f"the forward of Other {OTHER}"
+
+
+def test_the_same_forward_in_other_words(kernels):
+    block = block_of(mixer, mlp)()
+    vars(block).update(vars(make_block()))
+    expected = outputs(block)
+    assert unfused_reasons(accelerate(block)) == (None, None)
+    assert_same(block, expected)
+
+
+def test_scales_without_a_flag_must_both_be_there():
+    block = MmpretrainBlock()
+    assert unfused_reasons(accelerate(block)) == (None, None)
+    block = MmpretrainBlock()
+    block.layer_scale_2 = None
+    with pytest.raises(ValueError, match="no block to accelerate in MmpretrainBlock"):
+        accelerate(block)
+
+
+# ---- what it remembers -------------------------------------------------------------------------------------
+
+
+class GainNorm(nn.GroupNorm):
+    def __init__(self, gain) -> None:
+        super().__init__(1, 16)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain[0] if isinstance(self.gain, (tuple, list)) else self.gain
+        return gain * super().forward(x)
+
+
+class BufferNorm(GainNorm):
+    def __init__(self, gain) -> None:
+        super().__init__(None)
+        del self.gain
+        self.register_buffer("gain", torch.tensor(gain))
+
+
+GAINS = {
+    "number": GainNorm,
+    "tuple": lambda gain: GainNorm((gain,)),
+    "list": lambda gain: GainNorm([gain]),
+    "tensor": lambda gain: GainNorm(torch.tensor(gain)),
+    "buffer": BufferNorm,
+}
+
+
+@pytest.mark.parametrize("kind", GAINS)
+def test_settings_inside_modules_count(kind, kernels):
+    for gain in (1.0, 2.0, 1.0):
+        block = make_block(norm=lambda _, gain=gain: GAINS[kind](gain))
+        expected = outputs(block)
+        accelerate(block)
+        assert (type(block) is PoolFormerBlock) == (gain != 1)
+        assert_same(block, expected, exact=gain != 1)
+
+
+@pytest.mark.parametrize("made", [PoolFormerBlock, Pooling, Mlp])
+def test_forwards_replaced_between_two_calls_count(made, monkeypatch, kernels):
+    assert unfused_reasons(accelerate(make_block())) == (None, None)
+    forward = made.forward
+    monkeypatch.setattr(made, "forward", lambda self, x: 2 * forward(self, x))
+    block = make_block()
+    expected = outputs(block)
+    accelerate(block)
+    assert type(block) is PoolFormerBlock
+    assert_same(block, expected, exact=True)
+
+
+def test_equal_blocks_are_compared_once(monkeypatch, compared):
+    compare, seen = examine._compare, []
+    monkeypatch.setattr(examine, "_compare", lambda *args: seen.append(args) or compare(*args))
+    blocks = [PoolFormerBlock(dim, drop_path=p) for dim in (16, 24) for p in (0.0, 0.1, 0.2, 0.3)]
+    model = nn.Sequential(*blocks)
+    accelerate(accelerate(model))
+    assert len(seen) == len(compared) == 4  # two widths, with and without drop paths
+
+
+def test_modules_with_hooks_that_set_tensors_poison_no_others(kernels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        block = make_block()
+        weight_norm(block.mlp.fc1)
+    expected = outputs(block)
+    accelerate(block)
+    assert unfused_reasons(block) == (None, "Conv2d in or around mlp has hooks")
+    assert_same(block, expected)
+    other = accelerate(make_block())
+    assert unfused_reasons(other) == (None, None)
+    remove_weight_norm(block.mlp.fc1)
+    assert unfused_reasons(block) == (None, None)
+    assert_same(block, outputs(restore(copy.deepcopy(block))))
+
+
+# ---- what it leaves untouched ------------------------------------------------------------------------------
+
+
+class Counting(Pooling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_and_generators_stay(monkeypatch):
+    block, seeded = make_block(), []
+    block.token_mixer = Counting()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    assert unfused_reasons(accelerate(block)) == (None, None)
+    assert block.token_mixer.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
+
+
+def test_threads_take_turns(monkeypatch, compared):
+    inside, most = [], []
+    use_backend = examine.use_backend
+
+    @contextmanager
+    def slow(name):
+        inside.append(name)
+        most.append(len(inside))
+        with use_backend(name):
+            time.sleep(0.002)
+            yield
+        inside.pop()
+
+    monkeypatch.setattr(examine, "use_backend", slow)
+    threads = [threading.Thread(target=accelerate, args=(PoolFormerBlock(dim),)) for dim in (8, 16, 24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compared) == 3
+    assert set(most) == {1}
+
+
+def test_inside_of_modes(compared):
+    with FakeTensorMode():
+        fake = accelerate(PoolFormerBlock())
+        assert fake(torch.zeros(1, 16, 4, 4)).shape == (1, 16, 4, 4)
+    assert [*compared.values()] == [None]
+    for around in (FakeTensorMode(), torch.inference_mode(), torch.no_grad(), torch.device("meta")):
+        compared.clear()
+        block = make_block()
+        with around:
+            accelerate(block)
+        assert unfused_reasons(block) == (None, None)
+    compared.clear()
+    block = make_block()
+    torch.vmap(lambda x: accelerate(block) and x)(torch.zeros(2))
+    assert unfused_reasons(block) == (None, None)
+
+
+# ---- what runs afterwards ----------------------------------------------------------------------------------
+
+
+class Int8(Tensor):
+    """A weight of integers and a scale that compilers trace through, as quantisation packages make them."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor):
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    __repr__ = object.__repr__  # the compiler's traces ask for it
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, size, stride):
+        return cls(inner["values"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        if function is not torch.ops.aten.convolution.default:
+            raise NotImplementedError(function)
+        plain = [a.values.to(a.scale.dtype) * a.scale if isinstance(a, cls) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def test_compiled_with_weights_of_another_type(kernels):
+    torch._dynamo.reset()
+    block = make_block().requires_grad_(False)
+    for layer in (block.mlp.fc1, block.mlp.fc2):
+        scale = layer.weight.abs().max() / 127
+        values = (layer.weight / scale).round().to(torch.int8)
+        layer.weight = nn.Parameter(Int8(values, scale), requires_grad=False)
+    expected = block(images())
+    accelerate(block)
+    assert unfused_reasons(block) == (None, "fc1 has a weight of Int8, not a plain parameter")
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected)
+
+
+def test_forward_mode_derivatives_are_the_modules(kernels):
+    block = make_block()
+    tangents = []
+    for each in (block, accelerate(copy.deepcopy(block))):
+        with forward_ad.dual_level():
+            y = each(forward_ad.make_dual(images(), images().sin()))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert tangents[0].abs().max() > 0.1
+    assert torch.equal(*tangents)
+
+
+def test_the_kind_of_gelu_changed_afterwards(kernels):
+    block = accelerate(make_block())
+    block.mlp.act.approximate = "tanh"
+    assert unfused_reasons(block) == (None, "a module of mlp or around it was replaced after accelerate")
+    expected = outputs(restore(copy.deepcopy(block)))
+    assert_same(block, expected)
+    block.mlp.act.approximate = "none"
+    assert unfused_reasons(block) == (None, None)
+    assert (outputs(block)[0] - expected[0]).abs().max() > 1e-5
+
+
+def test_the_star_of_star_relu_is_not_forgotten(kernels):
+    model, x = make_model("timm v2"), image()
+    accelerate(model)
+    act = model.stages[0].blocks[0].mlp.act
+    del act.scale
+    act.scale = torch.tensor([3.0])  # an attribute like any other now
+    expected = logits(restore(copy.deepcopy(model)), x)
+    assert unfused_reasons(model.stages[0].blocks[0]) == (None, None)
+    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
+    act.scale = torch.tensor(3.0)
+    assert unfused_reasons(model.stages[0].blocks[0])[1].endswith("replaced after accelerate")
+    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(248, False), (256, True)])
+def test_training_keeps_the_first_layers_output_of_wide_blocks(channels, kept, monkeypatch, kernels):
+    monkeypatch.setattr("poolformer_kernels.backends.cpp.ISA", "avx2")  # with a matrix unit none is
+    block, saved = accelerate(PoolFormerBlock(channels)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        block(torch.zeros(2, channels, 3, 4, requires_grad=True))
+    assert (2 * 4 * channels * 3 * 4 in saved) == kept
