@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import BACKENDS, require_backend
+from peers import require
 
 import poolformer_kernels as pk
+from poolformer_kernels import cli
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,3 +47,19 @@ def kernels() -> Iterator[str]:
     require_backend("cpp")
     with pk.use_backend("cpp"):
         yield "cpp"
+
+
+@pytest.fixture
+def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
+    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
+    for package in ("PIL", "rich", "sklearn", "timm"):
+        require(package)
+    monkeypatch.syspath_prepend(str(cli._benchmarks()))
+    import harness
+
+    for name, value in harness._WARM_HEAP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

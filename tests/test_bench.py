@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate_helpers import blocks_of
 from chain_helpers import Calls
-from peers import require
 
 from poolformer_kernels import cli
 from poolformer_kernels.accelerate import unfused_reasons
@@ -25,20 +24,7 @@ HEADER = (
 MEASURED = HEADER.split(",")[:17]
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch, tmp_path) -> None:
-    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
-    for package in ("PIL", "rich", "sklearn", "timm"):
-        require(package)
-    monkeypatch.syspath_prepend(str(cli._benchmarks()))
-    import harness
-
-    for name, value in harness._WARM_HEAP.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("benchmark_process")
 
 
 def bench(name: str, *arguments: str) -> int:

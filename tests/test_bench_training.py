@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate_helpers import PoolFormerBlock
-from peers import require
 from torch import nn
 
 from poolformer_kernels import cli
@@ -18,20 +17,7 @@ from poolformer_kernels.accelerate import accelerate
 TINY = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch, tmp_path) -> None:
-    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
-    for package in ("PIL", "rich", "sklearn", "timm"):
-        require(package)
-    monkeypatch.syspath_prepend(str(cli._benchmarks()))
-    import harness
-
-    for name, value in harness._WARM_HEAP.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("benchmark_process")
 
 
 def bench(*arguments: str) -> int:

@@ -1,7 +1,6 @@
 """The block's MLP sub-block and the stage: two kernels a block, statistics handed from one to the next."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_fp64, randn
 from nn_helpers import gradients, make_block, official_block
-from peers import relative_error, require
+from peers import relative_error
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -402,60 +401,3 @@ def test_a_stage_is_a_sequential(backend):
 def test_save_hidden_must_be_a_bool_or_none():
     with pytest.raises(TypeError, match="save_hidden must be a bool or None, got int"):
         PoolFormerBlock(4, save_hidden=1)
-
-
-# ---- transforms, traces, ONNX ------------------------------------------------------------------------------
-
-
-def random_block(seed: int = 0) -> PoolFormerBlock:
-    torch.manual_seed(seed)
-    block = PoolFormerBlock(12)
-    with torch.no_grad():
-        for p in block.parameters():
-            p.normal_(std=0.3)
-    return block
-
-
-def test_vmap_keeps_gradients(kernels):
-    """Inside vmap what requires gradients is hidden; of parameters stacked for an ensemble too."""
-    blocks, x = [random_block(seed) for seed in range(3)], randn(3, 2, 12, 6, 5).requires_grad_()
-    parameters, _ = torch.func.stack_module_state(blocks)
-    shared = torch.vmap(blocks[0])(x)
-    own = torch.vmap(lambda p, x: torch.func.functional_call(blocks[0], p, (x,)))(parameters, x)
-    for y, each in ((shared, [blocks[0]] * 3), (own, blocks)):
-        wanted = torch.stack([block(v) for block, v in zip(each, x, strict=True)])
-        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
-        given, right = (torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (y, wanted))
-        torch.testing.assert_close(given, right, rtol=1e-4, atol=1e-4)
-    name = "mlp.fc1.weight"
-    given = torch.autograd.grad(own.square().sum(), parameters[name])[0]
-    right = [
-        torch.autograd.grad(b(v).square().sum(), b.mlp.fc1.weight)[0] for b, v in zip(blocks, x, strict=True)
-    ]
-    torch.testing.assert_close(given, torch.stack(right), rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_forward_derivatives_are_refused_as_eager_ones(kernels):
-    block, x = random_block(), randn(2, 12, 6, 5)
-    torch.compiler.reset()
-    jvp = torch.compile(lambda x: torch.func.jvp(block, (x,), (torch.ones_like(x),))[1], backend="eager")
-    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        jvp(x)
-
-
-def test_a_trace_made_with_gradients_can_be_saved(kernels):
-    block, x, file = random_block(), randn(2, 12, 6, 5), io.BytesIO()
-    torch.jit.save(torch.jit.trace(block, x), file)
-    file.seek(0)
-    assert torch.equal(torch.jit.load(file)(x), block(x))
-
-
-def test_onnx_gets_the_reference(kernels, tmp_path):
-    require("onnxscript")
-    onnxruntime = require("onnxruntime")
-    block, x = random_block().eval(), randn(2, 12, 6, 5)
-    torch.onnx.export(block, (x,), dynamo=True, verbose=False).save(tmp_path / "block.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "block.onnx", providers=["CPUExecutionProvider"])
-    y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(y), block(x), rtol=1e-5, atol=1e-5)

@@ -133,9 +133,7 @@ class Structure:
             return f"{self.drop_paths[which]} is {_kind(drop_path)}, not DropPath or Identity"
         if self.residual_scales is not None:
             for name, scale in ((self.scales[which], parts[-2]), (self.residual_scales[which], parts[-1])):
-                if type(scale) is nn.Identity or [*scale._parameters] == ["scale"]:
-                    continue
-                if not _has_vectors(scale, {"scale"}):
+                if type(scale) is not nn.Identity and not _has_vectors(scale, {"scale"}):
                     return f"{name} is {_kind(scale)}, not a scale of channels or Identity"
         return None
 
