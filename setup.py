@@ -1,7 +1,8 @@
 """Builds the extension `poolformer_kernels._C`; everything else about the package is in pyproject.toml.
 
 No GPU is needed to build; nvcc is optional; without a C++ compiler there is no extension. It reads MAX_JOBS,
-POOLFORMER_KERNELS_{SKIP_EXT=1, SKIP_CUDA=1, CXXFLAGS}, TORCH_CUDA_ARCH_LIST="8.0;9.0a", CXX and CUDA_HOME.
+POOLFORMER_KERNELS_{SKIP_EXT=1, SKIP_CUDA=1, CXXFLAGS, CUDART=shared}, TORCH_CUDA_ARCH_LIST="8.0;9.0a", CXX,
+CUDA_HOME. An editable build keeps its objects in build/objects and compiles what has changed.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+ARCHS = "8.0;9.0a;10.0+PTX;12.0"  # 8.x, 9.0, 10.x and 12.x run such an image; others from 10.0 on, the PTX
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10 and, without a rebuild, newer ones
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 CXX_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -59,14 +61,23 @@ def nvcc() -> str | None:
 
 
 def cuda_toolkit(nvcc_path: str) -> tuple[str, list[str]]:
-    """The version, and how to link the static runtime: importing the extension then needs no CUDA."""
+    """The version, and how to link CUDA's runtime and torch's stream function, which libtorch.so brings.
+
+    The static runtime lets the extension be imported without CUDA. Torch's function is a weak name, for torch
+    without CUDA; for that alone the linker would drop libtorch.so, and the name would always be null.
+    """
+    runtime = os.environ.get("POOLFORMER_KERNELS_CUDART") or "static"
+    if runtime not in ("static", "shared"):
+        raise ValueError(f"POOLFORMER_KERNELS_CUDART is {runtime!r}; allowed: static, shared")
+    library = "libcudart_static.a" if runtime == "static" else "libcudart.so"
     version = re.search(r"release (\d+\.\d+)", run([nvcc_path, "--version"], check=True).stdout)[1]
     dry = run([nvcc_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stderr
     top = Path(re.search(r"TOP=(.+)", dry)[1].strip()).resolve()
     for lib in ("lib64", "lib", "targets/*/lib"):
-        for path in top.glob(f"{lib}/libcudart_static.a"):
-            return version, [str(path), "-lrt", "-ldl"]
-    raise FileNotFoundError(f"libcudart_static.a is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
+        for path in top.glob(f"{lib}/{library}"):
+            torch = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+            return version, [*torch, str(path), "-lrt", "-ldl"]
+    raise FileNotFoundError(f"{library} is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
 
 
 def arch_flags(archs: str) -> list[str]:
@@ -101,16 +112,22 @@ def extension() -> dict:
         return {}
     cuda_compiler = None if flag("POOLFORMER_KERNELS_SKIP_CUDA") else nvcc()
     cuda, cuda_link_args = cuda_toolkit(cuda_compiler) if cuda_compiler else ("", [])
-    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0+PTX") if cuda_compiler else ""
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if cuda_compiler else ""
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": cuda, "CUDA_ARCHS": archs.replace(";", " ")}
     user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.inplace or self.editable_mode:  # setuptools would use a folder that it then deletes
+                self.build_temp = str(ROOT / "build" / "objects")
+
         def build_extensions(self) -> None:
             if cuda_compiler:
                 digest, sources = cuda_digest(), sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
                 with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                    objects, reports = zip(*pool.map(self.compile_cuda, sources), strict=True)
+                    made = pool.map(lambda source: self.compile_cuda(source, digest), sources)
+                    objects, reports = zip(*made, strict=True)
                 report = Path(self.build_temp, "ptxas_report.inc").resolve()  # bindings.cpp includes it
                 text = 'R"ptxas(' + "\n".join([digest, *reports]) + ')ptxas"\n'
                 if not report.exists() or report.read_text() != text:
@@ -119,16 +136,23 @@ def extension() -> dict:
                 module.depends, module.extra_objects = [*module.depends, str(report)], list(objects)
             super().build_extensions()
 
-        def compile_cuda(self, source: Path) -> tuple[str, str]:
+        def compile_cuda(self, source: Path, digest: str) -> tuple[str, str]:
+            """The object of a source and what ptxas said, as they lie there if they are of this very call."""
             target = Path(self.build_temp, f"{source.stem}.cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [cuda_compiler, "-c", str(source.relative_to(ROOT)), "-o", str(target), *NVCC_FLAGS]
             command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{path}" for path in include_paths())]
-            done = run(command + arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES], cwd=ROOT)
+            command += arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES]
+            said, key = target.with_suffix(".ptxas"), f"{digest} {cuda} {shlex.join(command)}\n"
+            if target.exists() and said.exists() and said.read_text().startswith(key):
+                return str(target), said.read_text().removeprefix(key)
+            said.unlink(missing_ok=True)
+            done = run(command, cwd=ROOT)
             sys.stderr.write(PTXAS_LINE.sub("", done.stderr))
             done.check_returncode()
-            lines = PTXAS_LINE.findall(done.stderr)
-            return str(target), "".join(line for line in lines if "Compile time" not in line)
+            lines = [line for line in PTXAS_LINE.findall(done.stderr) if "Compile time" not in line]
+            said.write_text(key + "".join(lines))
+            return str(target), "".join(lines)
 
     module = Extension(
         "poolformer_kernels._C",

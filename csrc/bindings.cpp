@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cuda/kernels.h"
+#include "cuda/stream.h"
 
 #ifndef PK_TORCH_VERSION
 #error "setup.py defines PK_TORCH_VERSION, PK_CUDA_VERSION and PK_CUDA_ARCHS"
@@ -95,6 +96,7 @@ static py::dict build_info() {
   info["torch_built_with"] = PK_TORCH_VERSION;
   info["cuda_built_with"] = PK_CUDA_VERSION;
   info["cuda_archs"] = py::module_::import("builtins").attr("str")(PK_CUDA_ARCHS).attr("split")();
+  info["cuda_stream_bound"] = aoti_torch_get_current_cuda_stream != nullptr;
   info["kernels"] = kernels();
   return info;
 }
@@ -105,7 +107,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "The instruction-set levels compiled, supported here and chosen; compiler, torch and CUDA versions of the build; "
-      "CUDA architectures (empty without nvcc); the CUDA kernels, fields of poolformer_kernels.kernels.Kernel.");
+      "CUDA architectures (empty without nvcc), whether torch's stream function was found; the CUDA kernels, fields of "
+      "poolformer_kernels.kernels.Kernel.");
   m.def("ptxas_report", &ptxas_report, "A digest of the CUDA sources, then what ptxas -v said; empty without nvcc.");
   m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
 }

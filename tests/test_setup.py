@@ -9,6 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from poolformer_kernels.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +95,27 @@ def test_a_wrong_arch_list_is_refused(folders):
     done = setup("build", *folders, check=False, TORCH_CUDA_ARCH_LIST="8.0;hopper")
     assert done.returncode != 0
     assert "TORCH_CUDA_ARCH_LIST has 'hopper'" in done.stderr
+
+
+def test_the_extension_is_linked_to_torchs_stream_function():
+    """Without libtorch.so among its libraries the weak name is null, and no CUDA operator can run."""
+    info = cpp.build_info()
+    if not info.get("cuda_archs"):
+        (pytest.fail if os.environ.get("CI") and shutil.which("nvcc") else pytest.skip)("built without CUDA")
+    from poolformer_kernels import _C
+
+    command = ["readelf", "--dynamic", _C.__file__]
+    needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Shared library: [libtorch.so]" in needed
+    assert "libcudart" not in needed  # nor is CUDA needed for the import
+    assert info["cuda_stream_bound"] == (torch.version.cuda is not None)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_a_wrong_runtime_is_refused(folders):
+    done = setup("build", *folders, check=False, POOLFORMER_KERNELS_CUDART="dynamic")
+    assert done.returncode != 0
+    assert "POOLFORMER_KERNELS_CUDART is 'dynamic'; allowed: static, shared" in done.stderr
 
 
 def test_the_digest_is_of_all_that_kernels_are_made_from(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>
@@ -10,9 +9,7 @@
 #include "../common/tensors.h"
 #include "device.cuh"
 #include "kernels.h"
-
-// libtorch_cuda has it. Weak, so that the extension also loads beside a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "stream.h"
 
 #ifndef PK_DISPATCH_KEY
 #define PK_DISPATCH_KEY CUDA
@@ -50,7 +47,8 @@ class Launch {
     device_ = 0;
 #else
     device_ = x.get_device();
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "poolformer_kernels: torch's function for the current CUDA stream is not bound");
     void* stream;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
