@@ -86,7 +86,7 @@ def has_cuda_kernel(x: Tensor, backward: bool = False) -> bool:
     channels = x.shape[1]
     sizes = channels, 4 * channels, channels
     here = x.is_cuda and pk.available_backends()["cuda"] is None
-    return here and mlp_backend("cuda", sizes, x.dtype, backward)[0] == "cuda"
+    return here and mlp_backend("cuda", x.device, sizes, x.dtype, backward)[0] == "cuda"
 
 
 def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:

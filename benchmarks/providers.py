@@ -76,7 +76,7 @@ def _ours(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
 
 def _ours_on(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     with pk.use_backend(backend):
-        chosen, reason = explain_selection(x.device.type, x.dtype)
+        chosen, reason = explain_selection(x.device, x.dtype)
     if chosen == "none":
         raise UnavailableError(reason)
 

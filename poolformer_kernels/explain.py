@@ -36,7 +36,7 @@ def explain(target: nn.Module | Tensor) -> str:
         ...
     """
     if isinstance(target, Tensor):
-        selection = explain_selection(target.device.type, target.dtype)
+        selection = explain_selection(target.device, target.dtype)
         rows = [("", operator, *selection) for operator in _OPERATORS]
     elif isinstance(target, nn.Module):
         rows, explained = [], set()
@@ -99,16 +99,18 @@ def _mlp_selected(fc1: nn.Module, fc2: nn.Module) -> tuple[str, str]:
     selected, why = _selected(fc1)
     w1, w2 = fc1.weight, fc2.weight
     sizes = w1.shape[1], w1.shape[0], w2.shape[0]
-    backend, reason = mlp_backend(selected, sizes, w1.dtype)
+    backend, reason = mlp_backend(selected, w1.device, sizes, w1.dtype)
+    nothing = "none" if why == "asked for" else "reference"
     if reason is not None:
-        return backend, f"{why}; {selected} has no kernel for {reason}"
-    other, reason = mlp_backend(selected, sizes, w1.dtype, backward=True)
-    return (
-        backend,
-        why if reason is None else f"{why}; backward in {other}: no {selected} kernel for {reason}",
-    )
+        return nothing if backend == "reference" else backend, f"{why}; {selected} has no kernel for {reason}"
+    other, reason = mlp_backend(selected, w1.device, sizes, w1.dtype, backward=True)
+    if reason is None:
+        return backend, why
+    if other == "reference":  # then the forward runs there, too
+        return backend, f"{why}; with gradients {nothing}: no {selected} kernel for the backward of {reason}"
+    return backend, f"{why}; backward in {other}: no {selected} kernel for {reason}"
 
 
 def _selected(module: nn.Module) -> tuple[str, str]:
     parameter = next(module.parameters(), torch.empty(0))
-    return explain_selection(parameter.device.type, parameter.dtype)
+    return explain_selection(parameter.device, parameter.dtype)

@@ -53,6 +53,7 @@ def collect() -> dict[str, dict[str, str]]:
     if not torch.cuda.is_available():
         devices["cuda"] = "none" if torch.version.cuda else "this torch is built without CUDA"
     build = {key: _text(value) for key, value in cpp.build_info().items() if key != "kernels"}
+    archs = cpp.build_info().get("cuda_archs", [])
     return {
         "versions": {
             "poolformer-kernels": __version__,
@@ -65,13 +66,26 @@ def collect() -> dict[str, dict[str, str]]:
         "backends": {name: reason or "available" for name, reason in available_backends().items()},
         "selection": {
             f"{device}, {str(dtype).removeprefix('torch.')}": " — ".join(explain_selection(device, dtype))
-            for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+            for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("POOLFORMER_KERNELS_")},
         "extension": build
         or {"poolformer_kernels._C": available_backends()["cpp"] or "no build information"},
+        "CUDA kernels by compute capability": {
+            ".".join(map(str, capability)): _code(archs, capability) for capability in _CAPABILITIES if archs
+        },
     }
+
+
+_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+
+
+def _code(archs: list[str], capability: tuple[int, int]) -> str:
+    code = cuda.code_for(archs, capability)
+    if code is None:
+        return "none of the extension's: see TORCH_CUDA_ARCH_LIST"
+    return code if code.startswith("sm_") else f"{code}, compiled by the driver before the first launch"
 
 
 def _text(value: object) -> str:

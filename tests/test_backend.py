@@ -133,6 +133,107 @@ def test_explain_selection(forget, kernels):
         )
 
 
+# ---- CUDA devices, on stand-ins: which there are, and of what compute capability ---------------------------
+
+
+@pytest.fixture
+def devices(forget, monkeypatch):
+    """Sets the compute capabilities of the CUDA devices, for an extension with code for 8.x and 9.0."""
+
+    def set_devices(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+
+    for backend in (pk.backends.cuda, pk.backends.triton):
+        monkeypatch.setattr(backend, "UNAVAILABLE", None)
+        monkeypatch.setattr(backend, "_unavailable", backend._unavailable.__wrapped__)  # judge anew
+    monkeypatch.setattr(pk.backends.cuda, "_BUILD", {"cuda_archs": ["8.0", "9.0a"]})
+    return set_devices
+
+
+def selected(device: str) -> tuple[str, str]:
+    return selection.explain_selection(torch.device(device), torch.bfloat16)
+
+
+def test_auto_takes_triton_then_cuda_then_the_reference(devices, monkeypatch):
+    devices((9, 0))
+    assert selected("cuda:0") == selected("cuda") == ("triton", "the fastest on cuda")
+    monkeypatch.setattr(pk.backends.triton, "UNAVAILABLE", "triton is not installed")
+    assert selected("cuda:0") == ("cuda", "instead of triton: triton is not installed")
+    monkeypatch.setattr(pk.backends.cuda, "UNAVAILABLE", "the extension was built without CUDA")
+    reason = "triton: triton is not installed; cuda: the extension was built without CUDA"
+    assert selected("cuda:0") == ("reference", reason)
+
+
+def test_devices_are_judged_each_for_itself(devices):
+    devices((9, 0), (7, 5), (10, 0))
+    assert selected("cuda:0")[0] == selected("cuda:2")[0] == "triton"
+    backend, reason = selected("cuda:1")
+    assert backend == "reference"
+    assert "needs compute capability 8.0 or newer, this device has 7.5" in reason
+    assert "the extension was built for 8.0, 9.0a, not for this device's 7.5" in reason
+    with pk.use_backend("cuda"):
+        assert [selected(f"cuda:{i}")[0] for i in range(3)] == ["cuda", "none", "none"]
+        assert [selection.select_backend(torch.device("cuda", 0), torch.float16) for _ in range(2)] == [
+            "cuda"
+        ] * 2
+        with pytest.raises(RuntimeError, match=r"built for 8\.0, 9\.0a, not for this device's 10\.0"):
+            selection.select_backend(torch.device("cuda", 2), torch.float16)
+    assert pk.available_backends()["cuda"] is None  # one of them can
+    devices((7, 5), (7, 0))
+    reason = pk.available_backends()["cuda"]
+    assert "this device's 7.5" in reason
+    assert "this device's 7.0" in reason
+    devices()
+    assert pk.available_backends()["triton"] == pk.available_backends()["cuda"] == "no CUDA device"
+    assert selected("cuda") == ("reference", "triton: no CUDA device; cuda: no CUDA device")
+
+
+def test_the_current_device_is_asked_for_anew(devices, monkeypatch):
+    devices((9, 0), (7, 5))
+    assert selection.select_backend("cuda", torch.float32) == "triton"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert selection.select_backend("cuda", torch.float32) == "reference"
+
+
+def test_mlps_that_cuda_has_no_kernel_for(devices, monkeypatch):
+    devices((9, 0))
+    device, narrow, wide = torch.device("cuda", 0), (64, 256, 64), (320, 1280, 320)
+    half = torch.bfloat16
+    assert selection.mlp_of_cuda(device, narrow, half, True) == "cuda"
+    assert selection.mlp_of_cuda(device, wide, half, True) == "triton"
+    assert selection.mlp_of_cuda(device, (192, 768, 192), half, True) == "cuda"  # Triton has the backward
+    monkeypatch.setattr(pk.backends.triton, "UNAVAILABLE", "triton is not installed")
+    assert selection.mlp_of_cuda(device, wide, half, False) == "reference"
+    assert selection.mlp_of_cuda(device, (192, 768, 192), half, True) == "reference"
+    assert selection.mlp_of_cuda(device, (192, 768, 192), half, False) == "cuda"
+    with (
+        pk.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="'cuda' was asked for and has no kernel for this call: 320 to"),
+    ):
+        selection.mlp_of_cuda(device, wide, half, False)
+
+
+def test_the_import_touches_neither_cuda_nor_triton():
+    """A process can fork, or set CUDA_VISIBLE_DEVICES, after it has imported the package."""
+    code = (
+        "import sys, torch\n"
+        "def touched(*_, **__): raise AssertionError('the import touched CUDA')\n"
+        "for name in ('is_available', 'device_count', 'current_device', 'get_device_capability',"
+        " 'get_device_properties', '_lazy_init', 'init'):\n"
+        "    setattr(torch.cuda, name, touched)\n"
+        "for name in ('_cuda_getDeviceCount', '_cuda_init'):\n"
+        "    if hasattr(torch._C, name): setattr(torch._C, name, touched)\n"
+        "import poolformer_kernels as pk\n"
+        "print('triton' in sys.modules, pk.ops.pool_mixer(torch.ones(1, 2, 3, 3), None, None).sum().item())\n"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False 0.0\n"
+
+
 def test_use_backend_nests_and_is_restored_after_exceptions(forget):
     with pk.use_backend("reference"):
         with pk.use_backend("auto"):

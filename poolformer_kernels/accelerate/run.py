@@ -198,4 +198,4 @@ def _drop_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 def _on_kernels(x: Tensor) -> bool:
     """The reference gains nothing by statistics that it would have to compute in another pass."""
-    return select_backend(x.device.type, x.dtype) != "reference"
+    return select_backend(x.device, x.dtype) != "reference"

@@ -7,7 +7,7 @@ import torch
 
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
-__all__ = ["DEVICES", "ISA", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles"]
+__all__ = ["DEVICES", "ISA", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles", "unavailable"]
 
 DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
@@ -26,6 +26,11 @@ except ImportError as error:
     def build_info() -> dict:
         """Facts about the compiled extension; empty where there is none."""
         return {}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels do not run here, or None."""
+    return UNAVAILABLE
 
 
 ISA: str | None = build_info().get("isa_chosen")  # the instruction-set level of the kernels

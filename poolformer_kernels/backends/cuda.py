@@ -4,39 +4,67 @@ The numbers here are those of csrc/cuda: fakes and `explain` need them on machin
 """
 
 import re
+from collections.abc import Iterable
+from functools import cache
 
 import torch
 
 from ..ops.norm_stats import CHUNK
 from . import cpp
 
-__all__ = ["DEVICES", "UNAVAILABLE", "mlp_stats_tiles", "mlp_unsupported", "runs", "stats_tiles"]
+__all__ = [
+    "DEVICES",
+    "UNAVAILABLE",
+    "code_for",
+    "mlp_stats_tiles",
+    "mlp_unsupported",
+    "stats_tiles",
+    "unavailable",
+]
 
+_BUILD = cpp.build_info()
 DEVICES = ("cuda",)
-UNAVAILABLE: str | None = cpp.UNAVAILABLE
+UNAVAILABLE: str | None = cpp.UNAVAILABLE  # whatever the device
 
-
-def runs(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures ("8.0", "9.0a", "10.0+PTX") runs on such a device."""
-    for arch in archs:
-        major, minor, exact, ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch).groups()
-        built = int(major), int(minor)
-        if built == capability or (not exact and built[0] == capability[0] and built <= capability):
-            return True
-        if ptx and not exact and built <= capability:
-            return True
-    return False
-
-
-if UNAVAILABLE is None and not cpp.build_info()["cuda_archs"]:
+if UNAVAILABLE is None and not _BUILD["cuda_archs"]:
     UNAVAILABLE = "the extension was built without CUDA (nvcc is needed at install time)"
-elif UNAVAILABLE is None and not torch.cuda.is_available():
-    UNAVAILABLE = "no CUDA device"
-elif UNAVAILABLE is None and not runs(cpp.build_info()["cuda_archs"], torch.cuda.get_device_capability()):
-    UNAVAILABLE = (
-        f"the extension was built for {', '.join(cpp.build_info()['cuda_archs'])}, not for this device's"
-        f" {'.'.join(map(str, torch.cuda.get_device_capability()))} (see TORCH_CUDA_ARCH_LIST)"
+elif UNAVAILABLE is None and not _BUILD["cuda_stream_bound"]:
+    UNAVAILABLE = f"torch {torch.__version__} is built without CUDA, or the extension is not linked to it"
+
+
+def code_for(archs: Iterable[str], capability: tuple[int, int]) -> str | None:
+    """Which code of a build for these architectures ("8.0", "9.0a", "10.0+PTX") such a device runs, or None.
+
+    ``sm_90a`` is machine code, ``compute_100`` PTX that the driver compiles before the first launch.
+    """
+    images, ptx = [], []
+    for arch in archs:
+        major, minor, suffix, has_ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch).groups()
+        built = int(major), int(minor)
+        number = f"{major}{minor}{suffix}"
+        if built == capability or (not suffix and built[0] == capability[0] and built <= capability):
+            images.append((built, f"sm_{number}"))
+        if has_ptx and not suffix and built <= capability:
+            ptx.append((built, f"compute_{number}"))
+    return max(images or ptx, default=(None, None))[1]
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels do not run on this CUDA device, or None; the first call initialises CUDA."""
+    return UNAVAILABLE or _unavailable(device)
+
+
+@cache
+def _unavailable(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    archs = _BUILD["cuda_archs"]
+    if code_for(archs, capability) is not None:
+        return None
+    return (
+        f"the extension was built for {', '.join(archs)}, not for this device's"
+        f" {'.'.join(map(str, capability))} (see TORCH_CUDA_ARCH_LIST)"
     )
+
 
 TILE_CELLS = 128  # of a tile, at most: 8 channels x 2 columns in channels_last, 1 channel x 8 columns in NCHW
 CELL = 8

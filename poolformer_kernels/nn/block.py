@@ -257,7 +257,7 @@ class PoolFormerStage(nn.Sequential):
 
 def _on_kernels(x: Tensor) -> bool:
     """The reference gains nothing by statistics that it would have to compute in another pass."""
-    return isinstance(x, Tensor) and select_backend(x.device.type, x.dtype) != "reference"
+    return isinstance(x, Tensor) and select_backend(x.device, x.dtype) != "reference"
 
 
 def _takes_stats(block: nn.Module) -> bool | None:

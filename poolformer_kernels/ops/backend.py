@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -14,6 +15,7 @@ __all__ = [
     "constant_result",
     "explain_selection",
     "mlp_backend",
+    "mlp_of_cuda",
     "select_backend",
     "unavailable_reason",
     "use_backend",
@@ -62,85 +64,158 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-def unavailable_reason(backend: str) -> str | None:
-    """Why a backend cannot run on this machine at all, or None if it can."""
+def _backend(name: str) -> ModuleType:
+    return import_module(f"..backends.{name}", __package__)
+
+
+def _judged(device: torch.device) -> torch.device:
+    """The device with its index: ``cuda`` alone is the current one."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def unavailable_reason(backend: str, device: torch.device | None = None) -> str | None:
+    """Why a backend cannot run on a device, by default on any device of this machine; None if it can.
+
+    A CUDA device is asked at the first call, not at import: CUDA is not initialised before.
+    """
     if backend == "reference":
         return None
-    return import_module(f"..backends.{backend}", __package__).UNAVAILABLE
+    module = _backend(backend)
+    if module.UNAVAILABLE is not None:
+        return module.UNAVAILABLE
+    if device is None:
+        if "cpu" in module.DEVICES:
+            return module.unavailable(torch.device("cpu"))
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        reasons = [unavailable_reason(backend, each) for each in devices] or ["no CUDA device"]
+        return None if None in reasons else "; ".join(dict.fromkeys(reasons))
+    if device.type not in module.DEVICES:
+        return f"it runs on {' and '.join(module.DEVICES)} tensors, not {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return module.unavailable(_judged(device))
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name, with None where it can run here and the reason where it cannot."""
+    """Every backend by name, with None where it can run here and the reason where it cannot.
+
+    One of several CUDA devices that a backend can run on is enough; `poolformer_kernels.explain` asks each.
+    """
     return {name: unavailable_reason(name) for name in BACKENDS}
 
 
-def _unsupported(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run a call on this device type and dtype, or None."""
-    if backend == "reference":
-        return None
-    reason = unavailable_reason(backend)
-    if reason is not None:
-        return reason
-    devices = import_module(f"..backends.{backend}", __package__).DEVICES
-    if device not in devices:
-        return f"it runs on {' and '.join(devices)} tensors, not {device}"
-    if dtype not in _FLOATS:
-        return f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
+def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run a call with x on this device and of this dtype, or None."""
+    reason = unavailable_reason(backend, device)
+    if reason is None and backend != "reference" and dtype not in _FLOATS:
+        reason = f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return reason
 
 
-_SELECTED: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
+_SELECTED: dict[tuple[str, torch.device | str, torch.dtype], tuple[str, str]] = {}
+_PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # of ``auto``, the fastest first
 
 
-def select_backend(device: str, dtype: torch.dtype) -> str:
-    """The backend that runs a call with x on this device type and of this dtype."""
+def select_backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend that runs a call with x on this device and of this dtype."""
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         return "reference"  # ONNX knows no operators of ours, whatever was asked for
     return _selected(_chosen, device, dtype)
 
 
 @constant_result  # for these arguments; the choice itself is guarded on
-def _selected(chosen: str, device: str, dtype: torch.dtype) -> str:
+def _selected(chosen: str, device: torch.device | str, dtype: torch.dtype) -> str:
     try:
         return _SELECTED[chosen, device, dtype][0]
     except KeyError:
-        backend, reason = _SELECTED[chosen, device, dtype] = _decide(chosen, device, dtype)
-    if backend == "reference" and chosen == "auto" and reason not in _logged:
-        _logged.add(reason)
-        _log.warning("running the reference implementation: %s", reason)
+        backend, reason = _decide(chosen, device, dtype)
+    if torch.device(device) == _judged(torch.device(device)):  # else it is another device at another time
+        _SELECTED[chosen, device, dtype] = backend, reason
+    if backend == "reference" and chosen == "auto":
+        _log_reference(reason)
     return backend
 
 
-def _decide(chosen: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+def _log_reference(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        _log.warning("running the reference implementation: %s", reason)
+
+
+def _decide(chosen: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    device = torch.device(device)
     if chosen != "auto":
         reason = _unsupported(chosen, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {chosen!r} was asked for and cannot run this call: {reason}")
         return chosen, "asked for"
-    preferred = {"cpu": "cpp", "cuda": "triton"}.get(device)
+    preferred = _PREFERENCE.get(device.type)
     if preferred is None:
-        return "reference", f"no kernel backend runs on {device} tensors"
-    reason = _unsupported(preferred, device, dtype)
-    if reason is None:
-        return preferred, f"the fastest on {device}"
-    return "reference", f"{preferred}: {reason}"
+        return "reference", f"no kernel backend runs on {device.type} tensors"
+    reasons = []
+    for backend in preferred:
+        reason = _unsupported(backend, device, dtype)
+        if reason is None:
+            return backend, f"instead of {'; '.join(reasons)}" if reasons else f"the fastest on {device.type}"
+        reasons.append(f"{backend}: {reason}")
+    return "reference", "; ".join(reasons)
 
 
 @constant_result  # for these arguments
 def mlp_backend(
-    selected: str, sizes: tuple[int, int, int], operand: torch.dtype, backward: bool = False
+    selected: str,
+    device: torch.device,
+    sizes: tuple[int, int, int],
+    operand: torch.dtype,
+    backward: bool = False,
 ) -> tuple[str, str | None]:
     """(the backend that runs an MLP of ``sizes`` (C, hidden, out), why it is not the one selected or None).
 
-    The CUDA C++ kernels cover narrow streams of halves; the other MLPs stay with Triton.
+    The CUDA C++ kernels cover narrow streams of halves; the other MLPs stay with Triton, and where Triton
+    cannot run on the device, with the reference.
     """
     if selected != "cuda":
         return selected, None
-    reason = import_module("..backends.cuda", __package__).mlp_unsupported(*sizes, operand, backward)
-    return (selected, None) if reason is None else ("triton", reason)
+    reason = _backend("cuda").mlp_unsupported(*sizes, operand, backward)
+    if reason is None:
+        return selected, None
+    missing = unavailable_reason("triton", device)
+    if missing is None:
+        return "triton", reason
+    return "reference", f"{reason}; triton: {missing}"
 
 
-def explain_selection(device: str, dtype: torch.dtype) -> tuple[str, str]:
+@constant_result  # for these arguments; the choice itself is guarded on
+def _mlp_in_reference(chosen: str, why: str) -> None:
+    if chosen != "auto":
+        raise RuntimeError(f"backend {chosen!r} was asked for and has no kernel for this call: {why}")
+    _log_reference(f"cuda: no kernel for {why}")
+
+
+def mlp_of_cuda(
+    device: torch.device, sizes: tuple[int, int, int], operand: torch.dtype, training: bool
+) -> str:
+    """The backend that runs an MLP for which CUDA C++ was selected; see `mlp_backend`.
+
+    Args:
+        training: gradients will be asked for, so that there must be a kernel for them, too.
+
+    Raises:
+        RuntimeError: CUDA C++ was asked for, and no kernel that can run here covers the call.
+    """
+    backend, why = mlp_backend("cuda", device, sizes, operand)
+    if backend == "cuda" and training:
+        other, reason = mlp_backend("cuda", device, sizes, operand, backward=True)
+        if other == "reference":
+            backend, why = other, f"the backward of {reason}"
+    if backend == "reference":
+        _mlp_in_reference(_chosen, why)
+    return backend
+
+
+def explain_selection(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, reason) for a call; the backend is ``"none"`` where an explicit choice cannot be met."""
     try:
         return _decide(_chosen, device, dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import constant_result, mlp_backend, select_backend, unavailable_reason
+from .backend import constant_result, mlp_backend, mlp_of_cuda, select_backend
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .library import call, refuse_forward_derivatives, register
 
@@ -149,9 +149,10 @@ def mlp_with_stats(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
         *(layer_scale, drop_scale, residual, save_hidden, stats),
     )
-    backend = select_backend(device, x.dtype)
+    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
+    backend = select_backend(x.device, x.dtype)
     if backend == "cuda":
-        backend = _cuda_or_triton(x, w1, w2)
+        backend = mlp_of_cuda(x.device, *_sizes(x, w1, w2), _differentiates(tensors))
     if backend == "reference":
         y = reference.mlp(
             x,
@@ -171,12 +172,11 @@ def mlp_with_stats(
         )
         y_stats = reference.sample_stats(y.detach()) if return_stats else None
     else:
-        tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
         refuse_forward_derivatives("mlp", backend, tensors)
         if save_hidden is None:
             save_hidden = backend == "cpp" and w1.shape[1] >= _kept_from()
         if save_hidden:
-            save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            save_hidden = _differentiates(tensors)
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
@@ -193,26 +193,14 @@ def _kept_from() -> float:
     return math.inf if import_module("..backends.cpp", __package__).ISA == "amx" else 256
 
 
+def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward may follow a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[tuple[int, int, int], torch.dtype]:
     """((C, hidden, out), the dtype of the products' operands)."""
     return (x.shape[1], w1.shape[0], w2.shape[0]), w1.dtype if x.dtype == torch.float32 else x.dtype
-
-
-def _cuda_or_triton(x: Tensor, w1: Tensor, w2: Tensor) -> str:
-    """The backend of a call for which CUDA C++ was selected."""
-    backend, why = mlp_backend("cuda", *_sizes(x, w1, w2))
-    if why is None and torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad):
-        other, why = mlp_backend("cuda", *_sizes(x, w1, w2), backward=True)
-        why = None if why is None else f"backward: {why}"
-    else:
-        other = backend
-    missing = None if why is None else unavailable_reason(other)
-    if missing is not None:
-        raise RuntimeError(
-            f"backend 'cuda' was asked for and has no kernel for this call ({why}), which stays with"
-            f" {other!r}: {missing}"
-        )
-    return backend
 
 
 def _autocast(
@@ -346,7 +334,8 @@ def _register(backend: str) -> None:
             return tuple(grads)
         needed = ctx.needs_input_grad[:9]
         saved = ctx.saved_tensors
-        runs, _ = mlp_backend(backend, *_sizes(saved[0], saved[2], saved[4]), backward=True)
+        x, w1, w2 = saved[0], saved[2], saved[4]
+        runs, _ = mlp_backend(backend, x.device, *_sizes(x, w1, w2), backward=True)
         computed = call(
             _BACKWARD_OPS[runs],
             *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),

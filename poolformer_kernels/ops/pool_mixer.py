@@ -109,7 +109,7 @@ def pool_mixer_with_stats(
     _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
-    backend = select_backend(x.device.type, x.dtype)
+    backend = select_backend(x.device, x.dtype)
     if backend == "reference":
         y = reference.pool_mixer(
             x,

@@ -131,7 +131,7 @@ def profile(
     if measure and own.is_meta:
         raise ValueError("model is on the meta device and has no weights to time (measure=False only counts)")
     device = _checked_device(own.device if device is None else device)
-    backend = select_backend(device.type, dtype) if measure else None
+    backend = select_backend(device, dtype) if measure else None
     shape = (batch, model.in_chans, height, width)
     work = _without_hooks(model)
     limits, times = None, {}

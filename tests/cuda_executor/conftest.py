@@ -45,6 +45,7 @@ def other_orders(executor_library) -> Callable[[], Iterator[None]]:
 def executor(monkeypatch) -> Iterator[None]:
     """The "cuda" backend computes CPU tensors."""
     monkeypatch.setattr(cuda, "UNAVAILABLE", None)
+    monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(selection, "_SELECTED", {})
     with pk.use_backend("cuda"):

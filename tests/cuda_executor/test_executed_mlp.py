@@ -295,9 +295,7 @@ def test_tiles_after_tiles(shape, hidden, groups, dtype, executor_library, other
 )
 def test_other_calls_stay_with_triton_or_raise(shape, hidden, dtype, why, monkeypatch) -> None:
     monkeypatch.setattr(pk.backends.triton, "UNAVAILABLE", "no CUDA device")
-    message = (
-        f"backend 'cuda' was asked for and has no kernel for this call ({why}), which stays with 'triton'"
-    )
+    message = f"backend 'cuda' was asked for and has no kernel for this call: {why}; triton"
     with pytest.raises(RuntimeError) as error:
         mlp(**make_inputs(shape, hidden, dtype))
     assert str(error.value) == f"{message}: no CUDA device"

@@ -1,7 +1,13 @@
-"""The Triton backend: CUDA tensors, CPU tensors too where ``TRITON_INTERPRET=1`` is set before import."""
+"""The Triton backend: CUDA tensors, CPU tensors too where ``TRITON_INTERPRET=1`` is set before import.
+
+Triton and the kernels are imported by the first call, on whatever device: importing the package touches none.
+"""
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -9,21 +15,51 @@ from ...ops.library import LIBRARY
 from .config import stats_tiles
 from .mlp_config import mlp_stats_tiles
 
-__all__ = ["DEVICES", "UNAVAILABLE", "mlp_stats_tiles", "stats_tiles"]
+__all__ = ["DEVICES", "UNAVAILABLE", "mlp_stats_tiles", "stats_tiles", "unavailable"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-UNAVAILABLE: str | None = None
+UNAVAILABLE: str | None = None  # whatever the device
+OLDEST = (8, 0)  # compute capability: the kernels use cp.async and bfloat16 products
 
 if importlib.util.find_spec("triton") is None:
     UNAVAILABLE = "triton is not installed"
-elif not (_INTERPRETED or torch.cuda.is_available()):
-    UNAVAILABLE = "no CUDA device"
-else:
-    from . import mlp, mlp_backward, pool_mixer
+elif torch.version.hip is not None:
+    UNAVAILABLE = "the kernels are for NVIDIA's devices, and this torch is built for AMD's"
 
-    for _device in DEVICES:
-        LIBRARY.impl("pool_mixer_triton", pool_mixer.forward, _device.upper())
-        LIBRARY.impl("pool_mixer_triton_backward", pool_mixer.backward, _device.upper())
-        LIBRARY.impl("mlp_triton", mlp.forward, _device.upper())
-        LIBRARY.impl("mlp_triton_backward", mlp_backward.backward, _device.upper())
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, or None; the first call initialises CUDA."""
+    return UNAVAILABLE or (None if device.type == "cpu" else _unavailable(device))
+
+
+@cache
+def _unavailable(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    wanted, found = (".".join(map(str, version)) for version in (OLDEST, capability))
+    return f"it needs compute capability {wanted} or newer, this device has {found}"
+
+
+def _kernel(module: str, function: str) -> Callable:
+    """The function of a module here, which its first call imports."""
+
+    def kernel(*args):
+        nonlocal loaded
+        if loaded is None:
+            loaded = getattr(import_module(f".{module}", __name__), function)
+        return loaded(*args)
+
+    loaded = None
+    return kernel
+
+
+for _device in DEVICES:
+    for _operator, _module, _function in (
+        ("pool_mixer_triton", "pool_mixer", "forward"),
+        ("pool_mixer_triton_backward", "pool_mixer", "backward"),
+        ("mlp_triton", "mlp", "forward"),
+        ("mlp_triton_backward", "mlp_backward", "backward"),
+    ):
+        LIBRARY.impl(_operator, _kernel(_module, _function), _device.upper())
