@@ -1,0 +1,305 @@
+"""The null GPU's own checks: memory, launches and what a GPU refuses."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends import nvidia
+
+from .null_gpu import recorded, take, take_complaints
+
+pytestmark = pytest.mark.host
+CUDA = ctypes.CDLL("libcuda.so.1")
+RUNTIME = ctypes.CDLL("libcudart.so.13")
+INVALID_VALUE, OUT_OF_MEMORY, NO_BINARY, NOT_FOUND = 1, 2, 209, 500
+ILLEGAL_ADDRESS, OUT_OF_RESOURCES, COOPERATIVE_TOO_LARGE, INVALID_CLUSTER = 700, 701, 720, 912
+INVALID_CONFIGURATION = 9  # the runtime's
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@triton.jit
+def add_one(x, y, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, i < count) + 1, i < count)
+
+
+PTX = """
+.version 8.0
+.target {arch}
+.address_size 64
+.visible .entry bare(.param .u64 pointer) {{ ret; }}
+.visible .entry bounded(.param .u64 pointer) .maxntid 64, 1, 1 {{ ret; }}
+"""
+
+
+def cubin(folder: Path, arch: str = "sm_90") -> bytes:
+    """Kernels of one pointer, by Triton's ptxas."""
+    source, target = folder / "kernels.ptx", folder / "kernels.cubin"
+    source.write_text(PTX.format(arch=arch))
+    ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
+    subprocess.run([str(ptxas), f"-arch={arch}", str(source), "-o", str(target)], check=True)
+    return target.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[str, ctypes.c_void_p]:
+    torch.cuda.init()
+    torch.empty(1, device="cuda")
+    module = ctypes.c_void_p()
+    assert CUDA.cuModuleLoadData(ctypes.byref(module), cubin(tmp_path_factory.mktemp("cubin"))) == 0
+    found = {}
+    for name in ("bare", "bounded"):
+        found[name] = ctypes.c_void_p()
+        assert CUDA.cuModuleGetFunction(ctypes.byref(found[name]), module, name.encode()) == 0
+    return found
+
+
+def launch(kernel, pointer: int, grid=(1, 1, 1), block=(32, 1, 1), shared=0, stream=0) -> int:
+    """cuLaunchKernel's error."""
+    argument = ctypes.c_uint64(pointer)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    return CUDA.cuLaunchKernel(kernel, *grid, *block, shared, ctypes.c_void_p(stream), arguments, None)
+
+
+@contextmanager
+def complaint(text: str) -> Iterator[None]:
+    """The block leaves one complaint, with this in it."""
+    assert not take_complaints()
+    yield
+    found = take_complaints()
+    assert len(found) == 1, found
+    assert text in found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_data_is_exact_after_a_round_trip(dtype, pinned) -> None:
+    x = torch.randint(0, 255, (3, 1021, 517)).to(dtype)
+    there = (x.pin_memory() if pinned else x).to("cuda", non_blocking=pinned)
+    torch.cuda.synchronize()
+    also_there = torch.empty_like(there).copy_(there)  # a copy in the device, not a kernel
+    other = also_there.to("cuda:1")
+    del there, also_there
+    assert torch.equal(other.cpu(), x)
+
+
+def test_memset() -> None:
+    x = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    assert RUNTIME.cudaMemsetAsync(ctypes.c_void_p(x.data_ptr() + 3), 7, ctypes.c_size_t(1 << 19), stream) == 0
+    host = x.cpu()
+    assert (host[3 : 3 + (1 << 19)] == 7).all()
+    assert not host[:3].any()
+    assert not host[3 + (1 << 19) :].any()
+
+
+def test_a_launch_is_recorded() -> None:
+    x = torch.empty(1000, device="cuda")
+    with recorded() as launches:
+        add_one[(4,)](x, x, 1000, BLOCK=256, num_warps=2)
+        x.mul_(2)
+    ours, torchs = launches
+    assert (ours.name, ours.grid, ours.block, ours.cluster) == ("add_one", (4, 1, 1), (64, 1, 1), (1, 1, 1))
+    assert (ours.device, ours.stream, ours.known, ours.library, ours.ours) == (0, 0, True, False, True)
+    assert ours.arguments[:3] == (x.data_ptr(), x.data_ptr(), 1000)
+    assert torchs.name.startswith("vectorized_elementwise_kernel<4, AUnaryFunctor<float")
+    assert torchs.known
+    assert not torchs.ours
+
+
+def test_a_library_call_is_recorded() -> None:
+    x = torch.empty(64, 64, device="cuda", dtype=torch.bfloat16)
+    image = torch.empty(2, 64, 8, 8, device="cuda", dtype=torch.bfloat16)
+    with recorded() as launches:
+        x @ x
+        torch.nn.functional.conv2d(image, torch.empty(8, 64, 3, 3, device="cuda", dtype=torch.bfloat16))
+    calls = [launch.name for launch in launches if launch.library]
+    assert [name[:5] for name in calls] == ["cubla", "cudnn"], calls
+    assert not any(launch.ours for launch in launches)
+
+
+def test_registers_and_shared_memory_are_those_of_the_binary(tmp_path) -> None:
+    """Against cuobjdump, which reads them in its own way."""
+
+    @triton.jit
+    def product(x, y, z, SIZE: tl.constexpr):
+        i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+        tl.store(z + i * SIZE + j, tl.dot(tl.load(x + i * SIZE + j), tl.load(y + i * SIZE + j)))
+
+    x = torch.empty(128, 128, device="cuda", dtype=torch.float16)
+    with recorded() as launches:
+        compiled = product[(1,)](x, x, x, SIZE=128)
+    (tmp_path / "product.cubin").write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    command = [str(cuobjdump), "--dump-resource-usage", str(tmp_path / "product.cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    facts = dict(fact.split(":")[:2] for fact in text.split("Function product:")[1].split())
+    assert launches[0].dynamic_shared == compiled.metadata.shared > 48 << 10
+    assert launches[0].registers == int(facts["REG"]) == compiled.n_regs
+    assert launches[0].local == int(facts["STACK"])
+    assert launches[0].static_shared == max(0, int(facts["SHARED"]) - 1024)
+
+
+def test_freed_memory_is_refused(kernels) -> None:
+    gone = torch.empty(64 << 20, device="cuda")
+    address = gone.data_ptr()
+    assert launch(kernels["bare"], address) == 0
+    del gone
+    torch.cuda.empty_cache()
+    with complaint("not allocated"):
+        assert launch(kernels["bare"], address) == ILLEGAL_ADDRESS
+
+
+def test_host_memory_is_refused_but_not_pinned_memory(kernels) -> None:
+    with complaint("is the host's"):
+        assert launch(kernels["bare"], torch.zeros(1 << 20).data_ptr()) == ILLEGAL_ADDRESS
+    assert launch(kernels["bare"], torch.zeros(1 << 20).pin_memory().data_ptr()) == 0
+
+
+def test_memory_of_another_device_is_refused(kernels) -> None:
+    with complaint("another device's"):
+        assert launch(kernels["bare"], torch.empty(4, device="cuda:1").data_ptr()) == ILLEGAL_ADDRESS
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "allowed"),
+    [
+        ((2**31 - 1, 1, 1), (1024, 1, 1), True),
+        ((1, 65535, 65535), (16, 16, 4), True),
+        ((1, 65536, 1), (32, 1, 1), False),
+        ((1, 1, 65536), (32, 1, 1), False),
+        ((0, 1, 1), (32, 1, 1), False),
+        ((1, 1, 1), (1025, 1, 1), False),
+        ((1, 1, 1), (1, 1, 65), False),
+        ((1, 1, 1), (32, 33, 1), False),
+    ],
+)
+def test_limits_of_grid_and_block(kernels, grid, block, allowed) -> None:
+    pointer = torch.empty(4, device="cuda").data_ptr()
+    assert launch(kernels["bare"], pointer, grid, block) == (0 if allowed else INVALID_VALUE)
+    assert len(take_complaints()) == (not allowed)
+    assert len(take()) == allowed
+
+
+def test_limits_of_triton_are_the_same() -> None:
+    x = torch.empty(4, device="cuda")
+    with complaint("a grid of 1 x 70000 x 1"), pytest.raises(RuntimeError, match="invalid argument"):
+        add_one[(1, 70000)](x, x, 4, BLOCK=256)
+
+
+def test_launch_bounds(kernels) -> None:
+    pointer = torch.empty(4, device="cuda").data_ptr()
+    assert launch(kernels["bounded"], pointer, block=(64, 1, 1)) == 0
+    with complaint("launch bounds of 64"):
+        assert launch(kernels["bounded"], pointer, block=(96, 1, 1)) == INVALID_VALUE
+
+
+def test_limits_of_shared_memory(kernels) -> None:
+    pointer, kernel = torch.empty(4, device="cuda").data_ptr(), kernels["bare"]
+    assert launch(kernel, pointer, shared=48 << 10) == 0
+    with complaint("at most 49152"):
+        assert launch(kernel, pointer, shared=(48 << 10) + 1) == INVALID_VALUE
+    with complaint("at most 232448"):
+        assert CUDA.cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED, (227 << 10) + 1) == INVALID_VALUE
+    assert CUDA.cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED, 227 << 10) == 0
+    assert launch(kernel, pointer, shared=227 << 10) == 0
+    with complaint("at most 232448"):
+        assert launch(kernel, pointer, shared=(227 << 10) + 1) == INVALID_VALUE
+
+
+def test_a_cooperative_launch_has_to_fit(kernels) -> None:
+    argument = ctypes.c_uint64(torch.empty(4, device="cuda").data_ptr())
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+
+    def cooperative(blocks: int) -> int:
+        return CUDA.cuLaunchCooperativeKernel(kernels["bare"], blocks, 1, 1, 1024, 1, 1, 0, None, arguments)
+
+    assert cooperative(2 * 132) == 0
+    with complaint("264 fit"):
+        assert cooperative(2 * 132 + 1) == COOPERATIVE_TOO_LARGE
+
+
+def test_a_kernel_of_another_architecture_is_refused(tmp_path) -> None:
+    torch.empty(1, device="cuda")
+    module = ctypes.c_void_p()
+    with complaint("no image for sm_90 among sm_80"):
+        assert CUDA.cuModuleLoadData(ctypes.byref(module), cubin(tmp_path, "sm_80")) == NO_BINARY
+
+
+def test_a_kernel_that_is_not_there() -> None:
+    x = torch.empty(4, device="cuda")
+    compiled = add_one[(1,)](x, x, 4, BLOCK=256)
+    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    assert CUDA.cuModuleLoadData(ctypes.byref(module), compiled.asm["cubin"]) == 0
+    with complaint("no kernel add_two"):
+        assert CUDA.cuModuleGetFunction(ctypes.byref(kernel), module, b"add_two") == NOT_FOUND
+
+
+def test_out_of_memory() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(142 << 30, dtype=torch.uint8, device="cuda")
+    x = torch.empty(100 << 30, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.mem_get_info() == (before[0] - (100 << 30), 141 << 30)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(50 << 30, dtype=torch.uint8, device="cuda")
+    del x
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info() == before
+
+
+def exit_of_child(action) -> int:
+    """The exit status of a forked child that does this; a signal's number is negative."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = action() or 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_the_host_cannot_read_device_memory() -> None:
+    address = torch.empty(1 << 20, device="cuda").data_ptr()
+    assert exit_of_child(lambda: ctypes.string_at(address, 4) and None) == -signal.SIGSEGV
+
+
+def test_the_host_cannot_read_device_memory_in_this_process() -> None:
+    """Not only because a child has none of it."""
+    address = torch.empty(1 << 20, device="cuda").data_ptr()
+    line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if holds(line, address))
+    assert line.split()[1].startswith("---")
+
+
+def holds(line: str, address: int) -> bool:
+    first, end = (int(value, 16) for value in line.split()[0].split("-"))
+    return first <= address < end
+
+
+def test_a_forked_child_has_no_device() -> None:
+    """As with CUDA: its error is 3, and the parent's memory stays as it was."""
+    x = torch.arange(1000, device="cpu").cuda()
+    free, total, size = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_size_t(8000)
+
+    def child() -> int:
+        errors = {
+            CUDA.cuInit(0),
+            CUDA.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)),
+            RUNTIME.cudaMemset(ctypes.c_void_p(x.data_ptr()), 0, size),
+        }
+        return 0 if errors == {3} else 1
+
+    assert exit_of_child(child) == 0
+    assert x.cpu().equal(torch.arange(1000))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -1,0 +1,135 @@
+"""Builds the null GPU and runs tests/null_gpu on it, in a process for each configuration.
+
+It is a stand-in for the CUDA driver and runtime: the host's part of every kernel runs on a machine without a GPU.
+Every test there passes, or the one here fails and shows the output.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
+
+from poolformer_kernels.kernels import LIMITS
+
+FOLDER = Path(__file__).parent / "null_gpu"
+OTHERS = {"test_no_image.py": {"capability": "7.0"}}  # files that want another device
+DEVICES = {"capability": "9.0", "count": 2}
+
+# What torch has of these names from elsewhere: cuFile, and cuDNN's functions that need no device.
+ELSEWHERE = re.compile(
+    r"cuFile|cudnn(Create|Destroy|Set|Get).*Descriptor|cudnnSetConvolution(GroupCount|MathType)"
+    r"|cudnnGet(Version|CudartVersion|Property|ErrorString|LastErrorString)"
+)
+# Names that torch looks up while it runs, in its libraries' text.
+LOOKED_UP = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]{5,})(?=\0)")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    reason = unavailable()
+    if reason is None and importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    if reason:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return build()
+
+
+def symbols(file: Path, kind: str) -> set[str]:
+    command = ["nm", "-D", f"--{kind}-only", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line.split()[-1].split("@")[0] for line in lines if line}
+
+
+def test_torch_finds_its_symbols(folder) -> None:
+    """A new torch says here what it wants. Functions for features that are not there exist, and refuse."""
+    ours = set().union(*(symbols(folder / name, "defined") for name in LIBRARIES.values()))
+    wanted = set()
+    for file in (packages() / "torch" / "lib").glob("*.so"):
+        wanted |= symbols(file, "undefined")
+    wanted = {name for name in wanted if re.match(r"_*cuda[A-Z]|cu[A-Z]|cublas|cudnn", name)}
+    missing = {name for name in wanted - ours if not ELSEWHERE.match(name)}
+    text = (packages() / "torch" / "lib" / "libc10_cuda.so").read_bytes()
+    looked_up = {name.decode() for name in LOOKED_UP.findall(text)}
+    assert len(wanted) > 300
+    assert len(looked_up) > 30
+    missing |= {name for name in looked_up if not {name, f"{name}_v2", f"{name}_v3"} & ours}
+    linalg = symbols(packages() / "torch" / "lib" / "libtorch_cuda_linalg.so", "undefined")
+    assert missing <= {name for name in linalg if name.startswith("cublas")}  # loaded for decompositions only
+
+
+ATTRIBUTES = """
+import ctypes, json, os
+cuda = ctypes.CDLL("libcuda.so.1")
+assert cuda.cuInit(0) == 0
+value = ctypes.c_int()
+def attribute(number):
+    assert cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0) == 0
+    return value.value
+print(json.dumps([attribute(number) for number in (75, 76, 39, 106, 81, 97, 82, 8, 111, 120)]))
+"""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_device_has_the_limits_of_its_capability(folder, capability) -> None:
+    env = os.environ | environment(folder, capability)
+    done = subprocess.run([sys.executable, "-c", ATTRIBUTES], env=env, capture_output=True, text=True, check=True)
+    *number, threads, blocks, shared, of_block, registers, default, reserved, clusters = json.loads(done.stdout)
+    assert number == [int(part) for part in capability.split(".")]
+    assert (registers, default) == (65536, 48 << 10)
+    assert reserved == shared - of_block == (1024 if number[0] >= 8 else 0)
+    assert clusters == (number[0] >= 9)
+    limits = LIMITS.get(10 * number[0] + number[1])
+    if limits is not None:
+        assert (threads, blocks) == (32 * limits.warps, limits.blocks)
+        assert (shared, of_block) == (limits.shared, limits.shared_of_block)
+
+
+def test_a_device_that_is_none_of_the_models(folder) -> None:
+    with pytest.raises(ValueError, match=r"capability is '9.1'; allowed are 7.0, 8.0"):
+        environment(folder, "9.1")
+    with pytest.raises(ValueError, match="count is 0; allowed are 1 to 8"):
+        environment(folder, count=0)
+
+
+def run(folder: Path, files: list[Path], device: dict) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "null_gpu.null_gpu"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
+    env = os.environ | environment(folder, **device)
+    env |= {"PYTHONPATH": f"{FOLDER.parent.parent}:{FOLDER.parent}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env.pop("PYTEST_ADDOPTS", None)
+    inner = subprocess.run(
+        [*command, *map(str, files)], env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True
+    )
+    summary = inner.stdout.strip().splitlines()[-1:] or [""]
+    assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
+    assert re.fullmatch(r"\d+ passed(, \d+ warnings?)? in .*", summary[0].strip("= ")), inner.stdout[-2000:]
+
+
+def test_on_the_null_gpu(folder) -> None:
+    run(folder, sorted(path for path in FOLDER.glob("test_*.py") if path.name not in OTHERS), DEVICES)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_on_another_null_gpu(folder, name) -> None:
+    run(folder, [FOLDER / name], OTHERS[name])
+
+
+def test_of_values_there_is_none(folder, tmp_path) -> None:
+    """Kernels do not run: a test that is not marked as one of the host's would compare what nobody wrote."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    env = os.environ | environment(folder) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    inner = subprocess.run(
+        [*command, str(FOLDER.parent / "test_reference.py")],
+        env=env,
+        cwd=FOLDER.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert inner.returncode == 5, inner.stdout + inner.stderr  # no tests
+    assert re.search(r"no tests collected \(\d+ deselected\)", inner.stdout), inner.stdout
