@@ -1,0 +1,49 @@
+"""Links the extension once more, with the shared CUDA runtime: the static one starts on NVIDIA's driver alone."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .build import BUILT
+
+ROOT = BUILT.parents[1]
+
+
+def extension_file() -> Path | None:
+    """The package's own extension, if it was built with CUDA."""
+    from poolformer_kernels.backends import cpp
+
+    if not cpp.build_info().get("cuda_archs"):
+        return None
+    from poolformer_kernels import _C
+
+    return Path(_C.__file__)
+
+
+def link_extension() -> Path:
+    """The folder with ``poolformer_kernels/_C*.so`` beside the null GPU: the objects that the package's has."""
+    from poolformer_kernels.backends import cpp
+
+    file = extension_file()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    target = BUILT / f"extension-{digest}"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "extension.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        work = BUILT / "extension-building"
+        shutil.rmtree(work, ignore_errors=True)
+        archs = ";".join(cpp.build_info()["cuda_archs"])
+        env = os.environ | {"POOLFORMER_KERNELS_CUDART": "shared", "TORCH_CUDA_ARCH_LIST": archs}
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(work)]
+        command += ["--build-temp", str(ROOT / "build" / "objects")]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        work.rename(target)
+    return target

@@ -1,0 +1,119 @@
+"""S12 on both backends: launches of an inference and of a training step, captured, and of two devices."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import poolformer_kernels as pk
+
+from .null_gpu import Launch, graph_launches, recorded
+
+pytestmark = pytest.mark.host
+
+# The package's own kernels, exactly. Blocks are two kernels where one does the MLP, and four where it is wide.
+INFERENCE = {
+    "triton": {
+        "sample_stats": 4, "pool_mixer_fwd": 12, "mlp_fwd": 4, "mlp_prepare": 8, "mlp_fc1": 8, "mlp_fc2": 8,
+    },
+    "cuda": {
+        "norm_stats": 4, "pool_mixer_fwd": 12, "mlp_pack": 4, "mlp_fwd_sm90": 4,
+        "mlp_prepare": 8, "mlp_fc1": 8, "mlp_fc2": 8,
+    },
+}  # fmt: skip
+_WIDE_BACKWARD = {
+    "mlp_bwd_tokens": 16, "mlp_bwd_hidden": 8, "mlp_bwd_dn": 8, "mlp_bwd_outer": 16, "mlp_bwd_weight": 16,
+}  # fmt: skip
+TRAINING = {
+    "triton": {
+        **INFERENCE["triton"], **_WIDE_BACKWARD,
+        "pool_mixer_bwd_reduce": 12, "pool_mixer_bwd_sample": 12, "pool_mixer_bwd_params": 12,
+        "pool_mixer_bwd_dx": 12, "mlp_bwd_prepare": 12, "mlp_bwd_tokens": 24, "mlp_bwd_wgrad": 4,
+        "mlp_bwd_sample": 12, "mlp_bwd_dx": 4, "mlp_bwd_columns": 36, "mlp_bwd_weight": 24,
+    },
+    "cuda": {
+        **INFERENCE["cuda"], **_WIDE_BACKWARD,
+        "pool_mixer_bwd_reduce": 12, "pool_mixer_bwd_q": 12, "pool_mixer_bwd_finish": 12,
+        "pool_mixer_bwd_apply": 12, "mlp_bwd_prepare": 12, "mlp_bwd_tokens": 20, "mlp_bwd_wgrad": 4,
+        "mlp_bwd_sample": 12, "mlp_bwd_dgrad": 4, "mlp_bwd_columns": 28, "mlp_bwd_weights": 4,
+        "mlp_bwd_finish": 4,
+    },
+}  # fmt: skip
+OTHERS = 15, 553  # launches of torch and its libraries, at most: their number is theirs
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest):
+    with pk.use_backend(request.param):
+        yield request.param
+
+
+def s12(device: str = "cuda:0") -> torch.nn.Module:
+    return pk.create_model("poolformer_s12").to(device, memory_format=torch.channels_last)
+
+
+def images(device: str = "cuda:0", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    shape = (2, 3, 224, 224)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def count(launches: list[Launch]) -> tuple[dict[str, int], int]:
+    """(the package's kernels by name without template arguments, the number of the other launches)"""
+    ours = Counter(launch.name.split("<")[0] for launch in launches if launch.ours)
+    assert all(launch.known for launch in launches if launch.ours)
+    return dict(ours), len(launches) - ours.total()
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = F.cross_entropy(model(x), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_inference(backend) -> None:
+    """Eager and captured; a replay launches what the capture did, in one graph."""
+    model, x = s12().bfloat16().eval(), images(dtype=torch.bfloat16)
+    with torch.inference_mode(), recorded() as launches:
+        model(x)
+    ours, others = count(launches)
+    assert ours == INFERENCE[backend]
+    assert others <= OTHERS[0]
+    assert {(launch.device, launch.stream) for launch in launches} == {(0, 0)}
+
+    with recorded() as launches:
+        graph = pk.graphed(model, x)
+    captured = [launch for launch in launches if launch.captured]
+    assert count(captured)[0] == INFERENCE[backend]
+    replays = graph_launches()
+    with recorded() as launches:
+        graph(x)
+    assert graph_launches() == replays + 1
+    replayed = [launch for launch in launches if launch.replayed]
+    assert [launch.name for launch in replayed] == [launch.name for launch in captured]
+
+
+def test_training_step(backend) -> None:
+    """Autocast to bfloat16 and fused AdamW; the second step launches what the first did."""
+    model, x = s12().train(), images()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    train(model, optimizer, x)
+    with recorded() as launches:
+        train(model, optimizer, x)
+    ours, others = count(launches)
+    assert ours == TRAINING[backend]
+    assert others <= OTHERS[1]
+    assert {(launch.device, launch.stream) for launch in launches} == {(0, 0)}
+
+
+def test_a_model_on_another_device(backend) -> None:
+    """Nothing of an inference is on the current device, or on another stream than the one asked for."""
+    model, x = s12("cuda:1").bfloat16().eval(), images("cuda:1", torch.bfloat16)
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.inference_mode(), torch.cuda.stream(stream), torch.cuda.device(0), recorded() as launches:
+        model(x)
+    assert count(launches)[0] == INFERENCE[backend]
+    assert {(launch.device, launch.stream) for launch in launches} == {(1, stream.cuda_stream)}
