@@ -18,7 +18,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
 BUILT = FOLDER.parents[1] / "build" / "null_gpu"
-CAPABILITIES = ("7.0", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0")
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0")
 CUDA = "13"  # the major version whose runtime csrc/runtime is
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 LIBRARIES = {  # in the order in which they are linked: each may call those before it
@@ -52,7 +52,9 @@ def unavailable() -> str | None:
     if version is None:
         return "this torch has no CUDA"
     if version.split(".")[0] != CUDA:
-        return f"the null GPU's runtime is CUDA {CUDA}'s; this torch has CUDA {version}, which is not supported"
+        return (
+            f"the null GPU's runtime is CUDA {CUDA}'s; this torch has CUDA {version}, which is not supported"
+        )
     if shutil.which("g++") is None:
         return "g++ is not installed"
     for header in ("cuda.h", "cuda_runtime_api.h", "cublasLt.h", "cudnn.h"):
@@ -111,7 +113,7 @@ def _compile(source: Path, work: Path) -> None:
 
 
 def _link(work: Path, name: str, library: str) -> None:
-    """torch asks for the runtime's symbols with its version, and finds NVIDIA's by RPATH unless these are preloaded."""
+    """The runtime's symbols have its version, as torch asks for them."""
     versions = work / "versions"
     versions.write_text(f"{library} {{ global: *; }};\n")
     version = [f"-Wl,--version-script={versions}"] if name == "runtime" else []
@@ -134,8 +136,8 @@ def environment(
         capability: of `CAPABILITIES`; it also gives the device's other attributes.
         count: of devices.
         memory_gib: of a device, if not its model's.
-        extension: a folder with another build of ``poolformer_kernels/_C*.so``, which `null_gpu` loads in place
-            of the package's own where it is imported before the package (``-p null_gpu.null_gpu`` of pytest).
+        extension: a folder with another build of ``poolformer_kernels/_C*.so``. `null_gpu` loads it in place
+            of the package's own, where it is imported before the package (pytest's ``-p null_gpu.null_gpu``).
 
     Raises:
         ValueError: for a capability or a count that is none of the null GPU's.

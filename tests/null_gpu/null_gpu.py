@@ -1,7 +1,7 @@
 """What the null GPU recorded, for a process that runs with `build.environment`: launches and complaints.
 
-``with recorded() as launches: model(x)`` gives the launches of the block, and raises if the block did anything
-that a GPU would not have done.
+``with recorded() as launches: model(x)`` gives the launches of the block, and raises if the block did
+anything that a GPU would not have done.
 """
 
 import ctypes
@@ -43,16 +43,22 @@ class Launch:
     @property
     def ours(self) -> bool:
         """It is neither a library's call nor one of torch's own kernels."""
-        return not self.library and not self.mangled.startswith("_ZN2at") and "at_cuda_detail" not in self.mangled
+        return (
+            not self.library
+            and not self.mangled.startswith("_ZN2at")
+            and "at_cuda_detail" not in self.mangled
+        )
 
 
-class Complaint(AssertionError):
+class ComplaintError(AssertionError):
     """The null GPU was asked for what a GPU refuses, or for what it does not have."""
 
 
 def _driver() -> ctypes.CDLL:
     if not ACTIVE:
-        raise RuntimeError("NULL_GPU is not set: this process does not run on the null GPU (build.environment)")
+        raise RuntimeError(
+            "NULL_GPU is not set: this process does not run on the null GPU (build.environment)"
+        )
     driver = ctypes.CDLL("libcuda.so.1")
     driver.null_gpu_launches.restype = driver.null_gpu_complaints.restype = ctypes.c_char_p
     driver.null_gpu_graph_launches.restype = ctypes.c_long
@@ -101,14 +107,14 @@ def recorded() -> Iterator[list[Launch]]:
     """The block's launches, in a list that is filled when it ends.
 
     Raises:
-        Complaint: the block, or what came before it, did what a GPU refuses.
+        ComplaintError: the block, or what came before it, did what a GPU refuses.
     """
     take()
     found: list[Launch] = []
     yield found
     found += take()
     if said := take_complaints():
-        raise Complaint("\n".join(said))
+        raise ComplaintError("\n".join(said))
 
 
 class _Extension(importlib.abc.MetaPathFinder):
@@ -119,9 +125,13 @@ class _Extension(importlib.abc.MetaPathFinder):
     def __init__(self, folder: Path) -> None:
         files = sorted((folder / "poolformer_kernels").glob("_C*.so"))
         if len(files) != 1:
-            raise RuntimeError(f"NULL_GPU_EXTENSION={folder} has {len(files)} poolformer_kernels/_C*.so, needs one")
+            raise RuntimeError(
+                f"NULL_GPU_EXTENSION={folder} has {len(files)} poolformer_kernels/_C*.so, needs one"
+            )
         if self.NAME in sys.modules:
-            raise RuntimeError(f"null_gpu has to be imported before {self.NAME}, for NULL_GPU_EXTENSION={folder}")
+            raise RuntimeError(
+                f"null_gpu has to be imported before {self.NAME}, for NULL_GPU_EXTENSION={folder}"
+            )
         self.file = files[0]
 
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:

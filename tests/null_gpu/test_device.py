@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from .null_gpu import recorded, take, take_complaints
 pytestmark = pytest.mark.host
 CUDA = ctypes.CDLL("libcuda.so.1")
 RUNTIME = ctypes.CDLL("libcudart.so.13")
-INVALID_VALUE, OUT_OF_MEMORY, NO_BINARY, NOT_FOUND = 1, 2, 209, 500
-ILLEGAL_ADDRESS, OUT_OF_RESOURCES, COOPERATIVE_TOO_LARGE, INVALID_CLUSTER = 700, 701, 720, 912
+INVALID_VALUE, NO_BINARY, NOT_FOUND = 1, 209, 500
+ILLEGAL_ADDRESS, OUT_OF_RESOURCES, COOPERATIVE_TOO_LARGE = 700, 701, 720
 INVALID_CONFIGURATION = 9  # the runtime's
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -31,19 +32,32 @@ def add_one(x, y, count, BLOCK: tl.constexpr):
     tl.store(y + i, tl.load(x + i, i < count) + 1, i < count)
 
 
-PTX = """
+def ptx(arch: str) -> str:
+    """Kernels of one pointer: without anything, with launch bounds, in clusters, with many registers."""
+    clusters = ".explicitcluster .reqnctapercluster 2, 1, 1" if arch == "sm_90" else ""
+    loads = [f"ld.volatile.global.u32 %r{i}, [%p + {4 * i}];" for i in range(200)]
+    stores = [f"st.volatile.global.u32 [%p + {4 * i}], %r{i};" for i in range(200)]
+    return f"""
 .version 8.0
 .target {arch}
 .address_size 64
 .visible .entry bare(.param .u64 pointer) {{ ret; }}
 .visible .entry bounded(.param .u64 pointer) .maxntid 64, 1, 1 {{ ret; }}
+.visible .entry clustered(.param .u64 pointer) {clusters} {{ ret; }}
+.visible .entry wide(.param .u64 pointer) {{
+  .reg .b32 %r<200>;
+  .reg .b64 %p;
+  ld.param.u64 %p, [pointer];
+  {" ".join(loads + stores)}
+  ret;
+}}
 """
 
 
 def cubin(folder: Path, arch: str = "sm_90") -> bytes:
-    """Kernels of one pointer, by Triton's ptxas."""
+    """These kernels, by Triton's ptxas."""
     source, target = folder / "kernels.ptx", folder / "kernels.cubin"
-    source.write_text(PTX.format(arch=arch))
+    source.write_text(ptx(arch))
     ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
     subprocess.run([str(ptxas), f"-arch={arch}", str(source), "-o", str(target)], check=True)
     return target.read_bytes()
@@ -56,7 +70,7 @@ def kernels(tmp_path_factory) -> dict[str, ctypes.c_void_p]:
     module = ctypes.c_void_p()
     assert CUDA.cuModuleLoadData(ctypes.byref(module), cubin(tmp_path_factory.mktemp("cubin"))) == 0
     found = {}
-    for name in ("bare", "bounded"):
+    for name in ("bare", "bounded", "clustered", "wide"):
         found[name] = ctypes.c_void_p()
         assert CUDA.cuModuleGetFunction(ctypes.byref(found[name]), module, name.encode()) == 0
     return found
@@ -94,7 +108,9 @@ def test_data_is_exact_after_a_round_trip(dtype, pinned) -> None:
 def test_memset() -> None:
     x = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    assert RUNTIME.cudaMemsetAsync(ctypes.c_void_p(x.data_ptr() + 3), 7, ctypes.c_size_t(1 << 19), stream) == 0
+    assert (
+        RUNTIME.cudaMemsetAsync(ctypes.c_void_p(x.data_ptr() + 3), 7, ctypes.c_size_t(1 << 19), stream) == 0
+    )
     host = x.cpu()
     assert (host[3 : 3 + (1 << 19)] == 7).all()
     assert not host[:3].any()
@@ -202,6 +218,25 @@ def test_launch_bounds(kernels) -> None:
         assert launch(kernels["bounded"], pointer, block=(96, 1, 1)) == INVALID_VALUE
 
 
+def test_registers_limit_the_threads(kernels) -> None:
+    """Over 200 registers, of 65536: a warp has 208 to 256 of each, a quarter of the multiprocessor 2 warps."""
+    pointer = torch.empty(4, device="cuda").data_ptr()
+    with recorded() as launches:
+        assert launch(kernels["wide"], pointer, block=(256, 1, 1)) == 0
+    assert 200 < launches[0].registers < 256
+    with complaint("at most 256 threads"):
+        assert launch(kernels["wide"], pointer, block=(288, 1, 1)) == OUT_OF_RESOURCES
+
+
+def test_a_grid_is_made_of_clusters(kernels) -> None:
+    pointer = torch.empty(4, device="cuda").data_ptr()
+    with recorded() as launches:
+        assert launch(kernels["clustered"], pointer, grid=(4, 3, 1)) == 0
+    assert launches[0].cluster == (2, 1, 1)
+    with complaint("no multiple of its cluster"):
+        assert launch(kernels["clustered"], pointer, grid=(3, 2, 1)) == INVALID_VALUE
+
+
 def test_limits_of_shared_memory(kernels) -> None:
     pointer, kernel = torch.empty(4, device="cuda").data_ptr(), kernels["bare"]
     assert launch(kernel, pointer, shared=48 << 10) == 0
@@ -232,6 +267,80 @@ def test_a_kernel_of_another_architecture_is_refused(tmp_path) -> None:
     module = ctypes.c_void_p()
     with complaint("no image for sm_90 among sm_80"):
         assert CUDA.cuModuleLoadData(ctypes.byref(module), cubin(tmp_path, "sm_80")) == NO_BINARY
+
+
+def fat_binary(images: dict[int, bytes]) -> ctypes.Array:
+    """As nvcc makes it of cubins, by architecture."""
+    entries = b""
+    for arch, image in images.items():
+        image += bytes(-len(image) % 8)
+        entries += (
+            struct.pack("<HHIQIIHHIIIQQQ", 2, 0x101, 64, len(image), 0, 0, 0, 0, arch, 0, 0, 0, 0, 0) + image
+        )
+    return ctypes.create_string_buffer(struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries)
+
+
+def launch_registered(images: dict[int, bytes], name: bytes) -> int:
+    """The runtime's error at the launch of a kernel as nvcc's host code registers and launches it."""
+    binary = fat_binary(images)
+    wrapper = ctypes.create_string_buffer(struct.pack("<IIQQ", 0x466243B1, 1, ctypes.addressof(binary), 0))
+    function = ctypes.create_string_buffer(1)  # its address stands for the host's function
+    register = getattr(RUNTIME, "__cudaRegisterFatBinary")
+    register.restype = ctypes.c_void_p
+    module = ctypes.c_void_p(register(wrapper))
+    getattr(RUNTIME, "__cudaRegisterFunction")(module, function, name, name, -1, None, None, None, None, None)
+    argument = ctypes.c_uint64(torch.empty(4, device="cuda").data_ptr())
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    config = LaunchConfig((2, 1, 1), (32, 1, 1), 0, None, None, 0)
+    error = RUNTIME.cudaLaunchKernelExC(ctypes.byref(config), function, arguments)
+    KEPT.append((binary, wrapper, function))
+    return error
+
+
+KEPT = []  # what stays registered until the process ends
+
+
+class LaunchConfig(ctypes.Structure):
+    """cudaLaunchConfig_t."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_size_t),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
+
+
+def test_a_fat_binary_needs_an_image_for_the_device(tmp_path) -> None:
+    images = {80: cubin(tmp_path, "sm_80"), 90: cubin(tmp_path, "sm_90"), 86: cubin(tmp_path, "sm_86")}
+    with recorded() as launches:
+        assert launch_registered(images, b"bare") == 0
+    assert [(launch.name, launch.grid, launch.known) for launch in launches] == [("bare", (2, 1, 1), True)]
+    del images[90]
+    with complaint("no image for sm_90 among sm_80 sm_86"):
+        assert launch_registered(images, b"bare") == NO_BINARY
+    assert RUNTIME.cudaGetLastError() == NO_BINARY
+    assert RUNTIME.cudaGetLastError() == 0
+
+
+def test_the_runtimes_errors(tmp_path) -> None:
+    """A grid that no device takes has an error of the runtime's own."""
+    images = {90: cubin(tmp_path)}
+    with complaint("no kernel none"):
+        assert launch_registered(images, b"none") == NOT_FOUND
+    assert RUNTIME.cudaGetLastError() == NOT_FOUND
+    assert launch_registered(images, b"bare") == 0
+    function = KEPT[-1][-1]
+    for config, error in (
+        (LaunchConfig((1, 70000, 1), (32, 1, 1), 0, None, None, 0), INVALID_CONFIGURATION),
+        (LaunchConfig((1, 1, 1), (1025, 1, 1), 0, None, None, 0), INVALID_CONFIGURATION),
+        (LaunchConfig((1, 1, 1), (32, 1, 1), 1 << 20, None, None, 0), INVALID_VALUE),
+    ):
+        assert RUNTIME.cudaLaunchKernelExC(ctypes.byref(config), function, (ctypes.c_void_p * 1)()) == error
+        assert RUNTIME.cudaGetLastError() == error
+    assert len(take_complaints()) == 3
 
 
 def test_a_kernel_that_is_not_there() -> None:

@@ -66,7 +66,7 @@ class Cubin {
   void read_section(const Elf64_Shdr& section) {
     const std::string name = names_ + section.sh_name;
     // From sm_90 on a kernel's section counts what is the system's, too.
-    const int reserved = module_.arch >= 90 ? 1024 : 0;
+    const int reserved = module_.arch >= 90 ? kReservedShared : 0;
     if (Kernel* k = kernel_of(name, ".nv.shared.")) k->static_shared = std::max(0, int(section.sh_size) - reserved);
     Kernel* own = kernel_of(name, ".nv.info.");
     if (!own && name != ".nv.info") return;

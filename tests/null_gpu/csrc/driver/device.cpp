@@ -10,7 +10,6 @@ namespace {
 
 // CUDA C++ Programming Guide, "Compute Capabilities", and what deviceQuery says of the product.
 constexpr Model kModels[] = {
-    {70, "V100", 80, 96 << 10, 96 << 10, 2048, 32, 6, 1530, 877, 4096, 32},
     {80, "A100", 108, 164 << 10, 163 << 10, 2048, 32, 40, 1410, 1593, 5120, 80},
     {86, "A40", 84, 100 << 10, 99 << 10, 1536, 16, 6, 1740, 7251, 384, 48},
     {89, "L40", 142, 100 << 10, 99 << 10, 1536, 24, 96, 2490, 9001, 384, 48},
@@ -31,7 +30,7 @@ const Model* chosen_model() {
   sscanf(text, "%d.%d", &major, &minor);
   for (const Model& m : kModels)
     if (m.capability == major * 10 + minor) return &m;
-  fprintf(stderr, "null GPU: NULL_GPU_CAPABILITY=%s is none of 7.0, 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0\n", text);
+  fprintf(stderr, "null GPU: NULL_GPU_CAPABILITY=%s is none of 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0\n", text);
   return nullptr;
 }
 
@@ -50,7 +49,7 @@ int attribute(CUdevice_attribute name, CUdevice device) {
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: return kDefaultShared;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return model->shared_of_block;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return model->shared;
-    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return reserved_shared();
+    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return kReservedShared;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: return kRegisters;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: return kRegisters;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return model->threads;
@@ -101,8 +100,6 @@ const Options& options() {
   }();
   return all;
 }
-
-int reserved_shared() { return options().model->capability >= 80 ? 1024 : 0; }
 
 }  // namespace null_gpu
 

@@ -51,9 +51,9 @@ const Options& options();
 
 constexpr int kRegisters = 65536;         // of a multiprocessor
 constexpr int kDefaultShared = 48 << 10;  // bytes of a block's shared memory without a kernel's consent
+constexpr int kReservedShared = 1024;     // bytes of each block that are the system's
 constexpr int kMaxThreads = 1024, kMaxThreadsZ = 64;
 constexpr unsigned kMaxGridX = 2147483647, kMaxGridYZ = 65535;
-int reserved_shared();  // bytes of each block that are the system's
 
 // ---- memory.cpp ----
 

@@ -115,7 +115,7 @@ int resident_blocks(const Kernel& kernel, int threads, size_t dynamic_shared) {
   const int shared = int(dynamic_shared) + kernel.static_shared;
   if (threads <= 0 || threads > max_threads(kernel) || shared > model.shared_of_block) return 0;
   return std::min({model.blocks, model.threads / kWarp / warps, warps_with_registers(kernel) / warps,
-                   model.shared / std::max(kSharedUnit, round_up(shared + reserved_shared(), kSharedUnit))});
+                   model.shared / round_up(shared + kReservedShared, kSharedUnit)});
 }
 
 CUresult launch(const CUlaunchConfig& config, Kernel* kernel, void** arguments, void** extra) {

@@ -56,8 +56,7 @@ CUresult allocate(CUdeviceptr* out, size_t size, int device) {
   Memory& memory = memory_of(device);
   open(memory, device);
   const size_t unit = unit_of(size);
-  if (size > options().memory || memory.used + round_up(size, unit) > options().memory)
-    return CUDA_ERROR_OUT_OF_MEMORY;
+  if (size > options().memory || memory.used + round_up(size, unit) > options().memory) return CUDA_ERROR_OUT_OF_MEMORY;
   const size_t rounded = round_up(size, unit), taken = rounded + unit;
   for (auto hole = memory.holes.begin(); hole != memory.holes.end(); ++hole) {
     const size_t first = hole->first, end = first + hole->second, start = round_up(first, unit);
