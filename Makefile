@@ -39,7 +39,8 @@ bench: $(VENV)/.extra-bench $(VENV)/.extension
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp tests/cuda_executor/*.cpp tests/cuda_executor/include/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp tests/cuda_executor/*.cpp tests/cuda_executor/include/*.h \
+	  tests/null_gpu/csrc/*/*.cpp tests/null_gpu/csrc/*/*.h
 
 sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	POOLFORMER_KERNELS_SKIP_CUDA=1 $(SANITIZED) \

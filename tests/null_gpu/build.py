@@ -4,6 +4,7 @@ Its libraries take the places of the CUDA driver's, the CUDA runtime's and of NV
 convolutions; the headers are those of torch's own packages.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -72,7 +73,14 @@ def _cuda_version() -> str | None:
 
 
 def build() -> Path:
-    """The folder with the libraries. Two processes may build at once: the first one's folder stays."""
+    """The folder with the libraries. A second process waits for the first, and has nothing left to do."""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Path:
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(f"{version} {importlib.metadata.version('torch')} {FLAGS}".encode())
     sources = sorted(path for path in SOURCES.rglob("*") if path.is_file())
@@ -81,7 +89,6 @@ def build() -> Path:
     target = BUILT / digest.hexdigest()[:16]
     if target.exists():
         return target
-    BUILT.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=BUILT, prefix="building-"))
     try:
         objects = [path for path in sources if path.suffix == ".cpp"]
@@ -89,11 +96,9 @@ def build() -> Path:
             list(pool.map(lambda path: _compile(path, work), objects))
         for name, library in LIBRARIES.items():
             _link(work, name, library)
-        try:
-            work.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
+        for path in work.glob("*.o"):
+            path.unlink()
+        work.rename(target)  # whole or not at all
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

@@ -219,7 +219,7 @@ def test_launch_bounds(kernels) -> None:
 
 
 def test_registers_limit_the_threads(kernels) -> None:
-    """Over 200 registers, of 65536: a warp has 208 to 256 of each, a quarter of the multiprocessor 2 warps."""
+    """Over 200 each: a quarter of the multiprocessor's 65536 is enough for two warps."""
     pointer = torch.empty(4, device="cuda").data_ptr()
     with recorded() as launches:
         assert launch(kernels["wide"], pointer, block=(256, 1, 1)) == 0

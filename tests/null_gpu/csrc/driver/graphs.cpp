@@ -44,9 +44,12 @@ CUresult submit(CUstream handle, Work work) {
 }
 
 CUresult refuse_in_capture(Stream* stream, const char* call) {
-  if (stream ? !stream->capture : captures.empty()) return CUDA_SUCCESS;
-  for (const auto& capture : captures)
-    if (!stream || stream->capture == capture) capture->broken = true;
+  bool captured = false;
+  for (const auto& capture : captures) {
+    if (stream ? stream->capture != capture : capture->origin->device != current_device()) continue;
+    capture->broken = captured = true;
+  }
+  if (!captured) return CUDA_SUCCESS;
   return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "%s while a stream is captured", call);
 }
 

@@ -1,6 +1,8 @@
 // Modules, libraries and kernels. A library is its module, here, and a function its kernel.
 #include <algorithm>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 
 #include "driver.h"
 
@@ -66,6 +68,13 @@ API cuModuleLoadData(CUmodule* module, const void* code) {
   ENTER;
   if (!current_context()) return CUDA_ERROR_INVALID_CONTEXT;
   return load(reinterpret_cast<Module**>(module), code);
+}
+
+API cuModuleLoad(CUmodule* module, const char* path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return complain(CUDA_ERROR_FILE_NOT_FOUND, "cuModuleLoad: no file %s", path);
+  const std::string code{std::istreambuf_iterator<char>(file), {}};
+  return cuModuleLoadData(module, code.c_str());
 }
 
 API cuModuleLoadDataEx(CUmodule* module, const void* code, unsigned, CUjit_option*, void**) {
