@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("NULL_GPU"):
         config.hook.pytest_deselected(items=[i for i in items if not i.get_closest_marker("host")])
         items[:] = [item for item in items if item.get_closest_marker("host")]
-    names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor", "test_on_the_null_gpu")
+    names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor", "test_null_gpu")
     long = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
     first = set(long)
     rest = [item for item in items if item not in first]

@@ -1,8 +1,8 @@
 """Builds the null GPU and runs tests/null_gpu on it, in a process of its own.
 
 It is a stand-in for the CUDA driver and runtime, on which the host's part of every kernel runs without a GPU.
-Every test there passes, or the one here fails and shows the output. It cannot tell values, time, races, faults
-inside kernels, nor what cuBLAS and cuDNN would launch.
+Every test there passes, or the one here fails and shows the output. It cannot tell values, time, races,
+faults in kernels, nor what cuBLAS and cuDNN would launch.
 """
 
 import importlib.util

@@ -42,12 +42,10 @@ class Launch:
 
     @property
     def ours(self) -> bool:
-        """It is neither a library's call nor one of torch's own kernels."""
-        return (
-            not self.library
-            and not self.mangled.startswith("_ZN2at")
-            and "at_cuda_detail" not in self.mangled
-        )
+        """It is of this package: its extension's, or a Triton kernel that torch.compile did not make."""
+        if self.library or self.mangled.startswith("triton_"):
+            return False
+        return self.mangled.startswith("_ZN2pk") or not self.mangled.startswith("_Z")
 
 
 class ComplaintError(AssertionError):
