@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
     config.addinivalue_line("markers", "host: looks at no computed values; runs on the null GPU, too")
+    config.addinivalue_line("markers", "long: full products of parameters, run by `make test-long`")
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
         torch.set_num_threads(1)
 

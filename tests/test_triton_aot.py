@@ -5,63 +5,78 @@ import os
 
 import pytest
 import torch
+from triton_helpers import parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
         raise ModuleNotFoundError("the ahead-of-time tests need triton")
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from poolformer_kernels.backends.triton import aot, config
+from poolformer_kernels.backends.triton import aot, config, device
 
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
-REGISTERS = {
-    "sample_stats": 128,
-    "merge_stats": 64,
-    "pool_mixer_bwd_sample": 96,
-    "pool_mixer_bwd_params": 96,
-    "pool_mixer_bwd_reduce": 240,
+# At least so many warps on an SM: 16 leave a thread 128 registers, 12 leave 168 and 8 leave all 255. The
+# reduction has blocks of four warps: with 169 to 255 registers (242 with Triton 3.8) two of them fit.
+WARPS = {
+    "sample_stats": 16,
+    "merge_stats": 32,
+    "pool_mixer_bwd_sample": 20,
+    "pool_mixer_bwd_params": 20,
+    "pool_mixer_bwd_reduce": 8,
 }
 DTYPES = (torch.bfloat16, torch.float32)
 TILED = ("pool_mixer_fwd", "pool_mixer_bwd_reduce", "pool_mixer_bwd_dx")
 
-SHIPPED = [
+S_FAMILY = [aot.Case(torch.bfloat16, True, *shape) for shape in aot.SHAPES[:4]]
+FEW = [  # on every architecture
+    aot.Case(torch.bfloat16, True, 64, 56, given_stats=False, return_stats=False),
+    S_FAMILY[3],
+]
+USUAL = [  # on one: the S family, the head of a chain, the plain form, an image that strips do not divide
+    *FEW,
+    *S_FAMILY,
+    aot.Case(torch.float32, True, 64, 56, residual=False, given_stats=False),
+    aot.Case(torch.float32, True, 320, 14),
+    aot.Case(torch.bfloat16, False, 64, 56),
+    aot.Case(torch.bfloat16, True, 64, 96, given_stats=False),
+    aot.Case(torch.bfloat16, True, 320, 14, pool_size=5),
+    aot.Case(torch.float32, False, 64, 56, pool_size=7),
+    # the caller's tensors start at 2 bytes, as slices of larger ones do
+    aot.Case(torch.bfloat16, True, 64, 56, offset=1),
+    aot.Case(torch.bfloat16, False, 64, 56, offset=1),
+]
+REST = [
     *(aot.Case(dtype, True, *shape) for dtype in DTYPES for shape in aot.SHAPES),
     # tiles of nchw follow the image, not C: the M family's are the S family's
     *(aot.Case(dtype, False, *shape) for dtype in DTYPES for shape in aot.SHAPES[:4]),
     *(aot.Case(torch.float16, last, *shape) for last in (True, False) for shape in ((64, 56), (768, 7))),
-    # the head of a chain, the plain form, an image that strips do not divide, the other pools
-    aot.Case(torch.bfloat16, True, 64, 56, given_stats=False, return_stats=False),
-    aot.Case(torch.float32, True, 64, 56, residual=False, given_stats=False),
-    aot.Case(torch.bfloat16, True, 64, 96, given_stats=False),
-    aot.Case(torch.bfloat16, True, 320, 14, pool_size=5),
-    aot.Case(torch.float32, False, 64, 56, pool_size=7),
+    *(aot.Case(torch.float32, last, 320, 14, offset=1) for last in (True, False)),
 ]
-LAUNCHES = aot.distinct(SHIPPED)
 SMALL = ("pool_mixer_bwd_sample", "pool_mixer_bwd_params")  # sums over partials: one architecture tells
 LARGE = aot.Case(
     torch.bfloat16, True, 64, 1024, given_stats=False
 )  # so many partials that they are merged first
 
 
-def warps(launch: aot.Launch) -> int:
-    return dict(launch.options).get("num_warps", 4)
+COMPILED = [
+    item
+    for arch in aot.ARCHS
+    for item in parameters(USUAL if arch == 90 else FEW, REST if arch in (80, 90, 100) else S_FAMILY, arch)
+    if arch == 90 or item.values[0].kernel not in SMALL
+]
 
 
-COMPILED = [(n, arch) for n in LAUNCHES for arch in aot.ARCHS if arch == 90 or n.kernel not in SMALL]
-
-
-@pytest.mark.parametrize(("launch", "arch"), COMPILED, ids=lambda p: getattr(p, "name", p))
+@pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
     used = aot.compile_launch(launch, arch)
     constants = dict(launch.constants)
     assert used.spills == 0
-    assert used.shared <= SHARED[arch]
+    assert used.shared <= device.DEVICES[arch].shared
     pool = constants.get("POOL", 3)
-    limit = REGISTERS.get(launch.kernel, 128 if constants.get("EVEN") else 168)
-    assert used.registers <= (limit if pool == 3 else 255)
-    assert used.registers * 32 * warps(launch) <= 65536  # what an SM has
-    if launch.kernel in TILED and constants["CHANNELS_LAST"] and pool == 3:
-        lanes = constants["COLUMNS"] * constants["CHANNELS"] // (32 * warps(launch))
+    warps = WARPS.get(launch.kernel, 16 if constants.get("EVEN") else 12)
+    assert used.warps >= (warps if pool == 3 else 8)
+    aligned = 0 in launch.divisible  # the first argument: x or its gradient
+    if launch.kernel in TILED and constants["CHANNELS_LAST"] and pool == 3 and aligned:
+        lanes = constants["COLUMNS"] * constants["CHANNELS"] // (32 * dict(launch.options)["num_warps"])
         itemsize = 4 if dict(launch.signature)["x_ptr"] == "*fp32" else 2
         rows = config.ROWS
         pixels = 3 * (rows + 2) + (
@@ -79,12 +94,12 @@ def test_statistics_of_a_large_image(arch) -> None:
     assert found.keys() == {"sample_stats", "merge_stats"}
     for used in found.values():
         assert used.spills == 0
-        assert used.registers <= REGISTERS[used.kernel]
+        assert used.warps >= WARPS[used.kernel]
     assert found["sample_stats"].ldg128 == 8  # 64 halves a thread
 
 
 def test_launches_are_recorded_from_the_launchers() -> None:
-    names = [launch.kernel for launch in aot.launches(SHIPPED[0]._replace(given_stats=False))]
+    names = [launch.kernel for launch in aot.launches(USUAL[0])]
     assert names == [
         *("sample_stats", "pool_mixer_fwd", "pool_mixer_bwd_reduce"),
         *("pool_mixer_bwd_sample", "pool_mixer_bwd_params", "pool_mixer_bwd_dx"),
@@ -98,7 +113,8 @@ def test_table() -> None:
     for row in rows:
         assert row["arch"] == 90
         assert row["spills"] == 0
-        assert 0 < row["registers"] <= REGISTERS.get(row["kernel"], 128)
+        assert row["registers"] > 0
+        assert row["warps"] >= WARPS.get(row["kernel"], 16)
         assert row["instructions"] > row["ldg"] > 0
 
 

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from . import mlp, mlp_backward, pool_mixer
 from .config import stats_tiles
+from .device import DEVICES, Device, assumed
 from .mlp_config import mlp_stats_tiles
 
 __all__ = [
@@ -38,10 +39,11 @@ __all__ = [
     "compile_launch",
     "distinct",
     "launches",
+    "meta",
     "resource_table",
 ]
 
-ARCHS = (80, 90, 100)
+ARCHS = (80, 89, 90, 100, 120)
 #: (channels, height = width) of the four stages of the S and of the M family at 224x224
 SHAPES = ((64, 56), (128, 28), (320, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -60,25 +62,27 @@ class Case(NamedTuple):
     residual: bool = True
     given_stats: bool = True
     return_stats: bool = True
+    offset: int = 0  # elements before each of the caller's tensors in its memory
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "nchw"
         name = f"{_TYPES[self.dtype]} {layout} {self.channels}x{self.size}"
         name += f" pool {self.pool_size}" if self.pool_size != 3 else ""
-        flags = zip(("plain", "own stats", "no y stats"), self[-3:], strict=True)
-        return ", ".join([name, *(text for text, usual in flags if not usual)])
+        flags = zip(("plain", "own stats", "no y stats"), self[-4:-1], strict=True)
+        name = ", ".join([name, *(text for text, usual in flags if not usual)])
+        return name + (f", offset {self.offset}" if self.offset else "")
 
     def call(self) -> None:
-        fmt = torch.channels_last if self.channels_last else torch.contiguous_format
         shape = (2, self.channels, self.size, self.size)
-        x = torch.empty(shape, dtype=self.dtype, device="meta", memory_format=fmt)
-        weight, bias, scale = (_meta(self.dtype, self.channels) for _ in range(3))
-        drop = _meta(self.dtype, 2)
+        fmt = torch.channels_last if self.channels_last else torch.contiguous_format
+        x, grad = (meta(self.dtype, *shape, offset=self.offset, fmt=fmt) for _ in range(2))
+        weight, bias, scale = (meta(self.dtype, self.channels, offset=self.offset) for _ in range(3))
+        drop = meta(self.dtype, 2, offset=self.offset)
         tiles = stats_tiles(shape, self.channels_last, self.pool_size)
-        stats = _meta(torch.float32, 2, tiles, 3) if self.given_stats else None
+        stats = meta(torch.float32, 2, tiles, 3) if self.given_stats else None
         options = (self.pool_size, 1e-5, self.residual, self.return_stats)
-        y, mean_rstd, _ = pool_mixer.forward(x, weight, bias, scale, drop, stats, *options)
-        pool_mixer.backward(y, x, mean_rstd, weight, bias, scale, drop, self.pool_size, self.residual)
+        _, mean_rstd, _ = pool_mixer.forward(x, weight, bias, scale, drop, stats, *options)
+        pool_mixer.backward(grad, x, mean_rstd, weight, bias, scale, drop, self.pool_size, self.residual)
 
 
 class MlpCase(NamedTuple):
@@ -91,32 +95,32 @@ class MlpCase(NamedTuple):
     activation: str = "gelu"
     save_hidden: bool = False
     backward: bool = True
+    offset: int = 0  # elements before each of the caller's tensors in its memory
 
     def __str__(self) -> str:
         name = f"{_TYPES[self.dtype]} {self.channels}x{self.size}"
         name += f" {self.activation}" if self.activation != "gelu" else ""
         name += f" {_TYPES[self.weight_dtype]} weights" if self.weight_dtype else ""
-        return name + (", saved" if self.save_hidden else "")
+        name += ", saved" if self.save_hidden else ""
+        return name + (f", offset {self.offset}" if self.offset else "")
 
     def call(self) -> None:
         shape = (2, self.channels, self.size, self.size)
-        x = torch.empty(shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
+        x, grad = (meta(self.dtype, *shape, offset=self.offset, fmt=torch.channels_last) for _ in range(2))
         width = 4 * self.channels
-        w1, w2 = (
-            _meta(self.weight_dtype or self.dtype, *sizes)
-            for sizes in ((width, self.channels), (self.channels, width))
+        w1, w2, b1, b2, gamma, beta, scale = (
+            meta(self.weight_dtype or self.dtype, *sizes, offset=self.offset)
+            for sizes in ((width, self.channels), (self.channels, width), (width,), *[(self.channels,)] * 4)
         )
-        b1 = _meta(w1.dtype, width)
-        b2, gamma, beta, scale = (_meta(w1.dtype, self.channels) for _ in range(4))
-        parameters = (w1, b1, w2, b2, gamma, beta, scale, _meta(self.dtype, 2))
-        stats = _meta(torch.float32, 2, mlp_stats_tiles(shape, True, width), 3)
-        y, mean_rstd, _, hidden = mlp.forward(
+        parameters = (w1, b1, w2, b2, gamma, beta, scale, meta(self.dtype, 2, offset=self.offset))
+        stats = meta(torch.float32, 2, mlp_stats_tiles(shape, True, width), 3)
+        _, mean_rstd, _, hidden = mlp.forward(
             x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden
         )
         if self.backward:
             saved = hidden if self.save_hidden else None
             mlp_backward.backward(
-                y, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True
+                grad, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True
             )
 
 
@@ -138,16 +142,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """A row of the table. ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads.
+    """A row of the table. ``spills``: bytes of a thread that lie on its stack.
 
-    ``matrix``: the matrix instructions, by kind. ``activations``: elements of a tile that each thread applies
-    the activation to (any but relu); more than its share of the tile are computed twice.
+    ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads. ``matrix``: the matrix instructions,
+    by kind. ``activations``: elements of a tile that each thread applies the activation to (any but relu);
+    more than its share of the tile are computed twice.
     """
 
     kernel: str
     config: str
     arch: int
     registers: int
+    warps: int  # on an SM at the same time, as far as its registers allow
     spills: int
     shared: int
     ldg128: int
@@ -157,13 +163,20 @@ class Resources:
     activations: int
 
 
-def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def meta(
+    dtype: torch.dtype, *shape: int, offset: int = 0, fmt: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """A tensor without data, ``offset`` elements into its memory."""
+    dense = torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
+    if offset == 0:
+        return dense
+    memory = torch.empty(offset + dense.numel(), dtype=dtype, device="meta")
+    return memory.as_strided(shape, dense.stride(), offset)
 
 
-def launches(case: Case | MlpCase) -> list[Launch]:
-    """The launches of one call, recorded from the launchers themselves on tensors without data."""
-    with _recorded(str(case)) as log:
+def launches(case: Case | MlpCase, device: Device = DEVICES[90]) -> list[Launch]:
+    """The launches of one call on a device, recorded from the launchers on tensors without data."""
+    with assumed(device), _recorded(str(case)) as log:
         case.call()
     return log
 
@@ -191,6 +204,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         config=launch.case,
         arch=arch,
         registers=used["REG"],
+        warps=_resident_warps(used["REG"], dict(launch.options).get("num_warps", 4)),
         spills=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
         ldg128=sum(".128" in name for name in loads) + 2 * sum(".256" in name for name in loads),
@@ -199,6 +213,11 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         matrix={name: n for name, n in kinds.items() if name in _MATRIX},
         activations=_activations(compiled.asm["ttgir"], compiled.asm["ptx"]),
     )
+
+
+def _resident_warps(registers: int, warps: int) -> int:
+    """How many warps of whole blocks an SM's 65536 registers hold; a thread's come in eights."""
+    return 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps
 
 
 def _activations(ttgir: str, ptx: str) -> int:
@@ -213,17 +232,17 @@ def resource_table(
     cases: list[Case | MlpCase], archs: tuple[int, ...] = ARCHS, processes: int | None = None
 ) -> list[dict]:
     """One row per distinct launch of the cases and architecture, compiled in parallel."""
-    jobs = [(launch, arch) for arch in archs for launch in distinct(cases)]
+    jobs = [(launch, arch) for arch in archs for launch in distinct(cases, DEVICES[arch])]
     workers = processes or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return [asdict(row) for row in pool.map(compile_launch, *zip(*jobs, strict=True), chunksize=4)]
 
 
-def distinct(cases: list[Case | MlpCase]) -> list[Launch]:
-    """The launches of the cases, each machine code once, under the first case that needs it."""
+def distinct(cases: list[Case | MlpCase], device: Device = DEVICES[90]) -> list[Launch]:
+    """The launches of the cases on a device, each machine code once, under the first case that needs it."""
     found = {}
     for case in cases:
-        for launch in launches(case):
+        for launch in launches(case, device):
             key = (launch.kernel, launch.signature, launch.constants, launch.divisible, launch.options)
             found.setdefault(key, launch)
     return list(found.values())
@@ -249,7 +268,8 @@ class _Recorder:
         for index, (param, value) in enumerate(zip(self.kernel.params, args, strict=True)):
             if isinstance(value, torch.Tensor):
                 signature[param.name] = f"*{_TYPES[value.dtype]}"
-                divisible.append(index)
+                if value.storage_offset() * value.element_size() % 16 == 0:  # memory itself is aligned
+                    divisible.append(index)
             elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
                 signature[param.name] = "constexpr"
                 constants[param.name] = value
@@ -294,7 +314,14 @@ def _recorded(case: str) -> Iterator[list[Launch]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of the Triton kernels, compiled ahead of time")
     parser.add_argument(
-        "--arch", type=int, nargs="*", default=ARCHS, help="compute capabilities, default 80 90 100"
+        "--arch",
+        type=int,
+        nargs="*",
+        default=ARCHS,
+        choices=DEVICES,
+        metavar="ARCH",
+        help=f"ten times the compute capability: any of {', '.join(map(str, DEVICES))}; "
+        f"default {' '.join(map(str, ARCHS))}",
     )
     archs = tuple(parser.parse_args().arch)
     cases: list[Case | MlpCase] = [

@@ -1,11 +1,11 @@
 """The MLP's forward in Triton: kernels, then the launcher. Formulas: algebra, "MLP sub-block".
 
 Tokens are rows ``[B H W, C]`` of channels_last data, numbered through all samples: a tile of them may hold
-the end of one sample and the start of the next. Up to 192 channels one kernel does it all and the hidden
-activations stay in registers; above, fc1's kernel writes them (after the activation) and fc2's reads them.
+the end of one sample and the start of the next. Up to 192 channels (96 in fp32) one kernel does it all and
+the hidden activations stay in registers; above, fc1's kernel writes them (after the activation) and fc2's
+reads them.
 """
 
-from functools import cache
 from math import gcd
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from ...reference import memory_format_of
 from .activation import activate
 from .config import OPTIONS, next_power_of_2, pieces
-from .mlp_config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, FUSED_CHANNELS, fc1, fc2, fused, mlp_stats_tiles
+from .device import device_of
+from .mlp_config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, fc1, fc2, fused, fuses, mlp_stats_tiles
 from .mlp_tile import kept, operand_of, row_stats, store_stats, stored, tokens
 from .statistics import few, flat_stats, merged
 from .tile import dot, rounded, shift, vector
@@ -276,7 +277,7 @@ def forward(
     last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
     if norm:
         stats = few(flat_stats(x) if stats is None else stats.contiguous())
-    launch = _fused if channels == out and out <= FUSED_CHANNELS and pixels >= FEW_PIXELS else _pair
+    launch = _fused if fuses(channels, out, pixels, operand.itemsize) else _pair
     launch(
         x, _matrix(w1, operand), _dense(b1), _matrix(w2, operand), _dense(b2), _dense(norm_weight),
         _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats, mean_rstd if norm else None, last,
@@ -294,7 +295,7 @@ def _fused(
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden = height * width, w1.shape[0]
-    tiles = fused(channels, w1.element_size())
+    tiles = fused(channels, w1.element_size(), device_of(x))
     partials = 1 if stats is None else stats.shape[1]
     mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
@@ -325,14 +326,14 @@ def _pair(
         )  # fmt: skip
         w1, b1 = folded, v
     p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
-    shared = _shared_memory(x.device)
-    tiles = fc1(x.element_size(), w1.element_size(), shared)
+    device = device_of(x)
+    tiles = fc1(x.element_size(), w1.element_size(), device)
     mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
         activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
         num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
-    tiles = fc2(out, w2.element_size(), shared)
+    tiles = fc2(out, w2.element_size(), device)
     column_tiles = triton.cdiv(out, sum(tiles.columns))
     mlp_fc2[(triton.cdiv(batch * pixels, tiles.rows) * column_tiles,)](
         p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels,
@@ -340,14 +341,6 @@ def _pair(
         tiles.depth, *tiles.columns, _segments(pixels, tiles.rows), num_warps=tiles.warps,
         num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may use; of an H100 where there is no GPU."""
-    if device.type != "cuda":
-        return 232448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _segments(pixels: int, rows: int) -> int:

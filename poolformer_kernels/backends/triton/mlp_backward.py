@@ -5,20 +5,13 @@ from torch import Tensor
 
 from ...reference import memory_format_of
 from . import mlp_backward_fused, mlp_backward_gemm
+from .device import device_of
 from .mlp_backward_common import Problem, finish_weight, prepare, summed
 from .mlp_backward_config import Fused, plan
 
 __all__ = ["backward"]
 
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-def architecture(x: Tensor) -> int:
-    """The architecture to configure for (80, 90, ...): the device's, Hopper's in the interpreter."""
-    if not x.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 def backward(
@@ -95,7 +88,7 @@ def backward(
         drop_grad,
         scaled,
     )
-    p = plan(channels, out, width, operand.itemsize, architecture(x))
+    p = plan(channels, out, width, operand.itemsize, device_of(x))
     form = mlp_backward_fused if isinstance(p, Fused) else mlp_backward_gemm
     sums = form.partials(problem, p)
     ddrop = sums.ddrop if drop_grad else none

@@ -4,6 +4,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .config import next_power_of_2, pieces
+from .device import Device
 
 __all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "plan"]
 
@@ -50,16 +51,16 @@ _FUSED = {
 
 
 @cache
-def plan(channels: int, out: int, hidden: int, itemsize: int, arch: int) -> Fused | Gemm:
-    """Launch configuration for one shape, size of the products' operands and architecture (80, 90, ...)."""
+def plan(channels: int, out: int, hidden: int, itemsize: int, device: Device) -> Fused | Gemm:
+    """Launch configuration for one shape, size of the products' operands and device."""
     width = max(sum(pieces(channels)), sum(pieces(out)))
     block = max(16, next_power_of_2(hidden))
     if width <= (FUSED if itemsize == 2 else FUSED // 2):
         p = next(p for limit, p in _FUSED.items() if width <= limit)
         if itemsize == 4:
             p = Fused(32, 32, 4, 2, 32, 32, 4, 2, 255, _PROGRAMS)
-        elif arch < 90:  # mma.sync reads its operands from registers
-            p = p._replace(weight_tokens=16)
+        elif device.register_operands:
+            p = p._replace(weight_tokens=16, hidden=16 if width <= 64 else p.hidden)
         return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
     if itemsize == 4:
         return Gemm(64, min(64, block), 64, 64, 64, 16, 4, 2, _PROGRAMS // 2)

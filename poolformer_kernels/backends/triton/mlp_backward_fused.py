@@ -222,7 +222,8 @@ def partials(problem: Problem, p: Fused) -> Partials:
             n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table, rows, dw1, dw2, db1,
             pixels, batch * pixels, tiles, per_split, *shape, p.weight_tokens, p.weight_hidden,
             problem.activation, problem.norm, problem.drop_grad, problem.scaled,
-            num_warps=p.weight_warps, maxnreg=p.registers, num_stages=p.weight_stages, **OPTIONS,
+            num_warps=p.weight_warps, num_stages=p.weight_stages,
+            maxnreg=255 if problem.drop_grad else p.registers, **OPTIONS,
         )  # fmt: skip
     if rows is not None:
         k, ddrop = sample_sums(problem, rows, g)

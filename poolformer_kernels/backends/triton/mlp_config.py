@@ -7,6 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .config import flat_block, pieces
+from .device import Device
 
 __all__ = [
     "FEW_PIXELS",
@@ -19,11 +20,14 @@ __all__ = [
     "fc1",
     "fc2",
     "fused",
+    "fuses",
     "mlp_stats_tiles",
     "out_tile",
 ]
 
-FUSED_CHANNELS = 192  # above it the fused kernel spills and gains nothing at the roofline
+FUSED_CHANNELS = (
+    192  # above it the fused kernel spills and gains nothing at the roofline; so it does at half in fp32
+)
 FEW_PIXELS = 32  # samples of fewer are too many in one tile: the pair, and y's statistics by their own kernel
 FOLD_ROWS, FOLD_DEPTH = 16, 128  # a tile of fc1's weight while the norm is folded into it
 STATS_ROWS = 64  # a tile has at least so many rows (tokens)
@@ -80,23 +84,30 @@ _FUSED = {
 }
 
 
-def fused(channels: int, itemsize: int) -> Fused:
+def fuses(channels: int, out: int, pixels: int, itemsize: int) -> bool:
+    """Whether one kernel does it all, for operands of ``itemsize`` bytes."""
+    return channels == out <= FUSED_CHANNELS * 2 // itemsize and pixels >= FEW_PIXELS
+
+
+def fused(channels: int, itemsize: int, device: Device) -> Fused:
     """Tiles of the fused kernel at C channels, for operands of ``itemsize`` bytes."""
     if itemsize == 4:
         return Fused(64, 16, 8, 1, 255)
+    if channels <= 64 and device.register_operands:  # 64 hidden channels at a time would spill
+        return Fused(128, 32, 8, 2, 128)
     return _FUSED[next(bound for bound in _FUSED if channels <= bound)]
 
 
-def fc1(x_itemsize: int, itemsize: int, shared: int) -> Gemm:
-    """Tiles of fc1 where fc2 is a kernel of its own, with ``shared`` bytes of shared memory for a block."""
+def fc1(x_itemsize: int, itemsize: int, device: Device) -> Gemm:
+    """Tiles of fc1 where fc2 is a kernel of its own, and as many stages as a block's shared memory holds."""
     if itemsize == 4:
         return Gemm(64, (64, 0), 32, 8, 2)
-    return Gemm(128, (128, 0), 64, 8, min(3, shared // (64 * 128 * (x_itemsize + itemsize))))
+    return Gemm(128, (128, 0), 64, 8, min(3, device.shared // (64 * 128 * (x_itemsize + itemsize))))
 
 
-def fc2(out: int, itemsize: int, shared: int) -> Gemm:
-    """Tiles of that kernel."""
+def fc2(out: int, itemsize: int, device: Device) -> Gemm:
+    """Tiles of that kernel, likewise."""
     columns = out_tile(out)
     if itemsize == 4:
         return Gemm(64, columns, 32, 8, 2)
-    return Gemm(128, columns, 64, 8, min(4, shared // (64 * (128 + sum(columns)) * itemsize)))
+    return Gemm(128, columns, 64, 8, min(4, device.shared // (64 * (128 + sum(columns)) * itemsize)))
