@@ -96,6 +96,19 @@ def test_launches_are_recorded_from_the_launchers() -> None:
         assert [launch.kernel for launch in aot.launches(found)] == kernels
 
 
+def test_launches_are_those_of_the_device() -> None:
+    recorded = {arch: aot.launches(BF16[320], DEVICES[arch])[2] for arch in (80, 89, 90, 120)}
+    stages = {arch: dict(launch.options)["num_stages"] for arch, launch in recorded.items()}
+    assert stages == {80: 4, 89: 2, 90: 4, 120: 2}
+
+
+def test_only_the_callers_tensors_are_misaligned() -> None:
+    launch = aot.launches(BF16[64]._replace(offset=1))[0]
+    divisible = {launch.signature[index][0] for index in launch.divisible}
+    assert divisible >= {"y_ptr", "mean_rstd_ptr", "y_stats_ptr"}
+    assert not divisible & {"x_ptr", "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr", "gamma_ptr", "drop_ptr"}
+
+
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("out", [1, 64, 100, 192, 320, 768])
 def test_statistics_have_room_for_every_tile(out, rows) -> None:

@@ -39,7 +39,9 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORWARD = torch.ops.poolformer_kernels.mlp_triton.default
 ORDER = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
 
-FUSED = (  # x, hidden: samples that share tiles, several tiles, C in one and in two parts, padded; cut chunks
+# x, hidden: samples that share tiles, several tiles, C in one and in two parts, padded; cut chunks. Above 96
+# channels fp32 is a pair.
+FUSED = (
     ((3, 64, 7, 9), 128),
     ((1, 96, 8, 16), 70),
     ((2, 128, 6, 7), 65),
