@@ -66,7 +66,7 @@ def test_resources(launch, arch) -> None:
     alone = not narrow or signature["hidden_ptr"] != "constexpr"  # else two blocks share an SM
     warps = WARPS.get(launch.kernel, 8 if alone else 16)
     folded = launch.kernel == "mlp_fc1" and signature["u_ptr"] != "constexpr"
-    if folded and not DEVICES[arch].register_operands:
+    if folded and 0 in launch.divisible and not DEVICES[arch].register_operands:
         warps = 16  # two blocks here too
     assert used.warps >= warps
     if launch.kernel == "mlp_prepare":
