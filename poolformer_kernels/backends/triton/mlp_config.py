@@ -25,9 +25,8 @@ __all__ = [
     "out_tile",
 ]
 
-FUSED_CHANNELS = (
-    192  # above it the fused kernel spills and gains nothing at the roofline; so it does at half in fp32
-)
+# Above so many channels, half of them in fp32, the fused kernel spills and gains nothing at the roofline.
+FUSED_CHANNELS = 192
 FEW_PIXELS = 32  # samples of fewer are too many in one tile: the pair, and y's statistics by their own kernel
 FOLD_ROWS, FOLD_DEPTH = 16, 128  # a tile of fc1's weight while the norm is folded into it
 STATS_ROWS = 64  # a tile has at least so many rows (tokens)
