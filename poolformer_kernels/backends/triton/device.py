@@ -29,16 +29,13 @@ class Device(NamedTuple):
         return self.architecture // 10 not in (9, 10, 11)
 
 
-#: by architecture
-DEVICES = {
-    architecture: Device(architecture, shared)
-    for shared, architectures in {
-        166912: (80, 87),
-        101376: (86, 89, 120, 121),
-        232448: (90, 100, 103, 110),
-    }.items()
-    for architecture in architectures
+_SMALL, _AMPERE, _LARGE = 99 * 1024, 163 * 1024, 227 * 1024
+_SHARED = {
+    **{80: _AMPERE, 86: _SMALL, 87: _AMPERE, 89: _SMALL, 90: _LARGE},
+    **{100: _LARGE, 103: _LARGE, 110: _LARGE, 120: _SMALL, 121: _SMALL},
 }
+#: by architecture, for code that is compiled without the GPU
+DEVICES = {architecture: Device(architecture, shared) for architecture, shared in _SHARED.items()}
 _assumed = DEVICES[90]
 
 
