@@ -31,8 +31,16 @@ class Device(NamedTuple):
 
 _SMALL, _AMPERE, _LARGE = 99 * 1024, 163 * 1024, 227 * 1024
 _SHARED = {
-    **{80: _AMPERE, 86: _SMALL, 87: _AMPERE, 89: _SMALL, 90: _LARGE},
-    **{100: _LARGE, 103: _LARGE, 110: _LARGE, 120: _SMALL, 121: _SMALL},
+    80: _AMPERE,
+    86: _SMALL,
+    87: _AMPERE,
+    89: _SMALL,
+    90: _LARGE,
+    100: _LARGE,
+    103: _LARGE,
+    110: _LARGE,
+    120: _SMALL,
+    121: _SMALL,
 }
 #: by architecture, for code that is compiled without the GPU
 DEVICES = {architecture: Device(architecture, shared) for architecture, shared in _SHARED.items()}
