@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
+from null_gpu.extension import extension_file, link_extension
 
 from poolformer_kernels.kernels import LIMITS
 
@@ -100,11 +101,50 @@ def test_a_device_that_is_none_of_the_models(folder) -> None:
         environment(folder, count=0)
 
 
+AFTER_THE_IMPORT = """
+import os, sys
+from null_gpu import null_gpu
+import torch, poolformer_kernels as pk
+
+def run():
+    x = torch.empty(2, 64, 8, 8, device="cuda", dtype=torch.bfloat16)
+    for backend in ("cuda", "triton"):
+        with pk.use_backend(backend), null_gpu.recorded() as launches:
+            pk.ops.pool_mixer(x, None, None)
+        print(torch.cuda.device_count(), backend, len(launches), flush=True)
+
+child = os.fork()
+if child == 0:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+    run()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+run()
+"""
+
+
+def test_a_process_may_fork_and_choose_devices_after_the_import(folder) -> None:
+    """In the child, too, CUDA starts with the first call: nothing of it was started by the import."""
+    env = os.environ | environment(folder, "9.0", count=2, extension=extension())
+    env["PYTHONPATH"] = f"{FOLDER.parent.parent}:{FOLDER.parent}"
+    done = subprocess.run([sys.executable, "-c", AFTER_THE_IMPORT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [f"{count} {backend} 2" for count in (1, 2) for backend in ("cuda", "triton")]
+    assert done.stdout.splitlines() == lines
+
+
+def extension() -> Path:
+    """The package's extension on the null GPU; a test needs one that was built with CUDA."""
+    if extension_file() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("the extension was built without CUDA")
+    return link_extension()
+
+
 def test_on_the_null_gpu(folder) -> None:
     """All but test_values.py's, which says why."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "null_gpu.null_gpu"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
-    env = os.environ | environment(folder, "9.0", count=2)
+    env = os.environ | environment(folder, "9.0", count=2, extension=extension())
     env |= {"PYTHONPATH": f"{FOLDER.parent.parent}:{FOLDER.parent}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     inner = subprocess.run(

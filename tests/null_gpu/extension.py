@@ -1,4 +1,4 @@
-"""Links the extension once more, with the shared CUDA runtime: the static one starts on NVIDIA's driver alone."""
+"""Links the extension once more, with the shared CUDA runtime: the static one needs NVIDIA's driver."""
 
 import fcntl
 import hashlib
@@ -25,7 +25,7 @@ def extension_file() -> Path | None:
 
 
 def link_extension() -> Path:
-    """The folder with ``poolformer_kernels/_C*.so`` beside the null GPU: the objects that the package's has."""
+    """The folder with a ``poolformer_kernels/_C*.so`` for the null GPU, of the objects of the package's."""
     from poolformer_kernels.backends import cpp
 
     file = extension_file()

@@ -12,7 +12,7 @@ from .null_gpu import Launch, graph_launches, recorded
 
 pytestmark = pytest.mark.host
 
-# The package's own kernels, exactly. Blocks are two kernels where one does the MLP, and four where it is wide.
+# The package's own kernels, exactly. A block is two kernels, and four where its MLP is wide.
 INFERENCE = {
     "triton": {
         "sample_stats": 4, "pool_mixer_fwd": 12, "mlp_fwd": 4, "mlp_prepare": 8, "mlp_fc1": 8, "mlp_fc2": 8,

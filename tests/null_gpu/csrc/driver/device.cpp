@@ -87,6 +87,19 @@ int attribute(CUdevice_attribute name, CUdevice device) {
   }
 }
 
+// As many of the devices, which are all alike, as CUDA_VISIBLE_DEVICES names before something else.
+int visible(int devices) {
+  const char* at = getenv("CUDA_VISIBLE_DEVICES");
+  if (!at) return devices;
+  for (int count = 0;; ++count) {
+    char* end;
+    const long number = strtol(at, &end, 10);
+    if (end == at || number < 0 || number >= devices) return count;
+    if (*end != ',') return count + 1;
+    at = end + 1;
+  }
+}
+
 bool exists(CUdevice device) { return device >= 0 && device < options().devices; }
 
 }  // namespace
@@ -96,7 +109,7 @@ const Options& options() {
     const Model* model = chosen_model();
     const char* memory = getenv("NULL_GPU_MEMORY_GIB");
     const size_t gib = memory ? atol(memory) : model ? model->memory_gib : 0;
-    return Options{model, atoi(option("NULL_GPU_COUNT", "1")), gib << 30};
+    return Options{model, visible(atoi(option("NULL_GPU_COUNT", "1"))), gib << 30};
   }();
   return all;
 }
