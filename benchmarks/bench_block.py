@@ -13,18 +13,18 @@ import argparse
 import itertools
 
 import torch
-from harness import BATCH, Case, Names, Results, arguments, finish, image, run, start, steps
+from harness import BATCH, Case, Names, arguments, finish, image, record, run, start, steps
 from parts import NAMES, parts
 from providers import PROVIDERS, compare, make_pair
+from records import Results
 
 from poolformer_kernels.cli import _size
 
 BUDGET_S = 3.0  # of one case's rounds
 
 
-def measure_all(args: argparse.Namespace) -> Results:
+def measure_all(args: argparse.Namespace, results: Results) -> None:
     """Rows of every part of every model."""
-    results = Results()
     axes = (args.models, args.dtype, args.batch, range(len(NAMES)))
     for name, dtype_name, batch, i in steps(
         itertools.product(*axes), lambda v: f"{v[0]}, {v[1]}, batch {v[2]}, {NAMES[v[3]]}"
@@ -35,7 +35,6 @@ def measure_all(args: argparse.Namespace) -> Results:
         least = part.cost(batch, x.itemsize)
         case = Case("block", part.shape, dtype_name, batch, least, model=name, stage=part.stage)
         compare(results, case, part.peer, part.ours, x, args, BUDGET_S)
-    return results
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -51,7 +50,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     add("--image-size", type=_size, default=224, metavar="N", help="default: %(default)s")
     args = start(parser, argv)
     args.batch = args.batch or BATCH[args.device]
-    return finish("block", "Blocks, stages and what is between them", measure_all(args), args)
+    results = record("block", args)
+    measure_all(args, results)
+    return finish("Blocks, stages and what is between them", results, args)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@
 others as the official model writes it. "eager linear" and "compile linear" compute only
 ``linear(gelu(linear(x)))`` on the same tokens: what the arithmetic asks for. In the forward compiled weights
 are frozen (on CUDA by max-autotune); "ours saved" keeps fc1's output for the backward, "ours cuda" is the C++
-backend where it has a kernel. FLOPs are those of the gradients: ours computes fc1 once more.
+backend where it has a kernel, "ours triton" only runs when asked for. FLOPs are those of the gradients: ours
+computes fc1 once more.
+
+Providers: {providers}
 """
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -20,17 +24,21 @@ from harness import (
     BATCH,
     Case,
     Names,
-    Results,
     arguments,
+    default_providers,
     finish,
     image,
     measure,
     on_backend,
+    record,
+    require_backend,
     run,
     stages,
     start,
     steps,
+    working,
 )
+from records import UnavailableError
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
@@ -40,6 +48,10 @@ from poolformer_kernels.ops.mlp import mlp_with_stats
 PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least
 TRAFFIC = {"forward": 2, "backward": 3}  # of x's size: x in, y out; x and the gradients of both
 WEIGHTS = {"forward": 1, "backward": 2}  # read; read, and their gradients written
+PROVIDERS = (
+    *("ours", "ours saved", "eager", "compile", "eager linear", "compile linear"),
+    *("ours cuda", "ours triton"),
+)
 
 
 class Tokens(nn.Module):
@@ -81,16 +93,17 @@ def ours(block: Block, x: Tensor, stats: Tensor, save_hidden: bool = False) -> T
     )[0]
 
 
-def has_cuda_kernel(x: Tensor, backward: bool = False) -> bool:
-    """Whether the C++ backend computes this case itself and does not leave it to Triton."""
+def require_cuda_kernel(x: Tensor, direction: str) -> None:
+    """Raise where the C++ backend leaves this case to Triton."""
     channels = x.shape[1]
     sizes = channels, 4 * channels, channels
-    here = x.is_cuda and pk.available_backends()["cuda"] is None
-    return here and mlp_backend("cuda", x.device, sizes, x.dtype, backward)[0] == "cuda"
+    backend, reason = mlp_backend("cuda", x.device, sizes, x.dtype, direction == "backward")
+    if backend != "cuda":
+        raise UnavailableError(f"the {direction} has no kernel for {reason}")
 
 
-def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
-    """The providers on x; the backward's own graphs are built here, outside of what is timed."""
+def builders(x: Tensor, direction: str, names: list[str]) -> dict[str, Callable[[], Callable]]:
+    """The providers named that have this direction; a backward's graph is built outside of what is timed."""
     channels = x.shape[1]
     options = {"device": x.device, "dtype": x.dtype}
     tokens, block = Tokens(channels).to(**options), Block(channels).to(**options)
@@ -101,48 +114,56 @@ def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
     def flat(t: Tensor) -> Tensor:
         return t.permute(0, 2, 3, 1).reshape(-1, channels)
 
-    if direction == "forward":
-        y = flat(x)
+    def compiled(module: nn.Module) -> Callable:
+        if direction == "backward":
+            return torch.compile(module, dynamic=False)
+        mode = "max-autotune" if x.is_cuda else None
+        fast = torch.compile(module.eval(), dynamic=False, mode=mode)
         with torch._inductor.config.patch(freezing=True):
-            mode = "max-autotune" if x.is_cuda else None
-            compiled, compiled_tokens = (
-                torch.compile(module.eval(), dynamic=False, mode=mode) for module in (block, tokens)
-            )
-            compiled(x), compiled_tokens(y)
-        made = {
-            "ours": lambda: ours(block, x, stats),
-            "eager": lambda: block(x),
-            "compile": lambda: compiled(x),
-            "eager linear": lambda: tokens(y),
-            "compile linear": lambda: compiled_tokens(y),
-        }
-        return made | ({"ours cuda": on_backend("cuda", made["ours"])} if has_cuda_kernel(x) else {})
-    grad = torch.randn_like(x)
-    functions = {
-        "ours": (lambda t: ours(block, t, stats), block, x, grad),
-        "ours saved": (lambda t: ours(block, t, stats, True), block, x, grad),
-        "eager": (block, block, x, grad),
-        "eager linear": (tokens, tokens, flat(x), flat(grad)),
-        "compile linear": (torch.compile(tokens, dynamic=False), tokens, flat(x), flat(grad)),
+            fast(flat(x) if module is tokens else x)
+        return fast
+
+    functions: dict[str, Callable[[], Callable]] = {
+        "ours": lambda: lambda t: ours(block, t, stats),
+        "ours cuda": lambda: on_backend("cuda", lambda t: ours(block, t, stats)),
+        "ours triton": lambda: on_backend("triton", lambda t: ours(block, t, stats)),
+        "eager": lambda: block,
+        "eager linear": lambda: tokens,
+        "compile linear": lambda: compiled(tokens),
     }
-    if has_cuda_kernel(x, backward=True):
-        functions["ours cuda"] = (on_backend("cuda", functions["ours"][0]), block, x, grad)
-    made = {}
-    for name, (f, module, data, g) in functions.items():
+    if direction == "forward":
+        functions["compile"] = lambda: compiled(block)
+    else:
+        functions["ours saved"] = lambda: lambda t: ours(block, t, stats, True)
+
+    def build(name: str) -> Callable[[], object]:
+        require_backend(name)
+        if name == "ours cuda":
+            require_cuda_kernel(x, direction)
+        f = functions[name]()
+        data, module = (flat(x), tokens) if name.endswith("linear") else (x, block)
+        if direction == "forward":
+            return lambda: f(data)
         leaf = data.detach().clone().requires_grad_()
-        y, inputs = f(leaf), (leaf, *module.parameters())
-        made[name] = lambda y=y, i=inputs, g=g: torch.autograd.grad(y, i, g, retain_graph=True)
-    return made
+        y, inputs, grad = f(leaf), (leaf, *module.parameters()), torch.randn_like(data)
+        return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+    return {name: partial(build, name) for name in names if name in functions}
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; the exit code."""
     models, dtypes = ["poolformer_s12", "poolformer_m36"], ["bfloat16", "float32"]
-    parser = arguments(__doc__, prog, models=models, dtypes=dtypes, rounds=20)
+    doc = __doc__.format(providers=", ".join(PROVIDERS))
+    parser = arguments(doc, prog, models=models, dtypes=dtypes, rounds=20)
     parser.add_argument(
         "--directions", action=Names, allowed=PRODUCTS, default=list(PRODUCTS), help="default: both"
     )
+    parser.add_argument(
+        "--providers", action=Names, allowed=PROVIDERS, help="default: all but ours triton; C++ on CUDA only"
+    )
     args = start(parser, argv)
+    args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
     torch._functorch.config.donated_buffer = False
     axes = (args.directions, args.dtype, args.batch or BATCH[args.device], stages(args.models))
@@ -152,12 +173,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         moved = TRAFFIC[direction] * elements + WEIGHTS[direction] * weights
         least = (moved * getattr(torch, dtype).itemsize, PRODUCTS[direction] * 8 * elements * channels)
         cases.append(Case("mlp", (channels, height, width), dtype, batch, least, direction, model, stage))
-    results = Results()
+    results = record("mlp", args)
     for case in steps(cases):
         x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
         with torch.inference_mode(case.direction == "forward"):
-            results.groups.append(measure(case, calls(x, case.direction), x, rounds=args.rounds))
-    return finish("mlp", "MLP sub-block", results, args)
+            built = builders(x, case.direction, args.providers)
+            if calls := working(built, results, case, args.device):
+                results.add(measure(case, calls, x, rounds=args.rounds))
+    return finish("MLP sub-block", results, args)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from harness import Case, Names, Results, arguments, finish, image, run, start, steps
+from harness import Case, Names, arguments, finish, image, record, run, start, steps
 from parts import cost
 from providers import PROVIDERS, compare, default_providers, make_pair
+from records import Results
 
 from poolformer_kernels.cli import _size
 from poolformer_kernels.models import list_models, model_config
@@ -66,9 +67,8 @@ def points(args: argparse.Namespace) -> list[Point]:
     return list(dict.fromkeys(chosen))
 
 
-def measure_all(args: argparse.Namespace) -> Results:
+def measure_all(args: argparse.Namespace, results: Results) -> None:
     """Rows of every point."""
-    results = Results()
     for point in steps(points(args)):
         dtype = getattr(torch, point.dtype)
         peer, ours = make_pair(point.model, dtype, args.device)
@@ -85,7 +85,6 @@ def measure_all(args: argparse.Namespace) -> Results:
         with torch.inference_mode():
             largest = ours.patch_embed(x)
         compare(results, case, peer, ours, x, args, BUDGET_S, like=largest)
-    return results
 
 
 def exponents(results: Results, args: argparse.Namespace) -> list[str]:
@@ -124,9 +123,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args.image_size = args.image_size or (SCALING_SIZES if args.scaling else [224])
     if args.providers is None:
         args.providers = SCALING_PROVIDERS[args.device] if args.scaling else default_providers(args.device)
-    results = measure_all(args)
     name, title = ("scaling", "Scaling") if args.scaling else ("model", "Whole model")
-    code = finish(name, title, results, args)
+    results = record(name, args)
+    measure_all(args, results)
+    code = finish(title, results, args)
     for line in exponents(results, args) if args.scaling else []:
         print(line)
     return code

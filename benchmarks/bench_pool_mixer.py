@@ -4,11 +4,15 @@
 
 Every provider computes ``x + layer_scale * (avg_pool(n) - n)``, ``n = GroupNorm(x)``, on the same random
 data. "ours given" has x's statistics handed to it, as a block in a chain does; "ours" computes them. "ours
-cuda" is the C++ backend. On the CPU the time of one call on a tensor too small to matter is printed too.
+cuda" is the C++ backend, "ours triton" only runs when asked for. On the CPU the time of one call on a tensor
+too small to matter is printed too.
+
+Providers: {providers}
 """
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -18,16 +22,19 @@ from harness import (
     LAYOUTS,
     Case,
     Names,
-    Results,
     arguments,
+    default_providers,
     finish,
     image,
     measure,
     on_backend,
+    record,
+    require_backend,
     run,
     stages,
     start,
     steps,
+    working,
 )
 from torch import Tensor
 
@@ -39,6 +46,7 @@ from poolformer_kernels.profiling import time_interleaved
 # Backward: the pool's adjoint (6), the reduction q (4), dx (4).
 TRAFFIC = {"forward": 2, "backward": 5}
 FLOPS = {"forward": 8, "backward": 14}
+PROVIDERS = ("ours", "eager", "compile", "ours cuda", "ours triton", "ours given", "ours cuda given")
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor) -> Tensor:
@@ -51,26 +59,33 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor) -> Tensor
     return pk.ops.pool_mixer(x, weight, bias, layer_scale=layer_scale, residual=True)
 
 
-def calls(x: Tensor, direction: str) -> dict[str, Callable[[], object]]:
-    """The providers on x; the backward's own graphs are built here, outside of what is timed."""
+def builders(x: Tensor, direction: str, names: list[str]) -> dict[str, Callable[[], Callable]]:
+    """The providers named that have this direction; a backward's graph is built outside of what is timed."""
     params = [torch.randn(x.shape[1], device=x.device).to(x.dtype) for _ in range(3)]
     torch.compiler.reset()
-    functions = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-    both = x.is_cuda and pk.available_backends()["cuda"] is None
-    if both:
-        functions["ours cuda"] = on_backend("cuda", ours)
+    functions = {
+        "ours": ours,
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
+        "ours cuda": on_backend("cuda", ours),
+        "ours triton": on_backend("triton", ours),
+    }
     if direction == "forward":
         stats = pk.reference.sample_stats(x)
         options = {"layer_scale": params[2], "residual": True, "stats": stats, "return_stats": False}
-        made = {name: (lambda f=f: f(x, *params)) for name, f in functions.items()}
-        made["ours given"] = given = lambda: pool_mixer_with_stats(x, *params[:2], **options)
-        return made | ({"ours cuda given": on_backend("cuda", given)} if both else {})
-    grad, made = torch.randn_like(x), {}
-    for name, f in functions.items():
+        functions["ours given"] = given = lambda x, *w: pool_mixer_with_stats(x, *w[:2], **options)
+        functions["ours cuda given"] = on_backend("cuda", given)
+
+    def build(name: str) -> Callable[[], object]:
+        require_backend(name)
+        f = functions[name]
+        if direction == "forward":
+            return lambda: f(x, *params)
         inputs = [t.detach().clone().requires_grad_() for t in (x, *params)]
-        y = f(*inputs)
-        made[name] = lambda y=y, i=inputs: torch.autograd.grad(y, i, grad, retain_graph=True)
-    return made
+        y, grad = f(*inputs), torch.randn_like(x)
+        return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+    return {name: partial(build, name) for name in names if name in functions}
 
 
 def call_overhead(rounds: int) -> dict[str, float]:
@@ -87,14 +102,19 @@ def call_overhead(rounds: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; the exit code."""
-    parser = arguments(__doc__, prog, models=["poolformer_s12"], dtypes=["bfloat16", "float32"], rounds=30)
+    doc = __doc__.format(providers=", ".join(PROVIDERS))
+    parser = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16", "float32"], rounds=30)
     parser.add_argument(
         "--layout", action=Names, allowed=LAYOUTS, default=list(LAYOUTS), help="default: both"
     )
     parser.add_argument(
         "--directions", action=Names, allowed=TRAFFIC, default=list(TRAFFIC), help="default: both"
     )
+    parser.add_argument(
+        "--providers", action=Names, allowed=PROVIDERS, help="default: all but ours triton; C++ on CUDA only"
+    )
     args = start(parser, argv)
+    args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
     torch._functorch.config.donated_buffer = False
     axes = (args.directions, args.dtype, args.layout, args.batch or BATCH[args.device], stages(args.models))
@@ -104,12 +124,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         moved = TRAFFIC[direction] * elements * getattr(torch, dtype).itemsize
         least = (moved, FLOPS[direction] * elements)
         cases.append(Case("pool_mixer", shape, dtype, batch, least, direction, model, stage, layout))
-    results = Results()
+    results = record("pool_mixer", args)
     for case in steps(cases):
         x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
         with torch.inference_mode(case.direction == "forward"):
-            results.groups.append(measure(case, calls(x, case.direction), x, rounds=args.rounds))
-    code = finish("pool_mixer", "Token mixer sub-block", results, args)
+            built = builders(x, case.direction, args.providers)
+            if calls := working(built, results, case, args.device):
+                results.add(measure(case, calls, x, rounds=args.rounds))
+    code = finish("Token mixer sub-block", results, args)
     if args.device == "cpu":
         overhead = ", ".join(f"{name} {us:.1f} us" for name, us in call_overhead(args.rounds).items())
         print(f"one call on 1x64x7x7: {overhead}")

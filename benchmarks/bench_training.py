@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Names, Results, Row, arguments, finish, image, measure, run, start, steps
+from harness import Case, Names, arguments, finish, image, measure, record, run, start, steps
 from parts import cost
-from providers import _quiet, _reason, make_pair
+from providers import _quiet, make_pair
+from records import Results, Row
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -215,10 +216,9 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
                 model = PROVIDERS[name](*(copy.deepcopy(model).train() for model in (peer, ours)))
                 training = Training(model, x, target, dtype)
                 losses, found = training.trajectory()
-        except Exception as failure:  # of a compiler; what runs without one must not hide its bugs
-            if "compile" not in name:
-                raise
-            results.unavailable[name] = _reason(failure)
+        except Exception as failure:  # the others go on
+            results.miss(name, failure, point)
+            results.require_device(args.device, name)
             continue
         named = pk.convert_state_dict if name == "ours" else dict
         exact, error = named(gradients), loss_error(losses, right)
@@ -226,10 +226,10 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
             gradient_errors(found, exact), gradient_errors(named(rounded), exact), point.dtype
         )
         if error > WRONG_LOSS[point.dtype]:
-            results.wrong[name] = f"wrong: error {error:.2g} of the losses against float64, {point}"
+            results.reject(name, f"error {error:.2g} of the losses against float64", point)
             continue
         if wrong is not None:
-            results.wrong[name] = f"wrong: {wrong}, {point}"
+            results.reject(name, wrong, point)
             continue
         calls[name], errors[name] = training.step, error
         saved[name] = saved_bytes(training.loss, model.parameters())
@@ -249,7 +249,7 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
     with torch.inference_mode():
         largest = ours.patch_embed(x).to(dtype).clone()
     rows = measure(case, calls, largest, rounds=args.rounds, budget_s=BUDGET_S)
-    results.groups.append(
+    results.add(
         [
             TrainingRow(
                 **asdict(row),
@@ -290,11 +290,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         raise CommandError(f"--dtype {rejected[0]}: without loss scaling; allowed: {', '.join(WRONG_LOSS)}")
     args.providers = args.providers or list(PROVIDERS)
     batches = args.batch or ([64] if args.device == "cuda" else [8])
-    results = Results()
+    results = record("training", args)
     points = itertools.product(args.models, args.dtype, batches, args.image_size or [224])
     for point in steps(itertools.starmap(Point, points)):
         measure_point(point, args, results)
-    code = finish("training", "Training step", results, args)
+    code = finish("Training step", results, args)
     for line in memory_lines(results.groups):
         print(line)
     return code

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
-import harness
+import records
 from matplotlib.figure import Figure
+from records import LIMITS
 
 from poolformer_kernels.cli import CommandError
 
@@ -23,13 +24,15 @@ __all__ = [
     "short_number",
 ]
 
-LIMITS = ("copy", "matmul")
 SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
 COLOURS = {  # in the order of the bars
     "ours": "#e07b28",
     "ours graphed": "#b5560f",
     "ours cpp": "#e9985a",
     "ours triton": "#f2b98c",
+    "ours triton graphed": "#d98c4a",
+    "ours cuda": "#a33b20",
+    "ours cuda graphed": "#7a2513",
     "accelerate": "#d3a52c",
     "compile": "#4a7fc1",
     "max-autotune": "#24446f",
@@ -57,7 +60,7 @@ class MissingRowsError(LookupError):
 
 
 @dataclass(frozen=True)
-class Row(harness.Row):
+class Row(records.Row):
     """One measurement and where it was taken; a limit (copy, matmul) may have its rate alone."""
 
     device: str
@@ -74,6 +77,8 @@ def read_results(folder: Path) -> list[Row]:
     """
     rows = []
     for path in sorted(folder.glob("*.csv")):
+        if path.stat().st_size == 0:  # of a benchmark that was stopped before its first case
+            continue
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             columns = [column.name for column in fields(Row)]

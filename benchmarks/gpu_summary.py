@@ -10,13 +10,14 @@ multiprocessor.
 
 import argparse
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 
 import harness
+import records
 import torch
-from charts import LIMITS, Row, read_results
+from charts import Row, read_results
+from records import LIMITS
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.kernels import LEGEND, kernels, table
@@ -126,7 +127,7 @@ def _versions() -> dict[str, str]:
     if build := cpp.build_info():
         archs = ", ".join(build["cuda_archs"]) or "no architecture"
         found["CUDA of the extension"] = f"{build['cuda_built_with'] or 'none'}, for {archs}"
-    return found | {"commit": harness._commit()}
+    return found | {"commit": records.commit()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.results
     if folder is None:
-        folder = harness._results() / re.sub(r"[^a-z0-9]+", "-", harness.device_name("cuda").lower()).strip(
-            "-"
-        )
+        folder = records.results_folder() / records.device_folder("cuda")
     text = summary(read_results(folder), _versions(), table(kernels()))
     (folder / "summary.md").write_text(text, encoding="utf-8")
     print(f"written to {folder / 'summary.md'}")

@@ -1,44 +1,35 @@
-"""What the benchmarks share: options, a settled process, cases and rows, limits, tables and files.
+"""What the benchmarks share: options, a settled process, cases, limits, tables and files (see `records`).
 
 A case is one operation on one input. Its providers, a copy and a large matrix product are timed in the same
-interleaved rounds, so every figure has its limits beside it. Rows of the CSV, in this order::
-
-    benchmark     pool_mixer | mlp | block | model | scaling | training
-    direction     forward | backward | step
-    model         for example poolformer_s12
-    shape         CxHxW of what is fed
-    stage         1 to 4; stem, down1 to down3, head; empty for a single block and a whole model
-    dtype, layout, batch, provider
-    median_s, p20_s, p80_s     seconds per call
-    img_per_s     samples per second
-    gb_per_s, tflop_per_s      of the operation's least bytes and FLOPs, the same for every provider
-    fraction      max(bytes / copy rate, FLOPs / matrix rate) / time
-    error_l2      of the logits against float64, relative (whole models)
-    device, threads, torch, commit
-
-The limits are rows of their own, with provider "copy" (its gb_per_s) and "matmul" (its tflop_per_s).
+interleaved rounds, so every figure has its limits beside it.
 """
 
 import argparse
-import csv
 import json
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
+from records import (
+    LIMITS,
+    Results,
+    Row,
+    UnavailableError,
+    csv_path,
+    device_name,
+    facts_of,
+    results_folder,
+)
 from torch import Tensor
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import CommandError, _Parser, _positive, check_writable, report_errors
-from poolformer_kernels.info import _cpu_name
 from poolformer_kernels.models import list_models, model_config
 from poolformer_kernels.profiling import time_interleaved
 
@@ -46,33 +37,29 @@ __all__ = [
     "BATCH",
     "DTYPES",
     "LAYOUTS",
-    "LIMITS",
     "Case",
     "Names",
-    "Results",
-    "Row",
     "arguments",
-    "device_name",
+    "default_providers",
     "finish",
     "image",
     "measure",
     "on_backend",
+    "record",
     "require",
+    "require_backend",
     "run",
     "settle",
     "stages",
     "start",
     "steps",
-    "write_rows",
+    "working",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
-LIMITS = ("copy", "matmul")
 _COPY_BYTES = {"cpu": 2**21, "cuda": 2**28}  # at the least: a smaller copy shows the cost of a call
 BATCH = {"cpu": [8], "cuda": [256]}
-_HERE = Path(__file__).resolve().parent
-_SOURCE_TREE = (_HERE.parent / "pyproject.toml").is_file()  # an installed copy is inside the package
 
 # glibc returns large blocks to the system at once, so that every output would be paged in anew: up to half
 # the time of these operators, for every provider that allocates. A long-running process has a warm heap; so
@@ -145,8 +132,8 @@ def arguments(
         "--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s"
     )
     add("--rounds", type=_positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
-    add("--csv", metavar="FILE", help=f"default: {_results()}/<device>/<name>.csv")
-    add("--json", metavar="FILE", help="the same rows, and why a provider is unavailable")
+    add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
+    add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
     return parser
 
 
@@ -166,6 +153,11 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     settle(args.threads)
     torch.manual_seed(0)
     return args
+
+
+def record(name: str, args: argparse.Namespace) -> Results:
+    """Results whose rows go to the file of this benchmark as they come."""
+    return Results(csv_path(name, args.device, args.csv), facts_of(args.device))
 
 
 def stages(models: Iterable[str]) -> list[tuple[str, str, tuple[int, int, int]]]:
@@ -209,38 +201,6 @@ class Case:
             shape,
         )
         return f"{self.benchmark.replace('_', ' ')}: {', '.join(part for part in parts if part)}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: see the module. None is an empty field."""
-
-    benchmark: str
-    direction: str
-    model: str
-    shape: str
-    stage: str
-    dtype: str
-    layout: str
-    batch: int
-    provider: str
-    median_s: float
-    p20_s: float
-    p80_s: float
-    img_per_s: float | None
-    gb_per_s: float | None
-    tflop_per_s: float | None
-    fraction: float | None
-    error_l2: float | None
-
-
-@dataclass
-class Results:
-    """What a benchmark has measured: rows by case, and by provider why it is missing, or that it is wrong."""
-
-    groups: list[list[Row]] = field(default_factory=list)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
 
 
 def image(batch: int, shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: str) -> Tensor:
@@ -309,6 +269,39 @@ def measure(
     return measured
 
 
+def default_providers(providers: Iterable[str], device: str) -> list[str]:
+    """All providers of an operator but Triton's, which "ours" is on CUDA, and C++'s where it cannot run."""
+    here = device == "cuda" and pk.available_backends()["cuda"] is None
+    return [
+        name for name in providers if name != "ours triton" and (here or not name.startswith("ours cuda"))
+    ]
+
+
+def require_backend(provider: str) -> None:
+    """Raise `UnavailableError` where "ours cuda …" and "ours triton" name a backend that cannot run here."""
+    backend = provider.removeprefix("ours ").partition(" ")[0]
+    if reason := pk.available_backends().get(backend):
+        raise UnavailableError(reason)
+
+
+def working(
+    builders: dict[str, Callable[[], Callable[[], object]]], results: Results, case: Case, device: str
+) -> dict[str, Callable[[], object]]:
+    """The providers that run: each is built and called once. What fails is recorded, and the others go on."""
+    calls = {}
+    for name, build in builders.items():
+        try:
+            call = build()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            calls[name] = call
+        except Exception as error:
+            results.miss(name, error, case)
+            results.require_device(device, name)
+    return calls
+
+
 def on_backend(backend: str, function: Callable) -> Callable:
     """The function with one backend chosen while it runs."""
 
@@ -350,70 +343,18 @@ def steps(cases: Iterable, describe: Callable[[object], str] = str) -> Iterator:
             progress.advance(task)
 
 
-# ---- results -----------------------------------------------------------------------------------------------
-
-
-def device_name(device: str) -> str:
-    """The processor's own name."""
-    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-
-
-def finish(name: str, title: str, results: Results, args: argparse.Namespace) -> int:
-    """Print the cases and what is missing, write the files. 1 where a result was wrong, else 0."""
+def finish(title: str, results: Results, args: argparse.Namespace) -> int:
+    """Print the cases and what is missing. 1 where a result was wrong or one of ours failed, else 0."""
     from summary import print_summary
 
     machine = f"{device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print_summary(results.groups, title, machine, results.unavailable | results.wrong)
+    print_summary(results.groups, title, machine, results.missing)
     rows = [row for group in results.groups for row in group]
     if not rows:
         raise CommandError("nothing was measured: no provider can run, see above")
-    path = write_rows(rows, name, args.device, args.csv)
     if args.json:
-        facts = _facts(args.device)
-        content = {"rows": [asdict(row) | facts for row in rows]}
-        content |= {"unavailable": results.unavailable, "wrong": results.wrong}
+        content = {"rows": [asdict(row) | results.facts for row in rows]}
+        content |= {kind: getattr(results, kind) for kind in ("unavailable", "wrong", "failed")}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path}" + (f" and {args.json}" if args.json else ""))
-    return 1 if results.wrong else 0
-
-
-def write_rows(rows: list[Row], name: str, device: str, file: str | None = None) -> Path:
-    """Write ``file``, by default ``results/<device>/<name>.csv``; return its path."""
-    folder = _results() / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = Path(file) if file else folder / f"{name}.csv"
-    check_writable(str(path))
-    facts = _facts(device)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*(column.name for column in fields(rows[0])), *facts])
-        writer.writeheader()
-        for row in rows:
-            values = asdict(row) | facts
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-    return path
-
-
-def _facts(device: str) -> dict[str, str | int]:
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _results() -> Path:
-    return _HERE / "results" if _SOURCE_TREE else Path("results")
-
-
-def _commit() -> str:
-    """The source tree's commit; an installed copy has a version."""
-    if not _SOURCE_TREE:
-        return pk.__version__
-    git = ["git", "-C", str(_HERE)]
-    options = {"capture_output": True, "text": True, "check": True}
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    print(f"written to {results.path}" + (f" and {args.json}" if args.json else ""))
+    return 1 if results.wrong or results.failed else 0

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-from harness import Case, Results, measure, require
+from harness import Case, measure, require
+from records import Results, UnavailableError
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
@@ -33,7 +34,6 @@ __all__ = [
     "LAYOUTS",
     "PROVIDERS",
     "Prepared",
-    "UnavailableError",
     "compare",
     "default_providers",
     "make_pair",
@@ -45,10 +45,6 @@ Ours = Callable[[Tensor], Tensor]
 # Relative error from which a result is wrong: ten times an honest one, less than a sub-block left out makes
 WRONG = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}  # what they are fed
-
-
-class UnavailableError(Exception):
-    """Why a provider cannot run here."""
 
 
 @lru_cache(maxsize=1)
@@ -74,11 +70,15 @@ def _ours(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     return lambda: ours(x)
 
 
-def _ours_on(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+def _require_backend(backend: str, x: Tensor) -> None:
     with pk.use_backend(backend):
         chosen, reason = explain_selection(x.device, x.dtype)
     if chosen == "none":
         raise UnavailableError(reason)
+
+
+def _ours_on(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+    _require_backend(backend, x)
 
     def call() -> Tensor:
         with pk.use_backend(backend):
@@ -87,11 +87,13 @@ def _ours_on(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     return call
 
 
-def _ours_graphed(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
+def _ours_graphed(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     _only("cuda", x)
     if not isinstance(ours, nn.Module):
         raise UnavailableError("it captures modules, and this part is a method")
-    graphed = pk.graphed(ours, x)
+    _require_backend(backend, x)
+    with pk.use_backend(backend):
+        graphed = pk.graphed(ours, x)
     return lambda: graphed(x)
 
 
@@ -174,7 +176,8 @@ def _onnxruntime(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
 PROVIDERS: dict[str, Callable[[nn.Module, Ours, Tensor], Call]] = {
     "ours": _ours,
     **{f"ours {backend}": partial(_ours_on, backend) for backend in BACKENDS},
-    "ours graphed": _ours_graphed,
+    "ours graphed": partial(_ours_graphed, "auto"),
+    **{f"ours {backend} graphed": partial(_ours_graphed, backend) for backend in ("triton", "cuda")},
     "accelerate": _accelerated,
     "eager": _eager,
     "eager NCHW": _eager_nchw,
@@ -195,20 +198,22 @@ def default_providers(device: str) -> list[str]:
 
 @dataclass
 class Prepared:
-    """Calls that are right, their relative L2 errors, and why the others are not timed."""
+    """Calls that are right, and their relative L2 errors."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(names: list[str], peer: nn.Module, ours: Ours, x: Tensor) -> Prepared:
+def prepare(
+    names: list[str], peer: nn.Module, ours: Ours, x: Tensor, results: Results, case: Case | None = None
+) -> Prepared:
     """Build the providers for one input and check each against timm's module in float64.
 
     Args:
         peer, ours: in x's dtype, channels_last, on its device.
         x: ``[B, C, H, W]``, channels_last.
+        results: is told which providers are not among the calls, and why.
+        case: what x is of, for the messages.
     """
     torch.compiler.reset()  # earlier graphs must not count as recompilations of these
     samples = sorted({0, len(x) - 1})
@@ -220,17 +225,15 @@ def prepare(names: list[str], peer: nn.Module, ours: Ours, x: Tensor) -> Prepare
             try:
                 with _quiet():
                     call = PROVIDERS[name](peer, ours, x)
-                    out = torch.as_tensor(call())[samples]
-            except Exception as error:  # of other people's compilers; ours must not hide theirs
-                if name.startswith(("ours", "accelerate")) and not isinstance(error, UnavailableError):
-                    raise
-                prepared.unavailable[name] = _reason(error)
+                    error = errors(torch.as_tensor(call())[samples], exact)[0]
+            except Exception as failure:  # the others go on
+                results.miss(name, failure, case)
+                results.require_device(x.device.type, name)
                 continue
-            error = errors(out, exact)[0]
             if error <= WRONG[x.dtype]:
                 prepared.calls[name], prepared.errors[name] = call, error
             else:  # or NaN
-                prepared.wrong[name] = f"wrong: relative error {error:.2g} against float64"
+                results.reject(name, f"relative error {error:.2g} against float64", case)
     return prepared
 
 
@@ -245,9 +248,7 @@ def compare(
     like: Tensor | None = None,
 ) -> None:
     """Check and time the providers of ``args`` on one case; the copy copies ``like``, by default x."""
-    prepared = prepare(args.providers, peer, ours, x)
-    results.unavailable |= prepared.unavailable
-    results.wrong |= {name: f"{reason}, {case}" for name, reason in prepared.wrong.items()}
+    prepared = prepare(args.providers, peer, ours, x, results, case)
     if prepared.calls:
         options = {
             "rounds": args.rounds,
@@ -256,15 +257,9 @@ def compare(
             "layouts": LAYOUTS,
         }
         with torch.inference_mode():
-            results.groups.append(measure(case, prepared.calls, x if like is None else like, **options))
+            results.add(measure(case, prepared.calls, x if like is None else like, **options))
     del prepared
     gc.collect()  # compiled models hold copies of the weights
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
-    return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"[:200]
 
 
 @contextlib.contextmanager

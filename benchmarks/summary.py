@@ -3,7 +3,7 @@
 import os
 import sys
 
-from harness import LIMITS, Row
+from records import LIMITS, Row
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -65,10 +65,11 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
         require(package)
     monkeypatch.syspath_prepend(str(cli._benchmarks()))
     import harness
+    import records
 
     for name, value in harness._WARM_HEAP.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(harness, "_results", lambda: tmp_path / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "results")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
