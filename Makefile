@@ -2,8 +2,8 @@
 # make test    the test suite        make lint   ruff and clang-format     make bench  benchmarks and plots
 # make sanitize   the operators' tests under AddressSanitizer and UBSan
 # make setup   environment and extension only                              make clean  remove all of it
-# make gpu-check   build, CUDA tests, compute-sanitizer, CUDA benchmarks and their summary, with a PYTHON that has
-#              torch and a GPU (10 minutes, no network needed; TORCH_CUDA_ARCH_LIST=9.0a builds for that GPU alone)
+# make gpu-check   build for this GPU, benchmarks, CUDA tests, compute-sanitizer and a summary in OUT, with a PYTHON
+#              that has torch and a GPU (9 minutes; no network, no git: COMMIT=name; DRY=1: on the null GPU)
 #
 # Everything lives in .venv; no system Python is touched. TORCH chooses the build, for example
 # `make test TORCH=torch==2.13.0`. POOLFORMER_KERNELS_SKIP_CUDA=1, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build.
@@ -49,28 +49,8 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
 	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
 
-# Every part has its own time, 10 minutes in all; one that fails or is late does not stop the others. The MLP's
-# compiled peer is tuned over the libraries' products alone: over Triton's it would take the other parts' time.
-gpu-check: export PYTHONPATH := $(CURDIR)
 gpu-check:
-	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a CUDA device'"
-	@failed=; \
-	part() { \
-	  limit=$$1; shift; echo "gpu-check: $$*"; began=$$(date +%s); \
-	  timeout --kill-after=5 $$limit "$$@" || failed="$$failed; $$*"; \
-	  echo "gpu-check: $$(($$(date +%s) - began)) s of $$limit"; \
-	}; \
-	bench() { limit=$$1; shift; part $$limit $(PYTHON) -m poolformer_kernels bench "$$@" --device cuda --models s12 --dtype bfloat16; }; \
-	part 140 $(PYTHON) setup.py --quiet build_ext --inplace; \
-	part 230 sh -c "ls tests/gpu/test_*.py | xargs -P 4 -n 1 $(PYTHON) -m pytest -q"; \
-	part 40 $(PYTHON) tests/gpu/sanitizer.py; \
-	bench 35 pool-mixer --layout channels_last; \
-	export TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN; \
-	bench 60 mlp; \
-	bench 40 block --providers "ours cuda" "ours triton" eager compile; \
-	bench 45 model --providers "ours cuda" "ours triton" "ours graphed" eager compile; \
-	part 10 $(PYTHON) benchmarks/gpu_summary.py; \
-	if [ -n "$$failed" ]; then echo "gpu-check: failed$$failed"; exit 1; fi
+	@$(PYTHON) tests/gpu/check.py $(if $(OUT),--out "$(OUT)") $(if $(COMMIT),--commit "$(COMMIT)") $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info .pytest_cache .ruff_cache poolformer_kernels/*.so

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_summary.py [--results benchmarks/results/nvidia-h200]
 
-One table per benchmark, a line per case. A cell of ours says how many times faster than the fastest peer it
-is, and which fraction of the limit that a copy and a matrix product set in the same run. Peers compute the
-same without us; "linear" computes less and is no peer. Then the CUDA kernels with what they take of a
+First images per second of whole models and training steps, beside eager and torch.compile. Then one table
+per benchmark, a line per case. A cell of ours says how many times faster than the fastest peer it is, and
+which fraction of the limit that a copy and a matrix product set in the same run. Peers compute the same
+without us; "linear" computes less and is no peer. Then the CUDA kernels with what they take of a
 multiprocessor.
 """
 
@@ -16,19 +17,20 @@ from pathlib import Path
 import harness
 import records
 import torch
-from charts import Row, read_results
 from records import LIMITS
+from rows import Row, read_results
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.kernels import LEGEND, kernels, table
 
-__all__ = ["benchmark_table", "main", "summary"]
+__all__ = ["benchmark_table", "main", "summary", "throughput_table"]
 
 BENCHMARKS = {
     "pool_mixer": "Token mixer sub-block",
     "mlp": "MLP sub-block",
     "block": "Blocks, stages and what is between them",
     "model": "Whole model",
+    "training": "Training step",
 }
 _CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
 
@@ -36,6 +38,7 @@ _CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
 def summary(rows: list[Row], versions: dict[str, str], kernel_lines: list[str]) -> str:
     """The Markdown of one device's rows, in the order of the files."""
     lines = [f"# {rows[0].device}", "", *(f"- {name}: {version}" for name, version in versions.items())]
+    lines += ["", "## Images per second", "", *throughput_table(rows)]
     for benchmark, title in BENCHMARKS.items():
         chosen = [row for row in rows if row.benchmark == benchmark]
         lines += ["", f"## {title}", ""]
@@ -46,6 +49,22 @@ def summary(rows: list[Row], versions: dict[str, str], kernel_lines: list[str]) 
         lines += [f"{'; '.join(origins)}. Times as fast as the fastest peer, fraction of the limit.", ""]
         lines += benchmark_table(chosen)
     return "\n".join([*lines, "", "## CUDA kernels", "", LEGEND, "", "```", *kernel_lines, "```", ""])
+
+
+def throughput_table(rows: list[Row]) -> list[str]:
+    """Markdown of whole models and training steps: a line per case and provider, the fastest first."""
+    lines = []
+    for case in _cases([row for row in rows if row.benchmark in ("model", "training")]):
+        providers = [row for name, row in case.items() if name not in LIMITS]
+        for row in sorted(providers, key=lambda row: row.median_s):
+            what = f"{row.model}, {'training' if row.benchmark == 'training' else 'inference'}"
+            ratios = [_ratio(row, case[peer]) if peer in case else "-" for peer in ("eager", "compile")]
+            cells = [what, row.dtype, str(row.batch), row.provider, f"{row.img_per_s:,.0f}", *ratios]
+            lines.append(_line(cells))
+    if not lines:
+        return ["Not measured."]
+    heading = ["model", "dtype", "batch", "provider", "img/s", "times eager", "times compile"]
+    return [_line(heading), _line(["---"] * 4 + ["---:"] * 3), *lines]
 
 
 def benchmark_table(rows: list[Row]) -> list[str]:

@@ -22,13 +22,12 @@ line each with the reason. That file exists only where a provider is missing.
 
 import csv
 import io
-import os
 import re
-import subprocess
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from commit import commit_of
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import CommandError, check_writable
@@ -207,16 +206,5 @@ def facts_of(device: str) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """POOLFORMER_KERNELS_COMMIT where it is set, else the source tree's; an installed copy has a version."""
-    if given := os.environ.get("POOLFORMER_KERNELS_COMMIT"):
-        return given
-    if not _SOURCE_TREE:
-        return pk.__version__
-    git = ["git", "-C", str(_HERE)]
-    options = {"capture_output": True, "text": True, "check": True}
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    """The source tree's; an installed copy has a version."""
+    return commit_of(_HERE) if _SOURCE_TREE else pk.__version__

@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
     config.addinivalue_line("markers", "host: looks at no computed values; runs on the null GPU, too")
     config.addinivalue_line("markers", "long: full products of parameters, run by `make test-long`")
+    for backend in ("cuda", "triton"):
+        config.addinivalue_line("markers", f"{backend}: of tests/gpu, on this backend")
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
         torch.set_num_threads(1)
 

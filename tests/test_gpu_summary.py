@@ -109,6 +109,33 @@ def test_missing_providers_noise_and_a_peer_fed_another_layout(gpu_summary, tmp_
     ]
 
 
+def test_images_per_second_beside_eager_and_compile(gpu_summary, tmp_path) -> None:
+    def model(times: dict[str, float], **other: str) -> list[dict[str, str]]:
+        rows = case("model", {name: (seconds, 0.5) for name, seconds in times.items()}, stage="", **other)
+        for row in rows[:-2]:
+            row["img_per_s"] = str(int(row["batch"]) / float(row["median_s"]))
+        return rows
+
+    first = model({"ours triton": 4e-3, "ours cuda graphed": 2e-3, "eager": 2e-2, "compile": 8e-3})
+    write(tmp_path / "model.csv", first, model({"ours triton": 1e-3, "eager": 5e-3}, batch="1"))
+    step = case("training", {"ours": (1e-2, 0.5)}, direction="step")
+    step[0]["img_per_s"] = "25600"
+    write(tmp_path / "training.csv", step)
+    lines = lines_of(gpu_summary, tmp_path)
+    at = lines.index("## Images per second")
+    assert lines[at + 2 : at + 11] == [
+        "| model | dtype | batch | provider | img/s | times eager | times compile |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+        "| poolformer_s12, inference | bfloat16 | 256 | ours cuda graphed | 128,000 | 10.00× | 4.00× |",
+        "| poolformer_s12, inference | bfloat16 | 256 | ours triton | 64,000 | 5.00× | 2.00× |",
+        "| poolformer_s12, inference | bfloat16 | 256 | compile | 32,000 | 2.50× | 1.00× |",
+        "| poolformer_s12, inference | bfloat16 | 256 | eager | 12,800 | 1.00× | 0.40× |",
+        "| poolformer_s12, inference | bfloat16 | 1 | ours triton | 1,000 | 5.00× | - |",
+        "| poolformer_s12, inference | bfloat16 | 1 | eager | 200 | 1.00× | - |",
+        "| poolformer_s12, training | bfloat16 | 256 | ours | 25,600 | - | - |",
+    ]
+
+
 def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
     from poolformer_kernels.kernels import Kernel
 

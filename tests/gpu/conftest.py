@@ -1,6 +1,7 @@
 """Tests that need a CUDA device; without one nothing here is collected. Operators run once per backend."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ import poolformer_kernels as pk
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["*"]
+
+_ONLY_CUDA = ("test_cuda", "test_kernels", "test_norm_stats")  # the others without a backend run on `auto`
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test here with its backend: ``-m cuda`` and ``-m triton`` are all of them."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            given = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+            item.add_marker(given or ("cuda" if item.path.stem in _ONLY_CUDA else "triton"))
 
 
 @pytest.fixture(params=["triton", "cuda"])

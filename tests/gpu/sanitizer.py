@@ -1,85 +1,67 @@
-"""Small calls of every operator and CUDA backend under compute-sanitizer: memcheck, then racecheck.
+"""The launches of every kernel under compute-sanitizer.
 
-    python tests/gpu/sanitizer.py
+    python tests/gpu/sanitizer.py [--tool memcheck racecheck] [--backend cuda triton] [--dry]
 
-Where the tool is missing, or does not support the device, it says so and leaves with 0.
+Where the tool is missing, or does not support the device, it says so and leaves with 77: skipped.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-BACKENDS = ("cuda", "triton")
-CASES = (  # shape, channels_last, dtype
-    ((2, 64, 7, 9), True, "bfloat16"),
-    ((3, 96, 5, 13), True, "float16"),
-    ((1, 17, 6, 5), False, "float32"),
-    ((2, 64, 8, 8), False, "bfloat16"),
-)
+from part_runner import SKIPPED
+
+LAUNCHES = Path(__file__).resolve().parent / "launches.py"
 
 
-def calls(device: str, backends: tuple[str, ...]) -> None:
-    """Forward and backward of both operators on the cases."""
-    import torch
-
-    import poolformer_kernels as pk
-
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).mul_(0.1).to(dtype)
-
-    for shape, channels_last, name in CASES:
-        dtype, channels = getattr(torch, name), shape[1]
-        x = randn(*shape, dtype=dtype)
-        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        sizes = [(channels,)] * 3 + [
-            (4 * channels, channels),
-            (4 * channels,),
-            (channels, 4 * channels),
-            (channels,),
-        ]
-        params = [randn(*size, dtype=dtype).requires_grad_() for size in sizes]
-        weight, bias, layer_scale, *mlp = params
-        x.requires_grad_()
-        options = {"layer_scale": layer_scale, "residual": True}
-        for backend in backends:
-            with pk.use_backend(backend):
-                y = pk.ops.pool_mixer(x, weight, bias, **options)
-                z = pk.ops.mlp(y, *mlp, norm_weight=weight, norm_bias=bias, **options)
-                gradients = torch.autograd.grad(z, [x, *params], torch.ones_like(z))
-            assert all(t.isfinite().all() for t in (z, *gradients)), (backend, shape, name)
+def sanitizer_path() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
 
 
 def main() -> int:
-    """0 where nothing was found or nothing could be watched, else 1."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-    if sanitizer is None:
+    """0 where nothing was found, 1 where something was, `SKIPPED` where nothing could be watched."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tools, backends = ("memcheck", "racecheck"), ("cuda", "triton")
+    parser.add_argument("--tool", nargs="+", choices=tools, default=tools, help="default: both")
+    parser.add_argument("--backend", nargs="+", choices=backends, default=backends, help="default: both")
+    parser.add_argument("--dry", action="store_true", help="the launches without the tool")
+    args = parser.parse_args()
+    sanitizer = sanitizer_path()
+    if sanitizer is None and not args.dry:
         print("compute-sanitizer: skipped, it is not installed")
-        return 0
+        return SKIPPED
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor an allocation of its own
     failed = False
-    for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        done = subprocess.run(
-            [*command, sys.executable, __file__, "calls"], env=env, capture_output=True, text=True
-        )
-        output = done.stdout + done.stderr
-        if done.returncode != 0 and (refused := re.search(r"=+ .*not supported.*", output)):
-            print(f"compute-sanitizer: skipped, {refused[0].strip('= ')}")
-            return 0
-        failed |= done.returncode != 0
-        print(f"compute-sanitizer, {tool}: {'FAILED' if done.returncode else 'ok'}", flush=True)
-        if done.returncode != 0:
-            print(output[-8000:], flush=True)
+    for tool in args.tool:
+        watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        for backend in args.backend:
+            launches = [sys.executable, str(LAUNCHES), backend, "--dry", "--first", "0"]
+            process = subprocess.Popen(
+                launches if args.dry else watched + launches,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            output = []
+            for line in process.stdout:  # as it comes: what was reached is seen when the time is up
+                print(line, end="", flush=True)
+                output.append(line)
+            code = process.wait()
+            if code != 0 and (refused := re.search(r"=+ .*not supported.*", "".join(output))):
+                print(f"compute-sanitizer: skipped, {refused[0].strip('= ')}")
+                return SKIPPED
+            failed |= code != 0 or any(line.startswith("failed") for line in output)
+            print(f"compute-sanitizer, {tool}, {backend}: {'FAILED' if failed else 'ok'}", flush=True)
     return int(failed)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["calls"]:
-        calls("cuda", BACKENDS)
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""A benchmark whose results are not compared, for the null GPU, which computes nothing.
+
+python tests/gpu/dry_bench.py model --batch 1 --image-size 32 --rounds 1
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0:1] = [str(ROOT), str(ROOT / "benchmarks")]
+
+
+def main() -> int:
+    import bench_training
+    import providers
+
+    from poolformer_kernels.cli import report_errors
+
+    providers.errors = lambda *tensors: (0.0, 0.0)
+    bench_training.loss_error = lambda losses, exact: 0.0
+    bench_training.gradient_errors = lambda gradients, exact: {}
+    bench_training.wrong_gradient = lambda errors, eager, dtype: None
+    benchmark = import_module(f"bench_{sys.argv[1].replace('-', '_')}")
+    return report_errors(sys.argv[1], lambda: benchmark.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
