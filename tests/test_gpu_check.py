@@ -1,6 +1,6 @@
 """`make gpu-check`: parts that pass, fail, hang and are killed, its time, signals, and what it leaves."""
 
-import os
+import importlib
 import re
 import signal
 import subprocess
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import poolformer_kernels as pk
 from poolformer_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,9 @@ parts = [
 open(sys.argv[1] + "/device.txt", "w").write("Some GPU 9")
 open(sys.argv[1] + "/results/model.csv", "w").write("provider,img_per_s\\\\nours,{{os.getpid()}}\\\\n")
 print("commit", os.environ["POOLFORMER_KERNELS_COMMIT"])'''.replace("{{os.getpid()}}", "7")),
-    script("unneeded", 9, "raise SystemExit(9)", only_after="good"),
+    script("unneeded", 9, "raise SystemExit(9)", only_without="results/model.csv"),
     script("bad", 9, "print('the reason'); raise SystemExit(3)"),
-    script("instead", 9, "print('made up for')", only_after="bad"),
+    script("instead", 9, "print('made up for')", only_without="results/other.csv"),
     script("hangs", 0.7, {HANG!r}),
     script("late", 0.7, '''import time
 try: time.sleep(60)
@@ -131,7 +132,7 @@ def test_every_kind_of_part(tmp_path) -> None:
 
 
 def test_the_total_is_kept(tmp_path) -> None:
-    parts = f"parts = [script(name, 60, {HANG!r}) for name in ('a', 'b', 'c')]\nclosing = [parts[2]]"
+    parts = f"parts = [script(name, 60, {HANG!r}) for name in ('a', 'b', 'c')]\nclosing = []"
     began = time.monotonic()
     process = start(tmp_path, parts, "--total", "6")
     process.communicate(timeout=30)
@@ -139,13 +140,16 @@ def test_the_total_is_kept(tmp_path) -> None:
     assert process.returncode == 1
     text = (tmp_path / "out" / "summary.md").read_text()
     assert re.search(r"\| a \| late, killed, it ignored SIGINT \| 4\.\d \|", text)
-    assert text.count("| b | not run, no time was left |") == 1
+    assert "| b | not run, no time was left |" in text
     assert "| c | not run, no time was left |" in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_part_and_the_summary_is_written(number, tmp_path) -> None:
-    parts = f"parts = [script('first', 9, 'pass'), script('long', 60, {HANG!r}), script('last', 9, 'pass')]\n"
+    rows = "import sys; open(sys.argv[1] + '/results/mlp.csv', 'w').write('rows')"
+    parts = (
+        f"parts = [script('first', 9, {rows!r}), script('long', 60, {HANG!r}), script('last', 9, 'pass')]\n"
+    )
     process = start(tmp_path, parts + "closing = [script('tables', 9, 'pass')]")
     while "begun" not in process.stdout.readline():
         pass
@@ -166,6 +170,14 @@ def test_all_passed(tmp_path) -> None:
     earlier = tmp_path / "out" / "results" / "model.csv"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier run")
+    process = start(tmp_path, "parts, closing = [], []")
+    output = process.communicate(timeout=30)[0]
+    assert (
+        output
+        == f"gpu-check: --out {tmp_path}/out is not a check's folder; a new or an empty one is allowed\n"
+    )
+    assert earlier.read_text() == "of an earlier run"
+    (tmp_path / "out" / ".gpu-check").touch()
     process = start(
         tmp_path, "parts, closing = [script('a', 9, 'pass'), script('b', 9, 'raise SystemExit(77)')], []"
     )
@@ -175,27 +187,134 @@ def test_all_passed(tmp_path) -> None:
     assert not earlier.exists()
 
 
-@pytest.mark.usefixtures("benchmark_process")
+def test_only_some_parts(tmp_path) -> None:
+    parts = "parts = [script(name, 9, 'pass') for name in ('a', 'import and link', 'b')]\nclosing = []"
+    process = start(tmp_path, parts, "--only", "b")
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert results(tmp_path) == {"import and link": "passed", "b": "passed"}
+    process = start(tmp_path, parts, "--only", "c")
+    assert "argument --only: invalid choice: 'c' (choose from" in process.communicate(timeout=30)[0]
+
+
+# ---- the programs of the parts -----------------------------------------------------------------------------
+
+CASES = """
+import os, sys, time
+for i, case in enumerate(["good", "hangs", "aborts", "wrong", "loses the device", "last"]):
+    if i < int(sys.argv[4]): continue
+    print("begin", i, "case " + case, flush=True)
+    if case == "hangs": time.sleep(60)
+    if case == "aborts": os.abort()
+    if case in ("wrong", "loses the device"): print("failed AssertionError: y", flush=True)
+    if case == "loses the device": sys.exit(1)
+    if case in ("good", "last"): print("kernels f<bf16>; " + case + "\\nok", flush=True)
+"""
+
+
+def test_launches_go_on_after_a_case_that_hangs_or_dies(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import launches
+
+    (tmp_path / "launches.py").write_text(CASES)
+    monkeypatch.setattr(launches, "HERE", tmp_path)
+    monkeypatch.setattr(launches, "SILENT_S", {"cuda": 1})
+    failed, launched, count = launches.watch("cuda", dry=True)
+    assert failed == ["case hangs", "case aborts", "case wrong", "case loses the device"]
+    assert (launched, count) == ({"f<bf16>", "good", "last"}, 6)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "cuda: case good [f<bf16>; good]: ok"
+    assert lines[1:3] == [
+        "cuda: case hangs: failed: it hangs, nothing for 1 s",
+        "cuda: case aborts: failed, the process ended with exit code -6",
+    ]
+    (tmp_path / "launches.py").write_text("raise SystemExit(3)")
+    assert launches.watch("cuda", dry=True) == (["no case began"], set(), 0)
+
+
+@pytest.mark.parametrize(
+    ("test", "xdist", "passed"),
+    [("assert True", True, 1), ("assert False", False, 0), ("pytest.skip('no')", False, 0)],
+)
+def test_value_tests_must_pass(test, xdist, passed, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import values
+
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  cuda\n  triton\n  large\n")
+    text = f"import pytest\n@pytest.mark.cuda\ndef test():\n    {test}\n"
+    (folder / "test_a.py").write_text(text + "@pytest.mark.triton\ndef test_other():\n    assert False\n")
+    monkeypatch.setattr(values, "HERE", folder)
+    monkeypatch.setattr(values, "unavailable", list)
+    if not xdist:
+        monkeypatch.setattr(values.importlib.util, "find_spec", lambda name: None)
+    assert values.run("cuda", 1, tmp_path, dry=False) == 1 - passed
+    out = capfd.readouterr().out
+    assert ("pytest-xdist runs them in 1 processes" in out) == xdist
+    assert f"cuda: {passed} tests passed" in out
+
+
+def test_values_of_a_backend_that_cannot_run_do_not_count(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import values
+
+    monkeypatch.setattr(values, "pytest_commands", lambda *args: [[sys.executable, "-S", "-c", "pass"]])
+    monkeypatch.setattr(values, "count_passed", lambda *args: 9)
+    reasons = {"triton": None, "cuda": "built without CUDA"}
+    monkeypatch.setattr(pk, "available_backends", lambda: reasons)
+    assert values.run("triton", 1, tmp_path, dry=False) == 1
+    assert "backend cuda cannot run: built without CUDA" in capsys.readouterr().out.splitlines()
+    reasons["cuda"] = None
+    assert values.run("triton", 1, tmp_path, dry=False) == 0
+
+
+def test_the_extension_is_built_for_the_devices_own_architecture(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import extension
+
+    names = {(8, 0): "8.0", (8, 9): "8.9", (9, 0): "9.0a", (10, 3): "10.3", (12, 0): "12.0"}
+    assert {capability: extension.own_architecture(capability) for capability in names} == names
+
+
+def test_a_commit_without_git(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from commit import commit_of
+
+    monkeypatch.delenv("POOLFORMER_KERNELS_COMMIT", raising=False)
+    assert commit_of(tmp_path) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(ROOT) == "unknown"
+    monkeypatch.setenv("POOLFORMER_KERNELS_COMMIT", "abc1234")
+    assert commit_of(ROOT) == "abc1234"
+
+
 def test_the_parts_are_what_their_programs_take(monkeypatch, capsys, tmp_path) -> None:
     """``--help`` behind a part's arguments: argparse looks at those before it."""
     monkeypatch.syspath_prepend(str(GPU))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import check
 
-    real = check.Check(tmp_path, "abc1234", 540, dry=False)
-    dry = check.Check(tmp_path, "abc1234", 540, dry=True)
+    run = check.Check(tmp_path / "out", "abc1234", 540, dry=False)
     assert len({part.name for part in check.PARTS}) == len(check.PARTS)
     for part in (*check.PARTS, *check.CLOSING):
-        assert part.only_after in ("", *(other.name for other in check.PARTS))
-        command, wet = dry.command(part), real.command(part)
-        assert not any("{" in text for text in command + wet)
-        if "bench" in wet:
-            assert wet[:4] == [sys.executable, "-m", "poolformer_kernels", "bench"]
-            assert command == [sys.executable, str(GPU / "dry_bench.py"), *wet[4:], *part.dry]
+        run.dry = False
+        real = run.command(part)
+        run.dry = True
+        dry = run.command(part)
+        assert real[0] == dry[0] == sys.executable
+        assert not any("{" in text for text in real + dry)
+        if real[1] == "-m":  # the command line of the package; in a dry run benchmarks are another program
+            assert dry[1:] == [str(GPU / "dry_bench.py"), *real[4:], *part.dry] or dry == real
+            assert real[2] == "poolformer_kernels"
             with pytest.raises(SystemExit, match=r"^0$"):
-                cli.main(["bench", *command[2:], "--help"])
+                cli.main([*real[3:], *part.dry, "--help"])
+        elif Path(real[1]).parent == GPU:
+            done = subprocess.run([*dry, "--help"], capture_output=True, text=True)
+            assert done.returncode == 0, (dry, done.stderr)
         else:
-            assert command == [*wet, *part.dry]
-            env = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run([*command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, (command, done.stderr)
+            with pytest.raises(SystemExit, match=r"^0$"):
+                importlib.import_module(Path(real[1]).stem).main([*real[2:], "--help"])
+    made = {text for part in check.PARTS for text in part.command}
+    assert {f"{{out}}/{part.only_without}" for part in check.PARTS if part.only_without} <= made
     assert "usage" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Everything that is worth an hour with a GPU, in nine minutes: `make gpu-check`.
 
-    python tests/gpu/check.py [--out build/gpu-check] [--commit abc1234] [--total 540] [--dry]
+    python tests/gpu/check.py [--out DIR] [--commit NAME] [--total 540] [--only PART ...] [--dry]
 
 The parts of `PARTS` run one after another, the important first. One that fails, hangs or is killed stops no
 other: see `part_runner`. What they say is streamed. Rows of benchmarks are in OUT/results as soon as they are
@@ -46,18 +46,21 @@ def bench(name: str, *arguments: str, file: str = "") -> tuple[str, ...]:
     return ("{bench}", name, *options, *arguments)
 
 
+MARK = ".gpu-check"  # a file in every folder of results
+IDENTIFY = "import and link"  # runs in any case: it says which device this is
 SMALL = ("--rounds", "1", "--batch", "1")
 PEERS = ("eager", "compile")
 PARTS = (
     Part("build", 150, ours("extension.py", "build"), ("--dry",)),
-    Part("import and link", 40, ours("extension.py", "check", "--out", "{out}"), ("--dry",)),
+    Part(IDENTIFY, 40, ours("extension.py", "check", "--out", "{out}"), ("--dry",)),
     Part("info", 20, ("{python}", "-m", "poolformer_kernels", "info")),
     Part("kernels", 20, ("{python}", "-m", "poolformer_kernels", "info", "--kernels")),
     Part("launches, C++", 60, ours("launches.py", "cuda"), ("--dry",)),
-    Part("launches, Triton", 75, ours("launches.py", "triton"), ("--dry",)),
+    Part("compile Triton's kernels", 50, ours("precompile.py"), ("--dry",)),
+    Part("launches, Triton", 60, ours("launches.py", "triton"), ("--dry",)),
     Part(
         "bench model",
-        110,
+        130,
         bench(
             *("model", "--batch", "256", "1", "--providers", "ours triton", "ours cuda"),
             *("ours triton graphed", "ours cuda graphed", *PEERS),
@@ -72,21 +75,21 @@ PARTS = (
             file="model_without_cuda",
         ),
         (*SMALL, "--image-size", "32"),
-        only_after="bench model",
+        only_without="results/model.csv",
     ),
     Part("values, C++", 60, ours("values.py", "cuda", "--jobs=4", "--out", "{out}/pytest"), ("--dry",)),
     Part("values, Triton", 120, ours("values.py", "triton", "--out", "{out}/pytest"), ("--dry",)),
     Part("memcheck, C++", 45, ours("sanitizer.py", "--tool", "memcheck", "--backend", "cuda"), ("--dry",)),
     Part(
         "bench pool-mixer",
-        25,
+        40,
         bench("pool-mixer", "--layout", "channels_last", "--providers", "ours triton", "ours cuda", "eager"),
         SMALL,
     ),
-    Part("bench mlp", 30, bench("mlp", "--providers", "ours triton", "ours cuda", "eager"), SMALL),
+    Part("bench mlp", 40, bench("mlp", "--providers", "ours triton", "ours cuda", "eager"), SMALL),
     Part(
         "bench training",
-        45,
+        60,
         bench("training", "--batch", "256", "--providers", "ours", "eager"),
         (*SMALL, "--image-size", "32"),
     ),
@@ -116,6 +119,14 @@ def dry_environment() -> dict[str, str]:
     return module.environment(module.build(), capability="9.0")
 
 
+def emptied(out: Path) -> Path:
+    """The folder without what an earlier run left in it; SystemExit where it is not such a run's."""
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"gpu-check: --out {out} is not a check's folder; a new or an empty one is allowed")
+    shutil.rmtree(out, ignore_errors=True)
+    return out
+
+
 class Check:
     """One run: its folder, its clock, and what has happened so far."""
 
@@ -126,15 +137,9 @@ class Check:
         self.env = os.environ | {"POOLFORMER_KERNELS_COMMIT": commit}
         self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.env["PYTHONUNBUFFERED"] = "1"
-        for folder in ("results", "logs", "plots"):  # of an earlier run
-            shutil.rmtree(self.out / folder, ignore_errors=True)
+        for folder in ("results", "logs", "plots"):
             (self.out / folder).mkdir(parents=True)
-        for file in (
-            "device.txt",
-            "summary.md",
-            *(path.name for path in self.out.glob("gpu-check-*.tar.gz")),
-        ):
-            (self.out / file).unlink(missing_ok=True)
+        (self.out / MARK).touch()
 
     @property
     def device(self) -> str:
@@ -176,8 +181,9 @@ class Check:
         return [sys.executable, *bench, *filled[1:]] if filled[0] == "{bench}" else filled
 
     def is_due(self, part: Part) -> bool:
-        """Whether a part that only makes up for another has to."""
-        return not part.only_after or any(o.name == part.only_after and o.is_bad for o in self.outcomes)
+        """Whether a part that only makes up for another's rows has to."""
+        file = self.out / part.only_without
+        return not part.only_without or not file.is_file() or file.stat().st_size == 0
 
     # ---- what is left of it --------------------------------------------------------------------------------
 
@@ -235,18 +241,21 @@ def main(
     add("--commit", default="", metavar="NAME", help="default: git's, else unknown")
     add("--total", type=float, default=TOTAL_S, metavar="S", help="seconds in all; default: %(default)g")
     add("--dry", action="store_true", help="on the null GPU: values are not looked at, nothing is built")
+    names = [part.name for part in parts]
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of: {'; '.join(names)}")
     args = parser.parse_args(argv)
-    check = Check(args.out, args.commit or commit_of(ROOT), args.total, args.dry)
+    check = Check(emptied(args.out), args.commit or commit_of(ROOT), args.total, args.dry)
     if args.dry:
         check.env |= dry_environment()
     check.stop.listen()
     reserve_s = min(SUMMARY_S, check.total_s / 4)
     for part in parts:
-        if check.is_due(part):
+        if part.name in (*args.only, IDENTIFY) and check.is_due(part):
             check.run(part, reserve_s)
             check.write_summary()
     stopped, check.stop.signal = check.stop.signal, None  # the summary is written all the same
-    for part in closing:
+    measured = any(file.stat().st_size for file in (check.out / "results").glob("*.csv"))
+    for part in closing if measured else ():
         check.run(part, 0)
     check.write_summary()
     archive = check.write_archive()

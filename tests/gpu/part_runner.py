@@ -33,7 +33,7 @@ class Part:
     command: Sequence[str]
     dry: Sequence[str] = ()  # arguments that a dry run adds
     env: Mapping[str, str] = field(default_factory=dict)
-    only_after: str = ""  # runs only where the part of this name did not pass
+    only_without: str = ""  # runs only where this file of the results is missing or empty
     needs: str = ""  # a module without which it is skipped
 
 

@@ -58,8 +58,9 @@ def main() -> int:
             if code != 0 and (refused := re.search(r"=+ .*not supported.*", "".join(output))):
                 print(f"compute-sanitizer: skipped, {refused[0].strip('= ')}")
                 return SKIPPED
-            failed |= code != 0 or any(line.startswith("failed") for line in output)
-            print(f"compute-sanitizer, {tool}, {backend}: {'FAILED' if failed else 'ok'}", flush=True)
+            bad = code != 0 or any(line.startswith("failed") for line in output)
+            print(f"compute-sanitizer, {tool}, {backend}: {'FAILED' if bad else 'ok'}", flush=True)
+            failed |= bad
     return int(failed)
 
 
