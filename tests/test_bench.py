@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib
 import json
 import os
 import subprocess
@@ -107,84 +106,6 @@ def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch) -> None:
     assert bench("model", *options, "--providers", "ours", "eager") == 1
     assert "eager" not in rows(tmp_path / "m.csv")
     assert "eager: wrong: relative error 0.2" in capsys.readouterr().out
-
-
-def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch) -> None:
-    import harness
-    import providers
-
-    file = tmp_path / "m.csv"
-    seen = []  # lines of the file when a case begins
-
-    def broken(peer, ours, x):
-        seen.append(len(file.read_text().splitlines()))
-        if len(x) == 2:
-            raise RuntimeError("launch of mlp_fwd: too many resources\nand a stack")
-        return lambda: ours(x)
-
-    monkeypatch.setitem(providers.PROVIDERS, "ours", broken)
-    options = ["--models", "s12", "--dtype", "float32", "--image-size", "32", "--csv", str(file)]
-    options += ["--json", str(tmp_path / "m.json"), "--providers", "ours", "eager", "openvino"]
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    assert bench("model", "--batch", "1", "2", *options) == 1
-    with file.open(newline="") as stream:
-        read = [(row["batch"], row["provider"]) for row in csv.DictReader(stream)]
-    limits = ("copy", "matmul")
-    assert read == [("1", p) for p in ("ours", "eager", *limits)] + [("2", p) for p in ("eager", *limits)]
-    assert seen == [0, 5]
-    reason = "failed: RuntimeError: launch of mlp_fwd: too many resources, model: forward, poolformer_s12"
-    assert f"ours: {reason}" in " ".join(capsys.readouterr().out.split())
-    lines = (tmp_path / "m.missing.txt").read_text().splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["openvino", "ours"]
-    assert lines[1].startswith(f"ours: {reason}")
-    content = json.loads((tmp_path / "m.json").read_text())
-    assert list(content["failed"]) == ["ours"]
-    assert content["unavailable"]["openvino"].startswith("ModuleNotFoundError: ")
-    # a run without failures leaves none behind
-    monkeypatch.setitem(providers.PROVIDERS, "ours", lambda peer, ours, x: lambda: ours(x))
-    args = argparse.Namespace(device="cpu", csv=str(file))
-    harness.record("model", args)
-    assert not (tmp_path / "m.missing.txt").exists()
-
-
-@pytest.mark.parametrize("name", ["pool-mixer", "mlp"])
-def test_operators_without_ours_are_measured_all_the_same(name, tmp_path, monkeypatch) -> None:
-    def broken(*args, **options):
-        raise RuntimeError("no kernel image")
-
-    module = importlib.import_module(f"bench_{name.replace('-', '_')}")
-    monkeypatch.setattr(module, "ours", broken)
-    monkeypatch.setattr(module, "call_overhead", lambda rounds: {}, raising=False)
-    monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
-    file = tmp_path / "o.csv"
-    options = ["--batch", "2", "--dtype", "float32", "--directions", "forward", "--csv", str(file)]
-    options += ["--layout", "NCHW"] if name == "pool-mixer" else []
-    assert bench(name, *options, "--providers", "ours", "ours cuda", "eager") == 1
-    assert list(rows(file)) == ["eager", "copy", "matmul"]
-    lines = (tmp_path / "o.missing.txt").read_text().splitlines()
-    assert lines[0].startswith("ours: failed: RuntimeError: no kernel image, ")
-    assert lines[1:] == ["ours cuda: no CUDA device"] or torch.cuda.is_available()
-    assert bench(name, *options, "--providers", "eager") == 0
-
-
-@pytest.mark.parametrize("name", ["pool-mixer", "mlp"])
-def test_operators(name, tmp_path, monkeypatch) -> None:
-    module = importlib.import_module(f"bench_{name.replace('-', '_')}")
-    monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
-    options = ["--batch", "2", "--dtype", "float32", "--csv", str(tmp_path / "o.csv")]
-    assert bench(name, *options, *(["--layout", "NCHW"] if name == "pool-mixer" else [])) == 0
-    with (tmp_path / "o.csv").open(newline="") as file:
-        found = {(row["direction"], row["provider"]) for row in csv.DictReader(file)}
-    forward, backward = (
-        {provider for way, provider in found if way == direction} - {"copy", "matmul"}
-        for direction in ("forward", "backward")
-    )
-    if name == "mlp":
-        assert forward == {"ours", "eager", "compile", "eager linear", "compile linear"}
-        assert backward == {"ours", "ours saved", "eager", "eager linear", "compile linear"}
-    else:
-        assert forward == {"ours", "ours given", "eager", "compile"}
-        assert backward == {"ours", "eager", "compile"}
 
 
 def test_half_precision_errors_are_those_of_rounding() -> None:
@@ -320,19 +241,6 @@ def test_scaling_points_and_exponents() -> None:
         "ours, poolformer_s12: time ~ batch^0.90, 3 points",
         "ours, poolformer_s12: time ~ pixels^1.10, 2 points",
     ]
-
-
-def test_default_file_and_six_digits(tmp_path) -> None:
-    import records
-
-    values = dict.fromkeys(MEASURED, "x") | {"median_s": 1 / 3, "batch": 8, "error_l2": None}
-    path = records.csv_path("mlp", "cpu")
-    records.Results(path, records.facts_of("cpu")).add([records.Row(**values)])
-    assert path.parent.parent == tmp_path / "results"
-    with path.open(newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert (row["median_s"], row["batch"], row["error_l2"]) == ("0.333333", "8", "")
-    assert row["device"] == records.device_name("cpu")
 
 
 @pytest.mark.parametrize("installed", [True, False])

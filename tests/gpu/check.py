@@ -56,7 +56,7 @@ PARTS = (
     Part("info", 20, ("{python}", "-m", "poolformer_kernels", "info")),
     Part("kernels", 20, ("{python}", "-m", "poolformer_kernels", "info", "--kernels")),
     Part("launches, C++", 60, ours("launches.py", "cuda"), ("--dry",)),
-    Part("compile Triton's kernels", 50, ours("precompile.py"), ("--dry",)),
+    Part("compile Triton's kernels", 60, ours("precompile.py"), ("--dry",)),
     Part("launches, Triton", 60, ours("launches.py", "triton"), ("--dry",)),
     Part(
         "bench model",
@@ -94,7 +94,7 @@ PARTS = (
         (*SMALL, "--image-size", "32"),
     ),
     Part("slowest kernels", 45, ours("slowest.py", "--out", "{out}"), ("--dry",)),
-)  # fmt: skip
+)
 # These run at the end, in the time that is kept for them
 CLOSING = (
     Part("tables", 15, ("{python}", str(ROOT / "benchmarks/gpu_summary.py"), "--results", "{out}/results")),
@@ -135,7 +135,9 @@ class Check:
         self.began, self.total_s = time.monotonic(), total_s
         self.stop, self.outcomes = Stop(), []
         self.env = os.environ | {"POOLFORMER_KERNELS_COMMIT": commit}
-        self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.env |= dry_environment() if dry else {}
+        paths = [str(ROOT), self.env.get("PYTHONPATH", "")]
+        self.env["PYTHONPATH"] = os.pathsep.join(filter(None, reversed(paths) if dry else paths))
         self.env["PYTHONUNBUFFERED"] = "1"
         for folder in ("results", "logs", "plots"):
             (self.out / folder).mkdir(parents=True)
@@ -161,8 +163,8 @@ class Check:
             return
         limit_s = min(part.limit_s, left_s)
         print(f"\ngpu-check: {part.name}, {limit_s:.0f} s at the most", flush=True)
-        log = self.out / "logs" / (re.sub(r"\W+", "-", part.name) + ".txt")
-        outcome = run_part(part, self.command(part), limit_s, self.env | dict(part.env), log, self.stop)
+        env = self.env | dict(part.env)
+        outcome = run_part(part, self.command(part), limit_s, env, self.out, self.stop)
         self.outcomes.append(outcome)
         print(f"gpu-check: {part.name}: {describe(outcome)}, {outcome.seconds:.1f} s", flush=True)
 
@@ -245,8 +247,6 @@ def main(
     add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of: {'; '.join(names)}")
     args = parser.parse_args(argv)
     check = Check(emptied(args.out), args.commit or commit_of(ROOT), args.total, args.dry)
-    if args.dry:
-        check.env |= dry_environment()
     check.stop.listen()
     reserve_s = min(SUMMARY_S, check.total_s / 4)
     for part in parts:

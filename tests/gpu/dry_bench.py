@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0:1] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[0] = str(ROOT / "benchmarks")
+sys.path.append(str(ROOT))  # where PYTHONPATH has no package
 
 
 def main() -> int:

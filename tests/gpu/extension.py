@@ -2,6 +2,7 @@
 
     python tests/gpu/extension.py build [--dry]
     python tests/gpu/extension.py check [--out DIR] [--dry]
+    python tests/gpu/extension.py show
 
 ``build`` leaves an extension alone that was made of these CUDA sources for this architecture. ``check`` fails
 where a CUDA backend cannot run, and writes the device's name to DIR/device.txt.
@@ -16,10 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESENT = """
-from poolformer_kernels import _C
-print(_C.ptxas_report().partition("\\n")[0], *_C.build_info()["cuda_archs"])
-"""
+sys.path.append(str(ROOT))  # where PYTHONPATH has no package
 
 
 def own_architecture(capability: tuple[int, int]) -> str:
@@ -36,10 +34,18 @@ def setup_script() -> ModuleType:
 
 def is_current(arch: str) -> bool:
     """Whether the extension that is here was built for this architecture from these CUDA sources."""
-    command = [sys.executable, "-W", "ignore", "-c", PRESENT]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", __file__, "show"]  # a process: a build replaces what is loaded
+    found = subprocess.run(command, capture_output=True, text=True)
     digest, *archs = found.stdout.split() or [""]
     return found.returncode == 0 and digest == setup_script().cuda_digest() and arch in archs
+
+
+def show() -> int:
+    """Print the digest of the CUDA sources and the architectures of the extension that is here."""
+    from poolformer_kernels import _C
+
+    print(_C.ptxas_report().partition("\n")[0], *_C.build_info()["cuda_archs"])
+    return 0
 
 
 def device_capability() -> tuple[int, int]:
@@ -101,10 +107,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("build", "check"))
+    parser.add_argument("what", choices=("build", "check", "show"))
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--dry", action="store_true", help="build nothing, take any architecture")
     args = parser.parse_args()
+    if args.what == "show":
+        return show()
     return build(args.dry) if args.what == "build" else check(args.out, args.dry)
 
 

@@ -7,6 +7,7 @@ Whatever a part leaves running in its group is killed when it ends.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,13 +69,18 @@ class Stop:
 
 
 def run_part(
-    part: Part, command: Sequence[str], limit_s: float, env: Mapping[str, str], log: Path, stop: Stop
-):
-    """Run the command; its `Outcome`. It has ``limit_s`` seconds, and then `GRACE_S` to report."""
+    part: Part, command: Sequence[str], limit_s: float, env: Mapping[str, str], out: Path, stop: Stop
+) -> Outcome:
+    """Run the command in the folder ``out``; it has ``limit_s`` seconds, and then `GRACE_S` to report.
+
+    Its output is also in ``out/logs``, in a file of the part's name.
+    """
+    log = out / "logs" / (re.sub(r"\W+", "-", part.name) + ".txt")
     began = time.monotonic()
     try:
         process = subprocess.Popen(
             command,
+            cwd=out,
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH has no package
 
 STAGES, USES = (0, 1, 2, 3), ("inference", "one image", "training")
 

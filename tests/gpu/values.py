@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1]))  # where PYTHONPATH has no package
 NO_TESTS = 5  # pytest's exit code where none was selected
 
 
@@ -56,11 +57,10 @@ def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:
     for file in reports.glob(f"{backend}*.xml"):
         file.unlink()
     commands = pytest_commands(backend, jobs, reports, dry)
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    }
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parents[1])])
+    options = {"cwd": HERE, "env": os.environ | {"PYTHONPATH": path}}  # the package is that of PYTHONPATH
     pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(subprocess.run, command, cwd=HERE.parents[1], env=env) for command in commands]
+    futures = [pool.submit(subprocess.run, command, **options) for command in commands]
     try:
         codes = [future.result().returncode for future in futures]
     except KeyboardInterrupt:  # pytest has got it, too, and reports
