@@ -112,6 +112,9 @@ def run_cases(backend: str, first: int, values: bool) -> int:
 
     import poolformer_kernels as pk
 
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no CUDA device", flush=True)
+        return 1
     torch.backends.cudnn.allow_tf32 = False  # eager's float32 convolutions have it by default
     with pk.use_backend(backend):
         for i, (name, call) in enumerate(cases(backend, values)):
