@@ -126,7 +126,7 @@ run()
 def test_a_process_may_fork_and_choose_devices_after_the_import(folder) -> None:
     """In the child, too, CUDA starts with the first call: nothing of it was started by the import."""
     env = os.environ | environment(folder, "9.0", count=2, extension=extension())
-    env["PYTHONPATH"] = f"{FOLDER.parent.parent}:{FOLDER.parent}"
+    env["PYTHONPATH"] += f":{FOLDER.parent.parent}:{FOLDER.parent}"
     done = subprocess.run([sys.executable, "-c", AFTER_THE_IMPORT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [f"{count} {backend} 2" for count in (1, 2) for backend in ("cuda", "triton")]
@@ -145,7 +145,8 @@ def test_on_the_null_gpu(folder) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "null_gpu.null_gpu"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
     env = os.environ | environment(folder, "9.0", count=2, extension=extension())
-    env |= {"PYTHONPATH": f"{FOLDER.parent.parent}:{FOLDER.parent}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env["PYTHONPATH"] += f":{FOLDER.parent.parent}:{FOLDER.parent}"
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     env.pop("PYTEST_ADDOPTS", None)
     inner = subprocess.run(
         [*command, str(FOLDER)], env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True

@@ -109,14 +109,13 @@ CLOSING = (
 
 def dry_environment() -> dict[str, str]:
     """Where the null GPU takes the device's place."""
-    script = ROOT / "tests" / "null_gpu" / "build.py"
-    if not script.is_file():
-        raise SystemExit("gpu-check: --dry needs the null GPU, and tests/null_gpu is not here")
-    spec = importlib.util.spec_from_file_location("null_gpu_build", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.environment(module.build(), capability="9.0")
+    sys.path.append(str(ROOT / "tests"))
+    from null_gpu.build import build, environment, unavailable
+    from null_gpu.extension import link_extension
+
+    if reason := unavailable():
+        raise SystemExit(f"gpu-check: --dry needs the null GPU: {reason}")
+    return environment(build(), "9.0", extension=link_extension())
 
 
 def emptied(out: Path) -> Path:

@@ -141,8 +141,7 @@ def environment(
         capability: of `CAPABILITIES`; it also gives the device's other attributes.
         count: of devices.
         memory_gib: of a device, if not its model's.
-        extension: a folder with another build of ``poolformer_kernels/_C*.so``. `null_gpu` loads it in place
-            of the package's own, where it is imported before the package (pytest's ``-p null_gpu.null_gpu``).
+        extension: a folder with a ``poolformer_kernels/_C*.so`` that takes the place of the package's own.
 
     Raises:
         ValueError: for a capability or a count that is none of the null GPU's.
@@ -165,6 +164,8 @@ def environment(
         variables["NULL_GPU_MEMORY_GIB"] = str(memory_gib)
     if extension is not None:
         variables["NULL_GPU_EXTENSION"] = str(extension)
+        paths = [str(FOLDER / "site"), os.environ.get("PYTHONPATH")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return variables
 
 

@@ -5,16 +5,11 @@ anything that a GPU would not have done.
 """
 
 import ctypes
-import importlib.abc
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 
 ACTIVE = os.environ.get("NULL_GPU") == "1"
 
@@ -69,7 +64,7 @@ def _launches(clear: bool) -> list[Launch]:
 
 
 def _launch(kernel: str, **row) -> Launch:
-    from poolformer_kernels.kernels import short_name  # not before `_Extension` is in place
+    from poolformer_kernels.kernels import short_name  # without the package where there are no records
 
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     return Launch(name=short_name(kernel), **values)
@@ -113,28 +108,3 @@ def recorded() -> Iterator[list[Launch]]:
     found += take()
     if said := take_complaints():
         raise ComplaintError("\n".join(said))
-
-
-class _Extension(importlib.abc.MetaPathFinder):
-    """Finds the folder's build of the package's extension in place of the package's own."""
-
-    NAME = "poolformer_kernels._C"
-
-    def __init__(self, folder: Path) -> None:
-        files = sorted((folder / "poolformer_kernels").glob("_C*.so"))
-        if len(files) != 1:
-            raise RuntimeError(
-                f"NULL_GPU_EXTENSION={folder} has {len(files)} poolformer_kernels/_C*.so, needs one"
-            )
-        if self.NAME in sys.modules:
-            raise RuntimeError(
-                f"null_gpu has to be imported before {self.NAME}, for NULL_GPU_EXTENSION={folder}"
-            )
-        self.file = files[0]
-
-    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self.file) if name == self.NAME else None
-
-
-if ACTIVE and "NULL_GPU_EXTENSION" in os.environ:
-    sys.meta_path.insert(0, _Extension(Path(os.environ["NULL_GPU_EXTENSION"])))
