@@ -1,6 +1,7 @@
 """`make gpu-check`: parts that pass, fail, hang and are killed, its time, signals, and what it leaves."""
 
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from null_gpu.build import unavailable
+from null_gpu.extension import extension_file
 
 import poolformer_kernels as pk
 from poolformer_kernels import cli
@@ -195,6 +198,59 @@ def test_only_some_parts(tmp_path) -> None:
     assert results(tmp_path) == {"import and link": "passed", "b": "passed"}
     process = start(tmp_path, parts, "--only", "c")
     assert "argument --only: invalid choice: 'c' (choose from" in process.communicate(timeout=30)[0]
+
+
+# ---- on the null GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def null_gpu() -> None:
+    """The check's own parts run, on an extension with CUDA."""
+    reason = unavailable() or (None if extension_file() else "the extension was built without CUDA")
+    if reason:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def test_a_dry_run_of_some_parts(null_gpu, tmp_path) -> None:
+    """Beside parts that fail, hang and are killed."""
+    parts = f"""
+names = ("import and link", "info", "kernels", "values, C++", "slowest kernels")
+parts = [part for part in check.PARTS if part.name in names]
+parts += [script("bad", 9, "raise SystemExit(3)"), script("hangs", 0.7, {HANG!r})]
+parts += [script("killed", 9, "import os; os.kill(os.getpid(), 9)"), script("last", 9, "pass")]
+closing = []
+"""
+    process = start(tmp_path, parts, "--dry")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, output
+    assert results(tmp_path) == {
+        **dict.fromkeys(("import and link", "info", "kernels", "values, C++"), "passed"),
+        "slowest kernels": "skipped",  # there is nothing to profile
+        "bad": "failed, exit code 3",
+        "hangs": "late, killed, it ignored SIGINT",
+        "killed": "killed, by SIGKILL",
+        "last": "passed",
+    }, output
+    assert (
+        "\nA dry run on the null GPU: nothing was computed" in (tmp_path / "out" / "summary.md").read_text()
+    )
+    assert (tmp_path / "out" / "gpu-check-null-h200-abc1234.tar.gz").exists()
+
+
+@pytest.mark.long
+def test_a_dry_run(null_gpu, tmp_path) -> None:
+    """All of it, as `make gpu-check DRY=1` runs it."""
+    command = [sys.executable, str(GPU / "check.py"), "--dry", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    ended = results(tmp_path)
+    assert ended.pop("slowest kernels") == "skipped"
+    assert set(ended.values()) == {"passed"}, ended
+    rows = {
+        file.stem: len(file.read_text().splitlines()) for file in (tmp_path / "out/results").glob("*.csv")
+    }
+    assert rows.keys() >= {"model", "pool_mixer", "mlp", "training"}
+    assert min(rows.values()) > 1
 
 
 # ---- the programs of the parts -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def chosen():
 # ---- the kernels -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.host
 def test_no_kernel_has_local_memory() -> None:
     """Spilled registers, and arrays that are not in registers, would be there."""
     from poolformer_kernels._C import kernel_uses
@@ -129,6 +130,7 @@ def test_nothing_is_written_beside_the_tensors(dtype, layout) -> None:
 # ---- what the backend refuses, and what it leaves to Triton ------------------------------------------------
 
 
+@pytest.mark.host
 def test_an_explicit_choice_that_cannot_be_met_raises(monkeypatch) -> None:
     asked = "backend 'cuda' was asked for and cannot run this call: "
     with pytest.raises(RuntimeError, match=f"{asked}it computes float32, bfloat16 and float16, not float64"):
@@ -171,6 +173,7 @@ def images(batch=8, size=224, dtype=torch.bfloat16, memory_format=torch.channels
     return x.bfloat16().to("cuda", dtype).contiguous(memory_format=memory_format)
 
 
+@pytest.mark.host
 def test_explain() -> None:
     lines = pk.explain(s12()).splitlines()
     assert len(lines) == 2 * 12

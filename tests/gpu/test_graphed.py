@@ -141,6 +141,7 @@ def test_device_that_is_not_current():
         g(x.to("cuda:0"))
 
 
+@pytest.mark.host
 def test_refusals():
     model = make()
     g = pk.graphed(model, images(2))

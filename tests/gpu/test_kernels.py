@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.host
 def test_the_device_and_the_build_agree():
     major, minor = torch.cuda.get_device_capability()
     built = {

@@ -119,6 +119,7 @@ def test_without_the_caching_allocator(names, backend) -> None:
 # ---- autograd and the compiler -----------------------------------------------------------------------------
 
 
+@pytest.mark.host
 @over("shape, hidden", triton=[((1, 4, 7, 7), 9)], cuda=[((1, 64, 7, 7), 64), ((1, 192, 7, 7), 64)])
 def test_double_backward_raises(shape, hidden, backend) -> None:
     inputs = on("cuda", make_inputs(shape, hidden, DTYPE[backend]))

@@ -56,6 +56,7 @@ def test_repeats_bitwise_on_any_stream():
     assert all(torch.equal(first, other) for other in again)
 
 
+@pytest.mark.host
 def test_not_dense_is_refused():
     with pytest.raises(RuntimeError, match="contiguous or channels_last"):
         norm_stats(torch.randn(2, 8, 8, 8, device="cuda").transpose(2, 3)[:, ::2])

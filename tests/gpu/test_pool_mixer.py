@@ -269,6 +269,7 @@ def test_without_the_caching_allocator(backend) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.host
 def test_double_backward_raises() -> None:
     x = randn(1, 4, 7, 7).cuda().requires_grad_()
     (dx,) = torch.autograd.grad(pool_mixer(x, None, None).square().sum(), x, create_graph=True)
