@@ -89,15 +89,26 @@ def stats_tiles(shape, channels_last: bool, pool_size: int) -> int:
 
 
 @cache
-def plan(channels: int, height: int, width: int, channels_last: bool, pool_size: int, itemsize: int) -> Plan:
-    """Launch configuration for samples of this shape and of elements of ``itemsize`` bytes."""
+def plan(
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    pool_size: int,
+    itemsize: int,
+    aligned: bool = True,
+) -> Plan:
+    """Launch configuration for samples of this shape and of elements of ``itemsize`` bytes.
+
+    ``aligned``: the images start at 16 bytes, so that loads can be 128 bits wide.
+    """
     shape = (1, channels, height, width)
     columns, tile_channels = _tile(shape, channels_last, pool_size)
     tiles = stats_tiles(shape, channels_last, pool_size)
     reach = 2 * max(height, width) - 1  # a pool this large sees the whole image from every pixel
     even = height % ROWS == 0
     # Lanes of a thread: one 128-bit load in channels_last, half of it where a larger pool keeps more rows.
-    lanes = 2 if not channels_last else 8 if pool_size == 3 and itemsize == 2 else 4
+    lanes = 2 if not channels_last else 8 if pool_size == 3 and itemsize == 2 and aligned else 4
     warps = max(1, columns * tile_channels // (32 * lanes))
     reduce_warps = min(warps, 4)  # the reduction spills at 128 registers: smaller programs, unlimited
     reduce_columns = max(1, columns * reduce_warps // warps)

@@ -1,4 +1,4 @@
-"""What the launchers choose their tiles by: a device's architecture and its shared memory.
+"""What the launchers choose their tiles by: a device's architecture and shared memory, tensors' alignment.
 
 No triton import here, like `config`.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "Device", "assumed", "device_of"]
+__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of"]
 
 
 class Device(NamedTuple):
@@ -56,6 +56,11 @@ def device_of(x: Tensor) -> Device:
 def _gpu(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     return Device(10 * found.major + found.minor, found.shared_memory_per_block_optin)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether tensors start at 16 bytes of their memory; other loads are narrow and take registers."""
+    return all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
 
 
 @contextlib.contextmanager

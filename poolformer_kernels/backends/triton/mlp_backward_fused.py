@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .activation import activate_with_derivative
 from .config import OPTIONS, pieces
+from .device import aligned
 from .mlp_backward_common import Partials, Problem, direct, sample_sums, to_tokens
 from .mlp_backward_config import Fused
 from .mlp_backward_tile import finished, sample_values, token_tile
@@ -191,12 +192,6 @@ def mlp_bwd_dx(
             tl.store(grad_sums_ptr + tile.to(tl.int64) * O + o, total, mask=o < O)
 
 
-def _aligned(problem: Problem) -> bool:
-    """Whether the caller's large tensors start at 16 bytes; of others the loads take more registers."""
-    tensors = (problem.x, problem.grad, problem.w1)
-    return all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
-
-
 def partials(problem: Problem, p: Fused) -> Partials:
     """Writes dx; returns the sums over tokens."""
     x = problem.x
@@ -243,6 +238,6 @@ def partials(problem: Problem, p: Fused) -> Partials:
         problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
         *shape, p.tokens, p.hidden, problem.activation, problem.last, problem.norm, problem.residual,
         problem.scaled, num_warps=p.warps, num_stages=p.stages,
-        maxnreg=p.registers if _aligned(problem) else 255, **OPTIONS,
+        maxnreg=p.registers if aligned(x, problem.grad, problem.w1) else 255, **OPTIONS,
     )  # fmt: skip
     return Partials(dw1, dw2, db1, dnorm, grad_sums, ddrop)

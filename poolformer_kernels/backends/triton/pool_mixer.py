@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...reference import memory_format_of
 from .config import MAX_ROLLED_POOL, OPTIONS, ROWS, next_power_of_2, plan
+from .device import aligned
 from .statistics import few, flat_stats, merged
 from .tile import advance, lanes, rounded, row_ok, row_taps, scalar, taps, vector
 
@@ -212,14 +213,14 @@ def forward(
     batch, channels, height, width = x.shape
     fmt = memory_format_of(x)
     channels_last = fmt is torch.channels_last
-    p = plan(channels, height, width, channels_last, pool_size, x.element_size())
+    x = x.contiguous(memory_format=fmt)
+    p = plan(channels, height, width, channels_last, pool_size, x.element_size(), aligned(x))
     y = torch.empty_like(x, memory_format=fmt)
     mean_rstd = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
     shape = (batch, p.tiles, 3) if return_stats else (0,)
     y_stats = torch.empty(shape, dtype=torch.float32, device=x.device)
     if batch == 0:
         return y, mean_rstd, y_stats
-    x = x.contiguous(memory_format=fmt)
     stats = few(flat_stats(x) if stats is None else stats.contiguous())
     partials = stats.shape[1]
     pool_mixer_fwd[(batch * p.tiles,)](
@@ -250,7 +251,8 @@ def backward(
     batch, channels, height, width = x.shape
     fmt = memory_format_of(x)
     channels_last = fmt is torch.channels_last
-    p = plan(channels, height, width, channels_last, pool_size, x.element_size())
+    x, grad = x.contiguous(memory_format=fmt), grad.contiguous(memory_format=fmt)
+    p = plan(channels, height, width, channels_last, pool_size, x.element_size(), aligned(x, grad))
     dx = torch.empty_like(x, memory_format=fmt)
     vectors = {"dtype": torch.float32, "device": x.device}
     if batch == 0:
@@ -264,8 +266,6 @@ def backward(
     ddrop, k = torch.empty(batch, **vectors), torch.empty(batch, **vectors)
     partial = torch.empty((batch, p.reduce_column_tiles, channels), **vectors)
     q = torch.empty((batch, channels), **vectors)
-    x = x.contiguous(memory_format=fmt)
-    grad = grad.contiguous(memory_format=fmt)
     mean_rstd = mean_rstd.contiguous()
     weight, scale, drop = _dense(weight), _dense(layer_scale), _dense(drop_scale)
     strip = (ROWS, p.even, p.wide, p.pool <= MAX_ROLLED_POOL)
