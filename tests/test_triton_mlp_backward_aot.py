@@ -77,6 +77,7 @@ USUAL = [  # on one
     *(Case(*SHAPES[i], save_hidden=True) for i in (0, 2, 4)),
     *(Case(*SHAPES[i], drop_grad=True) for i in (0, 5)),
     *(Case(*SHAPES[i], offset=1) for i in (0, 5)),  # slices of larger tensors
+    Case(*SHAPES[0], torch.float32),
 ]
 REST = [
     *(Case(*shape, drop_grad=drop, save_hidden=True) for shape in SHAPES for drop in (False, True)),

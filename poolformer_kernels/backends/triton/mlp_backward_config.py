@@ -58,7 +58,7 @@ def plan(channels: int, out: int, hidden: int, itemsize: int, device: Device) ->
     if width <= (FUSED if itemsize == 2 else FUSED // 2):
         p = next(p for limit, p in _FUSED.items() if width <= limit)
         if itemsize == 4:
-            p = Fused(32, 32, 4, 2, 32, 32, 4, 2, 255, _PROGRAMS)
+            p = Fused(16, 32, 8, 2, 32, 32, 4, 2, 255, _PROGRAMS)
         elif device.register_operands:
             p = p._replace(weight_tokens=16, hidden=16 if width <= 64 else p.hidden)
         return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
