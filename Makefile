@@ -1,5 +1,6 @@
 # make demo    PoolFormer on real photos: verified against timm and timed; writes report/index.html
 # make test    the test suite        make lint   ruff and clang-format     make bench  benchmarks and plots
+# make test-long   the rest of it: full products of parameters, all of gpu-check on a null GPU
 # make sanitize   the operators' tests under AddressSanitizer and UBSan
 # make setup   environment and extension only                              make clean  remove all of it
 # make gpu-check   build for this GPU, benchmarks, CUDA tests, compute-sanitizer and a summary in OUT, with a PYTHON
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(CPP)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test lint bench sanitize gpu-check clean
+.PHONY: setup demo test test-long lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.extension
@@ -30,7 +31,10 @@ demo: $(VENV)/.extra-demo $(VENV)/.extension
 	$(BIN)/poolformer-kernels demo $(ARGS)
 
 test: $(VENV)/.extra-test $(VENV)/.extension
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
+
+test-long: $(VENV)/.extra-test $(VENV)/.extension
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 bench: $(VENV)/.extra-bench $(VENV)/.extension
 	for name in pool-mixer mlp block model training; do $(BIN)/poolformer-kernels bench $$name $(ARGS) || exit; done
@@ -47,7 +51,8 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest ../../tests/test_pool_mixer*.py \
-	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large" -k "not compile and not export" $(ARGS)
+	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large and not long" \
+	  -k "not compile and not export" $(ARGS)
 
 gpu-check:
 	@$(PYTHON) tests/gpu/check.py $(if $(OUT),--out "$(OUT)") $(if $(COMMIT),--commit "$(COMMIT)") $(if $(DRY),--dry)
