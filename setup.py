@@ -121,6 +121,7 @@ def extension() -> dict:
             super().finalize_options()
             if self.inplace or self.editable_mode:  # setuptools would use a folder that it then deletes
                 self.build_temp = str(ROOT / "build" / "objects")
+            self.force |= not self.use_ninja  # ninja compares commands, setuptools only times
 
         def build_extensions(self) -> None:
             if cuda_compiler:
@@ -137,21 +138,23 @@ def extension() -> dict:
             super().build_extensions()
 
         def compile_cuda(self, source: Path, digest: str) -> tuple[str, str]:
-            """The object of a source and what ptxas said, as they lie there if they are of this very call."""
+            """The object and what ptxas said of it, as kept if this command made them of these sources."""
             target = Path(self.build_temp, f"{source.stem}.cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [cuda_compiler, "-c", str(source.relative_to(ROOT)), "-o", str(target), *NVCC_FLAGS]
             command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{path}" for path in include_paths())]
             command += arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES]
-            said, key = target.with_suffix(".ptxas"), f"{digest} {cuda} {shlex.join(command)}\n"
-            if target.exists() and said.exists() and said.read_text().startswith(key):
-                return str(target), said.read_text().removeprefix(key)
-            said.unlink(missing_ok=True)
+            flags = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
+            key = " ".join([digest, torch.__version__, cuda, *flags, shlex.join(command)]) + "\n"
+            report = target.with_suffix(".ptxas")
+            if target.exists() and report.exists() and report.read_text().startswith(key):
+                return str(target), report.read_text().removeprefix(key)
+            report.unlink(missing_ok=True)
             done = run(command, cwd=ROOT)
             sys.stderr.write(PTXAS_LINE.sub("", done.stderr))
             done.check_returncode()
             lines = [line for line in PTXAS_LINE.findall(done.stderr) if "Compile time" not in line]
-            said.write_text(key + "".join(lines))
+            report.write_text(key + "".join(lines))
             return str(target), "".join(lines)
 
     module = Extension(

@@ -66,7 +66,7 @@ def collect() -> dict[str, dict[str, str]]:
         "backends": {name: reason or "available" for name, reason in available_backends().items()},
         "selection": {
             f"{device}, {str(dtype).removeprefix('torch.')}": " — ".join(explain_selection(device, dtype))
-            for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
+            for device in ("cpu", *_cuda_devices())
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("POOLFORMER_KERNELS_")},
@@ -76,6 +76,11 @@ def collect() -> dict[str, dict[str, str]]:
             ".".join(map(str, capability)): _code(archs, capability) for capability in _CAPABILITIES if archs
         },
     }
+
+
+def _cuda_devices() -> list[str]:
+    count = torch.cuda.device_count()
+    return ["cuda"] if count == 1 else [f"cuda:{i}" for i in range(count)]
 
 
 _CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))

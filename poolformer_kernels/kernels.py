@@ -31,9 +31,13 @@ class Limits:
 LIMITS = {
     80: Limits(warps=64, blocks=32, shared=164 * 1024, shared_of_block=163 * 1024),
     86: Limits(warps=48, blocks=16, shared=100 * 1024, shared_of_block=99 * 1024),
+    87: Limits(warps=48, blocks=16, shared=164 * 1024, shared_of_block=163 * 1024),
     89: Limits(warps=48, blocks=24, shared=100 * 1024, shared_of_block=99 * 1024),
     90: Limits(warps=64, blocks=32, shared=228 * 1024, shared_of_block=227 * 1024),
     100: Limits(warps=64, blocks=32, shared=228 * 1024, shared_of_block=227 * 1024),
+    103: Limits(warps=64, blocks=32, shared=228 * 1024, shared_of_block=227 * 1024),
+    120: Limits(warps=48, blocks=24, shared=100 * 1024, shared_of_block=99 * 1024),
+    121: Limits(warps=48, blocks=24, shared=100 * 1024, shared_of_block=99 * 1024),
 }
 _QUARTERS = 4  # of a multiprocessor: each holds its own warps and registers
 _REGISTERS = 256  # allocated at a time, to a warp

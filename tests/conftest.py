@@ -1,6 +1,7 @@
 """Fixtures for every test. The operator tests run once per backend that computes on the CPU."""
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -21,27 +22,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
     config.addinivalue_line("markers", "host: looks at no computed values; runs on the null GPU, too")
     config.addinivalue_line("markers", "long: full products of parameters, run by `make test-long`")
+    text = "sampled(n): of its cases one in n, on all values of each parameter, is not long"
+    config.addinivalue_line("markers", text)
     for backend in ("cuda", "triton"):
         config.addinivalue_line("markers", f"{backend}: of tests/gpu, on this backend")
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The few long tests at the start of both workers' halves: none is left alone with one at the end.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """What is long, before ``-m`` selects; afterwards what runs here, and in which order.
 
+    Tests that take a while come at the start of both workers' halves: none is left alone with one at the end.
     On the null GPU kernels are not run: a test of values would compare what nobody wrote, so there is none.
     """
+    seen = set()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        again = sampled and (item.path, item.originalname) in seen
+        if again and zlib.crc32(item.name.encode()) % sampled.args[0]:
+            item.add_marker("long")
+        seen.add((item.path, item.originalname))
+    yield
     if os.environ.get("NULL_GPU"):
         config.hook.pytest_deselected(items=[i for i in items if not i.get_closest_marker("host")])
         items[:] = [item for item in items if item.get_closest_marker("host")]
     names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor", "test_null_gpu")
-    long = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
-    first = set(long)
+    names += ("test_gpu_check.py::test_a_dry_run",)
+    slow = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
+    first = set(slow)
     rest = [item for item in items if item not in first]
-    half = (len(rest) + len(long) % 2) // 2
-    items[:] = [*long[::2], *rest[:half], *long[1::2], *rest[half:]]
+    half = (len(rest) + len(slow) % 2) // 2
+    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]
 
 
 @pytest.fixture(params=BACKENDS)

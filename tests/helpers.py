@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +313,13 @@ def adjoint_bias(pool_size: int, layout: str, device: str = "cpu") -> float:
     )
     bias = (dx.double() - right).mean().item() / grad.mean().item()
     return bias / torch.finfo(torch.float32).eps
+
+
+def tiers(folder: Path) -> list:
+    """(file, the cases that ``-m`` selects) for what `make test` runs and for what `make test-long` adds."""
+    files = sorted(path.name for path in folder.glob("test_*.py"))
+    more = [name for name in files if "pytest.mark.sampled" in (folder / name).read_text()]
+    return [
+        *((name, "not long") for name in files),
+        *(pytest.param(name, "long", marks=pytest.mark.long) for name in more),
+    ]

@@ -83,12 +83,14 @@ def test_all_models_are_here():
     assert [f"poolformer_{size}" for size in SIZES] == list_models("poolformer_*")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
 @pytest.mark.parametrize("source", SOURCES)
 def test_full_depth(source, size, kernels):
     assert_right(make_model(source, size, DEPTHS[size]), randn(2, 3, 33, 47, mean=0.1), DEPTHS[size])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES[3:])
 @pytest.mark.parametrize("source", SOURCES)
 @torch.inference_mode()

@@ -15,6 +15,8 @@ from poolformer_kernels.ops import backend as selection
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 FORMATS = ("nchw", "channels_last")
 FORWARD = torch.ops.poolformer_kernels.mlp_cpp.default
 BACKWARD = torch.ops.poolformer_kernels.mlp_cpp_backward.default

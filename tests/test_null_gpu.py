@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
 from null_gpu.extension import extension_file, link_extension
 
@@ -36,7 +37,7 @@ def folder() -> Path:
     if reason is None and importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
     if reason:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
     return build()
 
 
@@ -153,5 +154,6 @@ def test_on_the_null_gpu(folder) -> None:
     )
     summary = inner.stdout.strip().splitlines()[-1:] or [""]
     assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
-    passed = r"\d+ passed, 1 deselected(, \d+ warnings?)? in .*"
-    assert re.fullmatch(passed, summary[0].strip("= ")), inner.stdout[-2000:]
+    passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary[0].strip("= "))
+    assert passed, inner.stdout[-2000:]
+    assert int(passed[1]) >= 75  # a file that collects nothing would pass, too

@@ -25,6 +25,8 @@ from poolformer_kernels.ops import backend as selection
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 FORMATS = ("nchw", "channels_last")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from poolformer_kernels.backends import cpp
 
@@ -145,3 +146,58 @@ def test_what_ptxas_says_is_told_from_warnings():
     pattern = setup_script().PTXAS_LINE
     assert pattern.findall(text) == said
     assert pattern.sub("", text) == warning
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release 13.0, V13.0.0";;
+*--dryrun*) echo "#$ TOP={top}" >&2;;
+*) echo "$*" >> {top}/calls
+   echo "ptxas info    : Used 59 registers" >&2
+   while [ "$1" != -o ]; do shift; done
+   echo made > "$2";;
+esac
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    """A compiler that writes down its calls; returns how often it was called since."""
+    for folder in ("bin", "lib64"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    program = tmp_path / "bin" / "nvcc"
+    program.write_text(NVCC.replace("{top}", str(tmp_path)))
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    calls = tmp_path / "calls"
+
+    def count() -> int:
+        found = len(calls.read_text().splitlines()) if calls.exists() else 0
+        calls.unlink(missing_ok=True)
+        return found
+
+    return count
+
+
+def test_objects_of_the_same_sources_and_command_are_kept(fake_nvcc, tmp_path, monkeypatch):
+    def compiled(digest: str) -> int:
+        script = setup_script()
+        command = script.extension()["cmdclass"]["build_ext"](Distribution())
+        command.build_temp = str(tmp_path / "objects")
+        target, report = command.compile_cuda(script.ROOT / "csrc" / "cuda" / "norm_stats.cu", digest)
+        assert Path(target).read_text() == "made\n"
+        assert report == "ptxas info    : Used 59 registers\n"
+        return fake_nvcc()
+
+    assert [compiled("one") for _ in range(2)] == [1, 0]
+    assert [compiled("another") for _ in range(2)] == [1, 0]  # the sources
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert [compiled("another") for _ in range(2)] == [1, 0]
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert [compiled("another") for _ in range(2)] == [1, 0]
+    monkeypatch.setattr(torch, "__version__", "9.9")  # whose headers they would not be of
+    assert [compiled("another") for _ in range(2)] == [1, 0]
+    next((tmp_path / "objects").glob("*.o")).unlink()
+    assert compiled("another") == 1

@@ -138,9 +138,15 @@ constexpr int kSumLanes = 8;    // of a block, over the splits
 constexpr int kSumGroup = 128;  // rows that one block adds
 constexpr int kSumColumns = 32;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // by itself ptxas takes 48 registers there and spills two
+#define PK_SUM_BOUNDS __launch_bounds__(kSmallThreads, 4)
+#else
+#define PK_SUM_BOUNDS __launch_bounds__(kSmallThreads)
+#endif
+
 // dW1, db1 and G2^T from the splits' partials; weights of dtype W.
 template <class W>
-__global__ void __launch_bounds__(kSmallThreads) mlp_bwd_weights(MlpBwdParams p) {
+__global__ void PK_SUM_BOUNDS mlp_bwd_weights(MlpBwdParams p) {
   constexpr int kPacks = kSmallThreads / kSumLanes;
   __shared__ float4 lanes[kSumLanes][kPacks];
   const int pack = threadIdx.x % kPacks, lane = threadIdx.x / kPacks;

@@ -28,21 +28,30 @@ UNAVAILABLE: str | None = cpp.UNAVAILABLE  # whatever the device
 
 if UNAVAILABLE is None and not _BUILD["cuda_archs"]:
     UNAVAILABLE = "the extension was built without CUDA (nvcc is needed at install time)"
+elif UNAVAILABLE is None and torch.version.hip is not None:
+    UNAVAILABLE = "the kernels are for NVIDIA's devices, and this torch is built for AMD's"
+elif UNAVAILABLE is None and "cuda_stream_bound" not in _BUILD:
+    UNAVAILABLE = "the extension is older than the package: build it again"
 elif UNAVAILABLE is None and not _BUILD["cuda_stream_bound"]:
     UNAVAILABLE = f"torch {torch.__version__} is built without CUDA, or the extension is not linked to it"
+
+
+_TEGRA = ((8, 7),)  # these run machine code of their own only
 
 
 def code_for(archs: Iterable[str], capability: tuple[int, int]) -> str | None:
     """Which code of a build for these architectures ("8.0", "9.0a", "10.0+PTX") such a device runs, or None.
 
-    ``sm_90a`` is machine code, ``compute_100`` PTX that the driver compiles before the first launch.
+    ``sm_90a`` is machine code, ``compute_100`` PTX that the driver compiles before the first launch. Source:
+    CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility", "Family-Specific Features".
     """
     images, ptx = [], []
     for arch in archs:
         major, minor, suffix, has_ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch).groups()
         built = int(major), int(minor)
         number = f"{major}{minor}{suffix}"
-        if built == capability or (not suffix and built[0] == capability[0] and built <= capability):
+        newer = built[0] == capability[0] and built < capability and capability not in _TEGRA
+        if built == capability or (newer and suffix != "a"):
             images.append((built, f"sm_{number}"))
         if has_ptx and not suffix and built <= capability:
             ptx.append((built, f"compute_{number}"))
@@ -56,6 +65,8 @@ def unavailable(device: torch.device) -> str | None:
 
 @cache
 def _unavailable(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     archs = _BUILD["cuda_archs"]
     if code_for(archs, capability) is not None:

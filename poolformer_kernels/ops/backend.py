@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -64,11 +65,12 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
+@cache
 def _backend(name: str) -> ModuleType:
     return import_module(f"..backends.{name}", __package__)
 
 
-def _judged(device: torch.device) -> torch.device:
+def _with_index(device: torch.device) -> torch.device:
     """The device with its index: ``cuda`` alone is the current one."""
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -93,9 +95,7 @@ def unavailable_reason(backend: str, device: torch.device | None = None) -> str 
         return None if None in reasons else "; ".join(dict.fromkeys(reasons))
     if device.type not in module.DEVICES:
         return f"it runs on {' and '.join(module.DEVICES)} tensors, not {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    return module.unavailable(_judged(device))
+    return module.unavailable(_with_index(device))
 
 
 def available_backends() -> dict[str, str | None]:
@@ -131,7 +131,7 @@ def _selected(chosen: str, device: torch.device | str, dtype: torch.dtype) -> st
         return _SELECTED[chosen, device, dtype][0]
     except KeyError:
         backend, reason = _decide(chosen, device, dtype)
-    if torch.device(device) == _judged(torch.device(device)):  # else it is another device at another time
+    if torch.device(device) == _with_index(torch.device(device)):  # `cuda` alone follows the current device
         _SELECTED[chosen, device, dtype] = backend, reason
     if backend == "reference" and chosen == "auto":
         _log_reference(reason)

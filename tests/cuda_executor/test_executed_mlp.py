@@ -24,6 +24,8 @@ from poolformer_kernels.backends.cuda import STATS_ROWS
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 FORWARD = torch.ops.poolformer_kernels.mlp_cuda.default
 ORDER = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
 SHAPES = (  # x, hidden: samples that share tiles, several tiles, one token

@@ -17,6 +17,8 @@ from mlp_helpers import (
 
 from poolformer_kernels import reference
 
+pytestmark = pytest.mark.sampled(3)
+
 BF16, F16 = torch.bfloat16, torch.float16
 SHAPE = (2, 64, 7, 5)  # 70 tokens: two tiles of 64, samples meet inside one
 backward = torch.ops.poolformer_kernels.mlp_cuda_backward

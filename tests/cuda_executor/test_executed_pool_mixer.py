@@ -30,6 +30,8 @@ from poolformer_kernels.backends import cuda
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 FORWARD = torch.ops.poolformer_kernels.pool_mixer_cuda.default
 BACKWARD = torch.ops.poolformer_kernels.pool_mixer_cuda_backward.default
 DTYPES = (torch.float32, *HALVES)

@@ -60,7 +60,7 @@ PARTS = (
     Part("kernels", 20, ("{python}", "-m", "poolformer_kernels", "info", "--kernels")),
     Part("launches, C++", 60, ours("launches.py", "cuda"), ("--dry",)),
     Part("compile Triton's kernels", 60, ours("precompile.py"), ("--dry",)),
-    Part("launches, Triton", 60, ours("launches.py", "triton"), ("--dry",)),
+    Part("launches, Triton", 100, ours("launches.py", "triton"), ("--dry",)),
     Part(
         "bench model",
         130,
@@ -74,7 +74,7 @@ PARTS = (
         "bench model without C++",
         60,
         bench(
-            *("model", "--batch", "256", "1", "--providers", "ours triton", "ours triton graphed", *PEERS),
+            *("model", "--batch", "256", "1", "--providers", "ours triton", "ours triton graphed", "eager"),
             file="model_without_cuda",
         ),
         (*SMALL, "--image-size", "32"),
@@ -114,10 +114,12 @@ def dry_environment() -> dict[str, str]:
     """Where the null GPU takes the device's place."""
     sys.path.append(str(ROOT / "tests"))
     from null_gpu.build import build, environment, unavailable
-    from null_gpu.extension import link_extension
+    from null_gpu.extension import extension_file, link_extension
 
     if reason := unavailable():
         raise SystemExit(f"gpu-check: --dry needs the null GPU: {reason}")
+    if extension_file() is None:
+        raise SystemExit("gpu-check: --dry needs an extension that was built with CUDA")
     return environment(build(), "9.0", extension=link_extension())
 
 
@@ -219,7 +221,7 @@ class Check:
 
     def write_archive(self) -> Path:
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        commit = re.sub(r"[^A-Za-z0-9.+-]+", "-", self.commit)
+        commit = re.sub(r"[^A-Za-z0-9.-]+", "-", self.commit)
         path = self.out / f"gpu-check-{device}-{commit}.tar.gz"
         files = [file for file in sorted(self.out.rglob("*")) if file.is_file()]
         with tarfile.open(path, "w:gz") as archive:

@@ -88,15 +88,19 @@ def cases(backend: str, values: bool) -> Iterator[tuple[str, Callable[[], None]]
             yield f"mlp, hidden {hidden}, {what}, {_text(shape, dtype)}", compare if values else launch
 
 
-def launch_only(function: Callable, inputs: dict, grad, **options) -> None:
-    """The operator and its gradients in both layouts."""
+def launch_only(function: Callable, inputs: dict, grad, **options) -> set[str]:
+    """The operator and its gradients in both layouts; on the null GPU, the kernels that it recorded."""
     from helpers import as_layout, run
+    from null_gpu import null_gpu
 
     from gpu.cases import like_on, on
 
+    if null_gpu.ACTIVE:
+        null_gpu.take()
     for layout in FORMATS:
         tensors = on("cuda", {**inputs, "x": as_layout(inputs["x"], layout)})
         run(function, tensors, like_on("cuda", as_layout(grad, layout)), **options)
+    return {launch.name for launch in null_gpu.take() if launch.ours} if null_gpu.ACTIVE else set()
 
 
 def _text(shape: tuple[int, ...], dtype) -> str:
@@ -157,7 +161,7 @@ def watch(backend: str, dry: bool) -> tuple[list[str], set[str], int]:
         process = subprocess.Popen([*command, "--first", str(at + 1)], stdout=subprocess.PIPE, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-        name, before = "", at
+        name, before, outcome = "", at, ""
         while True:
             try:
                 line = lines.get(timeout=SILENT_S[backend])
@@ -168,6 +172,7 @@ def watch(backend: str, dry: bool) -> tuple[list[str], set[str], int]:
                 break
             kind, _, text = line.partition(" ")
             if kind == "begin":
+                outcome = ""
                 at, _, name = int(text.partition(" ")[0]), *text.partition(" ")[1:]
             elif kind == "kernels":
                 launched |= set(text.split("; "))
@@ -175,16 +180,21 @@ def watch(backend: str, dry: bool) -> tuple[list[str], set[str], int]:
             elif kind in ("ok", "failed", "failed:"):
                 print(f"{backend}: {name}: {line}", flush=True)
                 failed += [] if kind == "ok" else [name]
-                name = ""
+                name, outcome = "", kind
             else:
                 print(line, flush=True)
             if kind == "failed:":
                 break
-        code = process.wait()
+        try:
+            code = process.wait(10)
+        except subprocess.TimeoutExpired:  # the driver holds it
+            return [*failed, "a process that was killed did not end"], launched, at + 1
         ended = code == 0
         if not ended and name:
             print(f"{backend}: {name}: failed, the process ended with exit code {code}", flush=True)
             failed.append(name)
+        if not ended and outcome == "ok":
+            failed.append(f"the process ended with exit code {code} between two cases")
         if not ended and at == before:
             return [*failed, "no case began"], launched, at + 1
     return failed, launched, at + 1
@@ -219,9 +229,12 @@ def main() -> int:
         return run_cases(args.backend, args.first, values=not args.dry)
     failed, launched, count = watch(args.backend, args.dry)
     print(f"{args.backend}: {count - len(failed)} of {count} cases passed")
-    if args.backend == "cuda" and launched:
+    if args.backend == "cuda" and not launched:
+        failed.append("the profiler saw no kernel: whether every one was launched is not known")
+    elif args.backend == "cuda":
         missing = never_launched(launched)
         print(f"kernels of the extension that no case launched: {', '.join(missing) or 'none'}")
+        failed += [f"no case launched {name}" for name in missing]
     print(*(f"failed: {name}" for name in failed), sep="\n")
     return 1 if failed or not count else 0
 

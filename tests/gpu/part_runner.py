@@ -61,7 +61,7 @@ class Stop:
         self.signal: signal.Signals | None = None
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: object) -> None:
@@ -121,7 +121,10 @@ def _interrupt(process: subprocess.Popen) -> str:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         _signal_group(process, signal.SIGKILL)
-        process.wait()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:  # the driver holds it
+            return "killed, and it did not end"
         return "killed, it ignored SIGINT"
     return "ended by SIGINT"
 

@@ -19,6 +19,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH ha
 
 COUNT = 5
 
+REFUSALS = {  # what ncu says where it cannot profile
+    "ERR_NVGPUCTRPERM": "this user may not read the device's performance counters",
+    "Failed to initialize the profiler": "its library does not load on this machine",
+}
+
 
 def inference(batch: int):
     """One call of the model, everything compiled."""
@@ -57,14 +62,15 @@ def kernel_times(batch: int) -> list[tuple[str, float, int]]:
 def run_ncu(ncu: str, names: list[str], batch: int, file: Path) -> int:
     """Profile the first launches of these kernels in one call."""
     functions = "|".join(dict.fromkeys(re.escape(name.partition("<")[0]) for name in names))
-    command = [ncu, "--csv", "--log-file", str(file), "--profile-from-start", "off", "--launch-count", "12"]
+    command = [ncu, "--csv", "--log-file", str(file), "--profile-from-start", "off", "--launch-count", "60"]
     command += ["--kernel-name", f"regex:^({functions})$"]
     done = subprocess.run([*command, sys.executable, __file__, "--once", "--batch", str(batch)])
     text = file.read_text() if file.exists() else ""
     print(text[-6000:])
-    if "ERR_NVGPUCTRPERM" in text:
-        print("ncu: skipped, this user may not read the device's performance counters")
-        return SKIPPED
+    for said, reason in REFUSALS.items():
+        if said in text:
+            print(f"ncu: skipped, {reason}")
+            return SKIPPED
     return done.returncode
 
 

@@ -24,7 +24,15 @@ NO_TESTS = 5  # pytest's exit code where none was selected
 
 def pytest_commands(backend: str, jobs: int, reports: Path, dry: bool) -> list[list[str]]:
     """One run with xdist, else one for each file."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", f"{backend} and {'host' if dry else 'not large'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-m",
+        f"{backend} and {'host' if dry else 'not large'}",
+    ]
     if importlib.util.find_spec("xdist"):
         print(f"pytest-xdist runs them in {jobs} processes", flush=True)
         parallel = ["-n", str(jobs), "--dist", "worksteal", f"--junitxml={reports / f'{backend}.xml'}"]

@@ -29,7 +29,9 @@ def link_extension() -> Path:
     from poolformer_kernels.backends import cpp
 
     file = extension_file()
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    made_from = [file, ROOT / "setup.py", *sources]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in made_from)).hexdigest()[:16]
     target = BUILT / f"extension-{digest}"
     BUILT.mkdir(parents=True, exist_ok=True)
     with open(BUILT / "extension.lock", "w") as lock:
@@ -40,6 +42,8 @@ def link_extension() -> Path:
         shutil.rmtree(work, ignore_errors=True)
         archs = ";".join(cpp.build_info()["cuda_archs"])
         env = os.environ | {"POOLFORMER_KERNELS_CUDART": "shared", "TORCH_CUDA_ARCH_LIST": archs}
+        # the ninja that made the objects: another one would not read its log, and compile them again
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(work)]
         command += ["--build-temp", str(ROOT / "build" / "objects")]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -32,6 +32,8 @@ from poolformer_kernels.backends.triton.activation import activate, activate_wit
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 DTYPES = (torch.float32, *HALVES)
 FORMATS = ("nchw", "channels_last")
 KINDS = ((torch.float32, "nchw"), *((dtype, "channels_last") for dtype in HALVES))

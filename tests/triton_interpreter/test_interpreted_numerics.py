@@ -27,6 +27,8 @@ from poolformer_kernels.backends.triton import pool_mixer as kernels
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
+pytestmark = pytest.mark.sampled(3)
+
 DTYPES = (torch.float32, *HALVES)
 FORMATS = ("nchw", "channels_last")
 # H != W, strips cut short, several tiles, padded channels, one pixel, row or column, narrower than the pool

@@ -30,16 +30,24 @@ elif torch.version.hip is not None:
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None; the first call initialises CUDA."""
-    return UNAVAILABLE or (None if device.type == "cpu" else _unavailable(device))
+    return UNAVAILABLE or _unavailable(device)
 
 
 @cache
 def _unavailable(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST:
-        return None
-    wanted, found = (".".join(map(str, version)) for version in (OLDEST, capability))
-    return f"it needs compute capability {wanted} or newer, this device has {found}"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            wanted, found = (".".join(map(str, version)) for version in (OLDEST, capability))
+            return f"it needs compute capability {wanted} or newer, this device has {found}"
+    try:
+        for module in {module for _, module, _ in _KERNELS}:
+            import_module(f".{module}", __name__)
+    except ImportError as error:  # another version of Triton than the kernels are for, or a broken one
+        return f"triton cannot be imported: {error}"
+    return None
 
 
 def _kernel(module: str, function: str) -> Callable:
@@ -55,11 +63,12 @@ def _kernel(module: str, function: str) -> Callable:
     return kernel
 
 
+_KERNELS = (
+    ("pool_mixer_triton", "pool_mixer", "forward"),
+    ("pool_mixer_triton_backward", "pool_mixer", "backward"),
+    ("mlp_triton", "mlp", "forward"),
+    ("mlp_triton_backward", "mlp_backward", "backward"),
+)
 for _device in DEVICES:
-    for _operator, _module, _function in (
-        ("pool_mixer_triton", "pool_mixer", "forward"),
-        ("pool_mixer_triton_backward", "pool_mixer", "backward"),
-        ("mlp_triton", "mlp", "forward"),
-        ("mlp_triton_backward", "mlp_backward", "backward"),
-    ):
+    for _operator, _module, _function in _KERNELS:
         LIBRARY.impl(_operator, _kernel(_module, _function), _device.upper())

@@ -82,8 +82,14 @@ CUresult check_address(const Kernel& kernel, const Launch& l, size_t argument, i
                   argument, offset, address, wrong);
 }
 
-// Words that look like addresses. In a structure they may be padding that nobody wrote, of which torch has much: there
-// only a device's addresses count, and not in torch's own kernels.
+// Whether a word of an argument may be an address that nobody passed: what lay there before in a structure's padding
+// or, as large as an address, in one of torch's functions without a state.
+bool may_be_padding(uint64_t word, int size, bool torch) {
+  const bool small_number = uint32_t(word) < 1 << 16;  // an int, and half of an address in the padding behind it
+  return size > 8 ? torch || small_number || device_with_address(word) < 0 : torch && device_with_address(word) < 0;
+}
+
+// Words that look like addresses.
 CUresult check_arguments(const Kernel& kernel, Launch& l, void** arguments) {
   const bool torch = !kernel.name.compare(0, 6, "_ZN2at");
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
@@ -92,7 +98,7 @@ CUresult check_arguments(const Kernel& kernel, Launch& l, void** arguments) {
       uint64_t word = 0;
       memcpy(&word, static_cast<char*>(arguments[i]) + at, std::min(8, size - at));
       if (at == 0) l.arguments.push_back(word);
-      if (size - at < 8 || (size > 8 && (torch || device_with_address(word) < 0))) continue;
+      if (size - at < 8 || may_be_padding(word, size, torch)) continue;
       if (CUresult refused = check_address(kernel, l, i, at, word)) return refused;
     }
   }
