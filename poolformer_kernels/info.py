@@ -83,7 +83,7 @@ def _cuda_devices() -> list[str]:
     return ["cuda"] if count == 1 else [f"cuda:{i}" for i in range(count)]
 
 
-_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
 
 
 def _code(archs: list[str], capability: tuple[int, int]) -> str:

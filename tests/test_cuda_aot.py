@@ -141,7 +141,7 @@ def test_resources(built, arch) -> None:
     assert not wrong, "\n".join(table(wrong))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), *ARCHS[1:]])
 def test_instructions(built, arch) -> None:
     names = {kernel.name for kernel in of_arch(built, arch)}
     wanted = [

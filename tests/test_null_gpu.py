@@ -156,4 +156,4 @@ def test_on_the_null_gpu(folder) -> None:
     assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
     passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary[0].strip("= "))
     assert passed, inner.stdout[-2000:]
-    assert int(passed[1]) >= 75  # a file that collects nothing would pass, too
+    assert int(passed[1]) >= 70  # a file that collects nothing would pass, too

@@ -342,6 +342,7 @@ def available_memory() -> int:
 
 
 @pytest.mark.large
+@pytest.mark.long
 def test_more_than_2_to_31_elements_in_a_sample(kernels):
     """Statistics given, the mixer is local: both ends of the sample are compared with the reference there.
 

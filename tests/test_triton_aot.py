@@ -65,6 +65,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
     used = aot.compile_launch(launch, arch)
@@ -106,6 +107,7 @@ def test_launches_are_recorded_from_the_launchers() -> None:
     ]
 
 
+@pytest.mark.long
 def test_table() -> None:
     cases = [aot.Case(torch.bfloat16, True, 64, 7)]
     rows = aot.resource_table(cases, archs=(90,), processes=2)

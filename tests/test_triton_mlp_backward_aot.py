@@ -93,6 +93,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
     used = aot.compile_launch(launch, arch)

@@ -32,7 +32,7 @@ from poolformer_kernels.backends.triton.activation import activate, activate_wit
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 DTYPES = (torch.float32, *HALVES)
 FORMATS = ("nchw", "channels_last")

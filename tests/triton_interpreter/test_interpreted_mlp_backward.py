@@ -24,7 +24,7 @@ from poolformer_kernels.backends.triton import (
     mlp_backward_gemm,
 )
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 KINDS = ((torch.float32, "nchw"), (torch.bfloat16, "channels_last"), (torch.float16, "nchw"))
 FUSED, GEMM = ((3, 17, 5, 7), 40), ((3, 132, 2, 3), 20)  # (shape of x, hidden) of either form

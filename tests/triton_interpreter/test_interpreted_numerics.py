@@ -27,7 +27,7 @@ from poolformer_kernels.backends.triton import pool_mixer as kernels
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 DTYPES = (torch.float32, *HALVES)
 FORMATS = ("nchw", "channels_last")

@@ -11,7 +11,7 @@ from poolformer_kernels.backends import triton as backend
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 FORWARD = torch.ops.poolformer_kernels.pool_mixer_triton.default
 BACKWARD = torch.ops.poolformer_kernels.pool_mixer_triton_backward.default
