@@ -73,9 +73,9 @@ def start(folder: Path, parts: str, *options: str) -> subprocess.Popen:
 
 def results(folder: Path) -> dict[str, str]:
     """By part how it ended, as the summary has it."""
-    lines = (folder / "out" / "summary.md").read_text().splitlines()
-    rows = [re.split(r" *\| *", line)[1:3] for line in lines if line.startswith("| ")]
-    return dict(rows[2:])
+    text = (folder / "out" / "summary.md").read_text()
+    table = text[text.index("| part |") :].partition("\n\n")[0]
+    return dict(re.split(r" *\| *", line)[1:3] for line in table.splitlines()[2:])
 
 
 def is_alive(pid: int) -> bool:

@@ -63,5 +63,5 @@ def plan(channels: int, out: int, hidden: int, itemsize: int, device: Device) ->
             p = p._replace(weight_tokens=16, hidden=16 if width <= 64 else p.hidden)
         return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
     if itemsize == 4:
-        return Gemm(64, min(64, block), 64, 64, 64, 16, 4, 2, _PROGRAMS // 2)
+        return Gemm(64, min(64, block), 64, 64, 64, 16, 8, 2, _PROGRAMS // 2)
     return Gemm(128, min(64, block), 64, 128, 64 if channels % 128 else 128, 64, 8, 3, _PROGRAMS // 4)

@@ -94,13 +94,15 @@ def fused(channels: int, itemsize: int, device: Device) -> Fused:
         return Fused(64, 16, 8, 1, 255)
     if channels <= 64 and device.register_operands:  # 64 hidden channels at a time would spill
         return Fused(128, 32, 8, 2, 128)
+    if 64 < channels <= 96 and device.architecture >= 120:  # 32 would spill there
+        return Fused(128, 16, 8, 2, 128)
     return _FUSED[next(bound for bound in _FUSED if channels <= bound)]
 
 
 def fc1(x_itemsize: int, itemsize: int, device: Device) -> Gemm:
     """Tiles of fc1 where fc2 is a kernel of its own, and as many stages as a block's shared memory holds."""
     if itemsize == 4:
-        return Gemm(64, (64, 0), 32, 8, 2)
+        return Gemm(64, (64, 0), 16, 8, 2)  # operands of a step lie in registers
     return Gemm(128, (128, 0), 64, 8, min(3, device.shared // (64 * 128 * (x_itemsize + itemsize))))
 
 
@@ -108,5 +110,5 @@ def fc2(out: int, itemsize: int, device: Device) -> Gemm:
     """Tiles of that kernel, likewise."""
     columns = out_tile(out)
     if itemsize == 4:
-        return Gemm(64, columns, 32, 8, 2)
+        return Gemm(64, columns, 16, 8, 2)
     return Gemm(128, columns, 64, 8, min(4, device.shared // (64 * (128 + sum(columns)) * itemsize)))
