@@ -191,6 +191,18 @@ def test_devices_are_judged_each_for_itself(devices):
     assert selected("cuda") == ("reference", "triton: no CUDA device; cuda: no CUDA device")
 
 
+def test_a_triton_that_cannot_be_imported_is_not_taken(devices, monkeypatch):
+    def fail(name, package):
+        raise ImportError("cannot import name 'jit'")
+
+    devices((9, 0))
+    monkeypatch.setattr(pk.backends.triton, "import_module", fail)
+    assert selected("cuda:0") == (
+        "cuda",
+        "instead of triton: triton cannot be imported: cannot import name 'jit'",
+    )
+
+
 def test_the_current_device_is_asked_for_anew(devices, monkeypatch):
     devices((9, 0), (7, 5))
     assert selection.select_backend("cuda", torch.float32) == "triton"

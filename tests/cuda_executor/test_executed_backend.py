@@ -49,6 +49,11 @@ def test_explain_says_what_stays_with_triton(monkeypatch) -> None:
         ("8.0+PTX 9.0a 10.0+PTX", (12, 0), "compute_100"),
         ("8.0 9.0a 10.0+PTX 12.0", (12, 1), "sm_120"),
         ("8.0 9.0a 10.0+PTX", (7, 5), None),
+        ("8.0", (8, 7), None),  # Tegra
+        ("8.0 8.7", (8, 7), "sm_87"),
+        ("8.0+PTX", (8, 7), "compute_80"),
+        ("10.0f", (10, 3), "sm_100f"),
+        ("10.0f", (12, 0), None),
         ("9.0a", (10, 0), None),
         ("9.0a+PTX", (10, 0), None),
         ("8.9", (8, 6), None),
