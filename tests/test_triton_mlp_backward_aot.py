@@ -97,7 +97,10 @@ COMPILED = [
 @pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
     used = aot.compile_launch(launch, arch)
-    assert used.spills == 0
+    # With drop_scale's gradient, which no training asks for, 128 channels leave 2 to 4 registers on the
+    # stack. A smaller tile would not, but gradients' bits must not depend on what else is asked for.
+    constants = dict(launch.constants)
+    assert used.spills <= (16 if constants.get("C") == 128 and constants.get("DROP") else 0)
     assert used.shared <= DEVICES[arch].shared
     if launch.kernel not in PRODUCTS:
         assert used.warps >= 20

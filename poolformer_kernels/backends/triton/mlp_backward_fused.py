@@ -195,8 +195,6 @@ def mlp_bwd_dx(
 def partials(problem: Problem, p: Fused) -> Partials:
     """Writes dx; returns the sums over tokens."""
     x = problem.x
-    if problem.drop_grad:  # another sum over each token's row, which takes registers
-        p = p._replace(weight_tokens=min(16, p.weight_tokens))
     batch, _, height, width = x.shape
     pixels = height * width
     channels, out, hidden = sizes = problem.sizes
