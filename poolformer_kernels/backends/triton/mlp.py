@@ -331,7 +331,7 @@ def _pair(
     mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
         activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
-        num_stages=tiles.stages, **OPTIONS,
+        num_stages=tiles.stages, maxnreg=128 if w1.element_size() == 4 else None, **OPTIONS,
     )  # fmt: skip
     tiles = fc2(out, w2.element_size(), device)
     column_tiles = triton.cdiv(out, sum(tiles.columns))
