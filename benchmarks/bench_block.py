@@ -18,7 +18,7 @@ from parts import NAMES, parts
 from providers import PROVIDERS, compare, make_pair
 from records import Results
 
-from poolformer_kernels.cli import _size
+from poolformer_kernels.cli.main import _size
 
 BUDGET_S = 3.0  # of one case's rounds
 

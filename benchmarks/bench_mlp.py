@@ -42,7 +42,7 @@ from records import UnavailableError
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops.backend import mlp_backend
+from poolformer_kernels.ops.dispatch import mlp_backend
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
 PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least

@@ -24,7 +24,7 @@ from parts import cost
 from providers import PROVIDERS, compare, default_providers, make_pair
 from records import Results
 
-from poolformer_kernels.cli import _size
+from poolformer_kernels.cli.main import _size
 from poolformer_kernels.models import list_models, model_config
 
 BUDGET_S = 10.0  # of one case's rounds

@@ -37,7 +37,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.cli import CommandError, _size
+from poolformer_kernels.cli.main import CommandError, _size
 
 BUDGET_S = 30.0  # of one case's rounds
 STEPS = 3

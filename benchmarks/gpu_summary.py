@@ -21,7 +21,7 @@ from records import LIMITS
 from rows import Row, read_results
 
 from poolformer_kernels.backends import cpp
-from poolformer_kernels.kernels import LEGEND, kernels, table
+from poolformer_kernels.cli.kernels import LEGEND, kernels, table
 
 __all__ = ["benchmark_table", "main", "summary", "throughput_table"]
 

@@ -29,7 +29,7 @@ from records import (
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli import CommandError, _Parser, _positive, check_writable, report_errors
+from poolformer_kernels.cli.main import CommandError, _Parser, _positive, check_writable, report_errors
 from poolformer_kernels.models import list_models, model_config
 from poolformer_kernels.profiling import time_interleaved
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate
+from poolformer_kernels.cli.verify import errors
 from poolformer_kernels.models import PoolFormer
-from poolformer_kernels.ops.backend import BACKENDS, explain_selection
-from poolformer_kernels.verify import errors
+from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
 
 __all__ = [
     "LAYOUTS",
@@ -50,7 +50,7 @@ LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}  # w
 @lru_cache(maxsize=1)
 def _models(name: str) -> tuple[nn.Module, nn.Module]:
     require("PIL", "timm")
-    from poolformer_kernels.demo import make_models
+    from poolformer_kernels.cli.demo import make_models
 
     return make_models(name, None)
 

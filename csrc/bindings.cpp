@@ -62,7 +62,7 @@ static py::dict launch(const pk::KernelFact& kernel) {
 static py::list kernels() {
   py::list launches;
   for (const auto& kernel : pk::kernel_facts()) launches.append(launch(kernel));
-  return py::module_::import("poolformer_kernels.kernels").attr("build_rows")(ptxas_report(), launches);
+  return py::module_::import("poolformer_kernels.cli.kernels").attr("build_rows")(ptxas_report(), launches);
 }
 
 static py::list kernel_uses() {
@@ -108,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
       "build_info", &build_info,
       "The instruction-set levels compiled, supported here and chosen; compiler, torch and CUDA versions of the build; "
       "CUDA architectures (empty without nvcc), whether torch's stream function was found; the CUDA kernels, fields of "
-      "poolformer_kernels.kernels.Kernel.");
+      "poolformer_kernels.cli.kernels.Kernel.");
   m.def("ptxas_report", &ptxas_report, "A digest of the CUDA sources, then what ptxas -v said; empty without nvcc.");
   m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
 }

@@ -5,7 +5,7 @@ from .accelerate import accelerate, restore
 from .explain import explain
 from .graphs import graphed
 from .models import convert_state_dict, create_model, list_models, load_checkpoint
-from .ops.backend import available_backends, use_backend
+from .ops.dispatch import available_backends, use_backend
 
 __all__ = [
     "accelerate",

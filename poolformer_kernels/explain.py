@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .accelerate import unfused_reasons
-from .accelerate.structures import FC1, FC2, MLP, structure_of
+from .accelerate.layouts import FC1, FC2, MLP, structure_of
 from .nn import Mlp, PoolFormerBlock, PoolMixer
-from .ops.backend import explain_selection, mlp_backend
+from .ops.dispatch import explain_selection, mlp_backend
 
 __all__ = ["explain"]
 

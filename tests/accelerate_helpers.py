@@ -8,7 +8,7 @@ from peers import randomise, require
 from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.accelerate.structures import structure_of
+from poolformer_kernels.accelerate.layouts import structure_of
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
 SOURCES = ("timm", "timm v2", "transformers", "official", "mmpretrain")

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from poolformer_kernels.accelerate import accelerate, blocks, unfused_reasons
-from poolformer_kernels.accelerate.structures import structure_of
+from poolformer_kernels.accelerate.layouts import structure_of
 
 _COUNTS = pytest.StashKey[Counter]()
 _PATCHES = pytest.StashKey[pytest.MonkeyPatch]()

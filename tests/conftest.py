@@ -10,7 +10,7 @@ from helpers import BACKENDS, require_backend
 from peers import require
 
 import poolformer_kernels as pk
-from poolformer_kernels import cli
+from poolformer_kernels.cli import main as cli
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

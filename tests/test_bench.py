@@ -13,8 +13,8 @@ import torch
 from accelerate_helpers import blocks_of
 from chain_helpers import Calls
 
-from poolformer_kernels import cli
 from poolformer_kernels.accelerate import unfused_reasons
+from poolformer_kernels.cli import main as cli
 from poolformer_kernels.profiling import count_macs
 
 HEADER = (
@@ -250,7 +250,7 @@ def test_benchmarks_are_found(installed, tmp_path, monkeypatch) -> None:
     folder.mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir(exist_ok=True)  # of another package, beside an installed one
     (folder / "harness.py").touch()
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(package / "cli" / "main.py"))
     assert cli._benchmarks() == folder
     (folder / "harness.py").unlink()
     with pytest.raises(cli.CommandError, match="the benchmarks are missing"):
@@ -272,9 +272,13 @@ def test_a_wheel_holds_the_benchmarks(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     held = {path.name for path in (tmp_path / "lib" / "poolformer_kernels" / "benchmarks").glob("*.py")}
     assert held == {path.name for path in (root / "benchmarks").glob("*.py")}
-    assert (tmp_path / "lib" / "poolformer_kernels" / "backends" / "triton" / "mlp.py").is_file()
+    assert (tmp_path / "lib" / "poolformer_kernels" / "backends" / "triton" / "mlp" / "tile.py").is_file()
     help_text = subprocess.run(
-        [sys.executable, "-c", "from poolformer_kernels.cli import main; main(['bench', 'block', '--help'])"],
+        [
+            sys.executable,
+            "-c",
+            "from poolformer_kernels.cli.main import main; main(['bench', 'block', '--help'])",
+        ],
         env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
         cwd=tmp_path,
         capture_output=True,

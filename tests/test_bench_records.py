@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bench import MEASURED, bench, rows
 
-from poolformer_kernels import cli
+from poolformer_kernels.cli import main as cli
 from poolformer_kernels.ops import available_backends
 
 pytestmark = pytest.mark.usefixtures("benchmark_process")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from accelerate_helpers import PoolFormerBlock
 from torch import nn
 
-from poolformer_kernels import cli
 from poolformer_kernels.accelerate import accelerate
+from poolformer_kernels.cli import main as cli
 
 TINY = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
 

@@ -11,7 +11,7 @@ import torch
 from peers import require
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli import main
+from poolformer_kernels.cli.main import main
 from poolformer_kernels.ops.chain import Chain
 
 
@@ -19,7 +19,7 @@ def demo_module():
     """The demo, or a skip where its extras are not installed."""
     for package in ("PIL", "rich", "sklearn", "timm"):
         require(package)
-    from poolformer_kernels import demo
+    from poolformer_kernels.cli import demo
 
     return demo
 
@@ -254,8 +254,8 @@ def test_demo_without_a_gpu(quick, arguments, message, capsys) -> None:
 
 def test_missing_extras(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "poolformer_kernels.demo", raising=False)
-    monkeypatch.delitem(sys.modules, "poolformer_kernels.report", raising=False)
+    monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.report", raising=False)
     message = "the demo's extras are missing ("
     assert_one_line(main(["demo"]), capsys, message, "pip install 'poolformer_kernels[demo]'")
 
@@ -310,7 +310,7 @@ def test_info_prints_all_of_the_build(capsys) -> None:
 
 
 def test_info_lists_the_kernels(capsys, monkeypatch) -> None:
-    from poolformer_kernels import info, kernels
+    from poolformer_kernels.cli import info, kernels
 
     found = [kernels.Kernel("a<f16>", "sm_90a", 40, 0, 8, 32, 1024, 128, 12)]
     monkeypatch.setattr(info, "kernels", lambda: found)

@@ -19,7 +19,7 @@ from peers import require
 from test_setup import setup_script
 
 from poolformer_kernels.backends import cpp
-from poolformer_kernels.kernels import Kernel, short_name, table
+from poolformer_kernels.cli.kernels import Kernel, short_name, table
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")

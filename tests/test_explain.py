@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops.backend import select_backend
+from poolformer_kernels.ops.dispatch import select_backend
 
 
 def test_tensor_names_the_backend_that_runs():

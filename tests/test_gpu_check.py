@@ -16,7 +16,7 @@ from null_gpu.build import unavailable
 from null_gpu.extension import extension_file
 
 import poolformer_kernels as pk
-from poolformer_kernels import cli
+from poolformer_kernels.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = ROOT / "tests" / "gpu"

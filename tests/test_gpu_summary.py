@@ -138,7 +138,7 @@ def test_images_per_second_beside_eager_and_compile(gpu_summary, tmp_path) -> No
 
 
 def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
-    from poolformer_kernels.kernels import Kernel
+    from poolformer_kernels.cli.kernels import Kernel
 
     monkeypatch.setattr(
         gpu_summary, "kernels", lambda: [Kernel("f<bf16>", "sm_90a", 59, 0, 0, 32, 0, 256, 4)]
@@ -150,7 +150,7 @@ def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
 
 
 def test_without_rows_it_says_so(gpu_summary, tmp_path) -> None:
-    from poolformer_kernels.cli import CommandError
+    from poolformer_kernels.cli.main import CommandError
 
     (tmp_path / "model.csv").touch()  # of a benchmark that was stopped before its first row
     with pytest.raises(CommandError, match="no CSV file with rows"):

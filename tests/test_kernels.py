@@ -2,9 +2,9 @@
 
 import pytest
 
-from poolformer_kernels import kernels
 from poolformer_kernels.backends import cpp
-from poolformer_kernels.kernels import Kernel, resident_blocks, rows, short_name, table, with_uses
+from poolformer_kernels.cli import kernels
+from poolformer_kernels.cli.kernels import Kernel, resident_blocks, rows, short_name, table, with_uses
 
 REPORT = """0123456789abcdef
 ptxas info    : 28 bytes gmem

@@ -11,7 +11,7 @@ from helpers import HALVES, LAYOUTS, as_layout, assert_close_to_fp64, assert_sam
 from mlp_helpers import PARAMETERS, PLAIN, VECTORS, eager, make_grad, make_inputs, truth, ulps_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import dispatch as selection
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 

@@ -18,7 +18,7 @@ import torch
 from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
 from null_gpu.extension import extension_file, link_extension
 
-from poolformer_kernels.kernels import LIMITS
+from poolformer_kernels.cli.kernels import LIMITS
 
 FOLDER = Path(__file__).parent / "null_gpu"
 

@@ -21,7 +21,7 @@ from helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import dispatch as selection
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 

@@ -12,9 +12,10 @@ from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels import profiling
-from poolformer_kernels.cli import main
+from poolformer_kernels.cli.main import main
 from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
-from poolformer_kernels.profiling import paper_figures, profile, roofline
+from poolformer_kernels.profiling import limits as limits_module
+from poolformer_kernels.profiling import paper_figures, profile
 from poolformer_kernels.profiling.layers import layers
 from poolformer_kernels.profiling.macs import eager_cost
 
@@ -24,7 +25,7 @@ COUNTS = ("params", "macs_fvcore", "macs_flop_counter", "bytes_eager", "bytes_fu
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
-    monkeypatch.setitem(roofline._LARGEST_SIDE, "cpu", 256)
+    monkeypatch.setitem(limits_module._LARGEST_SIDE, "cpu", 256)
 
 
 def create(name="poolformer_s12", device="meta", **options):
@@ -170,9 +171,9 @@ def test_the_papers_tables_are_counted_exactly(figures):
 
 def test_paper_command(figures, capsys, monkeypatch, tmp_path):
     rich_or_skip()
-    from poolformer_kernels.profiling import tables
+    from poolformer_kernels.cli import profile as profile_command
 
-    monkeypatch.setattr(tables, "paper_figures", lambda: figures)
+    monkeypatch.setattr(profile_command, "paper_figures", lambda: figures)
     path = tmp_path / "paper.json"
     assert main(["profile", "--paper", "--json", str(path)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -248,9 +249,9 @@ def test_times_limits_and_fractions():
 def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
     """float16 of most CPUs is emulated by PyTorch; ours compute it in float32."""
     seconds = {torch.float16: 1.0, torch.bfloat16: 1e-3, torch.float32: 2e-3}
-    monkeypatch.setattr(roofline, "_seconds", lambda call, _: seconds[call.args[0].dtype])
+    monkeypatch.setattr(limits_module, "_seconds", lambda call, _: seconds[call.args[0].dtype])
     for dtype, chosen in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        probes = roofline.LimitProbes("cpu", dtype)
+        probes = limits_module.LimitProbes("cpu", dtype)
         assert probes.calls["matmul"].args[0].dtype == chosen
         copied = profiling.Timing(2.0, 2.0, 2.0, 1)
         limits = probes.limits({"copy": copied, "matmul": profiling.Timing(4.0, 4.0, 4.0, 1)})
@@ -261,8 +262,8 @@ def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
 
 @pytest.mark.parametrize("faster", [torch.mm, torch.nn.functional.conv2d])
 def test_the_products_rate_is_that_of_the_faster_library(faster, monkeypatch):
-    monkeypatch.setattr(roofline, "_seconds", lambda call, _: 1.0 if call.func is faster else 2.0)
-    product = roofline.LimitProbes("cpu", torch.float32).calls["matmul"]
+    monkeypatch.setattr(limits_module, "_seconds", lambda call, _: 1.0 if call.func is faster else 2.0)
+    product = limits_module.LimitProbes("cpu", torch.float32).calls["matmul"]
     assert product.func is faster
     assert 2 * product.args[1].numel() * product().numel() // 256 == 2 * 256**3
 
@@ -409,10 +410,10 @@ def test_command_counts(capsys, tmp_path):
 
 def test_command_times(capsys, monkeypatch):
     rich_or_skip()
-    from poolformer_kernels.profiling import tables
+    from poolformer_kernels.cli import profile as profile_command
 
-    monkeypatch.setattr(tables, "create_model", lambda name: tiny())
-    monkeypatch.setattr(tables, "profile", lambda *a, **k: profile(*a, **k, rounds=1))
+    monkeypatch.setattr(profile_command, "create_model", lambda name: tiny())
+    monkeypatch.setattr(profile_command, "profile", lambda *a, **k: profile(*a, **k, rounds=1))
     assert main(["profile", "--image-size", "32", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
@@ -452,7 +453,7 @@ def test_command_without_a_gpu(capsys):
 
 def test_command_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delitem(sys.modules, "poolformer_kernels.profiling.tables", raising=False)
+    monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.profile", raising=False)
     assert main(["profile"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("poolformer-kernels: error: profile's extra is missing (")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from poolformer_kernels.backends.triton import device, mlp_backward_config, mlp_config
+from poolformer_kernels.backends.triton import device
 from poolformer_kernels.backends.triton.device import DEVICES, device_of
+from poolformer_kernels.backends.triton.mlp import backward_config, config
 
 
 def on_gpu(index: int) -> SimpleNamespace:
@@ -35,7 +36,7 @@ def test_two_gpus_of_one_process_have_their_own(asked) -> None:
     found = [device_of(on_gpu(index)) for index in (0, 1, 0, 1)]
     assert found == [DEVICES[90], DEVICES[120]] * 2
     assert asked == [0, 1]
-    first, second = (mlp_config.fc2(320, 2, d).stages for d in found[:2])
+    first, second = (config.fc2(320, 2, d).stages for d in found[:2])
     assert (first, second) == (4, 2)
 
 
@@ -52,6 +53,6 @@ def test_devices_whose_products_read_registers() -> None:
     found = {arch for arch, d in DEVICES.items() if d.register_operands}
     assert found == {80, 86, 87, 89, 120, 121}
     for arch, d in DEVICES.items():
-        plan = mlp_backward_config.plan(128, 128, 512, 2, d)
+        plan = backward_config.plan(128, 128, 512, 2, d)
         assert plan.weight_tokens == (16 if arch in found else 32)
-        assert mlp_config.fused(64, 2, d).hidden == (32 if arch in found else 64)
+        assert config.fused(64, 2, d).hidden == (32 if arch in found else 64)

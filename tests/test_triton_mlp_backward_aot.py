@@ -15,8 +15,9 @@ if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError("the ahead-of-time tests need triton")
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from poolformer_kernels.backends.triton import aot, mlp_backward
+from poolformer_kernels.backends.triton import aot
 from poolformer_kernels.backends.triton.device import DEVICES
+from poolformer_kernels.backends.triton.mlp import backward
 
 PRODUCTS = ("mlp_bwd_wgrad", "mlp_bwd_dx", "mlp_bwd_hidden", "mlp_bwd_outer", "mlp_bwd_dn")
 SHAPES = ((64, 56), (96, 56), (128, 28), (192, 28), (320, 14), (512, 7))
@@ -48,7 +49,7 @@ class Case(NamedTuple):
         )
         saved = aot.meta(self.dtype, x.numel() * 4) if self.save_hidden else None
         parameters = (w1, b1, w2, b2, gamma, beta, scale, drop)
-        mlp_backward.backward(x, x, mean_rstd, *parameters, saved, "gelu", True, True, True, self.drop_grad)
+        backward.backward(x, x, mean_rstd, *parameters, saved, "gelu", True, True, True, self.drop_grad)
 
 
 class Allocated(TorchDispatchMode):

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from poolformer_kernels.cli import main
-from poolformer_kernels.verify import OPERATORS, errors, tolerance, verify
+from poolformer_kernels.cli.main import main
+from poolformer_kernels.cli.verify import OPERATORS, errors, tolerance, verify
 
 POOL_MIXER = OPERATORS["pool_mixer"]
 SMALL = dataclasses.replace(POOL_MIXER, shapes=((2, 64, 14, 14), (3, 17, 5, 9)))

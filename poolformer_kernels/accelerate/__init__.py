@@ -6,11 +6,11 @@ from dataclasses import replace
 from torch import nn
 
 from ..nn import Mlp, PoolFormerBlock, PoolMixer
+from ..nn.chain_cache import forget_chain
 from ..nn.checks import boolean
-from ..nn.plan import forget_chain
 from .blocks import Sequential, accelerated_class, recipe_of
-from .examine import examine
-from .structures import STRUCTURES, structure_of
+from .equivalence import examine
+from .layouts import STRUCTURES, structure_of
 
 __all__ = ["accelerate", "restore", "unfused_reasons"]
 

@@ -14,11 +14,11 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor, nn
 
-from ..nn.plan import calls_more, run_chain
+from ..nn.chain_cache import calls_more, run_chain
 from ..ops.chain import Chain
 from ..reference import memory_format_of
+from .layouts import ACT, MIXER, MLP, STAR_RELU, STRUCTURES, Structure, activation_of
 from .run import add_to_chain, run, takes
-from .structures import ACT, MIXER, MLP, STAR_RELU, STRUCTURES, Structure, activation_of
 
 __all__ = ["Recipe", "Sequential", "accelerated_class", "recipe_of"]
 
@@ -83,7 +83,7 @@ def accelerated_class(recipe: Recipe) -> type[nn.Module]:
         return (y,) if structure.returns_tuple else y
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the block to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         return all(recipe.fused(self)) and add_to_chain(structure, self, recipe.activation, chain)
 
     def reduce(self, protocol):
@@ -130,7 +130,7 @@ class Sequential(nn.Sequential):
         return x
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         return len(self) > 0 and all(_callable(block) and block.add_to(chain) for block in self)
 
 

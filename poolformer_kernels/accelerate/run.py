@@ -6,11 +6,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.layers import fold_star_relu
-from ..ops.backend import select_backend
 from ..ops.chain import Chain
+from ..ops.dispatch import select_backend
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
-from .structures import (
+from .layouts import (
     ACT,
     BODY,
     DROP_PATH,

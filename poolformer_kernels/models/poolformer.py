@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
-from ..nn.plan import calls_more, run_chain
+from ..nn.chain_cache import calls_more, run_chain
 from ..ops.chain import Chain
 from ..reference import memory_format_of
 
@@ -214,7 +214,7 @@ class PoolFormer(nn.Module):
         return features
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the whole model to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the whole model to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         modules = self._modules
         norm, head = modules.get("norm"), modules.get("head")
         layers = (modules["patch_embed"], *modules["network"])
@@ -263,7 +263,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x) if y is None else y
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the convolution to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the convolution to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         proj = self._modules["proj"]
         if type(proj) is not nn.Conv2d or calls_more(proj) or proj.padding_mode != "zeros":
             return False

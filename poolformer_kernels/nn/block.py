@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import select_backend
 from ..ops.chain import Chain
+from ..ops.dispatch import select_backend
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
 from ..reference import memory_format_of
+from .chain_cache import calls_more, run_chain
 from .checks import hooked, is_number, positive_int, probability
 from .layers import DropPath, GroupNorm, Pooling, StarReLU
 from .mlp import Mlp
-from .plan import calls_more, run_chain
 
 __all__ = ["PoolFormerBlock", "PoolFormerStage"]
 
@@ -149,7 +149,7 @@ class PoolFormerBlock(nn.Module):
         )
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the block to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         if calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
             return False
         own = self.__dict__
@@ -251,7 +251,7 @@ class PoolFormerStage(nn.Sequential):
         return x
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.plan.Chained`."""
+        """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         return len(self) > 0 and all(type(b) is PoolFormerBlock and b.add_to(chain) for b in self)
 
 

@@ -1,7 +1,7 @@
 """The operators: schema, checks, fakes, autograd and autocast. The kernels are in `..backends`."""
 
 from . import norm_stats
-from .backend import available_backends, use_backend
+from .dispatch import available_backends, use_backend
 from .mlp import mlp
 from .pool_mixer import pool_mixer
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import select_backend
+from .dispatch import select_backend
 from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
 
 __all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "chainable"]

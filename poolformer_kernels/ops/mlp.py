@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import constant_result, mlp_backend, mlp_of_cuda, select_backend
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
+from .dispatch import constant_result, mlp_backend, mlp_of_cuda, select_backend
 from .library import call, refuse_forward_derivatives, register
 
 __all__ = ["mlp", "mlp_with_stats"]

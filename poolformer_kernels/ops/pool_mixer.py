@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import select_backend
 from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
+from .dispatch import select_backend
 from .library import call, empty_output, refuse_forward_derivatives, register
 
 __all__ = ["pool_mixer"]

@@ -1,9 +1,9 @@
 """What a model costs, layer by layer, and how long it takes."""
 
+from .limits import Limits, measure_limits
 from .macs import count_macs
 from .paper import paper_figures
 from .profile import Profile, Row, profile
-from .roofline import Limits, measure_limits
 from .throughput import Timing, time_interleaved
 
 __all__ = [

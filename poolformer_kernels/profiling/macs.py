@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from ..nn import Mlp
-from ..ops.backend import use_backend
 from ..ops.chain import CONV, MLP, POOLS
+from ..ops.dispatch import use_backend
 
 __all__ = ["EagerCost", "count_macs", "eager_cost"]
 

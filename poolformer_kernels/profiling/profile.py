@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..models import MetaFormer, PoolFormer, PoolFormerV2
-from ..ops.backend import select_backend, use_backend
+from ..ops.dispatch import select_backend, use_backend
 from .layers import Layer
 from .layers import layers as model_layers
+from .limits import LimitProbes, Limits
 from .macs import EagerCost, eager_cost
-from .roofline import LimitProbes, Limits
 from .throughput import Timing, time_interleaved
 
 __all__ = ["Profile", "Row", "profile"]

@@ -9,7 +9,7 @@ import pytest
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import cuda
-from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import dispatch as selection
 
 LIBRARY = os.environ.get("POOLFORMER_KERNELS_TEST_EXECUTOR")
 if LIBRARY is None:

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close_to_fp64
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import dispatch as selection
 
 
 def lines(module) -> dict[str, list[str]]:

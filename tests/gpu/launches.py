@@ -143,7 +143,7 @@ def profiled(call: Callable[[], None]) -> set[str]:
     """The kernels that a call launches, by `short_name`; empty where the profiler sees none."""
     from torch.profiler import ProfilerActivity, profile
 
-    from poolformer_kernels.kernels import short_name
+    from poolformer_kernels.cli.kernels import short_name
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
@@ -210,7 +210,7 @@ def never_launched(launched: set[str]) -> list[str]:
     """The extension's kernels for this device that no case launched."""
     import torch
 
-    from poolformer_kernels.kernels import kernels
+    from poolformer_kernels.cli.kernels import kernels
 
     major, minor = torch.cuda.get_device_capability()
     here = {kernel.name for kernel in kernels() if re.sub(r"\D", "", kernel.arch) == f"{major}{minor}"}

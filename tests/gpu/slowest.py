@@ -49,7 +49,7 @@ def kernel_times(batch: int) -> list[tuple[str, float, int]]:
     """(kernel, microseconds, launches) of one call, the slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    from poolformer_kernels.kernels import short_name
+    from poolformer_kernels.cli.kernels import short_name
 
     call = inference(batch)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

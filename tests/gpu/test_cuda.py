@@ -12,7 +12,7 @@ from mlp_helpers import NAMES, make_grad, make_inputs
 from peers import randomise, relative_error
 
 import poolformer_kernels as pk
-from poolformer_kernels.kernels import short_name
+from poolformer_kernels.cli.kernels import short_name
 from poolformer_kernels.nn import PoolFormerBlock, PoolFormerStage
 from poolformer_kernels.ops import mlp, pool_mixer
 

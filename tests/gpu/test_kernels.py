@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poolformer_kernels.backends.cpp import build_info
-from poolformer_kernels.kernels import Kernel, kernels
+from poolformer_kernels.cli.kernels import Kernel, kernels
 
 pytestmark = pytest.mark.skipif(
     not build_info().get("cuda_archs"), reason="the extension was built without nvcc"

@@ -64,7 +64,7 @@ def _launches(clear: bool) -> list[Launch]:
 
 
 def _launch(kernel: str, **row) -> Launch:
-    from poolformer_kernels.kernels import short_name  # without the package where there are no records
+    from poolformer_kernels.cli.kernels import short_name  # without the package where there are no records
 
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     return Launch(name=short_name(kernel), **values)

@@ -27,8 +27,8 @@ from mlp_helpers import (
 )
 
 from poolformer_kernels import reference
-from poolformer_kernels.backends.triton import mlp as kernels
 from poolformer_kernels.backends.triton.activation import activate, activate_with_derivative
+from poolformer_kernels.backends.triton.mlp import forward as kernels
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 

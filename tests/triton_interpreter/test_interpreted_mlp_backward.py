@@ -17,12 +17,7 @@ from mlp_helpers import (
 )
 
 from poolformer_kernels import reference
-from poolformer_kernels.backends.triton import (
-    mlp_backward,
-    mlp_backward_common,
-    mlp_backward_config,
-    mlp_backward_gemm,
-)
+from poolformer_kernels.backends.triton.mlp import backward, backward_config, backward_gemm, backward_shared
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -64,7 +59,7 @@ def gradients(
     norm = normed(inputs, norm)
     mean_rstd = statistics(x) if norm else torch.empty(0)
     saved = fc1(inputs, norm) if save_hidden else None
-    result = mlp_backward.backward(
+    result = backward.backward(
         grad, x, mean_rstd, *given, saved, activation, norm, residual, parameters, drop
     )
     return {f"d{name}": t for name, t in zip(NAMES, result, strict=True)}
@@ -226,13 +221,13 @@ def test_runs_are_bitwise_equal(shape, hidden) -> None:
 def test_chunks_of_samples(save_hidden, layout, monkeypatch) -> None:
     inputs = make_inputs((19, 132, 2, 3), 20, torch.bfloat16)
     inputs["x"] = as_layout(inputs["x"], layout)
-    monkeypatch.setattr(mlp_backward_gemm, "WORKSPACE", 8 * 6 * 20)  # 8 samples, then 8, then 3
+    monkeypatch.setattr(backward_gemm, "WORKSPACE", 8 * 6 * 20)  # 8 samples, then 8, then 3
     check(inputs, residual=True, save_hidden=save_hidden)
 
 
 def test_several_splits_of_the_tokens(monkeypatch) -> None:
-    plan = mlp_backward.plan
-    monkeypatch.setattr(mlp_backward, "plan", lambda *args: plan(*args)._replace(programs=12))
+    plan = backward.plan
+    monkeypatch.setattr(backward, "plan", lambda *args: plan(*args)._replace(programs=12))
     for dtype in (torch.float32, torch.bfloat16):
         check(make_inputs((2, 17, 11, 13), 40, dtype), residual=True)
     for save_hidden in (False, True):  # float32: two splits of three tiles of 64 tokens
@@ -242,12 +237,12 @@ def test_several_splits_of_the_tokens(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [1, 256, 257, 70000])
 def test_sums_of_partials(rows) -> None:
     partial = randn(rows, 3, mean=1.0)
-    assert_close_to_fp64(mlp_backward_common.summed(partial), None, partial.double().sum(0), ulps=2)
+    assert_close_to_fp64(backward_shared.summed(partial), None, partial.double().sum(0), ulps=2)
 
 
 def test_pieces_cover() -> None:
     for size in range(1, 520):
-        first, second = mlp_backward_config.pieces(size)
+        first, second = backward_config.pieces(size)
         assert first + second >= size
         assert first >= 16
         assert second == 0 or (16 <= second <= first < size)
@@ -255,8 +250,8 @@ def test_pieces_cover() -> None:
 
 
 def test_chunks_bound_the_workspace() -> None:
-    samples = mlp_backward_gemm._samples
+    samples = backward_gemm._samples
     assert samples(256, 14 * 14, 1280) % 8 == 0
-    assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= mlp_backward_config.WORKSPACE
+    assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= backward_config.WORKSPACE
     assert samples(3, 14 * 14, 1280) == 3
     assert samples(5, 2**20, 1280) == 1

@@ -13,7 +13,7 @@ import torch
 
 from ...ops.library import LIBRARY
 from .config import stats_tiles
-from .mlp_config import mlp_stats_tiles
+from .mlp.config import mlp_stats_tiles
 
 __all__ = ["DEVICES", "UNAVAILABLE", "mlp_stats_tiles", "stats_tiles", "unavailable"]
 
@@ -66,8 +66,8 @@ def _kernel(module: str, function: str) -> Callable:
 _KERNELS = (
     ("pool_mixer_triton", "pool_mixer", "forward"),
     ("pool_mixer_triton_backward", "pool_mixer", "backward"),
-    ("mlp_triton", "mlp", "forward"),
-    ("mlp_triton_backward", "mlp_backward", "backward"),
+    ("mlp_triton", "mlp.forward", "forward"),
+    ("mlp_triton_backward", "mlp.backward", "backward"),
 )
 for _device in DEVICES:
     for _operator, _module, _function in _KERNELS:

@@ -24,10 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import mlp, mlp_backward, pool_mixer
+from . import pool_mixer
 from .config import stats_tiles
 from .device import DEVICES, Device, assumed
-from .mlp_config import mlp_stats_tiles
+from .mlp import backward, forward
+from .mlp.config import mlp_stats_tiles
 
 __all__ = [
     "ARCHS",
@@ -114,14 +115,12 @@ class MlpCase(NamedTuple):
         )
         parameters = (w1, b1, w2, b2, gamma, beta, scale, meta(self.dtype, 2, offset=self.offset))
         stats = meta(torch.float32, 2, mlp_stats_tiles(shape, True, width), 3)
-        _, mean_rstd, _, hidden = mlp.forward(
+        _, mean_rstd, _, hidden = forward.forward(
             x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden
         )
         if self.backward:
             saved = hidden if self.save_hidden else None
-            mlp_backward.backward(
-                grad, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True
-            )
+            backward.backward(grad, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...reference import memory_format_of
-from .activation import activate
-from .config import OPTIONS, next_power_of_2, pieces
-from .device import device_of
-from .mlp_config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, fc1, fc2, fused, fuses, mlp_stats_tiles
-from .mlp_tile import kept, operand_of, row_stats, store_stats, stored, tokens
-from .statistics import few, flat_stats, merged
-from .tile import dot, rounded, shift, vector
+from ....reference import memory_format_of
+from ..activation import activate
+from ..config import OPTIONS, next_power_of_2, pieces
+from ..device import device_of
+from ..statistics import few, flat_stats, merged
+from ..tile import dot, rounded, shift, vector
+from .config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, fc1, fc2, fused, fuses, mlp_stats_tiles
+from .tile import kept, operand_of, row_stats, store_stats, stored, tokens
 
 __all__ = ["forward"]
 

@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .activation import activate_with_derivative
-from .config import OPTIONS, pieces
-from .device import aligned
-from .mlp_backward_common import Partials, Problem, direct, sample_sums, to_tokens
-from .mlp_backward_config import Fused
-from .mlp_backward_tile import finished, sample_values, token_tile
-from .tile import dot, rounded, vector
+from ..activation import activate_with_derivative
+from ..config import OPTIONS, pieces
+from ..device import aligned
+from ..tile import dot, rounded, vector
+from .backward_config import Fused
+from .backward_shared import Partials, Problem, direct, sample_sums, to_tokens
+from .backward_tile import finished, sample_values, token_tile
 
 __all__ = ["partials"]
 

@@ -2,7 +2,7 @@
 
 timm's model and ours run on the same photos with the same weights. Both are compared with timm's in float64
 (from the dtype-rounded weights and pixels, NCHW), and ours must satisfy the rule of
-`poolformer_kernels.verify` against timm's in the same dtype and layout (convolutions round differently in
+`poolformer_kernels.cli.verify` against timm's in the same dtype and layout (convolutions round differently in
 each). Then timm's modules (eager and through torch.compile) and ours are timed in the same run, all in
 channels_last, the fast layout: both sub-blocks of each stage's first block, on the photos' own activations,
 the mixer ``x + layer_scale * (pool(norm(x)) - norm(x))`` and the MLP ``x + layer_scale * mlp(norm(x))``; and
@@ -37,12 +37,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__, create_model, ops
-from .cli import CommandError, check_writable
+from .. import __version__, create_model, ops
+from ..models import model_config
+from ..ops.dispatch import explain_selection, use_backend
+from ..profiling import count_macs, time_interleaved
 from .info import device_name
-from .models import model_config
-from .ops.backend import explain_selection, use_backend
-from .profiling import count_macs, time_interleaved
+from .main import CommandError, check_writable
 from .verify import errors, tolerance
 
 try:
@@ -53,7 +53,7 @@ try:
     from timm.models.metaformer import checkpoint_filter_fn
 except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch without CUDA
     raise CommandError(
-        f"the demo's extras are missing ({error}): pip install '{__package__}[demo]'"
+        f"the demo's extras are missing ({error}): pip install 'poolformer_kernels[demo]'"
     ) from None
 
 from .photos import crop, default_photos, load_photo, preprocess

@@ -138,12 +138,12 @@ def kernels() -> list[Kernel]:
     """
     import torch
 
-    from .backends import cpp
+    from ..backends import cpp
 
     built = [Kernel(**row) for row in cpp.build_info().get("kernels", [])]
     if not built or not torch.cuda.is_available():
         return built
-    from ._C import kernel_uses
+    from .._C import kernel_uses
 
     return with_uses(built, kernel_uses())
 

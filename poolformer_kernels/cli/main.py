@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .ops.backend import BACKENDS
+from ..ops.dispatch import BACKENDS
 
 __all__ = ["CommandError", "check_writable", "main", "report_errors"]
 
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the timing")
     demo.add_argument(
-        "--json", metavar="FILE", help="write every figure (schema: see poolformer_kernels.demo)"
+        "--json", metavar="FILE", help="write every figure (schema: see poolformer_kernels.cli.demo)"
     )
     demo.add_argument(
         "--report", default="report", metavar="DIR", help="where index.html goes (default: %(default)s)"
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "info":
             from .info import run
         elif args.command == "profile":
-            from .profiling.tables import run
+            from .profile import run
         elif args.command == "bench":
             run = _bench
         else:
@@ -190,7 +190,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _benchmarks() -> Path:
     """The folder of the benchmarks: inside an installed package, beside the package in a source tree."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "benchmarks", package.parent / "benchmarks"):
         if (folder / "harness.py").is_file():
             return folder

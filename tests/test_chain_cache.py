@@ -16,7 +16,7 @@ from torch import nn
 
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
-from poolformer_kernels.nn import Mlp, PoolFormerBlock, plan
+from poolformer_kernels.nn import Mlp, PoolFormerBlock, chain_cache
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -430,7 +430,9 @@ def test_a_parameter_that_is_computed_is_never_stale(where):
 def test_no_plan_is_seen_half_built(x, monkeypatch):
     """By another thread's inference."""
     model, seen = make_model(), []
-    collect = plan._collect
-    monkeypatch.setattr(plan, "_collect", lambda root: seen.append(vars(root)[plan._PLACE]) or collect(root))
+    collect = chain_cache._collect
+    monkeypatch.setattr(
+        chain_cache, "_collect", lambda root: seen.append(vars(root)[chain_cache._PLACE]) or collect(root)
+    )
     assert calls(model, x) == ONE
     assert seen == [None]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..ops.backend import use_backend
+from ..ops.dispatch import use_backend
 from .blocks import Recipe, accelerated_class
-from .structures import ACT, MLP, Structure, activation_of, structure_of
+from .layouts import ACT, MLP, Structure, activation_of, structure_of
 
 __all__ = ["examine"]
 

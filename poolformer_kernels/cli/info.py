@@ -10,11 +10,11 @@ from importlib import metadata
 
 import torch
 
-from . import __version__
-from .backends import cpp, cuda
-from .cli import CommandError
+from .. import __version__
+from ..backends import cpp, cuda
+from ..ops.dispatch import available_backends, explain_selection
 from .kernels import LEGEND, kernels, table
-from .ops.backend import available_backends, explain_selection
+from .main import CommandError
 
 __all__ = ["collect"]
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import OPTIONS, next_power_of_2
-from .mlp_backward_tile import image, inside, normalised, sample_values, token_tile
-from .tile import rounded, shift, vector
+from ..config import OPTIONS, next_power_of_2
+from ..tile import rounded, shift, vector
+from .backward_tile import image, inside, normalised, sample_values, token_tile
 
 __all__ = [
     "TOKENS",

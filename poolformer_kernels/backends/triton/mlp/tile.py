@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import rounded, shift, vector
+from ..tile import rounded, shift, vector
 
 __all__ = ["kept", "operand_of", "row_stats", "store_stats", "stored", "tokens"]
 

@@ -3,8 +3,8 @@
 from functools import cache
 from typing import NamedTuple
 
-from .config import next_power_of_2, pieces
-from .device import Device
+from ..config import next_power_of_2, pieces
+from ..device import Device
 
 __all__ = ["FUSED", "WORKSPACE", "Fused", "Gemm", "plan"]
 

@@ -7,7 +7,7 @@ inside a sample, where its pixels are neighbours in memory.
 import triton
 import triton.language as tl
 
-from .tile import rounded, vector
+from ..tile import rounded, vector
 
 __all__ = ["finished", "image", "inside", "normalised", "sample_values", "token_tile"]
 

@@ -75,7 +75,7 @@ svg .spread { stroke:var(--ink); stroke-width:1.3 }
 
 
 def print_tables(result: dict) -> None:
-    """Print the demo's result (see `poolformer_kernels.demo`) as tables."""
+    """Print the demo's result (see `poolformer_kernels.cli.demo`) as tables."""
     console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
     model = result["model"]
     console.print(
@@ -168,7 +168,7 @@ def _digits(value: float) -> str:
 
 
 def write_report(result: dict, photos: list[Image.Image], folder: Path) -> Path:
-    """Write ``folder/index.html`` from the demo's result (see `poolformer_kernels.demo`); return its path."""
+    """Write ``folder/index.html`` from the result (see `poolformer_kernels.cli.demo`); return its path."""
     page = folder / "index.html"
     page.write_text(render(result, photos), encoding="utf-8")
     return page

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .cli import CommandError, check_writable
-from .ops.backend import BACKENDS, explain_selection, use_backend
+from .. import ops
+from ..ops.dispatch import BACKENDS, explain_selection, use_backend
+from .main import CommandError, check_writable
 
 __all__ = ["OPERATORS", "Check", "Operator", "errors", "tolerance", "verify"]
 

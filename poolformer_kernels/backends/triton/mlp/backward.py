@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ...reference import memory_format_of
-from . import mlp_backward_fused, mlp_backward_gemm
-from .device import device_of
-from .mlp_backward_common import Problem, finish_weight, prepare, summed
-from .mlp_backward_config import Fused, plan
+from ....reference import memory_format_of
+from ..device import device_of
+from . import backward_fused, backward_gemm
+from .backward_config import Fused, plan
+from .backward_shared import Problem, finish_weight, prepare, summed
 
 __all__ = ["backward"]
 
@@ -89,7 +89,7 @@ def backward(
         scaled,
     )
     p = plan(channels, out, width, operand.itemsize, device_of(x))
-    form = mlp_backward_fused if isinstance(p, Fused) else mlp_backward_gemm
+    form = backward_fused if isinstance(p, Fused) else backward_gemm
     sums = form.partials(problem, p)
     ddrop = sums.ddrop if drop_grad else none
     if not parameter_grads:

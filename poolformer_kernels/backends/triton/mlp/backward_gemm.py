@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate_with_derivative
-from .config import OPTIONS
-from .mlp_backward_common import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
-from .mlp_backward_config import WORKSPACE, Gemm
-from .mlp_backward_tile import finished, inside, sample_values, token_tile
-from .tile import dot, rounded, vector
+from ..activation import activate_with_derivative
+from ..config import OPTIONS
+from ..tile import dot, rounded, vector
+from .backward_config import WORKSPACE, Gemm
+from .backward_shared import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
+from .backward_tile import finished, inside, sample_values, token_tile
 
 __all__ = ["partials"]
 

@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 
 from .. import __version__, create_model
-from ..cli import CommandError, check_writable
-from ..info import device_name
 from ..models import model_config
-from ..ops.backend import explain_selection
-from .paper import paper_figures
-from .profile import Profile, Row, profile
+from ..ops.dispatch import explain_selection
+from ..profiling.paper import paper_figures
+from ..profiling.profile import Profile, Row, profile
+from .info import device_name
+from .main import CommandError, check_writable
 
 try:
     import rich.box
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    extra = f"{__package__.partition('.')[0]}[bench]"
-    raise CommandError(f"profile's extra is missing ({error}): pip install '{extra}'") from None
+    message = f"profile's extra is missing ({error}): pip install 'poolformer_kernels[bench]'"
+    raise CommandError(message) from None
 
 __all__ = ["print_paper", "print_profile"]
 

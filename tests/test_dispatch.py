@@ -11,7 +11,7 @@ import torch
 from helpers import assert_same, make_grad, make_inputs, run
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops import backend as selection
+from poolformer_kernels.ops import dispatch as selection
 from poolformer_kernels.ops import pool_mixer
 
 VARIABLE = "POOLFORMER_KERNELS_BACKEND"
@@ -282,7 +282,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_environment_variable_chooses():
     code = (
         "import os, torch, poolformer_kernels as pk\n"
-        "from poolformer_kernels.ops.backend import explain_selection\n"
+        "from poolformer_kernels.ops.dispatch import explain_selection\n"
         "print(*explain_selection('cpu', torch.float32), sep='|')\n"
         f"os.environ['{VARIABLE}'] = 'nonsense'\n"  # read once, at import
         "with pk.use_backend('auto'): pass\n"

@@ -6,8 +6,8 @@ No triton import here: fakes need `mlp_stats_tiles` on machines without a GPU.
 from functools import cache
 from typing import NamedTuple
 
-from .config import flat_block, pieces
-from .device import Device
+from ..config import flat_block, pieces
+from ..device import Device
 
 __all__ = [
     "FEW_PIXELS",

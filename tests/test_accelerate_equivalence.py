@@ -1,7 +1,6 @@
 """accelerate's comparison of forwards: what it notices, may remember and leaves untouched; and runs later."""
 
 import copy
-import sys
 import threading
 import time
 import warnings
@@ -26,18 +25,16 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import remove_weight_norm, weight_norm
 
-from poolformer_kernels.accelerate import accelerate, restore, unfused_reasons
-from poolformer_kernels.accelerate import examine as examine_function
+from poolformer_kernels.accelerate import accelerate, equivalence, restore, unfused_reasons
 
-examine = sys.modules[examine_function.__module__]
 OTHER = "computes something else than its modules' names say"
 
 
 @pytest.fixture(autouse=True)
 def compared(monkeypatch):
     """What is remembered, empty before each test."""
-    monkeypatch.setattr(examine, "_compared", {})
-    return examine._compared
+    monkeypatch.setattr(equivalence, "_compared", {})
+    return equivalence._compared
 
 
 def make_block(made=PoolFormerBlock, **options) -> nn.Module:
@@ -196,8 +193,8 @@ def test_forwards_replaced_between_two_calls_count(made, monkeypatch, kernels):
 
 
 def test_equal_blocks_are_compared_once(monkeypatch, compared):
-    compare, seen = examine._compare, []
-    monkeypatch.setattr(examine, "_compare", lambda *args: seen.append(args) or compare(*args))
+    compare, seen = equivalence._compare, []
+    monkeypatch.setattr(equivalence, "_compare", lambda *args: seen.append(args) or compare(*args))
     blocks = [PoolFormerBlock(dim, drop_path=p) for dim in (16, 24) for p in (0.0, 0.1, 0.2, 0.3)]
     model = nn.Sequential(*blocks)
     accelerate(accelerate(model))
@@ -246,7 +243,7 @@ def test_buffers_and_generators_stay(monkeypatch):
 
 def test_threads_take_turns(monkeypatch, compared):
     inside, most = [], []
-    use_backend = examine.use_backend
+    use_backend = equivalence.use_backend
 
     @contextmanager
     def slow(name):
@@ -257,7 +254,7 @@ def test_threads_take_turns(monkeypatch, compared):
             yield
         inside.pop()
 
-    monkeypatch.setattr(examine, "use_backend", slow)
+    monkeypatch.setattr(equivalence, "use_backend", slow)
     threads = [threading.Thread(target=accelerate, args=(PoolFormerBlock(dim),)) for dim in (8, 16, 24)]
     for thread in threads:
         thread.start()

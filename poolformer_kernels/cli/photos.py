@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .cli import CommandError
-from .models import ModelConfig
+from ..models import ModelConfig
+from .main import CommandError
 
 __all__ = ["crop", "default_photos", "load_photo", "preprocess"]
 
@@ -33,7 +33,8 @@ def default_photos() -> list[str]:
         from sklearn.datasets import load_sample_images
     except ImportError:
         raise CommandError(
-            f"the demo's photos need scikit-learn: pip install '{__package__}[demo]', or give --image FILE"
+            "the demo's photos need scikit-learn: pip install 'poolformer_kernels[demo]', or give "
+            "--image FILE"
         ) from None
     return load_sample_images().filenames
 

@@ -1,0 +1,1 @@
+"""The MLP's kernels: forward, backward, and the tiles and launches of each size."""
