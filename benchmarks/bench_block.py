@@ -18,7 +18,7 @@ from parts import NAMES, parts
 from providers import PROVIDERS, compare, make_pair
 from records import Results
 
-from poolformer_kernels.cli.main import _size
+from poolformer_kernels.cli.options import image_size
 
 BUDGET_S = 3.0  # of one case's rounds
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         "--providers", action=Names, allowed=PROVIDERS, default=providers,
         help=f"default: {', '.join(providers)}",
     )  # fmt: skip
-    add("--image-size", type=_size, default=224, metavar="N", help="default: %(default)s")
+    add("--image-size", type=image_size, default=224, metavar="N", help="default: %(default)s")
     args = start(parser, argv)
     args.batch = args.batch or BATCH[args.device]
     results = record("block", args)

@@ -24,7 +24,7 @@ from parts import cost
 from providers import PROVIDERS, compare, default_providers, make_pair
 from records import Results
 
-from poolformer_kernels.cli.main import _size
+from poolformer_kernels.cli.options import image_size
 from poolformer_kernels.models import list_models, model_config
 
 BUDGET_S = 10.0  # of one case's rounds
@@ -115,7 +115,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         "--providers", action=Names, allowed=PROVIDERS,
         help=f"default: {', '.join(default_providers('cpu'))}; CUDA: {', '.join(default_providers('cuda'))}",
     )  # fmt: skip
-    add("--image-size", type=_size, nargs="+", metavar="N", help="default: 224, and up to 1024 for --scaling")
+    add(
+        "--image-size",
+        type=image_size,
+        nargs="+",
+        metavar="N",
+        help="default: 224, and up to 1024 for --scaling",
+    )
     add("--scaling", action="store_true", help="time over batch, image size and depth, of one dtype")
     args = start(parser, argv)
     if args.scaling:

@@ -37,7 +37,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.cli.main import CommandError, _size
+from poolformer_kernels.cli.errors import CommandError
+from poolformer_kernels.cli.options import image_size
 
 BUDGET_S = 30.0  # of one case's rounds
 STEPS = 3
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     doc = __doc__.format(providers=", ".join(PROVIDERS), steps=STEPS)
     parser = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16"], rounds=10)
     parser.add_argument("--providers", action=Names, allowed=PROVIDERS, help="default: all")
-    parser.add_argument("--image-size", type=_size, nargs="+", metavar="N", help="default: 224")
+    parser.add_argument("--image-size", type=image_size, nargs="+", metavar="N", help="default: 224")
     args = start(parser, argv)
     if rejected := [dtype for dtype in args.dtype if dtype not in WRONG_LOSS]:
         raise CommandError(f"--dtype {rejected[0]}: without loss scaling; allowed: {', '.join(WRONG_LOSS)}")

@@ -29,7 +29,8 @@ from records import (
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.main import CommandError, _Parser, _positive, check_writable, report_errors
+from poolformer_kernels.cli.errors import CommandError, check_writable, report_errors
+from poolformer_kernels.cli.options import Parser, positive
 from poolformer_kernels.models import list_models, model_config
 from poolformer_kernels.profiling import time_interleaved
 
@@ -119,19 +120,17 @@ def arguments(
 ) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark; ``batch`` says what its default is."""
     require("rich")
-    parser = _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--models", action=Names, allowed=list_models("poolformer_*"), prefix="poolformer_", default=models,
         help=f"default: {', '.join(models)}; poolformer_ may be left out",
     )  # fmt: skip
     add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")
-    add("--batch", type=_positive, nargs="+", metavar="N", help=f"default: {batch}")
+    add("--batch", type=positive, nargs="+", metavar="N", help=f"default: {batch}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    add(
-        "--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s"
-    )
-    add("--rounds", type=_positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
+    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
     add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
     add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
     return parser

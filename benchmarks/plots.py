@@ -38,7 +38,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from roofline import roofline
 
-from poolformer_kernels.cli.main import CommandError, report_errors
+from poolformer_kernels.cli.errors import CommandError, report_errors
 
 __all__ = [
     "MissingRowsError",

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.cli.verify import errors
 from poolformer_kernels.models import PoolFormer
+from poolformer_kernels.numerics import errors
 from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
 
 __all__ = [
@@ -225,7 +225,7 @@ def prepare(
             try:
                 with _quiet():
                     call = PROVIDERS[name](peer, ours, x)
-                    error = errors(torch.as_tensor(call())[samples], exact)[0]
+                    error = errors(torch.as_tensor(call())[samples], exact).relative_l2(exact)
             except Exception as failure:  # the others go on
                 results.miss(name, failure, case)
                 results.require_device(x.device.type, name)

@@ -30,8 +30,8 @@ import torch
 from commit import commit_of
 
 import poolformer_kernels as pk
+from poolformer_kernels.cli.errors import CommandError, check_writable
 from poolformer_kernels.cli.info import _cpu_name
-from poolformer_kernels.cli.main import CommandError, check_writable
 
 __all__ = [
     "LIMITS",

@@ -7,7 +7,7 @@ from pathlib import Path
 import records
 from records import LIMITS
 
-from poolformer_kernels.cli.main import CommandError
+from poolformer_kernels.cli.errors import CommandError
 
 __all__ = ["Row", "read_results"]
 

@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "memory_format_of", "merge_stats", "mlp", "pool_mixer", "sample_stats"]
+from . import layout
+from .deprecation import moved
+from .layout import memory_format_of as _memory_format_of
+
+__all__ = ["ACTIVATIONS", "merge_stats", "mlp", "pool_mixer", "sample_stats"]
 
 
 def _relu_squared(x: Tensor) -> Tensor:
@@ -26,13 +30,6 @@ ACTIVATIONS = {
     "relu_squared": _relu_squared,
     "silu": F.silu,
 }
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The memory format of an operator's output: channels_last if x's channels are innermost."""
-    if x.is_contiguous() or x.stride(1) != 1:
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 def sample_stats(x: Tensor) -> Tensor:
@@ -81,7 +78,7 @@ def pool_mixer(
     y = _scaled(y, s, d)
     if residual:
         y = xc + y
-    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+    return y.to(x.dtype).contiguous(memory_format=_memory_format_of(x))
 
 
 def mlp(
@@ -114,7 +111,7 @@ def mlp(
     y = _scaled(y, s, d)
     if residual:
         y = xc + y
-    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+    return y.to(x.dtype).contiguous(memory_format=_memory_format_of(x))
 
 
 def _scaled(y: Tensor, layer_scale: Tensor | None, drop_scale: Tensor | None) -> Tensor:
@@ -148,3 +145,6 @@ def _group_norm_given(
     if weight is not None:
         normed = normed * weight.view(-1, 1, 1)
     return normed if bias is None else normed + bias.view(-1, 1, 1)
+
+
+__getattr__ = moved(__name__, layout, ("memory_format_of",))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference
+from poolformer_kernels.numerics import Errors, errors, tolerance
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 BACKENDS = ("reference", "cpp")
@@ -196,27 +197,15 @@ def assert_close_to_fp64(
     ulps: float = 4,
     what: str = "value",
 ) -> None:
-    """error(actual) <= 1.5 error(eager in the same dtype) + floor, in the L2 norm and in the maximum.
-
-    The floor is half an ulp of the dtype, for rounding once, and ``ulps`` of the type of the accumulators
-    (float32; float64 for float64), of ``scale``: by default |exact|.
-    """
+    """The rule of `poolformer_kernels.numerics`; ``scale`` is by default the exact value."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
-    info = torch.finfo(actual.dtype)
-    accumulator = torch.finfo(torch.promote_types(actual.dtype, torch.float32))
-    floor = info.eps / 2 + ulps * accumulator.eps
-    scale = exact.abs() if scale is None else scale
     if exact.numel() == 0:
         return
-    for norm, order in (("L2", 2), ("max", float("inf"))):
-        size = lambda t, order=order: torch.linalg.vector_norm(t.double(), order).item()  # noqa: E731
-        error = size(actual.double() - exact)
-        other = 0.0 if eager is None else size(eager.double() - exact)
-        subnormal = info.smallest_normal * info.eps * size(torch.ones_like(exact))
-        bound = 1.5 * other + floor * size(scale) + subnormal
-        assert error <= bound, (
-            f"{what}: {norm} error {error:.3e} > {bound:.3e} (eager {other:.3e}, size {size(exact):.3e})"
-        )
+    exact, scale = exact.cpu(), (exact if scale is None else scale).cpu()
+    error = errors(actual, exact)
+    other = Errors(0.0, 0.0) if eager is None else errors(eager, exact)
+    allowed = tolerance(other, scale, actual.dtype, ulps=ulps)
+    assert error.within(allowed), f"{what}: {error}, allowed {allowed}; eager's {other}"
 
 
 @contextlib.contextmanager

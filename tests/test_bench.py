@@ -15,6 +15,7 @@ from chain_helpers import Calls
 
 from poolformer_kernels.accelerate import unfused_reasons
 from poolformer_kernels.cli import main as cli
+from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.profiling import count_macs
 
 HEADER = (
@@ -253,7 +254,7 @@ def test_benchmarks_are_found(installed, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cli, "__file__", str(package / "cli" / "main.py"))
     assert cli._benchmarks() == folder
     (folder / "harness.py").unlink()
-    with pytest.raises(cli.CommandError, match="the benchmarks are missing"):
+    with pytest.raises(CommandError, match="the benchmarks are missing"):
         cli._benchmarks()
 
 

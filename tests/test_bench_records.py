@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bench import MEASURED, bench, rows
 
-from poolformer_kernels.cli import main as cli
+from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.ops import available_backends
 
 pytestmark = pytest.mark.usefixtures("benchmark_process")
@@ -83,7 +83,7 @@ def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch
         raise RuntimeError("CUDA error: an illegal memory access")
 
     builders = {"ours": lambda: int, "ours cuda": broken, "eager": lambda: reached.append(1) or int}
-    with pytest.raises(cli.CommandError, match="after 'ours cuda' the CUDA device is lost to this process: "):
+    with pytest.raises(CommandError, match="after 'ours cuda' the CUDA device is lost to this process: "):
         harness.working(builders, results, "a case", "cuda")
     assert reached == []
     line = "ours cuda: failed: RuntimeError: CUDA error: an illegal memory access, a case\n"

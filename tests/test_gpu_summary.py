@@ -150,7 +150,7 @@ def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
 
 
 def test_without_rows_it_says_so(gpu_summary, tmp_path) -> None:
-    from poolformer_kernels.cli.main import CommandError
+    from poolformer_kernels.cli.errors import CommandError
 
     (tmp_path / "model.csv").touch()  # of a benchmark that was stopped before its first row
     with pytest.raises(CommandError, match="no CSV file with rows"):

@@ -7,6 +7,7 @@ import torch
 from helpers import LAYOUTS, as_layout, assert_close_to_fp64, make_inputs, randn, tiled_stats
 
 from poolformer_kernels import reference
+from poolformer_kernels.layout import memory_format_of
 
 
 def mixer_in_loops(x, weight, bias, layer_scale, drop_scale, pool_size, eps, residual) -> torch.Tensor:
@@ -123,4 +124,4 @@ def test_merge_stats_keeps_float32_accuracy_far_from_zero():
 def test_memory_format_of(layout):
     x = as_layout(randn(2, 3, 4, 5), layout)
     wanted = torch.channels_last if layout.endswith("_last") else torch.contiguous_format
-    assert reference.memory_format_of(x) == wanted
+    assert memory_format_of(x) == wanted

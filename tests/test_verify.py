@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from poolformer_kernels.cli.main import main
-from poolformer_kernels.cli.verify import OPERATORS, errors, tolerance, verify
+from poolformer_kernels.cli.verify import OPERATORS, verify
+from poolformer_kernels.numerics import Errors, errors, tolerance
 
 POOL_MIXER = OPERATORS["pool_mixer"]
 SMALL = dataclasses.replace(POOL_MIXER, shapes=((2, 64, 14, 14), (3, 17, 5, 9)))
@@ -98,13 +100,21 @@ def test_catches_nan() -> None:
 
 def test_errors_and_tolerance_by_hand() -> None:
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert errors(torch.tensor([3.0, 4.5]), exact) == pytest.approx((0.1, 0.5))
-    zero = torch.zeros(2, dtype=torch.float64)
-    assert errors(torch.tensor([0.0, 0.5]), zero, scale=exact) == pytest.approx((0.1, 0.5))
-    eps = 2.0**-7
-    assert tolerance((0.1, 0.5), exact, torch.bfloat16) == pytest.approx((0.15 + eps / 2, 0.75 + 4 * eps))
-    summed = tolerance((0.0, 0.0), exact, torch.float32, terms=100)
-    assert summed == pytest.approx((10.5 * 2.0**-23, 4 * 11 * 2.0**-23))
+    error = errors(torch.tensor([3.0, 4.5]), exact)
+    assert error == pytest.approx((0.5, 0.5))
+    assert error.relative_l2(exact) == pytest.approx(0.1)
+    eps = 2.0**-7  # of bfloat16
+    allowed = tolerance(Errors(0.1, 0.5), exact, torch.bfloat16)
+    assert allowed == pytest.approx((0.15 + 5 * eps / 2, 0.75 + 4 * eps / 2), rel=1e-12)
+    none = Errors(0.0, 0.0)
+    summed = tolerance(none, exact, torch.float32, ulps=10)
+    assert summed == pytest.approx((5 * 10.5 * 2.0**-23, 4 * 10.5 * 2.0**-23), rel=1e-12)
+    zero = torch.zeros(4, dtype=torch.float64)  # a float16 result may be the smallest subnormal, 2^-24
+    assert tolerance(none, zero, torch.float16) == pytest.approx((2 * 2.0**-24, 2.0**-24), abs=0)
+    assert not Errors(math.nan, 0.0).within(Errors(1.0, 1.0))
+    assert not Errors(0.0, math.nan).within(Errors(1.0, 1.0))
+    assert Errors(1.0, 2.0).within(Errors(1.0, 2.0))
+    assert not Errors(1.0, 2.0).within(Errors(1.0, 1.9))
 
 
 def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:

@@ -14,9 +14,9 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor, nn
 
+from ..layout import memory_format_of
 from ..nn.chain_cache import calls_more, run_chain
 from ..ops.chain import Chain
-from ..reference import memory_format_of
 from .layouts import ACT, MIXER, MLP, STAR_RELU, STRUCTURES, Structure, activation_of
 from .run import add_to_chain, run, takes
 

@@ -2,7 +2,7 @@
 
 timm's model and ours run on the same photos with the same weights. Both are compared with timm's in float64
 (from the dtype-rounded weights and pixels, NCHW), and ours must satisfy the rule of
-`poolformer_kernels.cli.verify` against timm's in the same dtype and layout (convolutions round differently in
+`poolformer_kernels.numerics` against timm's in the same dtype and layout (convolutions round differently in
 each). Then timm's modules (eager and through torch.compile) and ours are timed in the same run, all in
 channels_last, the fast layout: both sub-blocks of each stage's first block, on the photos' own activations,
 the mixer ``x + layer_scale * (pool(norm(x)) - norm(x))`` and the MLP ``x + layer_scale * mlp(norm(x))``; and
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from .. import __version__, create_model, ops
 from ..models import model_config
+from ..numerics import errors, tolerance
 from ..ops.dispatch import explain_selection, use_backend
 from ..profiling import count_macs, time_interleaved
+from .errors import CommandError, check_writable
 from .info import device_name
-from .main import CommandError, check_writable
-from .verify import errors, tolerance
 
 try:
     import PIL  # noqa: F401  (photos and report need it)
@@ -176,13 +176,13 @@ def _verification_row(dtype, layout, implementation, logits, exact, allowed) -> 
         "dtype": _short(dtype),
         "layout": layout,
         "implementation": implementation,
-        "error_l2": error[0],
-        "error_max": error[1],
-        "allowed_l2": allowed and allowed[0],
-        "allowed_max": allowed and allowed[1],
+        "error_l2": error.relative_l2(exact),
+        "error_max": error.largest,
+        "allowed_l2": allowed and allowed.relative_l2(exact),
+        "allowed_max": allowed and allowed.largest,
         "top1_agreement": _agreement(logits, exact, 1),
         "top5_agreement": _agreement(logits, exact, 5),
-        "passed": allowed and error[0] <= allowed[0] and error[1] <= allowed[1],
+        "passed": allowed and error.within(allowed),
     }
 
 

@@ -13,8 +13,8 @@ import torch
 from .. import __version__
 from ..backends import cpp, cuda
 from ..ops.dispatch import available_backends, explain_selection
+from .errors import CommandError
 from .kernels import LEGEND, kernels, table
-from .main import CommandError
 
 __all__ = ["collect"]
 

@@ -1,70 +1,21 @@
 """The command line: `poolformer-kernels demo | info | …`, the same as `python -m poolformer_kernels …`."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from ..ops.dispatch import BACKENDS
+from .errors import CommandError, report_errors
+from .options import DTYPES, Parser, dtypes, image_size, positive
 
-__all__ = ["CommandError", "check_writable", "main", "report_errors"]
+__all__ = ["main"]
 
 _BENCHMARKS = ("model", "block", "mlp", "pool-mixer", "training")
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-class CommandError(Exception):
-    """What the user can mend: `main` prints it as one line and returns 2."""
-
-
-def check_writable(file: str | None, folder: str | None = None) -> None:
-    """Fail before the work, not after it: both are made where they do not exist."""
-    for path, parent in ((file, file and Path(file).parent), (folder, folder)):
-        try:
-            if parent is not None:
-                Path(parent).mkdir(parents=True, exist_ok=True)
-            if path is not None and path == file:
-                Path(path).open("a").close()
-        except OSError as error:
-            raise CommandError(f"cannot write to {path}: {error.strerror}") from None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise CommandError(f"{message} (see {self.prog} --help)")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return value
-
-
-def _size(text: str) -> int:
-    value = _positive(text)
-    if value < 32:
-        raise argparse.ArgumentTypeError(f"must be at least 32, the model's stride, got {value}")
-    return value
-
-
-def _dtypes(text: str) -> tuple[torch.dtype, ...]:
-    names = text.split(",")
-    for name in names:
-        if name not in _DTYPES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a dtype; allowed: {', '.join(_DTYPES)}")
-    return tuple(getattr(torch, name) for name in dict.fromkeys(names))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="poolformer-kernels", description="Fused kernels for PoolFormer: see, inspect, verify."
     )
     commands = parser.add_subparsers(
@@ -85,13 +36,15 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", metavar="FILE", help="weights (default: random, the same in both models)"
     )
     demo.add_argument(
-        "--dtype", type=_dtypes, default="float32,bfloat16", metavar="A,B", help="default: %(default)s"
+        "--dtype", type=dtypes, default="float32,bfloat16", metavar="A,B", help="default: %(default)s"
     )
-    demo.add_argument("--batch-size", type=_positive, metavar="N", help="for timing (default: 8, 64 on CUDA)")
+    demo.add_argument("--batch-size", type=positive, metavar="N", help="for timing (default: 8, 64 on CUDA)")
     demo.add_argument(
-        "--rounds", type=_positive, default=50, metavar="N", help="timing rounds (default: %(default)s)"
+        "--rounds", type=positive, default=50, metavar="N", help="timing rounds (default: %(default)s)"
     )
-    demo.add_argument("--image-size", type=_size, metavar="N", help="pixels (default: the model's own, 224)")
+    demo.add_argument(
+        "--image-size", type=image_size, metavar="N", help="pixels (default: the model's own, 224)"
+    )
     demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     demo.add_argument(
         "--backend", choices=("auto", *BACKENDS), help="default: POOLFORMER_KERNELS_BACKEND, else auto"
@@ -124,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     verify.add_argument(
-        "--dtype", type=_dtypes, default=",".join(_DTYPES), metavar="A,B", help="default: %(default)s"
+        "--dtype", type=dtypes, default=",".join(DTYPES), metavar="A,B", help="default: %(default)s"
     )
     verify.add_argument("--json", metavar="FILE", help="write every error")
 
@@ -136,10 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     layers.add_argument("--model", default="poolformer_s12", metavar="NAME", help="default: %(default)s")
     layers.add_argument(
-        "--image-size", type=_size, metavar="N", help="pixels (default: the model's own, 224)"
+        "--image-size", type=image_size, metavar="N", help="pixels (default: the model's own, 224)"
     )
-    layers.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="default: %(default)s")
-    layers.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    layers.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
+    layers.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     layers.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     layers.add_argument("--no-time", action="store_true", help="count only")
     layers.add_argument(
@@ -195,19 +148,3 @@ def _benchmarks() -> Path:
         if (folder / "harness.py").is_file():
             return folder
     raise CommandError(f"the benchmarks are missing: neither in {package} nor beside it")
-
-
-def report_errors(program: str, command: Callable[[], int]) -> int:
-    """The command's exit code; what the user can mend becomes one line on stderr and exit code 2."""
-    try:
-        return command()
-    except CommandError as error:
-        message = " ".join(str(error).split())
-        print(f"{program}: error: {message}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"{program}: error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader (`| head`) has left; nothing may be flushed at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1

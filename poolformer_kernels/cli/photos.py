@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..models import ModelConfig
-from .main import CommandError
+from .errors import CommandError
 
 __all__ = ["crop", "default_photos", "load_photo", "preprocess"]
 

@@ -17,8 +17,8 @@ from ..models import model_config
 from ..ops.dispatch import explain_selection
 from ..profiling.paper import paper_figures
 from ..profiling.profile import Profile, Row, profile
+from .errors import CommandError, check_writable
 from .info import device_name
-from .main import CommandError, check_writable
 
 try:
     import rich.box

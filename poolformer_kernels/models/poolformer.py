@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layout import memory_format_of
 from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
 from ..nn.chain_cache import calls_more, run_chain
 from ..ops.chain import Chain
-from ..reference import memory_format_of
 
 __all__ = ["CONFIGS", "HEADS", "MEDIUM", "SMALL", "ModelConfig", "PatchEmbed", "PoolFormer"]
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..layout import memory_format_of
 from ..ops.chain import Chain
 from ..ops.dispatch import select_backend
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
-from ..reference import memory_format_of
 from .chain_cache import calls_more, run_chain
 from .checks import hooked, is_number, positive_int, probability
 from .layers import DropPath, GroupNorm, Pooling, StarReLU

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..reference import memory_format_of
+from ..layout import memory_format_of
 
 __all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives", "register"]
 

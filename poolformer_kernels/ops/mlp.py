@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .dispatch import constant_result, mlp_backend, mlp_of_cuda, select_backend
 from .library import call, refuse_forward_derivatives, register
@@ -290,7 +291,7 @@ def _register(backend: str) -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, _, height, width = x.shape
         hidden, out = w1.shape[0], w2.shape[0]
-        fmt = reference.memory_format_of(x)
+        fmt = memory_format_of(x)
         y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
         shape = (0,)
         if return_stats:
@@ -310,7 +311,7 @@ def _register(backend: str) -> None:
         grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
         activation, norm, residual, parameter_grads, drop_grad,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        dx = torch.empty_like(x, memory_format=reference.memory_format_of(x))
+        dx = torch.empty_like(x, memory_format=memory_format_of(x))
         channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
         dw1, dw2 = (w.new_empty(w.shape if parameter_grads else (0,)) for w in (w1, w2))
         db1, db2, dnorm_weight, dnorm_bias, dlayer_scale = (

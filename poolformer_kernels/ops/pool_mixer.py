@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
 from .dispatch import select_backend
 from .library import call, empty_output, refuse_forward_derivatives, register
@@ -166,7 +167,7 @@ def _register(backend: str) -> None:
         batch = x.shape[0]
         shape = (0,)
         if return_stats:
-            channels_last = reference.memory_format_of(x) == torch.channels_last
+            channels_last = memory_format_of(x) == torch.channels_last
             kernels = import_module(f"..backends.{backend}", __package__)
             shape = (batch, kernels.stats_tiles(x.shape, channels_last, pool_size), 3)
         return y, x.new_empty((batch, 2), dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)

@@ -16,6 +16,7 @@ from mlp_helpers import (
 )
 
 from poolformer_kernels import reference
+from poolformer_kernels.layout import memory_format_of
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -72,7 +73,7 @@ def check(inputs, grad=None, *, save_hidden=False, ulps=4, **options):
     plain = {name: None if t is None else t.detach().contiguous().clone() for name, t in inputs.items()}
     theirs = run(eager, plain, grad.contiguous(), **options)
     right = truth(inputs, grad, **options)
-    assert actual["dx"].is_contiguous(memory_format=reference.memory_format_of(inputs["x"]))
+    assert actual["dx"].is_contiguous(memory_format=memory_format_of(inputs["x"]))
     for name, value in actual.items():
         source = inputs[name[1:]]
         if source is None:
@@ -140,7 +141,7 @@ def test_layouts_of_x(layout) -> None:
     inputs = problem(layout=layout)
     if layout == "nchw":
         check(inputs, residual=True)
-    dense = inputs | {"x": inputs["x"].contiguous(memory_format=reference.memory_format_of(inputs["x"]))}
+    dense = inputs | {"x": inputs["x"].contiguous(memory_format=memory_format_of(inputs["x"]))}
     grad = make_grad(inputs)
     assert_same(gradients(inputs, grad), gradients(dense, grad))
 

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poolformer_kernels import reference
 from poolformer_kernels.backends import cuda
+from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
@@ -89,7 +90,7 @@ def test_layouts_of_x(layout, dtype) -> None:
     x = inputs["x"] = as_layout(inputs["x"], layout)
     check(inputs, residual=True)
     y = pool_mixer(**inputs)
-    assert y.is_contiguous(memory_format=reference.memory_format_of(x))
+    assert y.is_contiguous(memory_format=memory_format_of(x))
 
 
 @pytest.mark.parametrize("x_layout", FORMATS)
@@ -191,9 +192,7 @@ def test_the_fake_has_the_kernels_tiles(shape, layout, pool_size) -> None:
     x = as_layout(randn(*shape), layout)
     real = FORWARD(x, None, None, None, None, None, pool_size, 1e-5, True, True)
     assert fake == [t.shape for t in real]
-    assert real[2].shape[1] == cuda.stats_tiles(
-        x.shape, reference.memory_format_of(x) == torch.channels_last, 3
-    )
+    assert real[2].shape[1] == cuda.stats_tiles(x.shape, memory_format_of(x) == torch.channels_last, 3)
 
 
 @pytest.mark.parametrize("tiles", [1, 5, 300])

@@ -16,7 +16,7 @@ def main() -> int:
     import bench_training
     import providers
 
-    from poolformer_kernels.cli.main import report_errors
+    from poolformer_kernels.cli.errors import report_errors
 
     providers.errors = lambda *tensors: (0.0, 0.0)
     bench_training.loss_error = lambda losses, exact: 0.0

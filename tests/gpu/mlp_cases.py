@@ -6,8 +6,8 @@ import torch
 from helpers import HALVES, as_layout, assert_close_to_fp64, assert_same, run
 from mlp_helpers import PLAIN, VECTORS, eager, make_grad, truth, ulps_of, y_of_mlp_with_stats
 
-from poolformer_kernels import reference
 from poolformer_kernels.backends.cuda import mlp_unsupported
+from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import mlp
 
 from .cases import like_on, on, truth_on
@@ -111,6 +111,6 @@ def check(
         assert torch.equal(cuda_grad.cpu(), grad)
         assert_rule(ours, theirs, right, inputs, inputs["x"].dtype, operand, f"{layout} ")
         assert {value.device for value in ours.values()} == {cuda["x"].device}
-        fmt = reference.memory_format_of(laid["x"])
+        fmt = memory_format_of(laid["x"])
         assert ours["y"].is_contiguous(memory_format=fmt)
         assert ours["dx"].is_contiguous(memory_format=fmt)

@@ -18,6 +18,7 @@ from mlp_helpers import (
 
 from poolformer_kernels import reference
 from poolformer_kernels.backends.triton.mlp import backward, backward_config, backward_gemm, backward_shared
+from poolformer_kernels.layout import memory_format_of
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -75,7 +76,7 @@ def check(inputs, grad=None, *, save_hidden=False, ulps=4, **options):
     right = truth(inputs, grad, **options)
     x = inputs["x"]
     operands = inputs["w1"].dtype if x.dtype == torch.float32 else x.dtype
-    assert actual["dx"].is_contiguous(memory_format=reference.memory_format_of(x))
+    assert actual["dx"].is_contiguous(memory_format=memory_format_of(x))
     for name, value in actual.items():
         source = inputs[name[1:]]
         if source is None:

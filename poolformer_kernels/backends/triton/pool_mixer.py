@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...reference import memory_format_of
+from ...layout import memory_format_of
 from .config import MAX_ROLLED_POOL, OPTIONS, ROWS, next_power_of_2, plan
 from .device import aligned
 from .statistics import few, flat_stats, merged

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ....reference import memory_format_of
+from ....layout import memory_format_of
 from ..device import device_of
 from . import backward_fused, backward_gemm
 from .backward_config import Fused, plan

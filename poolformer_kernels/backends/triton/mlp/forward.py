@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....reference import memory_format_of
+from ....layout import memory_format_of
 from ..activation import activate
 from ..config import OPTIONS, next_power_of_2, pieces
 from ..device import device_of
