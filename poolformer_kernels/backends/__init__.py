@@ -1,6 +1,6 @@
-"""The kernels, a module per backend: why it is UNAVAILABLE (or None), and the DEVICES it runs on.
+"""The kernels, a module per backend; see `poolformer_kernels.ops.dispatch.Backend` for what each offers.
 
-Importing a backend registers its kernels under the schemas of `poolformer_kernels.ops`.
+Importing a backend registers it for dispatch, and its kernels under the schemas of `poolformer_kernels.ops`.
 """
 
 from . import cpp, cuda, triton

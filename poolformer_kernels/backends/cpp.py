@@ -1,13 +1,26 @@
 """The C++ backend: the extension registers its kernels for the CPU when it is imported."""
 
 import importlib.util
+import math
+import sys
 import warnings
 
 import torch
 
+from ..ops.dispatch import register
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
-__all__ = ["DEVICES", "ISA", "UNAVAILABLE", "build_info", "mlp_stats_tiles", "stats_tiles", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "ISA",
+    "UNAVAILABLE",
+    "build_info",
+    "hidden_kept_from",
+    "mlp_stats_tiles",
+    "mlp_unsupported",
+    "stats_tiles",
+    "unavailable",
+]
 
 DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
@@ -44,3 +57,21 @@ def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:
 def mlp_stats_tiles(shape: torch.Size, channels_last: bool, hidden: int) -> int:
     """`stats_tiles` of the MLP's output of this shape."""
     return 1
+
+
+def mlp_unsupported(
+    channels: int, hidden: int, out: int, operand: torch.dtype, backward: bool = False
+) -> str | None:
+    """None: there is a kernel for every MLP."""
+    return None
+
+
+def hidden_kept_from() -> float:
+    """From how many channels on it is faster to keep fc1's output (`poolformer-kernels bench mlp`).
+
+    With fewer there is more to keep and less to compute again, and a matrix unit computes it sooner.
+    """
+    return math.inf if ISA == "amx" else 256
+
+
+register("cpp", sys.modules[__name__])

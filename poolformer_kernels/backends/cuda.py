@@ -3,12 +3,15 @@
 The numbers here are those of csrc/cuda: fakes and `explain` need them on machines without a GPU.
 """
 
+import math
 import re
+import sys
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 
+from ..ops.dispatch import register
 from ..ops.norm_stats import CHUNK
 from . import cpp
 
@@ -16,6 +19,7 @@ __all__ = [
     "DEVICES",
     "UNAVAILABLE",
     "code_for",
+    "hidden_kept_from",
     "mlp_stats_tiles",
     "mlp_unsupported",
     "stats_tiles",
@@ -128,3 +132,11 @@ def mlp_unsupported(
     if hidden % HIDDEN_BLOCK != 0 or hidden > HIDDEN_MAX:
         return f"{hidden} hidden channels, not a multiple of {HIDDEN_BLOCK} up to {HIDDEN_MAX}"
     return None
+
+
+def hidden_kept_from() -> float:
+    """Infinite: it is kept only where the caller asks for it."""
+    return math.inf
+
+
+register("cuda", sys.modules[__name__])

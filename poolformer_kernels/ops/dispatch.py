@@ -4,19 +4,20 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
-from importlib import import_module
-from types import ModuleType
+from typing import Protocol
 
 import torch
 
 __all__ = [
     "BACKENDS",
+    "Backend",
     "available_backends",
     "constant_result",
     "explain_selection",
     "mlp_backend",
     "mlp_of_cuda",
+    "register",
+    "registered",
     "select_backend",
     "unavailable_reason",
     "use_backend",
@@ -26,6 +27,50 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 _CHOICES = ("auto", *BACKENDS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("poolformer_kernels")
+
+
+class Backend(Protocol):
+    """What `register` takes: a module of `poolformer_kernels.backends`."""
+
+    DEVICES: tuple[str, ...]  # torch's names of the types of devices that it runs on
+    UNAVAILABLE: str | None  # why it cannot run, whatever the device
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        """Why it cannot run on a device of these types, or None."""
+
+    @staticmethod
+    def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:
+        """How many partials of a sample's statistics the token mixer returns for an output of this shape."""
+
+    @staticmethod
+    def mlp_stats_tiles(shape: torch.Size, channels_last: bool, hidden: int) -> int:
+        """How many partials the MLP returns for an output of this shape."""
+
+    @staticmethod
+    def mlp_unsupported(
+        channels: int, hidden: int, out: int, operand: torch.dtype, backward: bool = False
+    ) -> str | None:
+        """Which MLP it has no kernel for, in words, if these sizes and operands are one; else None."""
+
+    @staticmethod
+    def hidden_kept_from() -> float:
+        """From how many channels on fc1's output is kept for the backward, where the caller leaves it open."""
+
+
+_registered: dict[str, Backend] = {}
+
+
+def register(name: str, backend: Backend) -> None:
+    """Makes a backend known under one of the names of `BACKENDS`; backends call it when they are imported."""
+    if name not in BACKENDS:
+        raise ValueError(f"name is {name!r}; allowed: {', '.join(BACKENDS)}")
+    _registered[name] = backend
+
+
+def registered(name: str) -> Backend:
+    """The backend of this name; ``"reference"`` is none."""
+    return _registered[name]
 
 
 def constant_result(function: Callable) -> Callable:
@@ -65,11 +110,6 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-@cache
-def _backend(name: str) -> ModuleType:
-    return import_module(f"..backends.{name}", __package__)
-
-
 def _with_index(device: torch.device) -> torch.device:
     """The device with its index: ``cuda`` alone is the current one."""
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -84,18 +124,18 @@ def unavailable_reason(backend: str, device: torch.device | None = None) -> str 
     """
     if backend == "reference":
         return None
-    module = _backend(backend)
-    if module.UNAVAILABLE is not None:
-        return module.UNAVAILABLE
+    found = registered(backend)
+    if found.UNAVAILABLE is not None:
+        return found.UNAVAILABLE
     if device is None:
-        if "cpu" in module.DEVICES:
-            return module.unavailable(torch.device("cpu"))
+        if "cpu" in found.DEVICES:
+            return found.unavailable(torch.device("cpu"))
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         reasons = [unavailable_reason(backend, each) for each in devices] or ["no CUDA device"]
         return None if None in reasons else "; ".join(dict.fromkeys(reasons))
-    if device.type not in module.DEVICES:
-        return f"it runs on {' and '.join(module.DEVICES)} tensors, not {device.type}"
-    return module.unavailable(_with_index(device))
+    if device.type not in found.DEVICES:
+        return f"it runs on {' and '.join(found.DEVICES)} tensors, not {device.type}"
+    return found.unavailable(_with_index(device))
 
 
 def available_backends() -> dict[str, str | None]:
@@ -176,9 +216,9 @@ def mlp_backend(
     The CUDA C++ kernels cover narrow streams of halves; the other MLPs stay with Triton, and where Triton
     cannot run on the device, with the reference.
     """
-    if selected != "cuda":
+    if selected == "reference":
         return selected, None
-    reason = _backend("cuda").mlp_unsupported(*sizes, operand, backward)
+    reason = registered(selected).mlp_unsupported(*sizes, operand, backward)
     if reason is None:
         return selected, None
     missing = unavailable_reason("triton", device)

@@ -1,15 +1,12 @@
 """The MLP operator: norm, fc1, activation, fc2, and the residual around them."""
 
-import math
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
-from .dispatch import constant_result, mlp_backend, mlp_of_cuda, select_backend
+from .dispatch import constant_result, mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
 
 __all__ = ["mlp", "mlp_with_stats"]
@@ -175,7 +172,7 @@ def mlp_with_stats(
     else:
         refuse_forward_derivatives("mlp", backend, tensors)
         if save_hidden is None:
-            save_hidden = backend == "cpp" and w1.shape[1] >= _kept_from()
+            save_hidden = w1.shape[1] >= _hidden_kept_from(backend)
         if save_hidden:
             save_hidden = _differentiates(tensors)
         y, _, y_stats, _ = call(
@@ -186,12 +183,8 @@ def mlp_with_stats(
 
 
 @constant_result
-def _kept_from() -> float:
-    """How many channels make a step on the CPU faster with fc1's output kept (benchmarks/bench_mlp.py).
-
-    With fewer there is more to keep and less to compute again, and a matrix unit computes it sooner.
-    """
-    return math.inf if import_module("..backends.cpp", __package__).ISA == "amx" else 256
+def _hidden_kept_from(backend: str) -> float:
+    return registered(backend).hidden_kept_from()
 
 
 def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -295,8 +288,7 @@ def _register(backend: str) -> None:
         y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
         shape = (0,)
         if return_stats:
-            kernels = import_module(f"..backends.{backend}", __package__)
-            tiles = kernels.mlp_stats_tiles(y.shape, fmt == torch.channels_last, hidden)
+            tiles = registered(backend).mlp_stats_tiles(y.shape, fmt == torch.channels_last, hidden)
             shape = (batch, tiles, 3)
         operand = w1.dtype if x.dtype == torch.float32 else x.dtype
         saved = (batch * height * width * hidden,) if save_hidden else (0,)

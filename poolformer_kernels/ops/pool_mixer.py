@@ -1,14 +1,12 @@
 """The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
-from .dispatch import select_backend
+from .dispatch import registered, select_backend
 from .library import call, empty_output, refuse_forward_derivatives, register
 
 __all__ = ["pool_mixer"]
@@ -168,8 +166,7 @@ def _register(backend: str) -> None:
         shape = (0,)
         if return_stats:
             channels_last = memory_format_of(x) == torch.channels_last
-            kernels = import_module(f"..backends.{backend}", __package__)
-            shape = (batch, kernels.stats_tiles(x.shape, channels_last, pool_size), 3)
+            shape = (batch, registered(backend).stats_tiles(x.shape, channels_last, pool_size), 3)
         return y, x.new_empty((batch, 2), dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
     def backward_fake(

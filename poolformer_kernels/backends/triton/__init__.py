@@ -4,18 +4,29 @@ Triton and the kernels are imported by the first call, on whatever device: impor
 """
 
 import importlib.util
+import math
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
 import torch
 
+from ...ops.dispatch import register
 from ...ops.library import LIBRARY
 from .config import stats_tiles
 from .mlp.config import mlp_stats_tiles
 
-__all__ = ["DEVICES", "UNAVAILABLE", "mlp_stats_tiles", "stats_tiles", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "UNAVAILABLE",
+    "hidden_kept_from",
+    "mlp_stats_tiles",
+    "mlp_unsupported",
+    "stats_tiles",
+    "unavailable",
+]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
@@ -50,6 +61,18 @@ def _unavailable(device: torch.device) -> str | None:
     return None
 
 
+def mlp_unsupported(
+    channels: int, hidden: int, out: int, operand: torch.dtype, backward: bool = False
+) -> str | None:
+    """None: there is a kernel for every MLP."""
+    return None
+
+
+def hidden_kept_from() -> float:
+    """Infinite: it is kept only where the caller asks for it."""
+    return math.inf
+
+
 def _kernel(module: str, function: str) -> Callable:
     """The function of a module here, which its first call imports."""
 
@@ -72,3 +95,5 @@ _KERNELS = (
 for _device in DEVICES:
     for _operator, _module, _function in _KERNELS:
         LIBRARY.impl(_operator, _kernel(_module, _function), _device.upper())
+
+register("triton", sys.modules[__name__])
