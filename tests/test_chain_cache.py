@@ -432,7 +432,7 @@ def test_no_plan_is_seen_half_built(x, monkeypatch):
     model, seen = make_model(), []
     collect = chain_cache._collect
     monkeypatch.setattr(
-        chain_cache, "_collect", lambda root: seen.append(vars(root)[chain_cache._PLACE]) or collect(root)
+        chain_cache, "_collect", lambda root: seen.append(vars(root)[chain_cache.PLACE]) or collect(root)
     )
     assert calls(model, x) == ONE
     assert seen == [None]

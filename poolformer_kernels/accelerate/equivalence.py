@@ -8,17 +8,16 @@ from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..nn.chain_cache import PLACE
 from ..ops.dispatch import use_backend
+from ..ops.torch_private import HOOKS, outside_transforms_and_modes
 from .blocks import Recipe, accelerated_class
 from .layouts import ACT, MLP, Structure, activation_of, structure_of
 
 __all__ = ["examine"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NOT_SETTINGS = {*vars(nn.Module()), "forward", "_poolformer_kernels_plan"}
+_NOT_SETTINGS = {*vars(nn.Module()), "forward", PLACE}
 _SETTINGS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
 _DROP_PROB = 0.4
 _LOCK = threading.RLock()  # the backend is chosen for the whole process
@@ -30,7 +29,7 @@ def examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[
 
     ``original`` is the block's class without acceleration.
     """
-    with _LOCK, _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+    with _LOCK, outside_transforms_and_modes(), torch.inference_mode(False):
         return _examine(block, original)
 
 
@@ -166,7 +165,7 @@ def _replica(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """The module without hooks, with random parameters on the CPU; what is dropped at random, mostly is."""
     replica = object.__new__(type(module))
     replica.__dict__ = {k: _copied(v) for k, v in vars(module).items() if k != "forward"}
-    replica.__dict__ |= {name: OrderedDict() for name in _HOOKS}
+    replica.__dict__ |= {name: OrderedDict() for name in HOOKS}
     if isinstance(module, nn.Dropout):
         replica.p = 0.0
     elif "drop_prob" in vars(module):  # also where it is 0, which schedules change

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..nn.checks import hooked
+from ..ops.torch_private import TRACED_PARAMETERS
 from ..reference import ACTIVATIONS
 
 __all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "MIXER", "MLP", "NORM", "PLAIN", "POOL"]
@@ -115,7 +114,7 @@ class Structure:
                     return f"{name} of {body} is active (p = {module.p})"
             for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
                 kind = type(fc.weight)
-                if kind not in PLAIN and not (torch.compiler.is_compiling() and kind in _TRACED):
+                if kind not in PLAIN and not (torch.compiler.is_compiling() and kind in TRACED_PARAMETERS):
                     return f"{name} has a weight of {_kind(fc.weight)}, not a plain parameter"
             parts += parts[ACT]._modules.values()
         for part in parts:
@@ -234,7 +233,6 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-_TRACED = (FakeTensor, FunctionalTensor)  # what parameters are while torch.export traces
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _MLP = ("fc1", "act", "fc2")
 STRUCTURES = {

@@ -2,14 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.layers import fold_star_relu
 from ..ops.chain import Chain
 from ..ops.dispatch import select_backend
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
+from ..ops.torch_private import forward_mode, has_global_hooks, in_transform
 from .layouts import (
     ACT,
     BODY,
@@ -32,17 +31,17 @@ __all__ = ["add_to_chain", "run", "takes"]
 def takes(x: object) -> bool:
     """Whether operators compute on x what modules do: a plain image, outside of transforms and tracers."""
     if torch.compiler.is_compiling():
-        plain = isinstance(x, Tensor) and x.dim() == 4 and not _has_any_global_hook()
+        plain = isinstance(x, Tensor) and x.dim() == 4 and not has_global_hooks()
         return plain and not torch.onnx.is_in_onnx_export()  # which knows no operators of ours
     return (
         type(x) in PLAIN
         and x.dim() == 4
         and x.layout == torch.strided
         and x.is_floating_point()
-        and not _has_any_global_hook()
+        and not has_global_hooks()
         and not torch.jit.is_tracing()  # a trace runs anywhere, and is the same with and without gradients
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not in_transform()
+        and not forward_mode()
     )
 
 

@@ -6,16 +6,15 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.chain import Chain, chainable
+from ..ops.torch_private import HOOKS, compiled_on_its_own, has_global_hooks
 from .checks import hooked
 
-__all__ = ["Chained", "calls_more", "forget_chain", "run_chain"]
+__all__ = ["PLACE", "Chained", "calls_more", "forget_chain", "run_chain"]
 
-_PLACE = "_poolformer_kernels_plan"  # in the instance's own dictionary, so that both die together
-_INTERNAL = vars(nn.Module()).keys() - {"training"} | {_PLACE}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLACE = "_poolformer_kernels_plan"  # in the instance's own dictionary, so that both die together
+_INTERNAL = vars(nn.Module()).keys() - {"training"} | {PLACE}
 
 
 class Chained(Protocol):
@@ -27,26 +26,26 @@ class Chained(Protocol):
 
 def calls_more(module: nn.Module) -> bool:
     """Calling the module does more than its forward: hooks of its own or of all modules, or compilation."""
-    return hooked(module) or module._compiled_call_impl is not None or _has_any_global_hook()
+    return hooked(module) or compiled_on_its_own(module) or has_global_hooks()
 
 
 def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | None:
     """``module.forward(x)`` by one operator call, or None where modules must be called."""
-    if not chainable(x) or _has_any_global_hook():
+    if not chainable(x) or has_global_hooks():
         return None
     if torch.compiler.is_compiling():  # the compiler keeps what it finds by guards of its own
         chain = _collect(module)
     else:
-        plan = module.__dict__.get(_PLACE)
-        if plan is None or not plan.holds(module):
-            plan = _Plan(module)
-        chain = plan.chain
+        cached = module.__dict__.get(PLACE)
+        if cached is None or not cached.is_current(module):
+            cached = _CachedChain(module)
+        chain = cached.chain
     return chain.run(x, channels_last) if chain is not None and chain.takes(x, channels_last) else None
 
 
 def forget_chain(module: nn.Module) -> None:
     """Removes what `run_chain` keeps in the module."""
-    module.__dict__.pop(_PLACE, None)
+    module.__dict__.pop(PLACE, None)
 
 
 def _collect(module: Chained) -> Chain | None:
@@ -57,7 +56,7 @@ def _collect(module: Chained) -> Chain | None:
         return None
 
 
-class _Plan:
+class _CachedChain:
     """A module's chain, and everything that it was read from.
 
     To walk the modules costs a tenth of a small model's inference; to see that they are the same, by identity
@@ -65,7 +64,7 @@ class _Plan:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        root.__dict__.setdefault(_PLACE, None)  # sizes count it; another thread must not meet half a plan
+        root.__dict__.setdefault(PLACE, None)  # sizes count it; another thread must not meet half of this
         self._root = ref(root)
         self._places: list[dict] = []
         self._keys: list[str] = []
@@ -79,7 +78,7 @@ class _Plan:
             self._watch(module._parameters, list(module._parameters))
             self._watch(module._modules, list(module._modules))
             if module is not root:  # whoever calls root's forward has seen to its hooks
-                self._hooks += (attributes[name] for name in _HOOKS)
+                self._hooks += (attributes[name] for name in HOOKS)
         self._hooked = [*map(bool, self._hooks)]
         self._sized = [place for m in self._modules for place in (m.__dict__, m._parameters, m._modules)]
         self._sizes = [*map(len, self._sized)]  # nothing may be added: a forward of the instance, say
@@ -87,15 +86,15 @@ class _Plan:
         self._orders = [*map(list, self._ordered)]
         computed = any("parametrizations" in m._modules for m in self._modules)  # anew for each call
         self.chain = None if computed else _collect(root)
-        root.__dict__[_PLACE] = self
+        root.__dict__[PLACE] = self
 
     def _watch(self, place: dict, keys: list[str]) -> None:
         self._places += [place] * len(keys)
         self._keys += keys
         self._values += (place[key] for key in keys)
 
-    def holds(self, root: nn.Module) -> bool:
-        """Whether all of it is still so."""
+    def is_current(self, root: nn.Module) -> bool:
+        """Whether nothing that the chain was read from has changed."""
         try:
             same = all(map(is_, map(getitem, self._places, self._keys), self._values))
         except KeyError:

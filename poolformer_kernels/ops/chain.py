@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from .dispatch import select_backend
 from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
+from .torch_private import in_transform
 
 __all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "chainable"]
 
@@ -26,7 +27,7 @@ def chainable(x: Tensor) -> bool:
         and x.dim() == 4
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None)
+        and (torch.compiler.is_compiling() or not in_transform())
         and select_backend("cpu", x.dtype) == "cpp"
     )
 

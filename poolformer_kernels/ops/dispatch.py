@@ -3,16 +3,17 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+
+from .torch_private import constant_result
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "available_backends",
-    "constant_result",
     "explain_selection",
     "mlp_backend",
     "mlp_of_cuda",
@@ -55,7 +56,7 @@ class Backend(Protocol):
 
     @staticmethod
     def hidden_kept_from() -> float:
-        """From how many channels on fc1's output is kept for the backward, where the caller leaves it open."""
+        """From how many channels on fc1's output is kept for the backward, if the caller leaves it open."""
 
 
 _registered: dict[str, Backend] = {}
@@ -71,12 +72,6 @@ def register(name: str, backend: Backend) -> None:
 def registered(name: str) -> Backend:
     """The backend of this name; ``"reference"`` is none."""
     return _registered[name]
-
-
-def constant_result(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, which would import the whole compiler: 1.5 s of our import."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 def _checked(name: str, origin: str) -> str:

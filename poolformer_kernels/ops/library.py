@@ -7,28 +7,33 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..layout import memory_format_of
+from .torch_private import (
+    OpOverload,
+    any_requires_grad,
+    below_autograd,
+    differentiating_transform,
+    forward_mode,
+    in_transform,
+)
 
 __all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives", "register"]
 
 NAMESPACE = "poolformer_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}  # of the ops with a backward
+_FUNCTIONS: dict[OpOverload, type[torch.autograd.Function]] = {}  # of the ops with a backward
 
 
 def refuse_forward_derivatives(operator: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
     """Kernels have a backward only: where a transform would drop or zero tangents, raise."""
     if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0:
+        if forward_mode():
             raise RuntimeError(f"{operator} on the {backend!r} backend has no forward-mode derivative")
         return
-    transforms = torch._C._functorch
-    if forward_ad._current_level < 0 and transforms.peek_interpreter_stack() is None:
+    dual = forward_mode()
+    if not dual and not in_transform():
         return
-    kinds = {interpreter.key() for interpreter in transforms.get_interpreter_stack() or ()}
-    dual = forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None
-    )
-    if dual or kinds & {transforms.TransformType.Grad, transforms.TransformType.Jvp}:
+    dual = dual and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None)
+    if dual or differentiating_transform():
         raise RuntimeError(
             f"{operator} on the {backend!r} backend has no forward-mode derivative and no torch.func"
             " gradient; use poolformer_kernels.use_backend('reference')"
@@ -44,13 +49,13 @@ def call(op, *args):
     if (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # which hides what requires gradients
+        or in_transform()  # which hides what requires gradients
         or torch.jit.is_tracing()  # a trace has operators, no Python functions
     ):
         return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and any_requires_grad(*args):
         return _FUNCTIONS[op].apply(*args) if op in _FUNCTIONS else op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: skip the Python autograd kernel (4 us)
+    with below_autograd():  # nothing to record
         return op(*args)
 
 
@@ -66,7 +71,7 @@ def register(
     fakes: tuple[Callable, Callable],
     setup_context: Callable,
     backward: Callable,
-) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+) -> tuple[OpOverload, OpOverload]:
     """Defines one backend's (forward, backward) ops, differentiable once; kernels register themselves."""
 
     def double_backward(ctx, *_):
@@ -85,7 +90,7 @@ def register(
     ops = tuple(getattr(torch.ops.poolformer_kernels, name).default for name in names)
 
     def function_forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = ops[0](*args)
         setup_context(ctx, args, output)
         return output

@@ -6,8 +6,9 @@ from torch import Tensor
 from .. import reference
 from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
-from .dispatch import constant_result, mlp_backend, mlp_of_cuda, registered, select_backend
+from .dispatch import mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
+from .torch_private import constant_result
 
 __all__ = ["mlp", "mlp_with_stats"]
 

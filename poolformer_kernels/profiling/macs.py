@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from ..nn import Mlp
 from ..ops.chain import CONV, MLP, POOLS
 from ..ops.dispatch import use_backend
+from ..ops.torch_private import TorchDispatchMode, tree_leaves
 
 __all__ = ["EagerCost", "count_macs", "eager_cost"]
 

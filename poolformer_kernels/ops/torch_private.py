@@ -1,0 +1,102 @@
+"""The parts of PyTorch that are not public API, each with the reason for which nothing public will do.
+
+The rest of the package uses no others. All exist from torch 2.10, the oldest supported, to 2.14;
+tests/test_torch_private.py says for a newer torch which one has gone.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "HOOKS",
+    "TRACED_PARAMETERS",
+    "OpOverload",
+    "TorchDispatchMode",
+    "any_requires_grad",
+    "below_autograd",
+    "compiled_on_its_own",
+    "constant_result",
+    "differentiating_transform",
+    "forward_mode",
+    "has_global_hooks",
+    "in_transform",
+    "outside_transforms_and_modes",
+    "tree_leaves",
+]
+
+# The type of torch.ops.<namespace>.<name>.<overload>, which has no public name.
+OpOverload = torch._ops.OpOverload
+
+# `TorchDispatchMode` sees every operator that runs, and `tree_leaves` finds the tensors among its arguments:
+# the bytes that eager PyTorch moves are counted so, and torch.profiler counts none on the meta device.
+
+# A module's hooks: nn.Module registers them publicly, but cannot be asked whether there are any.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# What parameters are while torch.export traces; torch.compiler.is_exporting does not tell of one tensor.
+TRACED_PARAMETERS = (FakeTensor, FunctionalTensor)
+
+
+def constant_result(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler: 1.5 s of our import."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, functionalize) is running; nothing public tells."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiating_transform() -> bool:
+    """Whether one of the transforms of torch.func that are running is grad or jvp."""
+    functorch = torch._C._functorch
+    kinds = {interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()}
+    return bool(kinds & {functorch.TransformType.Grad, functorch.TransformType.Jvp})
+
+
+def forward_mode() -> bool:
+    """Whether a `torch.autograd.forward_ad.dual_level` is entered; nothing public tells."""
+    return forward_ad._current_level >= 0
+
+
+def any_requires_grad(*args: object) -> bool:
+    """Whether a tensor among the arguments, or in a list among them, requires a gradient.
+
+    In C, while a loop in Python takes longer than some of our kernels.
+    """
+    return torch._C._any_requires_grad(*args)
+
+
+# A context in which a call of an operator skips autograd. `torch.no_grad` still enters its Python autograd
+# kernel, which takes 4 us.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# Whether hooks are set that every module's call runs (`torch.nn.modules.module.register_module_*_hook`).
+has_global_hooks = _has_any_global_hook
+
+
+def compiled_on_its_own(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called; nothing public tells."""
+    return module._compiled_call_impl is not None
+
+
+def outside_transforms_and_modes() -> ExitStack:
+    """A context that no transform of torch.func and no dispatch mode (fake tensors, tracing) sees into.
+
+    A model may be accelerated while one is running, and the comparison of numbers must not become part of it.
+    """
+    stack = ExitStack()
+    stack.enter_context(_disable_current_modes())
+    stack.enter_context(temporarily_clear_interpreter_stack())
+    return stack

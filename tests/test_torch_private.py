@@ -1,0 +1,158 @@
+"""The private parts of PyTorch that the package uses are there, and do what they are used for."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
+
+import poolformer_kernels as pk
+from poolformer_kernels.ops import torch_private as private
+
+PACKAGE = Path(pk.__file__).parent
+
+
+def test_transforms_are_seen():
+    seen = []
+
+    def f(x):
+        seen.append((private.in_transform(), private.differentiating_transform()))
+        return x.sum()
+
+    x = torch.ones(3)
+    f(x)
+    torch.func.vmap(f)(x)
+    torch.func.grad(f)(x)
+    torch.func.jvp(f, (x,), (x,))
+    assert seen == [(False, False), (True, False), (True, True), (True, True)]
+
+
+def test_forward_mode_is_seen():
+    assert not private.forward_mode()
+    with forward_ad.dual_level():
+        assert private.forward_mode()
+    assert not private.forward_mode()
+
+
+def test_any_requires_grad():
+    leaf = torch.ones(2, requires_grad=True)
+    assert private.any_requires_grad(torch.ones(2), None, leaf, 3, 0.5, "gelu")
+    assert private.any_requires_grad([torch.ones(2), leaf])
+    assert not private.any_requires_grad(torch.ones(2), None, 3, [torch.ones(2)])
+
+
+def test_below_autograd_nothing_is_recorded():
+    leaf = torch.ones(2, requires_grad=True)
+    assert (2 * leaf).requires_grad
+    with private.below_autograd():
+        assert not (2 * leaf).requires_grad
+
+
+def test_constant_result_is_what_the_compiler_marks():
+    ours, theirs = private.constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_the_package_does_not_import_the_compiler():
+    code = "import sys, poolformer_kernels; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_hooks_of_a_module():
+    module = nn.Identity()
+    assert not any(getattr(module, name) for name in private.HOOKS)
+    module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_full_backward_hook(lambda *_: None)
+    module.register_full_backward_pre_hook(lambda *_: None)
+    assert all(len(getattr(module, name)) == 1 for name in private.HOOKS)
+
+
+def test_hooks_of_all_modules():
+    assert not private.has_global_hooks()
+    hook = register_module_forward_hook(lambda *_: None)
+    try:
+        assert private.has_global_hooks()
+    finally:
+        hook.remove()
+    assert not private.has_global_hooks()
+
+
+def test_a_module_compiled_on_its_own():
+    module = nn.Identity()
+    assert not private.compiled_on_its_own(module)
+    module.compile(backend="eager")
+    assert private.compiled_on_its_own(module)
+
+
+def test_parameters_that_an_export_traces():
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            seen.append(type(self.weight))
+            return x * self.weight
+
+    torch.export.export(Model(), (torch.ones(2),), strict=False)
+    assert seen
+    assert set(seen) <= {*private.TRACED_PARAMETERS, nn.Parameter}
+    assert set(seen) & set(private.TRACED_PARAMETERS)
+
+
+@pytest.mark.parametrize("mode", ["transform", "fake"])
+def test_outside_transforms_and_modes(mode):
+    values = []
+
+    def inside(x):
+        with private.outside_transforms_and_modes():
+            values.append(torch.ones(2).sum().item())
+            values.append(private.in_transform())
+        return x.sum()
+
+    if mode == "transform":
+        torch.func.grad(inside)(torch.ones(3))
+    else:
+        with torch._subclasses.FakeTensorMode():
+            inside(torch.ones(3))
+    assert values == [2.0, False]
+
+
+def test_the_rest_of_the_package_uses_none():
+    """Neither ``torch._…`` nor ``from torch._…``, nor underscored names of torch's modules."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "torch_private.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "torch":
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [p for a in node.names if a.name.startswith("torch.") for p in a.name.split(".")]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+                names = ast.unparse(node).split(".")
+            if any(name.startswith("_") and not name.startswith("__") for name in names):
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {ast.unparse(node)}")
+    assert found == []
+
+
+def test_a_dispatch_mode_sees_operators_and_leaves():
+    seen = []
+
+    class Mode(private.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((str(function), len(private.tree_leaves(args))))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.cat([torch.ones(2, device="meta"), torch.ones(3, device="meta")])
+    assert seen[-1] == ("aten.cat.default", 2)
