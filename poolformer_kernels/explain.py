@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .accelerate import unfused_reasons
-from .accelerate.layouts import FC1, FC2, MLP, structure_of
+from .accelerate.layouts import FC1, FC2, layout_of
 from .nn import Mlp, PoolFormerBlock, PoolMixer
+from .nn.fusion import MLP
 from .ops.dispatch import explain_selection, mlp_backend
 
 __all__ = ["explain"]
@@ -63,16 +64,16 @@ def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
     if isinstance(module, Mlp):
         reason = module.unfused_reason()
         return [(name, "mlp", *(_mlp_selected(*_layers(module)) if reason is None else ("modules", reason)))]
-    structure = structure_of(module)
-    if structure is None:
+    layout = layout_of(module)
+    if layout is None:
         return []
     mixer_reason, mlp_reason = unfused_reasons(module)
     mixer = _selected(module) if mixer_reason is None else ("modules", mixer_reason)
     mlp = ("modules", mlp_reason)
     if mlp_reason is None:
-        parts = structure.parts(module, MLP)
+        parts = layout.parts(module, MLP)
         mlp = _mlp_selected(parts[FC1], parts[FC2])
-    return _block_rows(name, structure.bodies, (mixer, mlp))
+    return _block_rows(name, layout.bodies, (mixer, mlp))
 
 
 def _block_rows(

@@ -8,7 +8,7 @@ from peers import randomise, require
 from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.accelerate.layouts import structure_of
+from poolformer_kernels.accelerate.layouts import layout_of
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
 SOURCES = ("timm", "timm v2", "transformers", "official", "mmpretrain")
@@ -155,7 +155,7 @@ def image(size: tuple[int, int] = (64, 64), seed: int = 0) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if structure_of(module) is not None]
+    return [module for module in model.modules() if layout_of(module) is not None]
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from poolformer_kernels.accelerate import accelerate, blocks, unfused_reasons
-from poolformer_kernels.accelerate.layouts import structure_of
+from poolformer_kernels.accelerate.layouts import layout_of
 
 _COUNTS = pytest.StashKey[Counter]()
 _PATCHES = pytest.StashKey[pytest.MonkeyPatch]()
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patches = config.stash[_PATCHES] = pytest.MonkeyPatch()
 
     def accelerated(model: nn.Module) -> nn.Module:
-        found = [block for block in model.modules() if structure_of(block) is not None]
+        found = [block for block in model.modules() if layout_of(block) is not None]
         if found:
             calls = counts["calls"]
             accelerate(model)
@@ -47,8 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
             counts["blocks"] += sum(unfused_reasons(block) == (None, None) for block in found)
         return model
 
-    for name in ("run", "run_chain"):
-        patches.setattr(blocks, name, _counted(getattr(blocks, name), counts))
+    for owner, name in ((blocks.Recipe, "run"), (blocks, "run_chain")):
+        patches.setattr(owner, name, _counted(getattr(owner, name), counts))
     timm = _module("timm.models._factory")
     if timm is not None:
         create = timm.create_model

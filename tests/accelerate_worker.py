@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from poolformer_kernels import use_backend
-from poolformer_kernels.accelerate import accelerate, run
+from poolformer_kernels.accelerate import accelerate
+from poolformer_kernels.nn import fusion
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -68,7 +69,7 @@ calls: list[str] = []
 
 
 def counted(name: str) -> Callable:
-    operator = getattr(run, name)
+    operator = getattr(fusion, name)
 
     def call(*args, **options):
         calls.append(name)
@@ -79,6 +80,6 @@ def counted(name: str) -> Callable:
 
 if __name__ == "__main__":
     for operator in ("pool_mixer_with_stats", "mlp_with_stats"):
-        setattr(run, operator, counted(operator))
+        setattr(fusion, operator, counted(operator))
     # forked before anything runs, with everything imported: that is most of the time
     torch.multiprocessing.start_processes(main, tuple(sys.argv[1:]), nprocs=2, start_method="fork")

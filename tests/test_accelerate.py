@@ -22,7 +22,8 @@ from accelerate_helpers import (
 from torch import nn
 from torch.func import functional_call
 
-from poolformer_kernels.accelerate import accelerate, blocks, restore, run
+from poolformer_kernels.accelerate import accelerate, blocks, restore
+from poolformer_kernels.nn import fusion
 
 IMAGES = [(size, seed) for size in ((64, 64), (45, 71)) for seed in range(2)]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -40,8 +41,8 @@ def calls(monkeypatch):
         return operator(*args, **options)
 
     for name in ("pool_mixer", "mlp"):
-        operator = getattr(run, f"{name}_with_stats")
-        monkeypatch.setattr(run, f"{name}_with_stats", partial(call, operator, name))
+        operator = getattr(fusion, f"{name}_with_stats")
+        monkeypatch.setattr(fusion, f"{name}_with_stats", partial(call, operator, name))
     return made
 
 

@@ -38,3 +38,10 @@ def test_the_package_itself_uses_no_old_name(recwarn):
     assert not [
         w for w in recwarn if issubclass(w.category, DeprecationWarning) and "0.3.0" in str(w.message)
     ]
+
+
+def test_the_old_name_of_the_weights_of_an_mlp():
+    mlp = pk.nn.Mlp(8, 16)
+    with pytest.warns(DeprecationWarning, match=r"Mlp\.operands is now Mlp\.operator_weights"):
+        old = mlp.operands()
+    assert all(a is b for a, b in zip(old, mlp.operator_weights(), strict=True))

@@ -22,13 +22,13 @@ BLOCK_KEYS += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias
 @pytest.fixture
 def mixer_calls(monkeypatch):
     """The keyword arguments of every call of the token mixer by a block."""
-    calls, original = [], pk.nn.block.pool_mixer_with_stats
+    calls, original = [], pk.nn.fusion.pool_mixer_with_stats
 
     def counted(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pk.nn.block, "pool_mixer_with_stats", counted)
+    monkeypatch.setattr(pk.nn.fusion, "pool_mixer_with_stats", counted)
     return calls
 
 

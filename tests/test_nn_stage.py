@@ -59,13 +59,13 @@ def calls_of(stage, x, grad=True) -> list[tuple[str, bool, bool]]:
 @pytest.fixture
 def mlp_calls(monkeypatch):
     """The arguments of every call of the MLP operator by a block."""
-    calls, original = [], pk.nn.block.mlp_with_stats
+    calls, original = [], pk.nn.fusion.mlp_with_stats
 
     def counted(*args, **kwargs):
         calls.append((args, kwargs))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pk.nn.block, "mlp_with_stats", counted)
+    monkeypatch.setattr(pk.nn.fusion, "mlp_with_stats", counted)
     return calls
 
 

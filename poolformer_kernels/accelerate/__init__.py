@@ -9,8 +9,8 @@ from ..nn import Mlp, PoolFormerBlock, PoolMixer
 from ..nn.chain_cache import forget_chain
 from ..nn.checks import boolean
 from .blocks import Sequential, accelerated_class, recipe_of
-from .equivalence import examine
-from .layouts import STRUCTURES, structure_of
+from .equivalence import check_equivalence
+from .layouts import LAYOUTS, layout_of
 
 __all__ = ["accelerate", "restore", "unfused_reasons"]
 
@@ -59,14 +59,14 @@ def accelerate(model: nn.Module, *, mixer: bool = True, mlp: bool = True, inplac
     recognised = False
     for module in model.modules():
         recognised |= isinstance(module, _OWN)
-        if isinstance(module, _OWN) or structure_of(module) is None:
+        if isinstance(module, _OWN) or layout_of(module) is None:
             continue
         recognised = True
         recipe = recipe_of(module)
         if recipe is not None and type(module) is not accelerated_class(recipe):
             continue  # derived further since, as fully_shard does
         original = type(module) if recipe is None else recipe.original
-        recipe, _ = examine(module, original)
+        recipe, _ = check_equivalence(module, original)
         types = tuple(t if want else None for t, want in zip(recipe.types, wanted, strict=True))
         recipe = replace(recipe, types=types)
         module.__class__ = accelerated_class(recipe) if any(types) else original
@@ -75,7 +75,7 @@ def accelerate(model: nn.Module, *, mixer: bool = True, mlp: bool = True, inplac
             module.__class__ = Sequential
     if not recognised:
         raise ValueError(
-            f"no block to accelerate in {type(model).__name__}; looked for {', '.join(STRUCTURES)}"
+            f"no block to accelerate in {type(model).__name__}; looked for {', '.join(LAYOUTS)}"
             " and the layers of poolformer_kernels.nn"
         )
     return model
@@ -112,7 +112,7 @@ def unfused_reasons(block: nn.Module) -> tuple[str | None, str | None]:
     recipe = recipe_of(block)
     if recipe is not None:
         return recipe.unfused_reason(block, 0), recipe.unfused_reason(block, 1)
-    recipe, foreign = examine(block, type(block))
+    recipe, foreign = check_equivalence(block, type(block))
     return tuple(
         reason or recipe.unfused_reason(block, which) or "not accelerated: see poolformer_kernels.accelerate"
         for which, reason in enumerate(foreign)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..layout import memory_format_of
 from ..nn.chain_cache import calls_more, run_chain
+from ..nn.fusion import MIXER, MLP, run_stage
 from ..ops.chain import Chain
-from .layouts import ACT, MIXER, MLP, STAR_RELU, STRUCTURES, Structure, activation_of
-from .run import add_to_chain, run, takes
+from ..ops.torch_private import forward_mode, has_global_hooks, in_transform
+from .layouts import ACT, LAYOUTS, PLAIN, STAR_RELU, BlockLayout, activation_of
 
 __all__ = ["Recipe", "Sequential", "accelerated_class", "recipe_of"]
 
@@ -30,33 +31,44 @@ class Recipe:
     """What the class of an accelerated block is made from; equal recipes make the same class."""
 
     original: type[nn.Module]
-    name: str  # of the structure
+    name: str  # of the layout
     types: tuple[tuple[type, ...] | None, tuple[type, ...] | None]  # of a sub-block's parts, None: modules
     activation: str | None
 
     @property
-    def structure(self) -> Structure:
-        return STRUCTURES[self.name]
+    def layout(self) -> BlockLayout:
+        return LAYOUTS[self.name]
 
     def unfused_reason(self, block: nn.Module, which: int) -> str | None:
         """Why a call of the block now runs a sub-block's modules, or None where it is an operator call."""
-        structure = self.structure
-        reason = structure.foreign_reason(block, which, self.activation)
+        layout = self.layout
+        reason = layout.unsupported_reason(block, which, self.activation)
         if reason is not None:
             return reason
         if self.types[which] is None:
             return f"accelerate was called with {('mixer', 'mlp')[which]}=False"
-        parts = structure.parts(block, which)
+        parts = layout.parts(block, which)
         replaced = tuple([type(part) for part in parts]) != self.types[which]
         if which == MLP and (type(parts[ACT]) is nn.GELU or self.activation == STAR_RELU):
             replaced |= activation_of(parts[ACT]) != self.activation
         if replaced:
-            return f"a module of {structure.bodies[which]} or around it was replaced after accelerate"
-        return structure.passing_reason(block, which)
+            return f"a module of {layout.bodies[which]} or around it was replaced after accelerate"
+        return layout.temporary_reason(block, which)
 
     def fused(self, block: nn.Module) -> tuple[bool, bool]:
         """Whether the mixer and the MLP are operator calls now."""
         return self.unfused_reason(block, MIXER) is None, self.unfused_reason(block, MLP) is None
+
+    def run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        fused: tuple[bool, bool],
+        stats: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `poolformer_kernels.nn.fusion.BlockParts.run`."""
+        return self.layout.run(block, x, fused, stats, return_stats, self.activation)
 
 
 def recipe_of(block: nn.Module) -> Recipe | None:
@@ -67,24 +79,24 @@ def recipe_of(block: nn.Module) -> Recipe | None:
 @lru_cache(None)
 def accelerated_class(recipe: Recipe) -> type[nn.Module]:
     """The original class with our forward; one for each recipe."""
-    original, structure = recipe.original, recipe.structure
+    original, layout = recipe.original, recipe.layout
 
     @wraps(original.forward)  # TorchScript compiles the source that it finds behind this
     def forward(self, *given, **named):
         x = given[0] if len(given) == 1 and not named else None
-        if not takes(x):
+        if not _takes(x):
             return original.forward(self, *given, **named)
         fused = recipe.fused(self)
         if not any(fused):
             return original.forward(self, x)
         y = run_chain(self, x, _channels_last(x)) if all(fused) else None
         if y is None:
-            y, _ = run(structure, self, x, fused, recipe.activation)
-        return (y,) if structure.returns_tuple else y
+            y, _ = recipe.run(self, x, fused)
+        return (y,) if layout.returns_tuple else y
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
-        return all(recipe.fused(self)) and add_to_chain(structure, self, recipe.activation, chain)
+        return all(recipe.fused(self)) and layout.add_to(self, chain, recipe.activation)
 
     def reduce(self, protocol):
         reduced = original.__reduce_ex__(self, protocol)
@@ -109,36 +121,40 @@ class Sequential(nn.Sequential):
     @wraps(nn.Sequential.forward)
     def forward(self, *given, **named):
         x = given[0] if len(given) == 1 and not named else None
-        if not takes(x):
+        if not _takes(x):
             return nn.Sequential.forward(self, *given, **named)
         y = run_chain(self, x, _channels_last(x))
         if y is not None:
             return y
-        recipes = [_callable(block) for block in self]
-        fused = [
-            recipe is not None and recipe.fused(block) for recipe, block in zip(recipes, self, strict=True)
-        ]
-        stats = None
-        for i, block in enumerate(self):
-            recipe, both = recipes[i], fused[i]
-            if not both or not any(both):
-                x, stats = block(x), None
-                continue
-            following = fused[i + 1] if i + 1 < len(fused) else False
-            wanted = bool(following) and following[MIXER]
-            x, stats = run(recipe.structure, block, x, both, recipe.activation, stats, wanted)
-        return x
+        return run_stage(self, x, _fusion_of)
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
-        return len(self) > 0 and all(_callable(block) and block.add_to(chain) for block in self)
+        return len(self) > 0 and all(_fusion_of(block) and block.add_to(chain) for block in self)
 
 
-def _callable(block: nn.Module) -> Recipe | None:
+def _fusion_of(block: nn.Module) -> Recipe | None:
     """The recipe of a block whose forward may be computed without calling it."""
     recipe = vars(type(block)).get(_RECIPE)
-    return None if recipe is None or recipe.structure.returns_tuple or calls_more(block) else recipe
+    return None if recipe is None or recipe.layout.returns_tuple or calls_more(block) else recipe
 
 
 def _channels_last(x: Tensor) -> bool:
     return memory_format_of(x) == torch.channels_last
+
+
+def _takes(x: object) -> bool:
+    """Whether operators compute on x what modules do: a plain image, outside of transforms and tracers."""
+    if torch.compiler.is_compiling():
+        plain = isinstance(x, Tensor) and x.dim() == 4 and not has_global_hooks()
+        return plain and not torch.onnx.is_in_onnx_export()  # which knows no operators of ours
+    return (
+        type(x) in PLAIN
+        and x.dim() == 4
+        and x.layout == torch.strided
+        and x.is_floating_point()
+        and not has_global_hooks()
+        and not torch.jit.is_tracing()  # a trace runs anywhere, and is the same with and without gradients
+        and not in_transform()
+        and not forward_mode()
+    )

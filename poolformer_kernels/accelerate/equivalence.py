@@ -10,52 +10,54 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.chain_cache import PLACE
+from ..nn.fusion import MLP
 from ..ops.dispatch import use_backend
 from ..ops.torch_private import HOOKS, outside_transforms_and_modes
 from .blocks import Recipe, accelerated_class
-from .layouts import ACT, MLP, Structure, activation_of, structure_of
+from .layouts import ACT, BlockLayout, activation_of, layout_of
 
-__all__ = ["examine"]
+__all__ = ["check_equivalence"]
 
 _NOT_SETTINGS = {*vars(nn.Module()), "forward", PLACE}
 _SETTINGS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
 _DROP_PROB = 0.4
 _LOCK = threading.RLock()  # the backend is chosen for the whole process
 _compared: dict[tuple, str | None] = {}
+Reasons = tuple[str | None, str | None]  # of the token mixer and of the MLP
 
 
-def examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[str | None, str | None]]:
-    """What a block that has a structure becomes, and of both sub-blocks why no operator computes them.
+def check_equivalence(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, Reasons]:
+    """What a block that has a layout becomes, and of both sub-blocks why no operator computes them.
 
     ``original`` is the block's class without acceleration.
     """
     with _LOCK, outside_transforms_and_modes(), torch.inference_mode(False):
-        return _examine(block, original)
+        return _check_equivalence(block, original)
 
 
-def _examine(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, tuple[str | None, str | None]]:
-    structure = structure_of(block)
+def _check_equivalence(block: nn.Module, original: type[nn.Module]) -> tuple[Recipe, Reasons]:
+    layout = layout_of(block)
     reasons = (_forward_reason(original),) * 2
     if reasons[0] is None:
-        reasons = tuple(structure.foreign_reason(block, which) for which in (0, 1))
+        reasons = tuple(layout.unsupported_reason(block, which) for which in (0, 1))
     types: list[tuple[type, ...] | None] = [None, None]
     for which, reason in enumerate(reasons):
         if reason is None:
-            types[which] = tuple(type(part) for part in structure.parts(block, which))
-    activation = activation_of(structure.parts(block, MLP)[ACT]) if types[MLP] is not None else None
-    recipe = Recipe(original, structure.name, tuple(types), activation)
+            types[which] = tuple(type(part) for part in layout.parts(block, which))
+    activation = activation_of(layout.parts(block, MLP)[ACT]) if types[MLP] is not None else None
+    recipe = Recipe(original, layout.name, tuple(types), activation)
     if any(types):
         settings = _key(block, original)
         key = None if settings is None else (recipe, settings)
         if key in _compared:
             wrong = _compared[key]
         else:
-            wrong = _compare(block, recipe, structure)
+            wrong = _compare(block, recipe, layout)
             if key is not None:
                 _compared[key] = wrong
         if wrong is not None:
             reasons = tuple(reason or wrong for reason in reasons)
-            recipe = Recipe(original, structure.name, (None, None), activation)
+            recipe = Recipe(original, layout.name, (None, None), activation)
     return recipe, reasons
 
 
@@ -98,7 +100,7 @@ def _settings(module: nn.Module) -> tuple | None:
     return tuple(settings)
 
 
-def _compare(block: nn.Module, recipe: Recipe, structure: Structure) -> str | None:
+def _compare(block: nn.Module, recipe: Recipe, layout: BlockLayout) -> str | None:
     """What is wrong with our forward in place of the original: results and gradients, drop paths drawn."""
     theirs, name = recipe.original.forward, recipe.original.__name__
     generator = torch.Generator().manual_seed(0)  # one for all, so that no two parameters are the same
@@ -106,17 +108,17 @@ def _compare(block: nn.Module, recipe: Recipe, structure: Structure) -> str | No
         block = _replica(block, generator)
         for which, types in enumerate(recipe.types):
             if types is None:  # modules in both: whatever they are, they need not run here
-                for part in (structure.norms[which], structure.bodies[which]):
+                for part in (layout.norms[which], layout.bodies[which]):
                     block._modules[part] = nn.Identity()
         norm = next(
-            block._modules[n] for n, t in zip(structure.norms, recipe.types, strict=True) if t is not None
+            block._modules[n] for n, t in zip(layout.norms, recipe.types, strict=True) if t is not None
         )
         x = _random((3, norm.num_channels, 4, 5), generator)
         for training, recording in ((False, False), (False, True), (True, True)):
             block.train(training)
             ys, grads = [], []
             for forward in (theirs, accelerated_class(recipe).forward):
-                y, given = _run(forward, block, x, structure, recording)
+                y, given = _run(forward, block, x, layout, recording)
                 ys.append(y)
                 grads.append(given)
             size = max([0.0, *(g.abs().max().item() for g in grads[0])])  # of a zero gradient there is noise
@@ -135,7 +137,7 @@ class _TupleOfOneError(Exception):
 
 
 def _run(
-    forward: Callable, block: nn.Module, x: Tensor, structure: Structure, recording: bool
+    forward: Callable, block: nn.Module, x: Tensor, layout: BlockLayout, recording: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The result and, where recording, the gradients of x and of every parameter, each time the same way."""
     tensors = [x.detach().requires_grad_(recording), *block.parameters()]
@@ -147,7 +149,7 @@ def _run(
     ):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every device's
         y = forward(block, tensors[0])
-        if structure.returns_tuple:
+        if layout.returns_tuple:
             if not isinstance(y, tuple) or len(y) != 1:
                 raise _TupleOfOneError
             (y,) = y

@@ -6,21 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.checks import hooked
+from ..nn.fusion import MIXER, MLP, BlockParts, MlpOperands
+from ..nn.layers import fold_star_relu
+from ..nn.mlp import activation_name, pointwise_reason
 from ..ops.torch_private import TRACED_PARAMETERS
 from ..reference import ACTIVATIONS
 
-__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "MIXER", "MLP", "NORM", "PLAIN", "POOL"]
+__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "NORM", "PLAIN", "POOL"]
 __all__ += [
+    "LAYOUTS",
     "STAR_RELU",
-    "STRUCTURES",
-    "Structure",
+    "BlockLayout",
     "activation_of",
     "drops_paths",
     "is_star_relu",
-    "structure_of",
+    "layout_of",
 ]
 
-MIXER, MLP = range(2)
 NORM, DROP_PATH, BODY, POOL = range(4)  # where parts() has what
 FC1, ACT, FC2 = range(3, 6)
 PLAIN = (Tensor, nn.Parameter)  # not quantised, sharded or fake
@@ -28,7 +30,7 @@ STAR_RELU = "star_relu"  # relu_squared with its scale and bias folded into the 
 
 
 @dataclass(frozen=True)
-class Structure:
+class BlockLayout(BlockParts):
     """The names in a block; of two, the first is the token mixer's and the second the MLP's."""
 
     name: str
@@ -37,10 +39,11 @@ class Structure:
     drop_paths: tuple[str, str]
     scales: tuple[str, str]
     layers: tuple[str, str, str]
-    quiet: tuple[str, ...] = ()  # modules of the MLP that must do nothing
+    noop_modules: tuple[str, ...] = ()  # modules of the MLP that must do nothing
     inner_drop_path: str | None = None  # of the MLP, called behind the activation and behind the second layer
     residual_scales: tuple[str, str] | None = None  # if there are any, all scales are modules
     returns_tuple: bool = False
+    widens = True  # as in eager PyTorch: see BlockParts
 
     def matches(self, block: nn.Module) -> bool:
         """Whether a module has these names; scales that are parameters may be absent where a flag says so."""
@@ -63,7 +66,7 @@ class Structure:
         )  # an attribute of a module costs nearly 1 us, and this is asked in every call
         body = modules[self.bodies[which]]
         inner = body._modules
-        names = ("pool",) if which == MIXER else self.layers + self.quiet
+        names = ("pool",) if which == MIXER else self.layers + self.noop_modules
         parts = [modules[self.norms[which]], modules[self.drop_paths[which]], body]
         parts += [inner[name] for name in names]
         if which == MLP and self.inner_drop_path is not None:
@@ -79,13 +82,68 @@ class Structure:
             return getattr(block, self.scales[which]) if scaled else None
         return _scale(block._modules[self.scales[which]])
 
-    def residual_scale(self, block: nn.Module, which: int) -> Tensor | None:
-        """The vector ``[C]`` that the shortcut is multiplied by."""
+    def shortcut(self, block: nn.Module, which: int) -> Tensor | bool:
         if self.residual_scales is None:
-            return None
-        return _scale(block._modules[self.residual_scales[which]])
+            return True
+        scale = _scale(block._modules[self.residual_scales[which]])
+        return True if scale is None else scale
 
-    def foreign_reason(self, block: nn.Module, which: int, activation: str | None = None) -> str | None:
+    def norm(self, block: nn.Module, which: int) -> nn.GroupNorm:
+        return block._modules[self.norms[which]]
+
+    def pool_size(self, block: nn.Module) -> int:
+        size = block._modules[self.bodies[MIXER]]._modules["pool"].kernel_size
+        return size if isinstance(size, int) else size[0]
+
+    def mlp_operands(self, block: nn.Module, activation: str | None) -> MlpOperands:
+        inner = block._modules[self.bodies[MLP]]._modules
+        fc1, act, fc2 = (inner[name] for name in self.layers)
+        if activation == STAR_RELU:
+            w2, b2 = fold_star_relu(act.scale, act.bias, fc2.weight, fc2.bias)
+            return MlpOperands(fc1.weight, fc1.bias, w2, b2, "relu_squared")
+        return MlpOperands(fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation)
+
+    def folds_star_relu(self, block: nn.Module) -> bool:
+        return is_star_relu(block._modules[self.bodies[MLP]]._modules[self.layers[1]])
+
+    def drops(self, block: nn.Module) -> bool:
+        inner = self._inner_drop_path(block)
+        outer = [block._modules[name] for name in self.drop_paths]
+        return any(map(drops_paths, outer if inner is None else [*outer, inner]))
+
+    def drop_scale(self, block: nn.Module, which: int, x: Tensor) -> Tensor | None:
+        return _drawn(block._modules[self.drop_paths[which]], x)
+
+    def mlp_drop_scale(
+        self, block: nn.Module, x: Tensor, b2: Tensor | None, layer_scale: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        inner = self._inner_drop_path(block)
+        if inner is None or not drops_paths(inner):
+            return self.drop_scale(block, MLP, x), b2, None
+        # d3 s (d2 (W2 (d1 h) + b2)) = (d1 d2 d3) s W2 h + (d2 d3) s b2, with a draw d of each call
+        d1, d2, d3 = _drawn(inner, x), _drawn(inner, x), self.drop_scale(block, MLP, x)
+        d2 = d2 if d3 is None else d2 * d3
+        constant = None
+        if b2 is not None:
+            shift = b2 if layer_scale is None else layer_scale * b2
+            constant = d2.view(-1, 1, 1, 1), shift.view(-1, 1, 1)
+        return d1 * d2, None, constant
+
+    def run_modules(self, block: nn.Module, which: int, x: Tensor, shortcut: Tensor | bool) -> Tensor:
+        modules = block._modules
+        y = modules[self.bodies[which]](modules[self.norms[which]](x))
+        drop_path = modules[self.drop_paths[which]]
+        if self.residual_scales is not None:
+            scale, residual = self.scales[which], self.residual_scales[which]
+            return modules[residual](x) + modules[scale](drop_path(y))
+        scale = self.layer_scale(block, which)
+        return x + drop_path(y if scale is None else scale.unsqueeze(-1).unsqueeze(-1) * y)
+
+    def _inner_drop_path(self, block: nn.Module) -> nn.Module | None:
+        name = self.inner_drop_path
+        return None if name is None else block._modules[self.bodies[MLP]]._modules[name]
+
+    def unsupported_reason(self, block: nn.Module, which: int, activation: str | None = None) -> str | None:
         """Why no operator computes a sub-block, whatever its modules are set to, or None.
 
         ``activation`` is the operator's name for the MLP's, where it was found earlier.
@@ -105,11 +163,11 @@ class Structure:
             else self._mlp_reason(parts, activation)
         )
 
-    def passing_reason(self, block: nn.Module, which: int) -> str | None:
+    def temporary_reason(self, block: nn.Module, which: int) -> str | None:
         """Why a sub-block that an operator computes must run its modules now, or None."""
         parts, body = self.parts(block, which), self.bodies[which]
         if which == MLP:
-            for name, module in zip(self.quiet, parts[FC2 + 1 :], strict=False):
+            for name, module in zip(self.noop_modules, parts[FC2 + 1 :], strict=False):
                 if type(module) is nn.Dropout and module.p > 0 and module.training:
                     return f"{name} of {body} is active (p = {module.p})"
             for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
@@ -140,22 +198,25 @@ class Structure:
         for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
             if type(fc) is not nn.Conv2d:
                 return f"{name} is {_kind(fc)}, not Conv2d"
-            if not (fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1):
-                return f"{name} is not a 1x1 convolution of stride 1, without padding and groups"
+            reason = pointwise_reason(name, fc)
+            if reason is not None:
+                return reason
         name, act = self.layers[1], parts[ACT]
         if activation is None and activation_of(act) is None:
             return f"{name} is {_kind(act)}, which computes none of {', '.join(ACTIVATIONS)} or StarReLU"
-        for name, module in zip(self.quiet, parts[FC2 + 1 :], strict=False):
+        for name, module in zip(self.noop_modules, parts[FC2 + 1 :], strict=False):
             if type(module) not in (nn.Dropout, nn.Identity):
                 return f"{name} is {_kind(module)}, not Dropout or Identity"
-        if self.inner_drop_path is not None and "drop_prob" not in vars(parts[FC2 + 1 + len(self.quiet)]):
+        if self.inner_drop_path is not None and "drop_prob" not in vars(
+            parts[FC2 + 1 + len(self.noop_modules)]
+        ):
             return f"{self.inner_drop_path} is not DropPath"
         return None
 
 
-def structure_of(block: nn.Module) -> Structure | None:
+def layout_of(block: nn.Module) -> BlockLayout | None:
     """The structure whose names a module has."""
-    return next((s for s in STRUCTURES.values() if s.matches(block)), None)
+    return next((s for s in LAYOUTS.values() if s.matches(block)), None)
 
 
 def is_star_relu(act: nn.Module) -> bool:
@@ -172,10 +233,9 @@ def activation_of(act: nn.Module) -> str | None:
 
     None: it has none.
     """
-    if type(act) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
-    if type(act) in _ACTIVATIONS:
-        return _ACTIVATIONS[type(act)]
+    name = activation_name(act)
+    if name is not None or type(act) is nn.GELU:
+        return name
     if is_star_relu(act):
         return STAR_RELU
     if any(True for _ in act.parameters()):
@@ -195,6 +255,14 @@ def activation_of(act: nn.Module) -> str | None:
 def drops_paths(drop_path: nn.Module) -> bool:
     """Whether a call of a DropPath (or Identity) drops samples now."""
     return drop_path.training and bool(vars(drop_path).get("drop_prob"))
+
+
+def _drawn(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """What a DropPath multiplies each sample by, ``[B]``: its own draw, the same as without us."""
+    if not drops_paths(drop_path):
+        return None
+    scale = drop_path(x.new_ones((x.shape[0], 1, 1, 1))).flatten()
+    return scale if scale.dtype == torch.float64 else scale.float()
 
 
 def _pool_reason(body: str, pool: nn.Module) -> str | None:
@@ -233,12 +301,11 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _MLP = ("fc1", "act", "fc2")
-STRUCTURES = {
+LAYOUTS = {
     s.name: s
     for s in (
-        Structure(
+        BlockLayout(
             "timm MetaFormerBlock",
             norms=("norm1", "norm2"),
             bodies=("token_mixer", "mlp"),
@@ -246,9 +313,9 @@ STRUCTURES = {
             scales=("layer_scale1", "layer_scale2"),
             residual_scales=("res_scale1", "res_scale2"),
             layers=_MLP,
-            quiet=("drop1", "norm", "drop2"),
+            noop_modules=("drop1", "norm", "drop2"),
         ),
-        Structure(
+        BlockLayout(
             "Hugging Face PoolFormerLayer",
             norms=("before_norm", "after_norm"),
             bodies=("pooling", "output"),
@@ -258,14 +325,14 @@ STRUCTURES = {
             inner_drop_path="drop",
             returns_tuple=True,
         ),
-        Structure(
+        BlockLayout(
             "official or mmpretrain PoolFormerBlock",
             norms=("norm1", "norm2"),
             bodies=("token_mixer", "mlp"),
             drop_paths=("drop_path", "drop_path"),
             scales=("layer_scale_1", "layer_scale_2"),
             layers=_MLP,
-            quiet=("drop",),
+            noop_modules=("drop",),
         ),
     )
 }

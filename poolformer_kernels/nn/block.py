@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from ..layout import memory_format_of
 from ..ops.chain import Chain
-from ..ops.dispatch import select_backend
-from ..ops.mlp import mlp_with_stats
-from ..ops.pool_mixer import pool_mixer_with_stats
 from .chain_cache import calls_more, run_chain
 from .checks import hooked, is_number, positive_int, probability
+from .fusion import MIXER, MLP, BlockParts, FusedBlock, MlpOperands, run_stage
 from .layers import DropPath, GroupNorm, Pooling, StarReLU
 from .mlp import Mlp
 
@@ -107,71 +105,31 @@ class PoolFormerBlock(nn.Module):
         self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """The token mixer's line of `forward_with_stats`; without ``residual`` what it adds to x."""
-        modules = self._modules  # an attribute of a module costs nearly 1 us
-        norm, mixer = modules["norm1"], modules["token_mixer"]
-        if self.mixer_unfused_reason() is not None:
-            return self._add(x, mixer(norm(x)), self.layer_scale_1, residual), None
-        return pool_mixer_with_stats(
-            x,
-            norm.weight,
-            norm.bias,
-            pool_size=mixer.pool_size,
-            eps=norm.eps,
-            layer_scale=self.layer_scale_1,
-            drop_scale=self._drop_scale(x),
-            residual=residual,
-            stats=stats,
-            return_stats=return_stats and _on_kernels(x),
-        )
+        fused = self.mixer_unfused_reason() is None
+        return PARTS.run_sub_block(self, MIXER, x, fused, stats, return_stats, residual=residual)
 
     def mlp_with_stats(
         self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """The MLP's line of `forward_with_stats`; without ``residual`` what it adds to x."""
-        modules = self._modules
-        norm, mlp = modules["norm2"], modules["mlp"]
-        if self.mlp_unfused_reason() is not None:
-            return self._add(x, mlp(norm(x)), self.layer_scale_2, residual), None
-        return mlp_with_stats(
-            x,
-            *mlp.operands(),
-            activation=mlp.activation,
-            norm=True,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=norm.eps,
-            layer_scale=self.layer_scale_2,
-            drop_scale=self._drop_scale(x),
-            residual=residual,
-            save_hidden=mlp.save_hidden,
-            stats=stats,
-            return_stats=return_stats and _on_kernels(x),
-        )
+        fused = self.mlp_unfused_reason() is None
+        return PARTS.run_sub_block(self, MLP, x, fused, stats, return_stats, residual=residual)
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
-        if calls_more(self) or self.mixer_unfused_reason() or self.mlp_unfused_reason():
+        if calls_more(self) or not all(PARTS.fused(self)):
             return False
-        own = self.__dict__
-        if "forward_with_stats" in own or "mixer_with_stats" in own or "mlp_with_stats" in own:
+        if vars(self).keys() & {"forward_with_stats", "mixer_with_stats", "mlp_with_stats"}:
             return False
         modules = self._modules
-        drop_path, mixer, mlp = modules["drop_path"], modules["token_mixer"], modules["mlp"]
-        if drop_path.training and type(drop_path) is DropPath and drop_path.drop_prob > 0:
-            return False
-        if type(mlp._modules["act"]) is StarReLU:  # its fold is computed in each call
-            return False
-        norm1, norm2, fc1, fc2 = modules["norm1"], modules["norm2"], mlp._modules["fc1"], mlp._modules["fc2"]
-        affine1, affine2, own = norm1._parameters, norm2._parameters, self._parameters
-        fc1, fc2 = fc1._parameters, fc2._parameters
-        chain.mixer(
-            affine1["weight"], affine1["bias"], own["layer_scale_1"], mixer.pool_size, float(norm1.eps)
-        )
-        chain.mlp(
-            *(fc1["weight"], fc2["weight"]),
-            (fc1["bias"], fc2["bias"], affine2["weight"], affine2["bias"], own["layer_scale_2"]),
-            *(mlp.activation, float(norm2.eps)),
-        )
+        layers = modules["mlp"]._modules
+        read = (modules["norm1"], modules["norm2"], layers["fc1"], layers["fc2"])
+        if not all({"weight", "bias"} <= module._parameters.keys() for module in read):
+            return False  # in replicas of DataParallel, say, parameters are other attributes
+        return PARTS.add_to(self, chain)
+
+    def shortcut(self, which: int) -> Tensor | bool:
+        """See `poolformer_kernels.nn.fusion.BlockParts.shortcut`."""
         return True
 
     def mixer_unfused_reason(self) -> str | None:
@@ -207,17 +165,70 @@ class PoolFormerBlock(nn.Module):
             return f"{name} or drop_path has hooks"
         return None
 
-    def _drop_scale(self, x: Tensor) -> Tensor | None:
-        drop_path = self._modules["drop_path"]
+
+class _Parts(BlockParts):
+    """Where a `PoolFormerBlock` has what."""
+
+    def fused(self, block: PoolFormerBlock) -> tuple[bool, bool]:
+        return block.mixer_unfused_reason() is None, block.mlp_unfused_reason() is None
+
+    def norm(self, block: PoolFormerBlock, which: int) -> nn.GroupNorm:
+        return block._modules[_NORMS[which]]  # an attribute of a module costs nearly 1 us
+
+    def layer_scale(self, block: PoolFormerBlock, which: int) -> Tensor | None:
+        return getattr(block, _SCALES[which])
+
+    def shortcut(self, block: PoolFormerBlock, which: int) -> Tensor | bool:
+        return block.shortcut(which)
+
+    def pool_size(self, block: PoolFormerBlock) -> int:
+        return block._modules["token_mixer"].pool_size
+
+    def mlp_operands(self, block: PoolFormerBlock, activation: str | None) -> MlpOperands:
+        mlp = block._modules["mlp"]
+        return MlpOperands(*mlp.operator_weights(), mlp.activation)
+
+    def folds_star_relu(self, block: PoolFormerBlock) -> bool:
+        return type(block._modules["mlp"]._modules["act"]) is StarReLU
+
+    def save_hidden(self, block: PoolFormerBlock) -> bool | None:
+        return block._modules["mlp"].save_hidden
+
+    def drops(self, block: PoolFormerBlock) -> bool:
+        drop_path = block._modules["drop_path"]
+        return type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0
+
+    def drop_scale(self, block: PoolFormerBlock, which: int, x: Tensor) -> Tensor | None:
+        drop_path = block._modules["drop_path"]
         return drop_path.sample(x) if type(drop_path) is DropPath else None
 
-    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None, residual: bool) -> Tensor:
-        # float32 parameters do not widen a half residual stream
-        dtype = torch.promote_types(x.dtype, branch.dtype)
+    def run_modules(self, block: PoolFormerBlock, which: int, x: Tensor, shortcut: Tensor | bool) -> Tensor:
+        modules = block._modules
+        body = modules[_BODIES[which]]
+        if body is None:  # a MetaFormerBlock without an MLP
+            return x
+        branch, scale = body(self.norm(block, which)(x)), self.layer_scale(block, which)
+        dtype = torch.promote_types(x.dtype, branch.dtype)  # float32 parameters do not widen a half stream
         if scale is not None:
             branch = branch * scale.view(-1, 1, 1)
-        branch = self.drop_path(branch)
-        return (x + branch if residual else branch).to(dtype)
+        branch = modules["drop_path"](branch)
+        if shortcut is True:
+            return (x + branch).to(dtype)
+        return self.add_shortcut(branch.to(dtype), x, shortcut)
+
+    def run(
+        self,
+        block: PoolFormerBlock,
+        x: Tensor,
+        fused: tuple[bool, bool],
+        stats: Tensor | None = None,
+        return_stats: bool = False,
+        activation: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return block.forward_with_stats(x, stats, return_stats)
+
+
+PARTS = _Parts()
 
 
 class PoolFormerStage(nn.Sequential):
@@ -241,33 +252,20 @@ class PoolFormerStage(nn.Sequential):
         y = run_chain(self, x, channels_last=isinstance(x, Tensor) and memory_format_of(x) == _LAST)
         if y is not None:
             return y
-        takes_stats = [*map(_takes_stats, self), False]
-        stats = None
-        for i, block in enumerate(self):
-            if takes_stats[i] is None:
-                x, stats = block(x), None
-            else:
-                x, stats = block.forward_with_stats(x, stats, takes_stats[i + 1] is True)
-        return x
+        return run_stage(self, x, _fusion_of)
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         return len(self) > 0 and all(type(b) is PoolFormerBlock and b.add_to(chain) for b in self)
 
 
-def _on_kernels(x: Tensor) -> bool:
-    """The reference gains nothing by statistics that it would have to compute in another pass."""
-    return isinstance(x, Tensor) and select_backend(x.device, x.dtype) != "reference"
-
-
-def _takes_stats(block: nn.Module) -> bool | None:
-    """Whether a block uses statistics that it is given; None: it must be called as a module."""
+def _fusion_of(block: nn.Module) -> FusedBlock | None:
+    """How a stage runs a block without calling it; None: it must be called."""
     own_forward = getattr(type(block), "forward", None) is PoolFormerBlock.forward
-    if not own_forward or calls_more(block):
-        return None
-    return block.mixer_unfused_reason() is None
+    return PARTS if own_forward and not calls_more(block) else None
 
 
+_NORMS, _BODIES, _SCALES = ("norm1", "norm2"), ("token_mixer", "mlp"), ("layer_scale_1", "layer_scale_2")
 _GROUP_NORMS = (GroupNorm, nn.GroupNorm)
 _DROP_PATHS = (nn.Identity, DropPath)
 _LAST = torch.channels_last

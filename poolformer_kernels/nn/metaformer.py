@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops.chain import Chain
 from .block import PoolFormerBlock
 from .checks import boolean, is_number
+from .fusion import MIXER
 from .layers import GroupNorm
 
 __all__ = ["MetaFormerBlock"]
@@ -95,23 +96,9 @@ class MetaFormerBlock(PoolFormerBlock):
             self.mlp.fc1.register_parameter("bias", None)
             self.mlp.fc2.register_parameter("bias", None)
 
-    def mixer_with_stats(
-        self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        scale = self.res_scale_1 if residual else None
-        if scale is None:
-            return super().mixer_with_stats(x, stats, return_stats, residual and self.residual)
-        return _joined(x, scale, super().mixer_with_stats(x, stats, False, False)[0]), None
-
-    def mlp_with_stats(
-        self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        if self._modules["mlp"] is None:
-            return x, stats
-        scale = self.res_scale_2 if residual else None
-        if scale is None:
-            return super().mlp_with_stats(x, stats, return_stats, residual and self.residual)
-        return _joined(x, scale, super().mlp_with_stats(x, stats, False, False)[0]), None
+    def shortcut(self, which: int) -> Tensor | bool:
+        scale = getattr(self, "res_scale_1" if which == MIXER else "res_scale_2", None)  # no MLP, no second
+        return self.residual if scale is None else scale
 
     def mlp_unfused_reason(self) -> str | None:
         """Why the MLP sub-block is not one operator call, or None where it is."""
@@ -120,9 +107,3 @@ class MetaFormerBlock(PoolFormerBlock):
     def add_to(self, chain: Chain) -> bool:
         """No chain has layers without a residual or with ResScale."""
         return False
-
-
-def _joined(x: Tensor, scale: Tensor, branch: Tensor) -> Tensor:
-    # float32 parameters do not widen a half residual stream
-    dtype = torch.promote_types(x.dtype, branch.dtype)
-    return torch.addcmul(branch, x, scale.view(-1, 1, 1)).to(dtype)

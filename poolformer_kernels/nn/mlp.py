@@ -1,5 +1,6 @@
 """The channel MLP as a module: `poolformer_kernels.ops.mlp` where that computes the same."""
 
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from .. import ops
 from .checks import boolean, hooked, positive_int, probability
 from .layers import StarReLU
 
-__all__ = ["Mlp"]
+__all__ = ["Mlp", "activation_name", "pointwise_reason"]
 
 
 class Mlp(nn.Module):
@@ -86,23 +87,26 @@ class Mlp(nn.Module):
         return self._operator(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
     def _operator(self, x: Tensor) -> Tensor:
-        return ops.mlp(x, *self.operands(), activation=self.activation, save_hidden=self.save_hidden)
+        return ops.mlp(x, *self.operator_weights(), activation=self.activation, save_hidden=self.save_hidden)
 
-    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 of the operator: the layers' own, or with StarReLU's scalars folded into fc2's."""
+    def operator_weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(w1, b1, w2, b2) of the operator: the layers' own, or with StarReLU's scalars folded into fc2's."""
         modules = self._modules
         fc1, act, fc2 = modules["fc1"], modules["act"], modules["fc2"]
         if type(act) is StarReLU:
             return fc1.weight, fc1.bias, *act.fold(fc2.weight, fc2.bias)
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The old name of `operator_weights`, until 0.3.0."""
+        warnings.warn("Mlp.operands is now Mlp.operator_weights", DeprecationWarning, stacklevel=2)
+        return self.operator_weights()
+
     @property
     def activation(self) -> str | None:
         """The operator's name for ``act``, or None where it has none."""
         act = self._modules["act"]
-        if type(act) is nn.GELU:
-            return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
-        return _ACTIVATIONS.get(type(act))
+        return "relu_squared" if type(act) is StarReLU else activation_name(act)
 
     def unfused_reason(self) -> str | None:
         """Why a call is not one operator call, or None where it is."""
@@ -117,8 +121,9 @@ class Mlp(nn.Module):
             return f"drop is {type(drop).__name__}, not Dropout or Identity"
         if type(fc1) is nn.Conv2d and type(fc2) is nn.Conv2d:
             for name, fc in (("fc1", fc1), ("fc2", fc2)):
-                if not (fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1):
-                    return f"{name} is not a 1x1 convolution of stride 1, without padding and groups"
+                reason = pointwise_reason(name, fc)
+                if reason is not None:
+                    return reason
         elif type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
             return f"fc1 and fc2 are {type(fc1).__name__} and {type(fc2).__name__}, not Conv2d or Linear"
         if hooked(fc1) or hooked(act) or hooked(fc2) or hooked(drop):
@@ -136,4 +141,18 @@ class Mlp(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", StarReLU: "relu_squared"}
+def activation_name(act: nn.Module) -> str | None:
+    """The operator's name for an activation of PyTorch's, or None where it has none."""
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    return _ACTIVATIONS.get(type(act))
+
+
+def pointwise_reason(name: str, fc: nn.Conv2d) -> str | None:
+    """Why a convolution is not a linear layer of each pixel, or None where it is one."""
+    if fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1:
+        return None
+    return f"{name} is not a 1x1 convolution of stride 1, without padding and groups"
+
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
