@@ -1,5 +1,5 @@
 # make demo    PoolFormer on real photos: verified against timm and timed; writes report/index.html
-# make test    the test suite        make lint   ruff and clang-format     make bench  benchmarks and plots
+# make test    the test suite        make lint   ruff, clang-format, floors    make bench  benchmarks and plots
 # make test-long   the rest of it: full products of parameters, all of gpu-check on a null GPU
 # make sanitize   the operators' tests under AddressSanitizer and UBSan
 # make setup   environment and extension only                              make clean  remove all of it
@@ -13,7 +13,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.10
 VENV ?= .venv
 SANITIZED := POOLFORMER_KERNELS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-LINT := ruff==0.17.6 clang-format==23.1.5
+LINT := ruff==0.17.6 clang-format==23.1.5 import-linter==2.17
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH_STAMP := $(VENV)/.torch-$(subst =,_,$(subst >,_,$(subst <,_,$(subst $() ,_,$(TORCH)))))
@@ -43,6 +43,7 @@ bench: $(VENV)/.extra-bench $(VENV)/.extension
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp tests/cuda_executor/*.cpp tests/cuda_executor/include/*.h \
 	  tests/null_gpu/csrc/*/*.cpp tests/null_gpu/csrc/*/*.h
 

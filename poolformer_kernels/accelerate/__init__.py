@@ -64,7 +64,7 @@ def accelerate(model: nn.Module, *, mixer: bool = True, mlp: bool = True, inplac
         recognised = True
         recipe = recipe_of(module)
         if recipe is not None and type(module) is not accelerated_class(recipe):
-            continue  # derived further since, as fully_shard does
+            continue  # its class was derived further after accelerate, as fully_shard does
         original = type(module) if recipe is None else recipe.original
         recipe, _ = check_equivalence(module, original)
         types = tuple(t if want else None for t, want in zip(recipe.types, wanted, strict=True))

@@ -31,8 +31,10 @@ class Recipe:
     """What the class of an accelerated block is made from; equal recipes make the same class."""
 
     original: type[nn.Module]
-    name: str  # of the layout
-    types: tuple[tuple[type, ...] | None, tuple[type, ...] | None]  # of a sub-block's parts, None: modules
+    name: str  # of its BlockLayout
+    types: tuple[
+        tuple[type, ...] | None, tuple[type, ...] | None
+    ]  # the types of a sub-block's parts; None: it runs its modules
     activation: str | None
 
     @property
@@ -81,7 +83,7 @@ def accelerated_class(recipe: Recipe) -> type[nn.Module]:
     """The original class with our forward; one for each recipe."""
     original, layout = recipe.original, recipe.layout
 
-    @wraps(original.forward)  # TorchScript compiles the source that it finds behind this
+    @wraps(original.forward)  # torch.jit.script compiles the original, which it finds as __wrapped__
     def forward(self, *given, **named):
         x = given[0] if len(given) == 1 and not named else None
         if not _takes(x):
@@ -147,14 +149,14 @@ def _takes(x: object) -> bool:
     """Whether operators compute on x what modules do: a plain image, outside of transforms and tracers."""
     if torch.compiler.is_compiling():
         plain = isinstance(x, Tensor) and x.dim() == 4 and not has_global_hooks()
-        return plain and not torch.onnx.is_in_onnx_export()  # which knows no operators of ours
+        return plain and not torch.onnx.is_in_onnx_export()  # ONNX has none of our operators
     return (
         type(x) in PLAIN
         and x.dim() == 4
         and x.layout == torch.strided
         and x.is_floating_point()
         and not has_global_hooks()
-        and not torch.jit.is_tracing()  # a trace runs anywhere, and is the same with and without gradients
+        and not torch.jit.is_tracing()  # a trace must run without this package, with and without gradients
         and not in_transform()
         and not forward_mode()
     )

@@ -21,7 +21,7 @@ __all__ = ["check_equivalence"]
 _NOT_SETTINGS = {*vars(nn.Module()), "forward", PLACE}
 _SETTINGS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
 _DROP_PROB = 0.4
-_LOCK = threading.RLock()  # the backend is chosen for the whole process
+_LOCK = threading.RLock()  # a comparison chooses a backend, which holds for all threads
 _compared: dict[tuple, str | None] = {}
 Reasons = tuple[str | None, str | None]  # of the token mixer and of the MLP
 
@@ -72,7 +72,7 @@ def _forward_reason(original: type[nn.Module]) -> str | None:
 
 
 def _key(block: nn.Module, original: type[nn.Module]) -> tuple | None:
-    """Everything that the block's forward may depend on besides numbers; None: more than can be compared."""
+    """All that the block's forward may depend on besides numbers; None where it has values of other kinds."""
     key = []
     for path, module in block.named_modules(remove_duplicate=False):
         settings = _settings(module)
@@ -101,13 +101,13 @@ def _settings(module: nn.Module) -> tuple | None:
 
 
 def _compare(block: nn.Module, recipe: Recipe, layout: BlockLayout) -> str | None:
-    """What is wrong with our forward in place of the original: results and gradients, drop paths drawn."""
+    """What differs between our forward and the original in results and gradients, in words; None: nothing."""
     theirs, name = recipe.original.forward, recipe.original.__name__
-    generator = torch.Generator().manual_seed(0)  # one for all, so that no two parameters are the same
+    generator = torch.Generator().manual_seed(0)  # no two parameters get the same values
     try:
         block = _replica(block, generator)
         for which, types in enumerate(recipe.types):
-            if types is None:  # modules in both: whatever they are, they need not run here
+            if types is None:  # both forwards run these modules: any module will do for the comparison
                 for part in (layout.norms[which], layout.bodies[which]):
                     block._modules[part] = nn.Identity()
         norm = next(
@@ -121,13 +121,15 @@ def _compare(block: nn.Module, recipe: Recipe, layout: BlockLayout) -> str | Non
                 y, given = _run(forward, block, x, layout, recording)
                 ys.append(y)
                 grads.append(given)
-            size = max([0.0, *(g.abs().max().item() for g in grads[0])])  # of a zero gradient there is noise
+            size = max(
+                [0.0, *(g.abs().max().item() for g in grads[0])]
+            )  # a gradient that is zero in theory is compared with the others' size
             same = _close(*ys, ys[0].abs().max().item())
             if not same or not all(_close(*pair, size) for pair in zip(*grads, strict=True)):
                 return f"the forward of {name} computes something else than its modules' names say"
     except _TupleOfOneError:
         return f"the forward of {name} does not return a tuple of one"
-    except Exception as error:  # a forward that is not ours may raise anything
+    except Exception as error:  # it is somebody else's forward
         return f"the forward of {name} could not be compared with ours: {error}"
     return None
 
@@ -139,7 +141,7 @@ class _TupleOfOneError(Exception):
 def _run(
     forward: Callable, block: nn.Module, x: Tensor, layout: BlockLayout, recording: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The result and, where recording, the gradients of x and of every parameter, each time the same way."""
+    """The result and, where recording, the gradients of x and every parameter; draws are always the same."""
     tensors = [x.detach().requires_grad_(recording), *block.parameters()]
     with (
         use_backend("reference"),
@@ -164,13 +166,13 @@ def _close(expected: Tensor, given: Tensor, size: float) -> bool:
 
 
 def _replica(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """The module without hooks, with random parameters on the CPU; what is dropped at random, mostly is."""
+    """A copy without hooks, with random parameters on the CPU, whose DropPaths drop 40 % of the samples."""
     replica = object.__new__(type(module))
     replica.__dict__ = {k: _copied(v) for k, v in vars(module).items() if k != "forward"}
     replica.__dict__ |= {name: OrderedDict() for name in HOOKS}
     if isinstance(module, nn.Dropout):
         replica.p = 0.0
-    elif "drop_prob" in vars(module):  # also where it is 0, which schedules change
+    elif "drop_prob" in vars(module):  # also where it is 0 now: schedules change it
         replica.drop_prob = _DROP_PROB
     replica._parameters = {
         name: p if p is None else nn.Parameter(_random(p.shape, generator))
@@ -184,7 +186,7 @@ def _replica(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _copied(value: object) -> object:
-    """Of a tensor that is no parameter, a copy for this comparison; other values are themselves."""
+    """A float64 copy of a tensor on the CPU; other values as they are."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)

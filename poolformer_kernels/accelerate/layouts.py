@@ -23,15 +23,15 @@ __all__ += [
     "layout_of",
 ]
 
-NORM, DROP_PATH, BODY, POOL = range(4)  # where parts() has what
+NORM, DROP_PATH, BODY, POOL = range(4)  # indices into what BlockLayout.parts returns
 FC1, ACT, FC2 = range(3, 6)
-PLAIN = (Tensor, nn.Parameter)  # not quantised, sharded or fake
-STAR_RELU = "star_relu"  # relu_squared with its scale and bias folded into the next layer
+PLAIN = (Tensor, nn.Parameter)  # subclasses may be quantised, sharded or fake
+STAR_RELU = "star_relu"  # runs as relu_squared, its scale and bias folded into the next layer
 
 
 @dataclass(frozen=True)
 class BlockLayout(BlockParts):
-    """The names in a block; of two, the first is the token mixer's and the second the MLP's."""
+    """The names of the modules of another package's block; of two, the second belongs to the MLP."""
 
     name: str
     norms: tuple[str, str]
@@ -40,10 +40,10 @@ class BlockLayout(BlockParts):
     scales: tuple[str, str]
     layers: tuple[str, str, str]
     noop_modules: tuple[str, ...] = ()  # modules of the MLP that must do nothing
-    inner_drop_path: str | None = None  # of the MLP, called behind the activation and behind the second layer
-    residual_scales: tuple[str, str] | None = None  # if there are any, all scales are modules
+    inner_drop_path: str | None = None  # in the MLP, called after the activation and after the second layer
+    residual_scales: tuple[str, str] | None = None  # where there are any, LayerScale is a module, too
     returns_tuple: bool = False
-    widens = True  # as in eager PyTorch: see BlockParts
+    widens = True  # their own forwards do, too
 
     def matches(self, block: nn.Module) -> bool:
         """Whether a module has these names; scales that are parameters may be absent where a flag says so."""
@@ -61,9 +61,7 @@ class BlockLayout(BlockParts):
         Raises:
             KeyError: one of them is missing.
         """
-        modules = (
-            block._modules
-        )  # an attribute of a module costs nearly 1 us, and this is asked in every call
+        modules = block._modules  # an attribute of a module costs nearly 1 us, and every call asks for this
         body = modules[self.bodies[which]]
         inner = body._modules
         names = ("pool",) if which == MIXER else self.layers + self.noop_modules
@@ -78,7 +76,7 @@ class BlockLayout(BlockParts):
     def layer_scale(self, block: nn.Module, which: int) -> Tensor | None:
         """The LayerScale vector ``[C]``."""
         if self.residual_scales is None:
-            scaled = vars(block).get("use_layer_scale", True)  # mmpretrain's blocks always are
+            scaled = vars(block).get("use_layer_scale", True)  # mmpretrain's blocks have no such flag
             return getattr(block, self.scales[which]) if scaled else None
         return _scale(block._modules[self.scales[which]])
 
@@ -120,7 +118,8 @@ class BlockLayout(BlockParts):
         inner = self._inner_drop_path(block)
         if inner is None or not drops_paths(inner):
             return self.drop_scale(block, MLP, x), b2, None
-        # d3 s (d2 (W2 (d1 h) + b2)) = (d1 d2 d3) s W2 h + (d2 d3) s b2, with a draw d of each call
+        # Three draws d of stochastic depth, h the activations, s LayerScale:
+        # d3 s (d2 (W2 (d1 h) + b2)) = (d1 d2 d3) s W2 h + (d2 d3) s b2
         d1, d2, d3 = _drawn(inner, x), _drawn(inner, x), self.drop_scale(block, MLP, x)
         d2 = d2 if d3 is None else d2 * d3
         constant = None
@@ -215,7 +214,7 @@ class BlockLayout(BlockParts):
 
 
 def layout_of(block: nn.Module) -> BlockLayout | None:
-    """The structure whose names a module has."""
+    """The layout whose names a module has, or None."""
     return next((s for s in LAYOUTS.values() if s.matches(block)), None)
 
 
@@ -229,9 +228,9 @@ def is_star_relu(act: nn.Module) -> bool:
 
 
 def activation_of(act: nn.Module) -> str | None:
-    """The operator's name for an activation, or STAR_RELU; by its values where it is not torch's own.
+    """The operator's name for an activation, STAR_RELU, or None where it has none.
 
-    None: it has none.
+    A module that is not PyTorch's own is recognised by its values.
     """
     name = activation_name(act)
     if name is not None or type(act) is nn.GELU:
@@ -244,7 +243,7 @@ def activation_of(act: nn.Module) -> str | None:
     with torch.no_grad():
         try:
             y = act.forward(x.clone())
-        except Exception:  # whatever a module of the user's may raise on a line of numbers
+        except Exception:  # it is somebody else's module
             return None
         for name, function in ACTIVATIONS.items():
             if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, function(x), 1e-9, 1e-9):

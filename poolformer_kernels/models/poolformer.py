@@ -128,13 +128,13 @@ class PoolFormer(nn.Module):
             self.reset_classifier(num_classes)
         self.register_state_dict_post_hook(_note_head_mode)
 
-    # What subclasses build otherwise.
+    # Subclasses override these.
 
     def _embed(self, stage: int, in_chans: int, dim: int, **convolution: int) -> nn.Module:
         return PatchEmbed(in_chans, dim, **convolution)
 
     def _before(self, stage: int) -> list[nn.Module]:
-        """Entries of `network` between a stage's downsample and its blocks."""
+        """Modules that a subclass puts into `network` between a stage's downsample and its blocks."""
         return []
 
     def _block(self, stage: int, drop_path: float) -> nn.Module:

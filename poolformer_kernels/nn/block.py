@@ -167,7 +167,7 @@ class PoolFormerBlock(nn.Module):
 
 
 class _Parts(BlockParts):
-    """Where a `PoolFormerBlock` has what."""
+    """The parts of a `PoolFormerBlock`."""
 
     def fused(self, block: PoolFormerBlock) -> tuple[bool, bool]:
         return block.mixer_unfused_reason() is None, block.mlp_unfused_reason() is None

@@ -13,7 +13,7 @@ from .checks import hooked
 
 __all__ = ["PLACE", "Chained", "calls_more", "forget_chain", "run_chain"]
 
-PLACE = "_poolformer_kernels_plan"  # in the instance's own dictionary, so that both die together
+PLACE = "_poolformer_kernels_plan"  # an attribute of the module, so that both die together
 _INTERNAL = vars(nn.Module()).keys() - {"training"} | {PLACE}
 
 
@@ -21,11 +21,11 @@ class Chained(Protocol):
     """A module that can be layers of a chain."""
 
     def add_to(self, chain: Chain) -> bool:
-        """Adds the module's layers; False where calling its modules does something that no chain does."""
+        """Adds the module's layers to the chain; False where its call computes what no chain computes."""
 
 
 def calls_more(module: nn.Module) -> bool:
-    """Calling the module does more than its forward: hooks of its own or of all modules, or compilation."""
+    """Whether calling the module does more than its forward: it has hooks, all have, or it is compiled."""
     return hooked(module) or compiled_on_its_own(module) or has_global_hooks()
 
 
@@ -33,7 +33,7 @@ def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | Non
     """``module.forward(x)`` by one operator call, or None where modules must be called."""
     if not chainable(x) or has_global_hooks():
         return None
-    if torch.compiler.is_compiling():  # the compiler keeps what it finds by guards of its own
+    if torch.compiler.is_compiling():  # the compiler's own guards say whether the modules have changed
         chain = _collect(module)
     else:
         cached = module.__dict__.get(PLACE)
@@ -52,19 +52,19 @@ def _collect(module: Chained) -> Chain | None:
     chain = Chain()
     try:
         return chain if module.add_to(chain) else None
-    except KeyError:  # a parameter is an attribute of another kind
+    except KeyError:  # something that is mostly a parameter or a module is a plain attribute
         return None
 
 
 class _CachedChain:
-    """A module's chain, and everything that it was read from.
+    """A module's chain, and everything that the chain was read from.
 
     To walk the modules costs a tenth of a small model's inference; to see that they are the same, by identity
     and in loops that run in C, much less. Copies and pickles of the module do not get it.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        root.__dict__.setdefault(PLACE, None)  # sizes count it; another thread must not meet half of this
+        root.__dict__.setdefault(PLACE, None)  # counted by the sizes below
         self._root = ref(root)
         self._places: list[dict] = []
         self._keys: list[str] = []
@@ -77,14 +77,15 @@ class _CachedChain:
             self._watch(attributes, [key for key in attributes if key not in _INTERNAL])
             self._watch(module._parameters, list(module._parameters))
             self._watch(module._modules, list(module._modules))
-            if module is not root:  # whoever calls root's forward has seen to its hooks
+            if module is not root:  # the call that led here has run root's hooks
                 self._hooks += (attributes[name] for name in HOOKS)
         self._hooked = [*map(bool, self._hooks)]
         self._sized = [place for m in self._modules for place in (m.__dict__, m._parameters, m._modules)]
-        self._sizes = [*map(len, self._sized)]  # nothing may be added: a forward of the instance, say
+        self._sizes = [*map(len, self._sized)]  # a forward that is set on an instance adds to one
         self._ordered = [m._modules for m in self._modules if len(m._modules) > 1]
         self._orders = [*map(list, self._ordered)]
-        computed = any("parametrizations" in m._modules for m in self._modules)  # anew for each call
+        # a parametrization computes its tensor anew in each call
+        computed = any("parametrizations" in m._modules for m in self._modules)
         self.chain = None if computed else _collect(root)
         root.__dict__[PLACE] = self
 

@@ -6,7 +6,7 @@ __all__ = ["boolean", "hooked", "is_number", "not_negative", "number", "odd", "p
 
 
 def hooked(module: nn.Module) -> bool:
-    """Calling the module does more than its class's forward: hooks, or a forward set on the instance."""
+    """Whether calling the module does more than its class's forward: it has hooks or a forward of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

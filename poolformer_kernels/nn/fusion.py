@@ -18,7 +18,7 @@ from ..ops.pool_mixer import pool_mixer_with_stats
 
 __all__ = ["MIXER", "MLP", "BlockParts", "FusedBlock", "MlpOperands", "run_stage"]
 
-MIXER, MLP = range(2)  # the sub-blocks of a block: ``which`` below
+MIXER, MLP = range(2)  # the values of ``which``: the two sub-blocks of a block
 
 
 class MlpOperands(NamedTuple):
@@ -32,7 +32,7 @@ class MlpOperands(NamedTuple):
 
 
 class BlockParts:
-    """Where one kind of block has what an operator call takes, and the rules in which kinds differ."""
+    """One kind of block: where it keeps what the operators take, and the rules that it has of its own."""
 
     widens = False  # whether a LayerScale or ResScale of a wider dtype widens the residual stream
 
@@ -68,7 +68,7 @@ class BlockParts:
         return None
 
     def drops(self, block: nn.Module) -> bool:
-        """Whether a call drops paths now."""
+        """Whether a call drops samples' branches now (stochastic depth in training)."""
         raise NotImplementedError
 
     def drop_scale(self, block: nn.Module, which: int, x: Tensor) -> Tensor | None:
@@ -97,7 +97,7 @@ class BlockParts:
         return_stats: bool = False,
         activation: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's result and, where asked and cheap, its statistics.
+        """The block's result and, where they are asked for and cost nothing, its statistics.
 
         Args:
             fused: whether the token mixer and the MLP are operator calls; otherwise modules are called.

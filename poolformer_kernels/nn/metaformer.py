@@ -97,7 +97,8 @@ class MetaFormerBlock(PoolFormerBlock):
             self.mlp.fc2.register_parameter("bias", None)
 
     def shortcut(self, which: int) -> Tensor | bool:
-        scale = getattr(self, "res_scale_1" if which == MIXER else "res_scale_2", None)  # no MLP, no second
+        # a block without an MLP has no res_scale_2
+        scale = getattr(self, "res_scale_1" if which == MIXER else "res_scale_2", None)
         return self.residual if scale is None else scale
 
     def mlp_unfused_reason(self) -> str | None:

@@ -75,14 +75,14 @@ class Mlp(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         linear = type(self._modules["fc1"]) is nn.Linear
-        if self.unfused_reason() is not None or (linear and x.numel() == 0):  # no pixel to make an image of
+        if self.unfused_reason() is not None or (linear and x.numel() == 0):  # an image needs a pixel
             x = self.drop(self.act(self.fc1(x)))
             return self.drop(self.fc2(x))
         if not linear:
             return self._operator(x[None])[0] if x.dim() == 3 else self._operator(x)
         if x.dim() == 0:
             raise ValueError("x must have shape [..., C], got []")
-        # all tokens are one image, channels_last and one pixel high: a view of x
+        # a view of x: all tokens as one channels_last image that is one pixel high
         tokens = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
         return self._operator(tokens).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

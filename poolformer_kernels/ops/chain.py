@@ -18,7 +18,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def chainable(x: Tensor) -> bool:
-    """Whether layers on x may be a chain: inference by cpp, outside of autocast and transforms."""
+    """Whether layers on x may run as a chain: inference by `cpp` without autocast and transforms."""
     return (
         isinstance(x, Tensor)
         and not torch.is_grad_enabled()
@@ -33,7 +33,7 @@ def chainable(x: Tensor) -> bool:
 
 
 class Chain:
-    """Layers collected for calls of the operator: each method adds one behind the others."""
+    """The layers of one call of the operator; each method appends one."""
 
     def __init__(self) -> None:
         self._weights: list[Tensor] = []
@@ -42,7 +42,7 @@ class Chain:
         self._steps: list[int] = []
         self._epsilons: list[float] = []
         self._convolves = False
-        self._in_channels: int | None = None  # of the first layer, where it tells
+        self._in_channels: int | None = None  # of the first layer, if it has a parameter that says so
 
     def _add(self, kind: int, weights: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> None:
         given = [vector for vector in vectors if vector is not None]
@@ -54,7 +54,7 @@ class Chain:
         self._vectors += given
 
     def conv(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
-        """A convolution ``[out, C, h, w]``, or behind `pool` a linear layer ``[out, C]``."""
+        """A convolution ``[out, C, h, w]``, or after `pool` a linear layer ``[out, C]``."""
         self._add(CONV, (weight,), (bias,))
         self._steps += (stride, padding)
         self._convolves = True

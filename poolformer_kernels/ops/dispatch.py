@@ -150,17 +150,17 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 _SELECTED: dict[tuple[str, torch.device | str, torch.dtype], tuple[str, str]] = {}
-_PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # of ``auto``, the fastest first
+_PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # what ``auto`` tries, the fastest first
 
 
 def select_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that runs a call with x on this device and of this dtype."""
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        return "reference"  # ONNX knows no operators of ours, whatever was asked for
+        return "reference"  # whatever was asked for: ONNX has none of our operators
     return _selected(_chosen, device, dtype)
 
 
-@constant_result  # for these arguments; the choice itself is guarded on
+@constant_result  # the compiler guards on the arguments, so on the choice, too
 def _selected(chosen: str, device: torch.device | str, dtype: torch.dtype) -> str:
     try:
         return _SELECTED[chosen, device, dtype][0]
@@ -198,7 +198,7 @@ def _decide(chosen: str, device: torch.device | str, dtype: torch.dtype) -> tupl
     return "reference", "; ".join(reasons)
 
 
-@constant_result  # for these arguments
+@constant_result
 def mlp_backend(
     selected: str,
     device: torch.device,
@@ -222,7 +222,7 @@ def mlp_backend(
     return "reference", f"{reason}; triton: {missing}"
 
 
-@constant_result  # for these arguments; the choice itself is guarded on
+@constant_result  # the compiler guards on the arguments, so on the choice, too
 def _mlp_in_reference(chosen: str, why: str) -> None:
     if chosen != "auto":
         raise RuntimeError(f"backend {chosen!r} was asked for and has no kernel for this call: {why}")

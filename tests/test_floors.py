@@ -1,0 +1,79 @@
+"""The package's floors (pyproject.toml, `lint-imports`) hold all of it, and nothing goes round them."""
+
+import ast
+import re
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "poolformer_kernels"
+BY_NAME = {  # who may import a module by a name that is computed, and what
+    "poolformer_kernels/cli/main.py": "a benchmark, which lies below",
+    "poolformer_kernels/backends/triton/__init__.py": "its own kernels, at the first call",
+    "benchmarks/harness.py": "packages that a provider needs",
+}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph(PACKAGE, "benchmarks", cache_dir=None)
+
+
+def circles(graph) -> list[set[str]]:
+    """The strongly connected components of more than one module."""
+
+    def reached(module: str, step) -> set[str]:
+        found, ahead = set(), [module]
+        while ahead:
+            for other in step(ahead.pop()) - found:
+                found.add(other)
+                ahead.append(other)
+        return found
+
+    found = []
+    for module in sorted(graph.modules):
+        below = reached(module, graph.find_modules_directly_imported_by)
+        circle = below & reached(module, graph.find_modules_that_directly_import)
+        if circle and circle not in found:
+            found.append(circle)
+    return found
+
+
+def test_no_circles(graph):
+    assert len(graph.modules) > 80
+    assert circles(graph) == []
+
+
+def test_a_circle_would_be_found(graph):
+    changed = grimp.build_graph(PACKAGE, cache_dir=None)
+    changed.add_import(importer=f"{PACKAGE}.layout", imported=f"{PACKAGE}.nn.block")
+    assert any({f"{PACKAGE}.layout", f"{PACKAGE}.nn.block"} <= circle for circle in circles(changed))
+
+
+def test_every_module_is_on_a_floor(graph):
+    text = (ROOT / "pyproject.toml").read_text()
+    layers = re.search(r"^layers = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+    floors = tuple(re.findall(r"[\w.]+", layers))
+    packages = {PACKAGE, f"{PACKAGE}.cli"}  # of several floors; the second holds nothing but a docstring
+    outside = [m for m in graph.modules - packages if not any(f"{m}.".startswith(f"{f}.") for f in floors)]
+    assert outside == []
+
+
+def test_only_commands_import_the_whole_package(graph):
+    importers = graph.find_modules_that_directly_import(PACKAGE)
+    assert {m for m in importers if not m.startswith(("benchmarks.", f"{PACKAGE}.cli."))} == set()
+
+
+def test_nothing_is_imported_by_name():
+    found = set()
+    for folder in (PACKAGE, "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+                    "import_module",
+                    "__import__",
+                ):
+                    found.add(str(path.relative_to(ROOT)))
+    assert found == set(BY_NAME)
