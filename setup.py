@@ -82,7 +82,7 @@ def cuda_toolkit(nvcc_path: str) -> tuple[str, list[str]]:
 
 def arch_flags(archs: str) -> list[str]:
     """nvcc flags of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX"."""
-    flags = ["-DPK_HAS_SM90A=1"] if "9.0a" in archs else []  # mlp_fwd_sm90.cu asks
+    flags = ["-DPK_HAS_SM90A=1"] if "9.0a" in archs else []  # cuda/mlp/forward_sm90.cu asks
     for arch in re.split(r"[;\s]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
@@ -92,9 +92,14 @@ def arch_flags(archs: str) -> list[str]:
     return flags
 
 
+def csrc(pattern: str, *folders: str) -> list[Path]:
+    """Files of csrc, or of these folders in it, at any depth."""
+    return sorted(path for folder in folders or (".",) for path in (ROOT / "csrc" / folder).rglob(pattern))
+
+
 def cuda_digest() -> str:
     """Of what the kernels are made from: by it the tests know a build of these very sources."""
-    files = [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("c[ou]*/*"))]
+    files = [ROOT / "setup.py", *csrc("*.*", "common", "cuda")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -125,7 +130,7 @@ def extension() -> dict:
 
         def build_extensions(self) -> None:
             if cuda_compiler:
-                digest, sources = cuda_digest(), sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+                digest, sources = cuda_digest(), csrc("*.cu", "cuda")
                 with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                     made = pool.map(lambda source: self.compile_cuda(source, digest), sources)
                     objects, reports = zip(*made, strict=True)
@@ -139,9 +144,10 @@ def extension() -> dict:
 
         def compile_cuda(self, source: Path, digest: str) -> tuple[str, str]:
             """The object and what ptxas said of it, as kept if this command made them of these sources."""
-            target = Path(self.build_temp, f"{source.stem}.cuda.o").resolve()
+            path = source.relative_to(ROOT)
+            target = Path(self.build_temp, path).with_suffix(".cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [cuda_compiler, "-c", str(source.relative_to(ROOT)), "-o", str(target), *NVCC_FLAGS]
+            command = [cuda_compiler, "-c", str(path), "-o", str(target), *NVCC_FLAGS]
             command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{path}" for path in include_paths())]
             command += arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES]
             flags = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
@@ -159,8 +165,8 @@ def extension() -> dict:
 
     module = Extension(
         "poolformer_kernels._C",
-        sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))],
-        depends=[str(path) for path in (ROOT / "csrc").rglob("*.*")],
+        sources=[str(path.relative_to(ROOT)) for path in csrc("*.cpp")],
+        depends=[str(path) for path in csrc("*.*")],
         include_dirs=include_paths(),  # torch brings pybind11's headers
         define_macros=DEFINES + [(f"PK_{name}", f'"{value}"') for name, value in facts.items()],
         library_dirs=library_paths(),

@@ -6,8 +6,8 @@
 #include <cstdlib>
 
 #include "cpu/isa.h"
-#include "cuda/kernels.h"
-#include "cuda/stream.h"
+#include "cuda/core/kernels.h"
+#include "cuda/core/stream.h"
 
 #ifndef PK_TORCH_VERSION
 #error "setup.py defines PK_TORCH_VERSION, PK_CUDA_VERSION and PK_CUDA_ARCHS"

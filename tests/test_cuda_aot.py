@@ -159,7 +159,7 @@ def test_instructions(built, arch) -> None:
 
 def test_warpgroups_can_have_the_registers_they_take(built) -> None:
     """``setmaxnreg`` waits for what the copying warpgroup gives, which starts from what ptxas chose."""
-    taken = {512: (3 * 160 + 32, 128), 384: (2 * 240 + 24, 168)}  # of mlp_fwd_sm90.cuh, by threads
+    taken = {512: (3 * 160 + 32, 128), 384: (2 * 240 + 24, 168)}  # of mlp/forward_sm90.cuh, by threads
     found = [kernel for kernel in of_arch(built, "sm_90a") if family(kernel) == "mlp_fwd_sm90"]
     assert len(found) == 8
     for kernel in found:
@@ -210,7 +210,7 @@ def test_fake_has_the_kernels_shape() -> None:
 
     from poolformer_kernels.ops.norm_stats import CHUNK
 
-    text = (ROOT / "csrc" / "cuda" / "norm_stats.cu").read_text()
+    text = (ROOT / "csrc" / "cuda" / "core" / "norm_stats.cu").read_text()
     threads, each = (int(re.search(rf"{name} = (\d+);", text)[1]) for name in ("kThreads", "kPerThread"))
     assert threads * each == CHUNK
     with FakeTensorMode():

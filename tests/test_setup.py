@@ -17,6 +17,13 @@ from poolformer_kernels.backends import cpp
 ROOT = Path(__file__).parents[1]
 
 
+KERNEL_SOURCES = ("csrc/common", "csrc/cuda")
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def setup_script():
     """setup.py as a module, without a build."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
@@ -54,8 +61,8 @@ def test_source_distribution_holds_every_source(tmp_path):
         "LICENSE",
     ]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    wanted = listed or [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
-    assert "csrc/cpu/pool_mixer.cpp" in wanted
+    wanted = listed or [str(path.relative_to(ROOT)) for path in files(ROOT / "csrc")]
+    assert "csrc/cuda/pool_mixer/pool_mixer.cu" in wanted
     assert set(wanted) - held == set()
 
 
@@ -125,12 +132,17 @@ def test_the_digest_is_of_all_that_kernels_are_made_from(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copy(ROOT / "setup.py", tmp_path)
     seen = {script.cuda_digest()}
-    for name in ("setup.py", "csrc/cuda/norm_stats.cu", "csrc/cuda/device.cuh", "csrc/common/chan.h"):
-        with (tmp_path / name).open("a") as file:
+    inputs = [
+        tmp_path / "setup.py",
+        *(path for folder in KERNEL_SOURCES for path in files(tmp_path / folder)),
+    ]
+    assert {path.parent.name for path in inputs} >= {"common", "core", "pool_mixer", "mlp"}
+    for path in inputs:
+        with path.open("a") as file:
             file.write("\n")
         seen.add(script.cuda_digest())
-    assert len(seen) == 5
-    (tmp_path / "csrc/cpu/vec.h").unlink()
+    assert len(seen) == 1 + len(inputs)
+    shutil.rmtree(tmp_path / "csrc" / "cpu")
     assert script.cuda_digest() in seen
     assert script.cuda_digest() == script.cuda_digest()
 
@@ -186,7 +198,7 @@ def test_objects_of_the_same_sources_and_command_are_kept(fake_nvcc, tmp_path, m
         script = setup_script()
         command = script.extension()["cmdclass"]["build_ext"](Distribution())
         command.build_temp = str(tmp_path / "objects")
-        target, report = command.compile_cuda(script.ROOT / "csrc" / "cuda" / "norm_stats.cu", digest)
+        target, report = command.compile_cuda(script.ROOT / "csrc/cuda/core/norm_stats.cu", digest)
         assert Path(target).read_text() == "made\n"
         assert report == "ptxas info    : Used 59 registers\n"
         return fake_nvcc()
@@ -199,5 +211,15 @@ def test_objects_of_the_same_sources_and_command_are_kept(fake_nvcc, tmp_path, m
     assert [compiled("another") for _ in range(2)] == [1, 0]
     monkeypatch.setattr(torch, "__version__", "9.9")  # whose headers they would not be of
     assert [compiled("another") for _ in range(2)] == [1, 0]
-    next((tmp_path / "objects").glob("*.o")).unlink()
+    next((tmp_path / "objects").rglob("*.o")).unlink()
     assert compiled("another") == 1
+
+
+def test_files_of_one_name_in_two_folders_have_their_own_objects(fake_nvcc, tmp_path, monkeypatch):
+    script = setup_script()
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    command = script.extension()["cmdclass"]["build_ext"](Distribution())
+    command.build_temp = str(tmp_path / "objects")
+    sources = [tmp_path / "csrc" / "cuda" / folder / "forward.cu" for folder in ("mlp", "pool_mixer")]
+    objects = {command.compile_cuda(source, "digest")[0] for source in sources}
+    assert len(objects) == len(list(tmp_path.rglob("*.ptxas"))) == fake_nvcc() == 2

@@ -10,7 +10,7 @@ from .library import LIBRARY, NAMESPACE
 
 __all__ = ["CHUNK"]
 
-CHUNK = 2048  # elements of one partial, kChunkElements in csrc/cuda/norm_stats.cu
+CHUNK = 2048  # elements of one partial, kChunkElements in csrc/cuda/core/norm_stats.cu
 
 # x [B, C, H, W], contiguous or channels_last -> partials [B, ceil(CHW / CHUNK), 3] of (count, mean, M2),
 # float32

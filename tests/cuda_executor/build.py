@@ -8,7 +8,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 FOLDER = Path(__file__).parent
-CUDA = FOLDER.parents[1] / "csrc" / "cuda"
+ROOT = FOLDER.parents[1]
 FLAGS = [
     "-std=c++20",
     "-O1",
@@ -27,7 +27,8 @@ def build(target: Path, sources: list[Path] | None = None, jobs: int = 2) -> Pat
     headers = [f"-I{FOLDER / 'include'}", *(f"-I{path}" for path in include_paths())]
 
     def compiled(source: Path) -> str:
-        out = target.with_name(f"{source.stem}.o")
+        out = target.parent / source.relative_to(ROOT).with_suffix(".o")
+        out.parent.mkdir(parents=True, exist_ok=True)
         command = ["g++", *FLAGS, *ALIGNMENT, *DEFINES, "-include", "cuda_runtime.h", *headers]
         done = subprocess.run(
             [*command, "-x", "c++", "-c", str(source), "-o", str(out)], capture_output=True, text=True
@@ -36,7 +37,8 @@ def build(target: Path, sources: list[Path] | None = None, jobs: int = 2) -> Pat
         return str(out)
 
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, [*(sources or sorted(CUDA.glob("*.cu"))), FOLDER / "executor.cpp"]))
+        kernels = sources or sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+        objects = list(pool.map(compiled, [*kernels, FOLDER / "executor.cpp"]))
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
     subprocess.run(["g++", "-shared", *ALIGNMENT, "-o", str(target), *objects, *libraries], check=True)
     return target

@@ -323,5 +323,5 @@ def test_the_op_names_what_it_does_not_take() -> None:
 
 
 def test_units_of_statistics() -> None:
-    text = (Path(__file__).parents[2] / "csrc" / "cuda" / "mlp_tile.cuh").read_text()
+    text = (Path(__file__).parents[2] / "csrc" / "cuda" / "mlp" / "forward_tile.cuh").read_text()
     assert int(re.search(r"kUnit = (\d+);", text)[1]) == STATS_ROWS

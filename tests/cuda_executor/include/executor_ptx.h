@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.cuh in C++: what PTX says of a warp's fragments, computed lane by lane.
+// The functions of csrc/cuda/core/ptx.cuh in C++: what PTX says of a warp's fragments, computed lane by lane.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <map>
 #include <vector>
 
-#include "../../../csrc/cuda/device.cuh"
+#include "../../../csrc/cuda/core/device.cuh"
 
 namespace pk {
 namespace {

@@ -1,8 +1,8 @@
 // The token mixer's operators on CUDA: checks, output tensors, launches.
 #include <tuple>
 
-#include "launch.cuh"
-#include "pool_mixer_any.cuh"
+#include "../core/launch.cuh"
+#include "any_pool.cuh"
 
 namespace pk {
 namespace {

@@ -1,14 +1,14 @@
 // What the kernels of the MLP's backward share (algebra, "MLP sub-block"): a call, tiles of operands, the activation.
 #pragma once
 
-#include "../common/activation.h"
-#include "device.cuh"
-#include "ptx.cuh"
+#include "../../common/activation.h"
+#include "../core/device.cuh"
+#include "../core/ptx.cuh"
 
 namespace pk {
 namespace {
 
-#include "../common/activation_math.h"
+#include "../../common/activation_math.h"
 
 constexpr int kHiddenBlock = 64;  // hidden channels of a block of mlp_bwd_wgrad
 

@@ -4,10 +4,10 @@
 // mlp_bwd_dgrad has those sums and writes dx. The hidden activations stay in registers and are computed twice.
 #include <tuple>
 
-#include "launch.cuh"
-#include "mlp_bwd_dgrad.cuh"
-#include "mlp_bwd_small.cuh"
-#include "mlp_bwd_wgrad.cuh"
+#include "../core/launch.cuh"
+#include "backward_dgrad.cuh"
+#include "backward_small.cuh"
+#include "backward_wgrad.cuh"
 
 namespace pk {
 namespace {

@@ -6,8 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include "../common/chan.h"
-#include "../common/taps.h"
+#include "../../common/chan.h"
+#include "../../common/taps.h"
 
 #if defined(PK_EXECUTOR)  // tests/cuda_executor runs this source on the host
 #define PK_SHARED(memory) char* const memory = executor::dynamic_shared()

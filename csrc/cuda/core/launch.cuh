@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "../common/tensors.h"
+#include "../../common/tensors.h"
 #include "device.cuh"
 #include "kernels.h"
 #include "stream.h"
@@ -19,7 +19,7 @@ namespace pk {
 
 torch::stable::Tensor norm_stats_cuda(torch::stable::Tensor x);  // norm_stats.cu
 
-// mlp_fwd_sm90.cu: false, and nothing done, where that kernel does not cover the call or the device.
+// mlp/forward_sm90.cu: false, and nothing done, where that kernel does not cover the call or the device.
 struct MlpParams;
 bool run_mlp_sm90(const MlpParams& p, int64_t channels, const torch::stable::Tensor& w1,
                   const torch::stable::Tensor& w2, int32_t dtype);

@@ -2,7 +2,7 @@
 // Formulas: algebra, "Token mixer sub-block".
 #pragma once
 
-#include "pool_mixer_walk.cuh"
+#include "walk.cuh"
 
 namespace pk {
 namespace {

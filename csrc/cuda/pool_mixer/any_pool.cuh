@@ -1,8 +1,8 @@
 // The token mixer for pools other than 3 x 3: an element's window, tap by tap.
 #pragma once
 
-#include "pool_mixer_bwd.cuh"
-#include "pool_mixer_fwd.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
 
 namespace pk {
 namespace {

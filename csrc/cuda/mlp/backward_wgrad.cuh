@@ -4,7 +4,7 @@
 // hidden channels, 16 of a warp's, and columns are tokens.
 #pragma once
 
-#include "mlp_bwd.cuh"
+#include "backward_tile.cuh"
 
 namespace pk {
 namespace {

@@ -5,9 +5,9 @@
 // `in_memory(l)`: a lane then has channels 8 q .. 8 q + 7 of each 32, whole 16-byte packs, as operand and as result.
 #pragma once
 
-#include "../common/activation.h"
-#include "../common/host_device.h"
-#include "device.cuh"
+#include "../../common/activation.h"
+#include "../../common/host_device.h"
+#include "../core/device.cuh"
 
 namespace pk {
 
@@ -31,7 +31,7 @@ struct MlpParams {
 
 namespace {
 
-#include "../common/activation_math.h"
+#include "../../common/activation_math.h"
 
 constexpr int kUnit = 64;  // tokens whose statistics are one partial of their sample; STATS_ROWS in backends/cuda.py
 

@@ -6,7 +6,7 @@
 // does not depend on that, the last bits of the statistics handed on do.
 #pragma once
 
-#include "device.cuh"
+#include "../core/device.cuh"
 
 namespace pk {
 namespace {

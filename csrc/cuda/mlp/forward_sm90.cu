@@ -1,7 +1,7 @@
 // The launcher of the MLP's forward for Hopper.
-#include "mlp_fwd_sm90.cuh"
+#include "forward_sm90.cuh"
 
-#include "launch.cuh"
+#include "../core/launch.cuh"
 
 #if defined(PK_EXECUTOR)
 #define PK_HAS_SM90A 1

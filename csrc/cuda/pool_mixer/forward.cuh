@@ -4,7 +4,7 @@
 // gives exactly zero; sums of 8- and 11-bit halves need no shift to be exact.
 #pragma once
 
-#include "pool_mixer_walk.cuh"
+#include "walk.cuh"
 
 namespace pk {
 namespace {

@@ -1,8 +1,8 @@
 // The MLP's forward with the tensor cores of sm_80 and later: one kernel, hidden activations in registers.
 #pragma once
 
-#include "mlp_tile.cuh"
-#include "ptx.cuh"
+#include "forward_tile.cuh"
+#include "../core/ptx.cuh"
 
 namespace pk {
 namespace {

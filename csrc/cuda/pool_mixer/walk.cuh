@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "pool_mixer.cuh"
-#include "ptx.cuh"
+#include "tile.cuh"
+#include "../core/ptx.cuh"
 
 namespace pk {
 namespace {

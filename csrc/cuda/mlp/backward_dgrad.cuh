@@ -1,7 +1,7 @@
 // dx of a tile of tokens, 16 of them a warp's, the hidden activations computed again chunk by chunk.
 #pragma once
 
-#include "mlp_bwd.cuh"
+#include "backward_tile.cuh"
 
 namespace pk {
 namespace {

@@ -1,7 +1,7 @@
 // The kernels around the two large ones of the MLP's backward: operands before, fixed-order sums between and after.
 #pragma once
 
-#include "mlp_bwd.cuh"
+#include "backward_tile.cuh"
 
 namespace pk {
 namespace {

@@ -1,9 +1,9 @@
 // The MLP's forward: checks, outputs, which kernel runs. Formulas: algebra, "MLP sub-block".
-#include "mlp_fwd.cuh"
+#include "forward.cuh"
 
 #include <tuple>
 
-#include "launch.cuh"
+#include "../core/launch.cuh"
 
 namespace pk {
 namespace {

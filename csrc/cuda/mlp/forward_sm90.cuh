@@ -7,8 +7,8 @@
 // fill what is left.
 #pragma once
 
-#include "mlp_tile.cuh"
-#include "ptx.cuh"
+#include "forward_tile.cuh"
+#include "../core/ptx.cuh"
 
 namespace pk {
 namespace {
