@@ -94,7 +94,7 @@ def stats_tiles(shape: torch.Size, channels_last: bool, pool_size: int) -> int:
     """How many partials of a sample's statistics the mixer's forward returns; some may count nothing.
 
     As many as the smallest tiles give, whatever tiles a batch gets. Height and width may be symbolic: they
-    are compared, never converted. See ``plan_of`` in csrc/cuda/pool_mixer.
+    are compared, never converted. See ``tiling_of`` in csrc/cuda/pool_mixer.
     """
     channels, height, width = int(shape[1]), shape[2], shape[3]
     rows = 2 if height < 64 else 4 if height < 160 else 14

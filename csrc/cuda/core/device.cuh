@@ -46,47 +46,47 @@ template <class T, int N>
 struct alignas(sizeof(T) * N < 4 ? 4 : sizeof(T) * N) Pack {
   static constexpr int kBytes = sizeof(T) * N;
   static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
-  uint32_t word[kBytes / 4 + (kBytes < 4)];
+  uint32_t packed32[kBytes / 4 + (kBytes < 4)];
 };
 
 template <class T, int N>
-__device__ inline Pack<T, N> load(const T* from) {
+__device__ inline Pack<T, N> load(const T* source) {
   Pack<T, N> out;
   if constexpr (out.kBytes == 16) {
-    const uint4 v = *reinterpret_cast<const uint4*>(from);
-    out.word[0] = v.x, out.word[1] = v.y, out.word[2] = v.z, out.word[3] = v.w;
+    const uint4 v = *reinterpret_cast<const uint4*>(source);
+    out.packed32[0] = v.x, out.packed32[1] = v.y, out.packed32[2] = v.z, out.packed32[3] = v.w;
   } else if constexpr (out.kBytes == 8) {
-    const uint2 v = *reinterpret_cast<const uint2*>(from);
-    out.word[0] = v.x, out.word[1] = v.y;
+    const uint2 v = *reinterpret_cast<const uint2*>(source);
+    out.packed32[0] = v.x, out.packed32[1] = v.y;
   } else if constexpr (out.kBytes == 4) {
-    out.word[0] = *reinterpret_cast<const uint32_t*>(from);
+    out.packed32[0] = *reinterpret_cast<const uint32_t*>(source);
   } else {
-    out.word[0] = *reinterpret_cast<const uint16_t*>(from);
+    out.packed32[0] = *reinterpret_cast<const uint16_t*>(source);
   }
   return out;
 }
 
 template <class T, int N>
-__device__ inline void store(T* to, const Pack<T, N>& v) {
+__device__ inline void store(T* target, const Pack<T, N>& v) {
   if constexpr (v.kBytes == 16)
-    *reinterpret_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+    *reinterpret_cast<uint4*>(target) = make_uint4(v.packed32[0], v.packed32[1], v.packed32[2], v.packed32[3]);
   else if constexpr (v.kBytes == 8)
-    *reinterpret_cast<uint2*>(to) = make_uint2(v.word[0], v.word[1]);
+    *reinterpret_cast<uint2*>(target) = make_uint2(v.packed32[0], v.packed32[1]);
   else if constexpr (v.kBytes == 4)
-    *reinterpret_cast<uint32_t*>(to) = v.word[0];
+    *reinterpret_cast<uint32_t*>(target) = v.packed32[0];
   else
-    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(v.word[0]);
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(v.packed32[0]);
 }
 
 // Element i of a pack in float32; i is a constant after unrolling.
 template <class T, int N>
 __device__ inline float element(const Pack<T, N>& v, int i) {
   if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(v.word[i]);
+    return __uint_as_float(v.packed32[i]);
   } else if constexpr (std::is_same_v<T, bf16>) {
-    return __uint_as_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] << 16);
+    return __uint_as_float(i % 2 ? v.packed32[i / 2] & 0xffff0000u : v.packed32[i / 2] << 16);
   } else {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(v.word[i / 2] >> (i % 2 * 16))));
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(v.packed32[i / 2] >> (i % 2 * 16))));
   }
 }
 
@@ -107,12 +107,12 @@ __device__ inline Pack<T, N> packed(const float (&value)[N]) {
   Pack<T, N> out;
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.word[i] = __float_as_uint(value[i]);
+    for (int i = 0; i < N; ++i) out.packed32[i] = __float_as_uint(value[i]);
   } else if constexpr (N == 1) {
-    out.word[0] = pair<T>(value[0], 0.0f) & 0xffffu;
+    out.packed32[0] = pair<T>(value[0], 0.0f) & 0xffffu;
   } else {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) out.word[i] = pair<T>(value[2 * i], value[2 * i + 1]);
+    for (int i = 0; i < N / 2; ++i) out.packed32[i] = pair<T>(value[2 * i], value[2 * i + 1]);
   }
   return out;
 }

@@ -19,12 +19,6 @@ namespace pk {
 
 torch::stable::Tensor norm_stats_cuda(torch::stable::Tensor x);  // norm_stats.cu
 
-// mlp/forward_sm90.cu: false, and nothing done, where that kernel does not cover the call or the device.
-struct MlpParams;
-bool run_mlp_sm90(const MlpParams& p, int64_t channels, const torch::stable::Tensor& w1,
-                  const torch::stable::Tensor& w2, int32_t dtype);
-void list_mlp_sm90();
-
 namespace {
 
 #if defined(PK_EXECUTOR)
@@ -39,10 +33,10 @@ inline void check_cuda(cudaError_t error, const std::string& what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Kernels are launched through an object of this class, which lives as long as the call of an operator.
-class Launch {
+// Launches kernels on the current stream of x's device, which is the current device while this object lives.
+class Launcher {
  public:
-  explicit Launch(const Tensor& x) {
+  explicit Launcher(const Tensor& x) {
 #if defined(PK_EXECUTOR)
     device_ = 0;
 #else
@@ -55,13 +49,13 @@ class Launch {
     guard_.emplace(device_);
 #endif
   }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
 
   // `shared`: bytes of dynamic shared memory.
   template <class Params>
-  void operator()(const char* name, void (*kernel)(Params), int64_t blocks, int threads, const Params& params,
-                  int shared = 0) const {
+  void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, const Params& params,
+              int shared = 0) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks < (int64_t{1} << 31), name, ": the tensors are too large for one launch, ", blocks,
                     " blocks");
@@ -75,18 +69,18 @@ class Launch {
   }
 
   // An attribute of the device, such as cudaDevAttrMultiProcessorCount.
-  int device(cudaDeviceAttr attribute) const {
+  int attribute(cudaDeviceAttr which) const {
     int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, attribute, device_), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
     return value;
   }
 
  private:
   // The attribute is the process's, so it is always the same: all that a block of this kernel may have.
   void allow_shared(const char* name, const void* kernel) const {
-    cudaFuncAttributes has;
-    check_cuda(cudaFuncGetAttributes(&has, kernel), std::string("attributes of ") + name);
-    const int most = device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(has.sharedSizeBytes);
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), std::string("attributes of ") + name);
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(attributes.sharedSizeBytes);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
                std::string("shared memory of ") + name);
   }
@@ -134,14 +128,14 @@ inline bool is_weight(const Tensor& x, const Tensor& w, int64_t rows, int64_t co
          w.size(0) == rows && w.size(1) == columns;
 }
 
-// Statistics given to an operator, dense, which `kept` owns: partials [B, T, 3]. Sets T.
-inline const float* partials_of(const Tensor& x, const Tensor& stats, int64_t batch, Tensor& kept, int64_t& partials) {
+// Statistics given to an operator, dense: [B, T, 3]. `owner` keeps them alive; `partials` becomes T.
+inline const float* partials_of(const Tensor& x, const Tensor& stats, int64_t batch, Tensor& owner, int64_t& partials) {
   STD_TORCH_CHECK(is_beside(x, stats) && stats.scalar_type() == ScalarType::Float && stats.dim() == 3 &&
                       stats.size(0) == batch && stats.size(1) > 0 && stats.size(2) == 3,
                   "poolformer_kernels: stats must be a float32 tensor of shape [B, T, 3] on x's device");
-  kept = in_layout(stats, false);
-  partials = kept.size(1);
-  return static_cast<const float*>(kept.data_ptr());
+  owner = in_layout(stats, false);
+  partials = owner.size(1);
+  return static_cast<const float*>(owner.data_ptr());
 }
 
 inline void check_images(const Tensor& x, const char* op) {

@@ -32,12 +32,12 @@ __global__ void __launch_bounds__(kThreads, 6) norm_stats(NormStatsParams p) {
   float sum = 0;
 #pragma unroll
   for (int each = 0; each < kLoads; ++each) {
-    const int at = (each * kThreads + threadIdx.x) * kWidth;  // count is a multiple of kWidth where VECTOR holds
+    const int offset = (each * kThreads + threadIdx.x) * kWidth;  // count is a multiple of kWidth where VECTOR holds
     Pack<T, kWidth> raw{};
-    if (at < count) raw = load<T, kWidth>(x + at);
+    if (offset < count) raw = load<T, kWidth>(x + offset);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const float value = at < count ? element(raw, i) : 0.0f;
+      const float value = offset < count ? element(raw, i) : 0.0f;
       values[each * kWidth + i] = value;
       sum += value;
     }
@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads, 6) norm_stats(NormStatsParams p) {
 }
 
 template <class T>
-void launch(const NormStatsParams& p, int64_t batch, const Launch& on) {
+void launch(const NormStatsParams& p, int64_t batch, const Launcher& launcher) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.sample * sizeof(T) % 16 == 0;
-  on("norm_stats", aligned ? norm_stats<T, true> : norm_stats<T, false>, batch * p.chunks, kThreads, p);
+  launcher.launch("norm_stats", aligned ? norm_stats<T, true> : norm_stats<T, false>, batch * p.chunks, kThreads, p);
 }
 
 }  // namespace
@@ -77,13 +77,13 @@ Tensor norm_stats_cuda(Tensor x) {
   const int64_t batch = x.size(0), sample = x.size(1) * x.size(2) * x.size(3);
   STD_TORCH_CHECK(is_dense(x, is_channels_last(x)), "norm_stats_cuda: x must be contiguous or channels_last");
   const int64_t chunks = (sample + kChunkElements - 1) / kChunkElements;
-  const Launch on(x);
+  const Launcher launcher(x);
   Tensor partials = empty_floats(x, {batch, chunks, 3});
   const NormStatsParams p{x.data_ptr(), floats(partials), sample, chunks};
   switch (dtype_index(x.scalar_type())) {
-    case 0: launch<float>(p, batch, on); break;
-    case 1: launch<bf16>(p, batch, on); break;
-    default: launch<f16>(p, batch, on);
+    case 0: launch<float>(p, batch, launcher); break;
+    case 1: launch<bf16>(p, batch, launcher); break;
+    default: launch<f16>(p, batch, launcher);
   }
   return partials;
 }

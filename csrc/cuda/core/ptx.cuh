@@ -37,10 +37,10 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 // Four 8 x 8 matrices of 16-bit elements, transposed: lane i names row i % 8 of matrix i / 8; with g and q as above a
 // lane gets of each matrix column g, rows 2q and 2q + 1.
 __device__ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(at)
+               : "r"(address)
                : "memory");
 }
 
@@ -52,9 +52,10 @@ __device__ inline float exp2_flushed(float x) {
 }
 
 // 16 bytes from global to shared memory, zeros where not `exists`.
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(exists ? 16 : 0) : "memory");
+__device__ inline void copy_async(void* target, const void* source, bool exists) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(exists ? 16 : 0)
+               : "memory");
 }
 
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -68,10 +69,10 @@ __device__ inline void copy_wait() {
 // ---- Hopper: products of a warpgroup from shared memory, bulk copies, barriers in shared memory
 
 // B of a warpgroup's product in shared memory: 8 x 8 matrices of 128 bytes whose rows (columns of B) are 16 bytes of
-// consecutive k; the matrices of 8 columns each follow one another, those of the next 8 k are `along_k` bytes on.
-__device__ inline uint64_t operand_at(const void* at, int along_k) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(along_k >> 4) << 16 | uint64_t{128 >> 4} << 32;
+// consecutive k; the matrices of 8 columns each follow one another, those of the next 8 k are `k_stride` bytes on.
+__device__ inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 | uint64_t{128 >> 4} << 32;
 }
 
 // d = a b, or d += a b where `add`, 64 x N x 16: warp w of the four has rows 16 w .. 16 w + 15, with fragments as in
@@ -142,8 +143,8 @@ __device__ inline void products_wait(float (&d)[ROWS][4]) {
 #undef PK_REGISTERS_64
 #undef PK_REGISTERS_96
 
-__device__ inline uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 __device__ inline void signal_init(uint64_t* signal, int arrivals) {
@@ -168,12 +169,12 @@ __device__ inline void signal_wait(uint64_t* signal, int parity) {
 }
 
 // Arrives, and starts a copy of `bytes` (16 at least) to shared memory that the signal's phase also waits for.
-__device__ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* signal) {
+__device__ inline void copy_bulk(void* target, const void* source, int bytes, uint64_t* signal) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)), "r"(bytes)
                : "memory");
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(signal))
+                   shared_address(target)),
+               "l"(source), "r"(bytes), "r"(shared_address(signal))
                : "memory");
 }
 

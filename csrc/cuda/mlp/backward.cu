@@ -31,57 +31,58 @@ Tensor dense_weight(const Tensor& x, const Tensor& w, const char* name, int64_t 
   return in_layout(w, false);
 }
 
-// Sums over rows [count, width] in a fixed order; `kept` owns them.
-const float* column_sums(const Launch& on, const float* rows, int64_t count, int width, Tensor& kept) {
+// Sums over rows [count, width] in a fixed order; `owner` keeps them alive.
+const float* column_sums(const Launcher& launcher, const float* rows, int64_t count, int width, Tensor& owner) {
   do {
     const int64_t groups = ceil_div(count, kSumGroup);
-    Tensor sums = empty_floats(kept, {groups, width});
+    Tensor sums = empty_floats(owner, {groups, width});
     const ColumnsParams p{rows, floats(sums), count, width};
-    on("mlp_bwd_columns", mlp_bwd_columns, groups * (width / kSumColumns), kSmallThreads, p);
-    kept = sums;
-    rows = floats(kept);
+    launcher.launch("mlp_bwd_columns", mlp_bwd_columns, groups * (width / kSumColumns), kSmallThreads, p);
+    owner = sums;
+    rows = floats(owner);
     count = groups;
   } while (count > 1);
   return rows;
 }
 
 template <class T, class W, int C>
-void launch(MlpBwdParams& p, int64_t batch, const Launch& on, Tensor& columns) {
-  using Wgrad = MlpBwdWgrad<C>;
-  using Dgrad = MlpBwdDgrad<C>;
+void launch(MlpBwdParams& p, int64_t batch, const Launcher& launcher, Tensor& columns) {
+  using Wgrad = MlpBwdWgradConfig<C>;
+  using Dgrad = MlpBwdDgradConfig<C>;
   const bool saved = p.saved != nullptr;
-  on("mlp_bwd_prepare", mlp_bwd_prepare<T, W>, p.hidden / kPrepared, kSmallThreads, p);
+  launcher.launch("mlp_bwd_prepare", mlp_bwd_prepare<T, W>, p.hidden / kPrepared, kSmallThreads, p);
   if (p.n_to != nullptr)
-    on("mlp_bwd_tokens", mlp_bwd_tokens<T>, ceil_div(p.tokens, tokens_of_block(C)), kSmallThreads, p);
+    launcher.launch("mlp_bwd_tokens", mlp_bwd_tokens<T>, ceil_div(p.tokens, tokens_of_block(C)), kSmallThreads, p);
   if (p.rows != nullptr || p.partials != nullptr)
-    on("mlp_bwd_wgrad", mlp_bwd_wgrad<T, C>, p.splits * (p.hidden / kHiddenBlock), Wgrad::kThreads, p,
-       Wgrad::shared(saved));
-  if (p.rows != nullptr) on("mlp_bwd_sample", mlp_bwd_sample<T>, 3 * batch, 2 * kSmallThreads, p);
+    launcher.launch("mlp_bwd_wgrad", mlp_bwd_wgrad<T, C>, p.splits * (p.hidden / kHiddenBlock), Wgrad::kThreads, p,
+                    Wgrad::shared(saved));
+  if (p.rows != nullptr) launcher.launch("mlp_bwd_sample", mlp_bwd_sample<T>, 3 * batch, 2 * kSmallThreads, p);
   const int64_t tiles = ceil_div(p.tokens, Dgrad::kTokens);
   if (p.partials != nullptr) {
     columns = empty_floats(columns, {tiles, 3 * C});
     p.columns = floats(columns);
   }
-  on("mlp_bwd_dgrad", mlp_bwd_dgrad<T, C>, tiles, Dgrad::kThreads, p, Dgrad::shared(saved));
+  launcher.launch("mlp_bwd_dgrad", mlp_bwd_dgrad<T, C>, tiles, Dgrad::kThreads, p, Dgrad::shared(saved));
   if (p.partials == nullptr) return;
-  p.columns = const_cast<float*>(column_sums(on, p.columns, tiles, 3 * C, columns));
-  on("mlp_bwd_weights", mlp_bwd_weights<W>, ceil_div(p.width(), kSmallThreads / kSumLanes * 4), kSmallThreads, p);
-  on("mlp_bwd_finish", mlp_bwd_finish<W>, C / 8, kSmallThreads, p);
+  p.columns = const_cast<float*>(column_sums(launcher, p.columns, tiles, 3 * C, columns));
+  launcher.launch("mlp_bwd_weights", mlp_bwd_weights<W>, ceil_div(p.width(), kSmallThreads / kSumLanes * 4),
+                  kSmallThreads, p);
+  launcher.launch("mlp_bwd_finish", mlp_bwd_finish<W>, C / 8, kSmallThreads, p);
 }
 
 template <class T, class W>
-void launch(MlpBwdParams& p, int64_t batch, const Launch& on, Tensor& columns) {
+void launch(MlpBwdParams& p, int64_t batch, const Launcher& launcher, Tensor& columns) {
   switch (p.channels) {
-    case 64: return launch<T, W, 64>(p, batch, on, columns);
-    case 96: return launch<T, W, 96>(p, batch, on, columns);
-    default: return launch<T, W, 128>(p, batch, on, columns);
+    case 64: return launch<T, W, 64>(p, batch, launcher, columns);
+    case 96: return launch<T, W, 96>(p, batch, launcher, columns);
+    default: return launch<T, W, 128>(p, batch, launcher, columns);
   }
 }
 
 template <int C>
 void list_channels() {
-  using Wgrad = MlpBwdWgrad<C>;
-  using Dgrad = MlpBwdDgrad<C>;
+  using Wgrad = MlpBwdWgradConfig<C>;
+  using Dgrad = MlpBwdDgradConfig<C>;
   list_kernels<mlp_bwd_wgrad<bf16, C>, mlp_bwd_wgrad<f16, C>>(Wgrad::kThreads, Wgrad::shared(true));
   list_kernels<mlp_bwd_dgrad<bf16, C>, mlp_bwd_dgrad<f16, C>>(Dgrad::kThreads, Dgrad::shared(true));
 }
@@ -140,7 +141,7 @@ Gradients mlp_cuda_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor w1, 
   p.x_float = dtype == ScalarType::Float, p.norm = norm, p.residual = residual, p.drop_grad = drop_grad;
   p.divided = operand == ScalarType::Half && layer_scale.has_value();
 
-  const Launch on(x);
+  const Launcher launcher(x);
   const bool last = is_channels_last(x), rows = last || pixels == 1;  // x's memory is rows of tokens
   const int32_t float32 = aoti_torch_dtype_float32();
   Tensor dx = empty_like(x, last), dw1, dw2, db1, db2, dgamma, dbeta, dscale;
@@ -184,8 +185,8 @@ Gradients mlp_cuda_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor w1, 
   p.dx = dx_rows.mutable_data_ptr();
 
   const int64_t blocks = width / kHiddenBlock;
-  const int resident = channels == 64 ? MlpBwdWgrad<64>::kBlocks : MlpBwdWgrad<128>::kBlocks;
-  const int64_t programs = int64_t{resident} * on.device(cudaDevAttrMultiProcessorCount);
+  const int resident = channels == 64 ? MlpBwdWgradConfig<64>::kBlocks : MlpBwdWgradConfig<128>::kBlocks;
+  const int64_t programs = int64_t{resident} * launcher.attribute(cudaDevAttrMultiProcessorCount);
   p.tiles = ceil_div(tokens, kSplitTokens);
   p.tiles_per_split = ceil_div(p.tiles, std::max<int64_t>(1, programs / blocks));
   p.splits = ceil_div(p.tiles, p.tiles_per_split);
@@ -205,9 +206,9 @@ Gradients mlp_cuda_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor w1, 
   }
   const bool float_weights = w1.scalar_type() == ScalarType::Float;
   if (operand == ScalarType::BFloat16)
-    float_weights ? launch<bf16, float>(p, batch, on, columns) : launch<bf16, bf16>(p, batch, on, columns);
+    float_weights ? launch<bf16, float>(p, batch, launcher, columns) : launch<bf16, bf16>(p, batch, launcher, columns);
   else
-    float_weights ? launch<f16, float>(p, batch, on, columns) : launch<f16, f16>(p, batch, on, columns);
+    float_weights ? launch<f16, float>(p, batch, launcher, columns) : launch<f16, f16>(p, batch, launcher, columns);
   if (!rows) dx = in_layout(dx_rows, false);
   return gradients();
 }

@@ -9,11 +9,11 @@ namespace {
 constexpr int kRowChunk = 64;  // hidden channels of a step
 
 template <int C>
-struct MlpBwdDgrad {
+struct MlpBwdDgradConfig {
   // Every tile reads all weights from L2: where registers allow it, a wide one.
   static constexpr int kWarps = C == 64 ? 8 : 4, kThreads = 32 * kWarps, kTokens = 16 * kWarps;
   static constexpr int kBlocks = C == 96 ? 3 : 2;  // of a multiprocessor
-  static constexpr int kWeight = Tile<C>::bytes(kRowChunk), kSaved = Tile<kRowChunk>::bytes(kTokens);
+  static constexpr int kWeight = OperandTile<C>::bytes(kRowChunk), kSaved = OperandTile<kRowChunk>::bytes(kTokens);
   static constexpr int kTable = 2 * kRowChunk * 4;
   PK_HOST_DEVICE static constexpr int stage(bool saved) { return 2 * kWeight + kTable + (saved ? kSaved : 0); }
   static constexpr int shared(bool saved) { return 2 * stage(saved); }
@@ -25,13 +25,13 @@ struct MlpBwdDgrad {
 
 template <int C>
 struct TokenTable {
-  static constexpr int kTokens = MlpBwdDgrad<C>::kTokens;
+  static constexpr int kTokens = MlpBwdDgradConfig<C>::kTokens;
   float mean[kTokens], rstd[kTokens], k0[kTokens], k1[kTokens], drop[kTokens];
 };
 
 // fc1's operand: the warp's tokens `row` and `row` + 8, normalised as mlp_bwd_tokens does, in the order of load_a.
 template <class T, int C>
-__device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C>& of, int64_t start, int row,
+__device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C>& tokens, int64_t start, int row,
                                        int exist, uint32_t (&a)[C / 16][4]) {
 #pragma unroll
   for (int i = 0; i < C / 32; ++i) {
@@ -46,7 +46,7 @@ __device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C
       float v[8] = {};
       if (exists) load_channels<T>(p.x, p.x_float, (start + r) * C + c, v);
       if (p.norm && exists) {
-        const float mean = of.mean[r], rstd = of.rstd[r];
+        const float mean = tokens.mean[r], rstd = tokens.rstd[r];
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = (v[e] - mean) * (rstd * gamma[e]) + beta[e];
       }
@@ -58,20 +58,20 @@ __device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C
 
 // dx from dn [kTokens, kStride] in shared memory, by 8 channels a thread; sums over the tile's tokens.
 template <class T, int C>
-__device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const TokenTable<C>& of, int64_t start) {
-  using Plan = MlpBwdDgrad<C>;
-  const int c = threadIdx.x % Plan::kPacks * 8, first = threadIdx.x / Plan::kPacks;
-  const int rows = static_cast<int>(min(int64_t{Plan::kTokens}, p.tokens - start));
+__device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const TokenTable<C>& tokens, int64_t start) {
+  using Config = MlpBwdDgradConfig<C>;
+  const int c = threadIdx.x % Config::kPacks * 8, first = threadIdx.x / Config::kPacks;
+  const int rows = static_cast<int>(min(int64_t{Config::kTokens}, p.tokens - start));
   float gamma[8], sums[3][8] = {};
   load_channels<T>(p.affine, true, c, gamma);
-  for (int row = first; row < (first < Plan::kRows ? rows : 0); row += Plan::kRows) {
-    const int64_t at = (start + row) * C + c;
+  for (int row = first; row < (first < Config::kRows ? rows : 0); row += Config::kRows) {
+    const int64_t offset = (start + row) * C + c;
     float dx[8], grad[8], x[8];
-    load_channels<T>(memory, true, row * Plan::kStride + c, dx);
-    if (p.residual || p.columns != nullptr) load_channels<T>(p.grad, p.x_float, at, grad);
+    load_channels<T>(memory, true, row * Config::kStride + c, dx);
+    if (p.residual || p.columns != nullptr) load_channels<T>(p.grad, p.x_float, offset, grad);
     if (p.norm) {
-      load_channels<T>(p.x, p.x_float, at, x);
-      const float mean = of.mean[row], rstd = of.rstd[row], k0 = of.k0[row], k1 = of.k1[row];
+      load_channels<T>(p.x, p.x_float, offset, x);
+      const float mean = tokens.mean[row], rstd = tokens.rstd[row], k0 = tokens.k0[row], k1 = tokens.k1[row];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const float xhat = (x[e] - mean) * rstd, dn = dx[e];
@@ -81,7 +81,7 @@ __device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const 
       }
     }
     if (p.columns != nullptr) {
-      const float drop = of.drop[row];
+      const float drop = tokens.drop[row];
 #pragma unroll
       for (int e = 0; e < 8; ++e) sums[2][e] += drop * grad[e];
     }
@@ -89,12 +89,12 @@ __device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const 
 #pragma unroll
       for (int e = 0; e < 8; ++e) dx[e] += grad[e];
     }
-    store_channels<T>(p.dx, p.x_float, at, dx);
+    store_channels<T>(p.dx, p.x_float, offset, dx);
   }
   if (p.columns == nullptr) return;
   __syncthreads();  // dn has been read
   float* partial = reinterpret_cast<float*>(memory);
-  if (first < Plan::kRows) {
+  if (first < Config::kRows) {
 #pragma unroll
     for (int quantity = 0; quantity < 3; ++quantity)
 #pragma unroll
@@ -102,64 +102,66 @@ __device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const 
   }
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 3 * C; i += Plan::kThreads) {
+  for (int i = threadIdx.x; i < 3 * C; i += Config::kThreads) {
     float total = 0;
-    for (int row = 0; row < Plan::kRows; ++row) total += partial[row * 3 * C + i];
+    for (int row = 0; row < Config::kRows; ++row) total += partial[row * 3 * C + i];
     p.columns[int64_t{blockIdx.x} * 3 * C + i] = total;
   }
 }
 
 template <class T, int C>
-__global__ void __launch_bounds__(MlpBwdDgrad<C>::kThreads, MlpBwdDgrad<C>::kBlocks) mlp_bwd_dgrad(MlpBwdParams p) {
-  using Plan = MlpBwdDgrad<C>;
+__global__ void __launch_bounds__(MlpBwdDgradConfig<C>::kThreads, MlpBwdDgradConfig<C>::kBlocks)
+    mlp_bwd_dgrad(MlpBwdParams p) {
+  using Config = MlpBwdDgradConfig<C>;
   PK_SHARED(memory);
-  __shared__ TokenTable<C> of;
-  const int64_t start = int64_t{blockIdx.x} * Plan::kTokens;
-  const int exist = static_cast<int>(min(int64_t{Plan::kTokens}, p.tokens - start));
+  __shared__ TokenTable<C> tokens;
+  const int64_t start = int64_t{blockIdx.x} * Config::kTokens;
+  const int exist = static_cast<int>(min(int64_t{Config::kTokens}, p.tokens - start));
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
-  const int row = warp * 16 + g, stage_bytes = Plan::stage(p.saved != nullptr);
+  const int row = warp * 16 + g, stage_bytes = Config::stage(p.saved != nullptr);
 
   const auto start_copy = [&](int chunk) {
     const int j = chunk * kRowChunk;
     char* stage = memory + chunk % 2 * stage_bytes;
-    copy_rows<T, C, kRowChunk, Plan::kThreads>(stage, static_cast<const T*>(p.w1_rows) + int64_t{j} * C, C, kRowChunk);
-    copy_rows<T, C, kRowChunk, Plan::kThreads>(stage + Plan::kWeight, static_cast<const T*>(p.w2t) + int64_t{j} * C, C,
-                                               kRowChunk);
-    stage += 2 * Plan::kWeight;
+    copy_rows<T, C, kRowChunk, Config::kThreads>(stage, static_cast<const T*>(p.w1_rows) + int64_t{j} * C, C,
+                                                 kRowChunk);
+    copy_rows<T, C, kRowChunk, Config::kThreads>(stage + Config::kWeight, static_cast<const T*>(p.w2t) + int64_t{j} * C,
+                                                 C, kRowChunk);
+    stage += 2 * Config::kWeight;
     if (thread < kRowChunk / 2) {  // b1 and peak
       const int table = thread / (kRowChunk / 4) * p.hidden + j + thread % (kRowChunk / 4) * 4;
       copy_async(stage + 16 * thread, p.table + table, true);
     }
     if (p.saved != nullptr)
-      copy_rows<T, kRowChunk, Plan::kTokens, Plan::kThreads>(
-          stage + Plan::kTable, static_cast<const T*>(p.saved) + start * p.hidden + j, p.hidden, exist);
+      copy_rows<T, kRowChunk, Config::kTokens, Config::kThreads>(
+          stage + Config::kTable, static_cast<const T*>(p.saved) + start * p.hidden + j, p.hidden, exist);
     copy_commit();
   };
 
   start_copy(0);
-  if (thread < Plan::kTokens) {
+  if (thread < Config::kTokens) {
     const bool exists = thread < exist;
     const bool sampled = exists && (p.norm || p.drop_scale.data != nullptr);
     const int64_t b = sampled ? sample_of(start + thread, p) : 0;
-    of.drop[thread] = exists ? p.drop_scale.at(b, 1) : 0.0f;
+    tokens.drop[thread] = exists ? p.drop_scale.at(b, 1) : 0.0f;
     if (p.norm && exists) {
-      of.mean[thread] = p.mean_rstd[2 * b], of.rstd[thread] = p.mean_rstd[2 * b + 1];
-      of.k0[thread] = p.k[2 * b], of.k1[thread] = p.k[2 * b + 1];
+      tokens.mean[thread] = p.mean_rstd[2 * b], tokens.rstd[thread] = p.mean_rstd[2 * b + 1];
+      tokens.k0[thread] = p.k[2 * b], tokens.k1[thread] = p.k[2 * b + 1];
     }
   }
   uint32_t n_a[C / 16][4] = {}, g_a[C / 16][4];
   const T* g_row = static_cast<const T*>(p.g) + (start + row) * C;
   load_a<T, C>(g_row, g_row + 8 * C, row < exist, row + 8 < exist, g_a);
   __syncthreads();  // of the tokens
-  if (p.saved == nullptr) load_normalised<T, C>(p, of, start, row, exist, n_a);
-  const float drop[2] = {of.drop[row], of.drop[row + 8]};
+  if (p.saved == nullptr) load_normalised<T, C>(p, tokens, start, row, exist, n_a);
+  const float drop[2] = {tokens.drop[row], tokens.drop[row + 8]};
   float dn[C / 8][4];
 #pragma unroll
   for (int i = 0; i < C / 8; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) dn[i][e] = 0;
 
-  const int along = along_row<C>(), across = across_row<C>(), chunks = p.hidden / kRowChunk;
+  const int row_offset = along_offset<C>(), column_offset = across_offset<C>(), chunks = p.hidden / kRowChunk;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     copy_wait<0>();
     __syncthreads();  // this chunk has arrived for all, and all have left the one before it
@@ -167,25 +169,26 @@ __global__ void __launch_bounds__(MlpBwdDgrad<C>::kThreads, MlpBwdDgrad<C>::kBlo
     const char* stage = memory + chunk % 2 * stage_bytes;
 #pragma unroll 1
     for (int j0 = 0; j0 < kRowChunk; j0 += 16) {
-      const char* w1 = stage + j0 * Tile<C>::kStride;
-      const char* w2 = w1 + Plan::kWeight;
-      const float* table = reinterpret_cast<const float*>(stage + 2 * Plan::kWeight) + j0 + 2 * q;
+      const char* w1 = stage + j0 * OperandTile<C>::kStride;
+      const char* w2 = w1 + Config::kWeight;
+      const float* table = reinterpret_cast<const float*>(stage + 2 * Config::kWeight) + j0 + 2 * q;
       float h[2][4], dp[2][4] = {}, act[2][4], slope[2][4];
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         if (p.saved == nullptr) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) h[t][i] = table[8 * t + i % 2];
-          multiply_rows<T, C>(h[t], n_a, w1 + t * Tile<C>::bytes(8) + along);
+          multiply_rows<T, C>(h[t], n_a, w1 + t * OperandTile<C>::bytes(8) + row_offset);
         } else {
-          const char* tokens = stage + 2 * Plan::kWeight + Plan::kTable;
+          const char* saved = stage + 2 * Config::kWeight + Config::kTable;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const char* word = tokens + placed(row + 8 * half) * Tile<kRowChunk>::kStride + 2 * (j0 + 8 * t + 2 * q);
-            unpacked<T>(*reinterpret_cast<const uint32_t*>(word), h[t][2 * half], h[t][2 * half + 1]);
+            const char* pair_of_h =
+                saved + tile_row(row + 8 * half) * OperandTile<kRowChunk>::kStride + 2 * (j0 + 8 * t + 2 * q);
+            unpacked<T>(*reinterpret_cast<const uint32_t*>(pair_of_h), h[t][2 * half], h[t][2 * half + 1]);
           }
         }
-        multiply_rows<T, C>(dp[t], g_a, w2 + t * Tile<C>::bytes(8) + along);
+        multiply_rows<T, C>(dp[t], g_a, w2 + t * OperandTile<C>::bytes(8) + row_offset);
       }
       activated(p.activation, h, act, slope);
       uint32_t dh[4];
@@ -199,19 +202,19 @@ __global__ void __launch_bounds__(MlpBwdDgrad<C>::kThreads, MlpBwdDgrad<C>::kBlo
         dh[2 * t] = pair<T>(dp[t][0], dp[t][1]);
         dh[2 * t + 1] = pair<T>(dp[t][2], dp[t][3]);
       }
-      multiply_across<T, C>(dn, dh, w1 + across);
+      multiply_across<T, C>(dn, dh, w1 + column_offset);
     }
   }
   __syncthreads();  // the weights have been read
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float* to = reinterpret_cast<float*>(memory) + (row + 8 * half) * Plan::kStride + 2 * q;
+    float* target = reinterpret_cast<float*>(memory) + (row + 8 * half) * Config::kStride + 2 * q;
 #pragma unroll
     for (int i = 0; i < C / 8; ++i)
-      *reinterpret_cast<float2*>(to + 8 * i) = make_float2(dn[i][2 * half], dn[i][2 * half + 1]);
+      *reinterpret_cast<float2*>(target + 8 * i) = make_float2(dn[i][2 * half], dn[i][2 * half + 1]);
   }
   __syncthreads();
-  finish_tokens<T, C>(p, memory, of, start);
+  finish_tokens<T, C>(p, memory, tokens, start);
 }
 
 }  // namespace

@@ -20,16 +20,16 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_prepare(MlpBwdParams p)
   __shared__ float gamma[kWidest], beta[kWidest], scale[kWidest];
   const int first = blockIdx.x * kPrepared, warp = threadIdx.x / 32, lane = threadIdx.x % 32, C = p.channels;
   const int j = first + warp, hidden = p.hidden;
-  const int64_t at = int64_t{j} * C;
-  const W *w1 = static_cast<const W*>(p.w1) + at, *w2 = static_cast<const W*>(p.w2) + first;
+  const int64_t offset = int64_t{j} * C;
+  const W *w1 = static_cast<const W*>(p.w1) + offset, *w2 = static_cast<const W*>(p.w2) + first;
   Pack<W, 1> row[kWidest / 32];
 #pragma unroll
   for (int i = 0; i < kWidest / 32; ++i)
     if (32 * i < C) row[i] = load<W, 1>(w1 + 32 * i + lane);
 #pragma unroll
   for (int i = 0; i < kWidest / 32; ++i) {
-    const int o = 32 * i + threadIdx.x / kPrepared, within = threadIdx.x % kPrepared;
-    if (32 * i < C) columns[within][o] = element(load<W, 1>(w2 + int64_t{o} * hidden + within), 0);
+    const int o = 32 * i + threadIdx.x / kPrepared, local = threadIdx.x % kPrepared;
+    if (32 * i < C) columns[local][o] = element(load<W, 1>(w2 + int64_t{o} * hidden + local), 0);
   }
   if (threadIdx.x < C) {
     const int c = threadIdx.x;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_prepare(MlpBwdParams p)
     const int c = 32 * i + lane;
     if (32 * i >= C) break;
     const Pack<T, 1> w = packed<T>({element(row[i], 0)});
-    store(static_cast<T*>(p.w1_rows) + at + c, w);
+    store(static_cast<T*>(p.w1_rows) + offset + c, w);
     u += element(w, 0) * gamma[c];
     v += element(w, 0) * beta[c];
     column[i] = columns[warp][c] * scale[c];
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_prepare(MlpBwdParams p)
   if (!p.divided || !(peak > 1e-30f)) peak = 1;
 #pragma unroll
   for (int i = 0; i < kWidest / 32; ++i)
-    if (32 * i < C) store(static_cast<T*>(p.w2t) + at + 32 * i + lane, packed<T>({column[i] / peak}));
+    if (32 * i < C) store(static_cast<T*>(p.w2t) + offset + 32 * i + lane, packed<T>({column[i] / peak}));
   if (lane != 0) return;
   const float b1 = p.b1.at(j, 0);
   p.table[j] = b1, p.table[hidden + j] = peak;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_tokens(MlpBwdParams p) 
   }
 #pragma unroll
   for (int i = 0; i < kTokensEach; ++i) {
-    const int64_t token = first + i * rows, at = token * p.channels + c;
+    const int64_t token = first + i * rows, offset = token * p.channels + c;
     if (token >= p.tokens) return;
     if (p.norm) {
       const int64_t b = sample_of(token, p);
@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_tokens(MlpBwdParams p) 
 #pragma unroll
       for (int e = 0; e < 8; ++e) v[i][e] = (v[i][e] - mean) * (rstd * gamma[e]) + beta[e];
     }
-    store(static_cast<T*>(p.n_to) + at, packed<T>(v[i]));
+    store(static_cast<T*>(p.n_to) + offset, packed<T>(v[i]));
     if (p.g_to != nullptr) {
-      load_channels<T>(p.grad, p.x_float, at, v[i]);
-      store(static_cast<T*>(p.g_to) + at, packed<T>(v[i]));
+      load_channels<T>(p.grad, p.x_float, offset, v[i]);
+      store(static_cast<T*>(p.g_to) + offset, packed<T>(v[i]));
     }
   }
 }
@@ -150,30 +150,30 @@ __global__ void PK_SUM_BOUNDS mlp_bwd_weights(MlpBwdParams p) {
   constexpr int kPacks = kSmallThreads / kSumLanes;
   __shared__ float4 lanes[kSumLanes][kPacks];
   const int pack = threadIdx.x % kPacks, lane = threadIdx.x / kPacks;
-  const int64_t width = p.width(), at = (int64_t{blockIdx.x} * kPacks + pack) * 4;
+  const int64_t width = p.width(), offset = (int64_t{blockIdx.x} * kPacks + pack) * 4;
   float total[4] = {};
-  if (at < width) {
+  if (offset < width) {
 #pragma unroll 8
     for (int64_t split = lane; split < p.splits; split += kSumLanes) {
-      const Pack<float, 4> v = load<float, 4>(p.partials + split * width + at);
+      const Pack<float, 4> v = load<float, 4>(p.partials + split * width + offset);
 #pragma unroll
       for (int e = 0; e < 4; ++e) total[e] += element(v, e);
     }
   }
   lanes[lane][pack] = make_float4(total[0], total[1], total[2], total[3]);
   __syncthreads();
-  if (lane != 0 || at >= width) return;
+  if (lane != 0 || offset >= width) return;
   for (int other = 1; other < kSumLanes; ++other) {
     const float4 v = lanes[other][pack];
     total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
   }
   const int64_t plane = int64_t{p.hidden} * p.channels;  // a multiple of 4: four elements are of one output
-  if (at < plane)
-    store(static_cast<W*>(p.dw1) + at, packed<W>(total));
-  else if (at < 2 * plane)
-    store(p.g2t + at - plane, packed<float>(total));
+  if (offset < plane)
+    store(static_cast<W*>(p.dw1) + offset, packed<W>(total));
+  else if (offset < 2 * plane)
+    store(p.g2t + offset - plane, packed<float>(total));
   else
-    store(p.db1 + at - 2 * plane, packed<float>(total));
+    store(p.db1 + offset - 2 * plane, packed<float>(total));
 }
 
 struct ColumnsParams {
@@ -186,16 +186,16 @@ struct ColumnsParams {
 __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_columns(ColumnsParams p) {
   constexpr int kLanes = kSmallThreads / kSumColumns;
   __shared__ float lanes[kLanes][kSumColumns];
-  const int blocks = p.width / kSumColumns, lane = threadIdx.x / kSumColumns, within = threadIdx.x % kSumColumns;
-  const int64_t group = blockIdx.x / blocks, column = blockIdx.x % blocks * kSumColumns + within;
+  const int blocks = p.width / kSumColumns, lane = threadIdx.x / kSumColumns, local = threadIdx.x % kSumColumns;
+  const int64_t group = blockIdx.x / blocks, column = blockIdx.x % blocks * kSumColumns + local;
   const int64_t end = min((group + 1) * kSumGroup, p.count);
   float total = 0;
 #pragma unroll 8
   for (int64_t row = group * kSumGroup + lane; row < end; row += kLanes) total += p.rows[row * p.width + column];
-  lanes[lane][within] = total;
+  lanes[lane][local] = total;
   __syncthreads();
   if (lane != 0) return;
-  for (int other = 1; other < kLanes; ++other) total += lanes[other][within];
+  for (int other = 1; other < kLanes; ++other) total += lanes[other][local];
   p.sums[group * p.width + column] = total;
 }
 
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_columns(ColumnsParams p
 template <class W>
 __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_finish(MlpBwdParams p) {
   constexpr int kWarps = kSmallThreads / 32;
-  __shared__ float along[kWarps][8];
+  __shared__ float products[kWarps][8];
   const int o = blockIdx.x * 8 + threadIdx.x % 8, C = p.channels;
   const float scale = p.layer_scale.at(o, 1);
   const W* w2 = static_cast<const W*>(p.w2) + int64_t{o} * p.hidden;
@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_finish(MlpBwdParams p) 
   }
   product += __shfl_xor_sync(kWarp, product, 8);
   product += __shfl_xor_sync(kWarp, product, 16);
-  if (threadIdx.x % 32 < 8) along[threadIdx.x / 32][threadIdx.x % 8] = product;
+  if (threadIdx.x % 32 < 8) products[threadIdx.x / 32][threadIdx.x % 8] = product;
   __syncthreads();
   if (threadIdx.x >= 8) return;
   float total = p.b2.at(o, 0) * p.columns[2 * C + o];
-  for (int warp = 0; warp < kWarps; ++warp) total += along[warp][threadIdx.x];
+  for (int warp = 0; warp < kWarps; ++warp) total += products[warp][threadIdx.x];
   p.dlayer_scale[o] = total;
   p.db2[o] = scale * p.columns[2 * C + o];
   p.dgamma[o] = p.columns[o];

@@ -48,14 +48,14 @@ __device__ inline int64_t sample_of(int64_t token, const MlpBwdParams& p) {
 
 // 8 channels of a matrix of float32 or T.
 template <class T>
-__device__ inline void load_channels(const void* from, bool is_float, int64_t at, float (&out)[8]) {
+__device__ inline void load_channels(const void* source, bool is_float, int64_t offset, float (&out)[8]) {
   if (is_float) {
-    const Pack<float, 4> low = load<float, 4>(static_cast<const float*>(from) + at);
-    const Pack<float, 4> high = load<float, 4>(static_cast<const float*>(from) + at + 4);
+    const Pack<float, 4> low = load<float, 4>(static_cast<const float*>(source) + offset);
+    const Pack<float, 4> high = load<float, 4>(static_cast<const float*>(source) + offset + 4);
 #pragma unroll
     for (int e = 0; e < 8; ++e) out[e] = e < 4 ? element(low, e) : element(high, e - 4);
   } else {
-    const Pack<T, 8> v = load<T, 8>(static_cast<const T*>(from) + at);
+    const Pack<T, 8> v = load<T, 8>(static_cast<const T*>(source) + offset);
 #pragma unroll
     for (int e = 0; e < 8; ++e) out[e] = element(v, e);
   }
@@ -63,13 +63,13 @@ __device__ inline void load_channels(const void* from, bool is_float, int64_t at
 
 // One store for both dtypes: the compiler takes those of two branches to pieces.
 template <class T>
-__device__ inline void store_channels(void* to, bool is_float, int64_t at, const float (&v)[8]) {
+__device__ inline void store_channels(void* target, bool is_float, int64_t offset, const float (&v)[8]) {
   const float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};
-  float* out = static_cast<float*>(to) + (is_float ? at : at / 2);
+  float* out = static_cast<float*>(target) + (is_float ? offset : offset / 2);
   const Pack<T, 8> halves = packed<T>(v);
   Pack<float, 4> first = packed<float>(low);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) first.word[i] = is_float ? first.word[i] : halves.word[i];
+  for (int i = 0; i < 4; ++i) first.packed32[i] = is_float ? first.packed32[i] : halves.packed32[i];
   store(out, first);
   if (is_float) store(out + 4, packed<float>(high));
 }
@@ -80,28 +80,29 @@ __device__ inline void store_channels(void* to, bool is_float, int64_t at, const
 // run across rows (load_matrices_transposed: 8 neighbouring rows at a time). 16 bytes of padding, and neighbours placed
 // 4 rows apart, keep both free of bank conflicts.
 template <int WIDTH>
-struct Tile {
+struct OperandTile {
   static constexpr int kStride = 2 * WIDTH + 16;  // bytes, an odd multiple of 16
   PK_HOST_DEVICE static constexpr int bytes(int rows) { return rows * kStride; }
 };
 
-__device__ inline int placed(int row) { return (row & ~7) | (row & 7) >> 1 | (row & 1) << 2; }
+__device__ inline int tile_row(int row) { return (row & ~7) | (row & 7) >> 1 | (row & 1) << 2; }
 
 // Starts the copy of ROWS rows, `stride` elements apart, of which `exist` exist; the others become zeros.
 template <class T, int WIDTH, int ROWS, int THREADS>
-__device__ inline void copy_rows(char* tile, const T* from, int stride, int exist) {
-  constexpr int kPacks = WIDTH / 8, kStep = THREADS / kPacks, kStride = Tile<WIDTH>::kStride;
+__device__ inline void copy_rows(char* tile, const T* source, int stride, int exist) {
+  constexpr int kPacks = WIDTH / 8, kStep = THREADS / kPacks, kStride = OperandTile<WIDTH>::kStride;
   if constexpr (THREADS % kPacks == 0 && kStep % 8 == 0 && ROWS % kStep == 0) {
     const int first = threadIdx.x / kPacks, c = threadIdx.x % kPacks;
-    const T* at = from + first * stride + 8 * c;
-    char* to = tile + placed(first) * kStride + 16 * c;
+    const T* source_row = source + first * stride + 8 * c;
+    char* target = tile + tile_row(first) * kStride + 16 * c;
 #pragma unroll
-    for (int row = 0; row < ROWS; row += kStep) copy_async(to + row * kStride, at + row * stride, first + row < exist);
+    for (int row = 0; row < ROWS; row += kStep)
+      copy_async(target + row * kStride, source_row + row * stride, first + row < exist);
   } else {
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * kPacks; i += THREADS) {
       const int row = i / kPacks, c = i % kPacks;
-      copy_async(tile + placed(row) * kStride + 16 * c, from + row * stride + 8 * c, row < exist);
+      copy_async(tile + tile_row(row) * kStride + 16 * c, source + row * stride + 8 * c, row < exist);
     }
   }
 }
@@ -118,8 +119,8 @@ __device__ inline void load_a(const T* low_row, const T* high_row, bool low, boo
     if (high) w = load<T, 8>(high_row + 32 * i + 8 * q);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      a[2 * i + s][0] = v.word[2 * s], a[2 * i + s][1] = w.word[2 * s];
-      a[2 * i + s][2] = v.word[2 * s + 1], a[2 * i + s][3] = w.word[2 * s + 1];
+      a[2 * i + s][0] = v.packed32[2 * s], a[2 * i + s][1] = w.packed32[2 * s];
+      a[2 * i + s][2] = v.packed32[2 * s + 1], a[2 * i + s][3] = w.packed32[2 * s + 1];
     }
   }
 }
@@ -135,7 +136,7 @@ __device__ inline void multiply_rows(float (&d)[4], const uint32_t (&a)[C / 16][
   }
 }
 
-// d += a b for 16 rows of b, of which `row` is the one that the lane names (across_row).
+// d += a b for 16 rows of b, of which `row` is the one that the lane names (across_offset).
 template <class T, int C>
 __device__ inline void multiply_across(float (&d)[C / 8][4], const uint32_t (&a)[4], const char* row) {
 #pragma unroll
@@ -149,19 +150,19 @@ __device__ inline void multiply_across(float (&d)[C / 8][4], const uint32_t (&a)
 
 // Offsets of the row that a lane reads: for multiply_rows, and for multiply_across.
 template <int WIDTH>
-__device__ inline int along_row() {
-  return placed(threadIdx.x % 32 / 4) * Tile<WIDTH>::kStride + threadIdx.x % 4 * 16;
+__device__ inline int along_offset() {
+  return tile_row(threadIdx.x % 32 / 4) * OperandTile<WIDTH>::kStride + threadIdx.x % 4 * 16;
 }
 template <int WIDTH>
-__device__ inline int across_row() {
+__device__ inline int across_offset() {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
-  return (matrix % 2 * 8 + placed(lane % 8)) * Tile<WIDTH>::kStride + matrix / 2 * 16;
+  return (matrix % 2 * 8 + tile_row(lane % 8)) * OperandTile<WIDTH>::kStride + matrix / 2 * 16;
 }
 
 template <class T>
-__device__ inline void unpacked(uint32_t word, float& low, float& high) {
+__device__ inline void unpacked(uint32_t packed32, float& low, float& high) {
   Pack<T, 2> v;
-  v.word[0] = word;
+  v.packed32[0] = packed32;
   low = element(v, 0);
   high = element(v, 1);
 }
@@ -189,9 +190,9 @@ __device__ inline void activate_all(const float (&h)[2][4], float (&value)[2][4]
   for (int t = 0; t < 2; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Activated<float> of = activated<A>(h[t][i]);
-      value[t][i] = of.value;
-      slope[t][i] = of.slope;
+      const Activated<float> result = activated<A>(h[t][i]);
+      value[t][i] = result.value;
+      slope[t][i] = result.slope;
     }
 }
 

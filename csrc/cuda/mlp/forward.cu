@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../core/launch.cuh"
+#include "forward_sm90.h"
 
 namespace pk {
 namespace {
@@ -11,8 +12,8 @@ namespace {
 // ---- weights of another dtype, rounded to the operands'
 
 struct RoundParams {
-  const void* from;
-  void* to;
+  const void* source;
+  void* target;
   int64_t n;
 };
 
@@ -20,40 +21,41 @@ template <class T>
 __global__ void __launch_bounds__(256) mlp_round(RoundParams p) {
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (i >= p.n) return;
-  const float value[1] = {static_cast<const float*>(p.from)[i]};
-  store(static_cast<T*>(p.to) + i, packed<T>(value));
+  const float value[1] = {static_cast<const float*>(p.source)[i]};
+  store(static_cast<T*>(p.target) + i, packed<T>(value));
 }
 
-// The weight's elements as operands, dense; `kept` owns them.
+// The weight's elements as operands, dense; `owner` keeps them alive.
 template <class T>
-const void* operand(const Tensor& w, int32_t dtype, Tensor& kept, const Launch& on) {
-  kept = aligned(w, false);
-  if (dtype_of(kept) == dtype) return kept.data_ptr();
-  const Tensor from = kept;
-  const int64_t n = from.numel();
-  kept = empty_on(w, {n}, {1}, dtype);
-  on("mlp_round", mlp_round<T>, (n + 255) / 256, 256, RoundParams{from.data_ptr(), kept.mutable_data_ptr(), n});
-  return kept.data_ptr();
+const void* operand(const Tensor& w, int32_t dtype, Tensor& owner, const Launcher& launcher) {
+  owner = aligned(w, false);
+  if (dtype_of(owner) == dtype) return owner.data_ptr();
+  const Tensor source = owner;
+  const int64_t n = source.numel();
+  owner = empty_on(w, {n}, {1}, dtype);
+  launcher.launch("mlp_round", mlp_round<T>, (n + 255) / 256, 256,
+                  RoundParams{source.data_ptr(), owner.mutable_data_ptr(), n});
+  return owner.data_ptr();
 }
 
 template <class T, int C>
-void launch(const MlpParams& p, const Launch& on) {
-  using Plan = MlpFwd<C>;
-  on("mlp_fwd", mlp_fwd<T, C>, (p.tokens + Plan::kRows - 1) / Plan::kRows, 32 * Plan::kWarps, p,
-     Plan::shared(p.hidden));
+void launch(const MlpParams& p, const Launcher& launcher) {
+  using Config = MlpFwdConfig<C>;
+  launcher.launch("mlp_fwd", mlp_fwd<T, C>, (p.tokens + Config::kRows - 1) / Config::kRows, 32 * Config::kWarps, p,
+                  Config::shared(p.hidden));
 }
 
 template <class T>
-void run(MlpParams& p, int channels, const Tensor& w1, const Tensor& w2, int32_t dtype, const Launch& on) {
+void run(MlpParams& p, int channels, const Tensor& w1, const Tensor& w2, int32_t dtype, const Launcher& launcher) {
   if (run_mlp_sm90(p, channels, w1, w2, dtype)) return;
-  Tensor kept1, kept2;
-  p.w1 = operand<T>(w1, dtype, kept1, on);
-  p.w2 = operand<T>(w2, dtype, kept2, on);
+  Tensor owner1, owner2;
+  p.w1 = operand<T>(w1, dtype, owner1, launcher);
+  p.w2 = operand<T>(w2, dtype, owner2, launcher);
   switch (channels) {
-    case 64: return launch<T, 64>(p, on);
-    case 96: return launch<T, 96>(p, on);
-    case 128: return launch<T, 128>(p, on);
-    case 192: return launch<T, 192>(p, on);
+    case 64: return launch<T, 64>(p, launcher);
+    case 96: return launch<T, 96>(p, launcher);
+    case 128: return launch<T, 128>(p, launcher);
+    case 192: return launch<T, 192>(p, launcher);
     default: STD_TORCH_CHECK(false, "mlp_cuda: x must have 64, 96, 128 or 192 channels, got ", channels);
   }
 }
@@ -77,12 +79,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_cuda(Tensor input, Tensor w1, Opt
   STD_TORCH_CHECK(w1.scalar_type() == w2.scalar_type(), "mlp_cuda: w2 must be of w1's dtype");
   STD_TORCH_CHECK(eps >= 0, "mlp_cuda: eps must not be negative, got ", eps);
   const bool x_float = dtype_index(input.scalar_type()) == 0;
-  const Tensor& of = x_float ? w1 : input;
-  STD_TORCH_CHECK(dtype_index(of.scalar_type()) != 0, "mlp_cuda: the products' operands must be halves, got float32");
-  STD_TORCH_CHECK(of.scalar_type() == w1.scalar_type() || dtype_index(w1.scalar_type()) == 0,
+  const Tensor& operand_like = x_float ? w1 : input;
+  STD_TORCH_CHECK(dtype_index(operand_like.scalar_type()) != 0,
+                  "mlp_cuda: the products' operands must be halves, got float32");
+  STD_TORCH_CHECK(operand_like.scalar_type() == w1.scalar_type() || dtype_index(w1.scalar_type()) == 0,
                   "mlp_cuda: the weights must be of x's dtype or float32");
 
-  const Launch on(input);
+  const Launcher launcher(input);
   const bool channels_last = is_channels_last(input);
   const Tensor x = aligned(input, true);
   const bool by_tile = return_stats && pixels >= kUnit;
@@ -90,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_cuda(Tensor input, Tensor w1, Opt
   Tensor y = empty_like(x, true);
   Tensor mean_rstd = norm ? empty_floats(x, {batch, 2}) : empty_floats(x, {0});
   Tensor y_stats = by_tile ? empty_floats(x, {batch, slots, 3}) : empty_floats(x, {0});
-  Tensor saved = empty_on(x, {save_hidden ? batch * pixels * hidden : 0}, {1}, dtype_of(of));
+  Tensor saved = empty_on(x, {save_hidden ? batch * pixels * hidden : 0}, {1}, dtype_of(operand_like));
   Tensor given;
 
   MlpParams p{};
@@ -115,10 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_cuda(Tensor input, Tensor w1, Opt
   p.eps = static_cast<float>(eps);
   p.x_float = x_float;
   p.residual = residual;
-  if (dtype_index(of.scalar_type()) == 1)
-    run<bf16>(p, static_cast<int>(c), w1, w2, dtype_of(of), on);
+  if (dtype_index(operand_like.scalar_type()) == 1)
+    run<bf16>(p, static_cast<int>(c), w1, w2, dtype_of(operand_like), launcher);
   else
-    run<f16>(p, static_cast<int>(c), w1, w2, dtype_of(of), on);
+    run<f16>(p, static_cast<int>(c), w1, w2, dtype_of(operand_like), launcher);
   if (return_stats && !by_tile) y_stats = norm_stats_cuda(y);
   return {channels_last ? y : torch::stable::contiguous(y), mean_rstd, y_stats, saved};
 }
@@ -127,7 +130,7 @@ namespace {
 
 template <int C>
 void list() {
-  list_kernels<mlp_fwd<bf16, C>, mlp_fwd<f16, C>>(32 * MlpFwd<C>::kWarps, MlpFwd<C>::shared(4 * C));
+  list_kernels<mlp_fwd<bf16, C>, mlp_fwd<f16, C>>(32 * MlpFwdConfig<C>::kWarps, MlpFwdConfig<C>::shared(4 * C));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "forward_sm90.cuh"
 
 #include "../core/launch.cuh"
+#include "forward_sm90.h"
 
 #if defined(PK_EXECUTOR)
 #define PK_HAS_SM90A 1
@@ -13,35 +14,38 @@ namespace pk {
 namespace {
 
 template <class T, int C>
-bool launch(const MlpParams& p, const Tensor& w1, const Tensor& w2, int32_t dtype, const Launch& on) {
-  using Plan = MlpFwdSm90<C>;
-  if (!Plan::fits(p.hidden)) return false;
+bool launch(const MlpParams& p, const Tensor& w1, const Tensor& w2, int32_t dtype, const Launcher& launcher) {
+  using Config = MlpFwdSm90Config<C>;
+  if (!Config::fits(p.hidden)) return false;
   const Tensor dense1 = aligned(w1, false), dense2 = aligned(w2, false);
   Tensor images = empty_on(w1, {int64_t{2} * p.hidden * C}, {1}, dtype);
   const int64_t units = int64_t{2} * p.hidden * C / 8;
-  on("mlp_pack", mlp_pack<T, C>, (units + 255) / 256, 256,
-     MlpPackParams{dense1.data_ptr(), dense2.data_ptr(), images.mutable_data_ptr(), p.hidden, dtype_of(w1) != dtype});
-  const int64_t tiles = (p.tokens + kUnit - 1) / kUnit, rounds = (tiles + Plan::kGroups - 1) / Plan::kGroups;
-  const int64_t blocks = std::min<int64_t>(rounds, on.device(cudaDevAttrMultiProcessorCount));
-  on("mlp_fwd_sm90", mlp_fwd_sm90<T, C>, blocks, Plan::kThreads, MlpSm90Params{p, images.data_ptr(), tiles},
-     Plan::shared(p.hidden));
+  launcher.launch(
+      "mlp_pack", mlp_pack<T, C>, (units + 255) / 256, 256,
+      MlpPackParams{dense1.data_ptr(), dense2.data_ptr(), images.mutable_data_ptr(), p.hidden, dtype_of(w1) != dtype});
+  const int64_t tiles = (p.tokens + kUnit - 1) / kUnit, rounds = (tiles + Config::kGroups - 1) / Config::kGroups;
+  const int64_t blocks = std::min<int64_t>(rounds, launcher.attribute(cudaDevAttrMultiProcessorCount));
+  launcher.launch("mlp_fwd_sm90", mlp_fwd_sm90<T, C>, blocks, Config::kThreads,
+                  MlpSm90Params{p, images.data_ptr(), tiles}, Config::shared(p.hidden));
   return true;
 }
 
 template <class T>
-bool run(const MlpParams& p, int channels, const Tensor& w1, const Tensor& w2, int32_t dtype, const Launch& on) {
+bool run(const MlpParams& p, int channels, const Tensor& w1, const Tensor& w2, int32_t dtype,
+         const Launcher& launcher) {
   switch (channels) {
-    case 64: return launch<T, 64>(p, w1, w2, dtype, on);
-    case 96: return launch<T, 96>(p, w1, w2, dtype, on);
-    case 128: return launch<T, 128>(p, w1, w2, dtype, on);
-    case 192: return launch<T, 192>(p, w1, w2, dtype, on);
+    case 64: return launch<T, 64>(p, w1, w2, dtype, launcher);
+    case 96: return launch<T, 96>(p, w1, w2, dtype, launcher);
+    case 128: return launch<T, 128>(p, w1, w2, dtype, launcher);
+    case 192: return launch<T, 192>(p, w1, w2, dtype, launcher);
     default: return false;
   }
 }
 
 template <int C>
 void list() {
-  list_kernels<mlp_fwd_sm90<bf16, C>, mlp_fwd_sm90<f16, C>>(MlpFwdSm90<C>::kThreads, MlpFwdSm90<C>::shared(4 * C));
+  list_kernels<mlp_fwd_sm90<bf16, C>, mlp_fwd_sm90<f16, C>>(MlpFwdSm90Config<C>::kThreads,
+                                                            MlpFwdSm90Config<C>::shared(4 * C));
   list_kernels<mlp_pack<bf16, C>, mlp_pack<f16, C>>(256);
 }
 
@@ -55,12 +59,14 @@ void list_mlp_sm90() {
 }
 
 bool run_mlp_sm90(const MlpParams& p, int64_t channels, const Tensor& w1, const Tensor& w2, int32_t dtype) {
-  const Launch on(w1);
+  const Launcher launcher(w1);
   if (!PK_HAS_SM90A || p.activation != Activation::gelu || p.saved != nullptr || p.tokens == 0) return false;
-  if (on.device(cudaDevAttrComputeCapabilityMajor) != 9 || on.device(cudaDevAttrComputeCapabilityMinor) != 0)
+  if (launcher.attribute(cudaDevAttrComputeCapabilityMajor) != 9 ||
+      launcher.attribute(cudaDevAttrComputeCapabilityMinor) != 0)
     return false;
   const int c = static_cast<int>(channels);
-  return dtype == aoti_torch_dtype_bfloat16() ? run<bf16>(p, c, w1, w2, dtype, on) : run<f16>(p, c, w1, w2, dtype, on);
+  return dtype == aoti_torch_dtype_bfloat16() ? run<bf16>(p, c, w1, w2, dtype, launcher)
+                                              : run<f16>(p, c, w1, w2, dtype, launcher);
 }
 
 }  // namespace pk

@@ -20,7 +20,7 @@ struct MlpSm90Params {
 };
 
 template <int C>
-struct MlpFwdSm90 {
+struct MlpFwdSm90Config {
   static constexpr int kGroups = C <= 96 ? 3 : 2, kThreads = 128 * (kGroups + 1);
   static constexpr int kRegisters = kGroups == 3 ? 160 : 240, kCopyRegisters = kGroups == 3 ? 32 : 24;
   static constexpr int kChunk = 64;                                                // hidden channels of a step
@@ -44,28 +44,28 @@ struct MlpPackParams {
 };
 
 template <class T>
-__device__ inline uint32_t weight_pair(const void* w, int64_t at, bool from_float) {
-  if (!from_float) return load<T, 2>(static_cast<const T*>(w) + at).word[0];
-  const Pack<float, 2> v = load<float, 2>(static_cast<const float*>(w) + at);
+__device__ inline uint32_t weight_pair(const void* w, int64_t offset, bool from_float) {
+  if (!from_float) return load<T, 2>(static_cast<const T*>(w) + offset).packed32[0];
+  const Pack<float, 2> v = load<float, 2>(static_cast<const float*>(w) + offset);
   return pair<T>(element(v, 0), element(v, 1));
 }
 
 template <class T, int C>
 __global__ void __launch_bounds__(256) mlp_pack(MlpPackParams p) {
-  using Plan = MlpFwdSm90<C>;
-  constexpr int kUnits = Plan::kWeight / 16;
+  using Config = MlpFwdSm90Config<C>;
+  constexpr int kUnits = Config::kWeight / 16;
   const int i = static_cast<int>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
   const int chunk = i / (2 * kUnits), unit = i % kUnits;
-  if (chunk * Plan::kChunk >= p.hidden) return;
+  if (chunk * Config::kChunk >= p.hidden) return;
   const bool first = i % (2 * kUnits) < kUnits;
-  const int rows = first ? Plan::kChunk : C, row = in_memory(unit % rows), k = unit / rows * 8;
+  const int rows = first ? Config::kChunk : C, row = memory_channel(unit % rows), k = unit / rows * 8;
   Pack<T, 8> out;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int c = in_memory(k + 2 * e);
-    const int64_t at =
-        first ? int64_t{chunk * Plan::kChunk + row} * C + c : int64_t{row} * p.hidden + chunk * Plan::kChunk + c;
-    out.word[e] = weight_pair<T>(first ? p.w1 : p.w2, at, p.from_float);
+    const int c = memory_channel(k + 2 * e);
+    const int64_t offset =
+        first ? int64_t{chunk * Config::kChunk + row} * C + c : int64_t{row} * p.hidden + chunk * Config::kChunk + c;
+    out.packed32[e] = weight_pair<T>(first ? p.w1 : p.w2, offset, p.from_float);
   }
   store(static_cast<T*>(p.images) + int64_t{i} * 8, out);
 }
@@ -76,28 +76,28 @@ __global__ void __launch_bounds__(256) mlp_pack(MlpPackParams p) {
 
 // Starts h = n W1^T of one chunk.
 template <class T, int C>
-__device__ inline void start_fc1(float (&h)[MlpFwdSm90<C>::kChunk / 8][4], const uint32_t (&n)[C / 16][4],
+__device__ inline void start_fc1(float (&h)[MlpFwdSm90Config<C>::kChunk / 8][4], const uint32_t (&n)[C / 16][4],
                                  const char* w1) {
-  constexpr int kChunk = MlpFwdSm90<C>::kChunk;
+  constexpr int kChunk = MlpFwdSm90Config<C>::kChunk;
   products_begin();
 #pragma unroll
   for (int s = 0; s < C / 16; ++s)
-    multiply_async<T, kChunk>(h, n[s], operand_at(w1 + 2 * s * kChunk * 16, kChunk * 16), s > 0);
+    multiply_async<T, kChunk>(h, n[s], operand_descriptor(w1 + 2 * s * kChunk * 16, kChunk * 16), s > 0);
   products_commit();
 }
 
 // Starts acc = a W2^T of one chunk, or acc += where `add`.
 template <class T, int C>
-__device__ inline void start_fc2(float (&acc)[MlpFwdSm90<C>::kParts][MlpFwdSm90<C>::kPart / 8][4],
-                                 const uint32_t (&a)[MlpFwdSm90<C>::kChunk / 16][4], const char* w2, bool add) {
-  using Plan = MlpFwdSm90<C>;
+__device__ inline void start_fc2(float (&acc)[MlpFwdSm90Config<C>::kParts][MlpFwdSm90Config<C>::kPart / 8][4],
+                                 const uint32_t (&a)[MlpFwdSm90Config<C>::kChunk / 16][4], const char* w2, bool add) {
+  using Config = MlpFwdSm90Config<C>;
   products_begin();
 #pragma unroll
-  for (int s = 0; s < Plan::kChunk / 16; ++s)
+  for (int s = 0; s < Config::kChunk / 16; ++s)
 #pragma unroll
-    for (int part = 0; part < Plan::kParts; ++part)
-      multiply_async<T, Plan::kPart>(acc[part], a[s], operand_at(w2 + (2 * s * C + part * Plan::kPart) * 16, C * 16),
-                                     add || s > 0);
+    for (int part = 0; part < Config::kParts; ++part)
+      multiply_async<T, Config::kPart>(
+          acc[part], a[s], operand_descriptor(w2 + (2 * s * C + part * Config::kPart) * 16, C * 16), add || s > 0);
   products_commit();
 }
 
@@ -134,21 +134,22 @@ struct Ring {
 
 template <class T, int C>
 __device__ inline void consume(const MlpSm90Params& params, char* memory, int group) {
-  using Plan = MlpFwdSm90<C>;
-  constexpr int kChunk = Plan::kChunk;
+  using Config = MlpFwdSm90Config<C>;
+  constexpr int kChunk = Config::kChunk;
   const MlpParams& p = params.mlp;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Plan::kStages * Plan::kImage);
-  uint64_t* const empty = full + Plan::kStages;
-  const typename Plan::Table table(memory + Plan::kStages * Plan::kImage + Plan::kSignals +
-                                   group * Plan::Table::bytes(p.hidden));
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Config::kStages * Config::kImage);
+  uint64_t* const empty = full + Config::kStages;
+  const typename Config::Table table(memory + Config::kStages * Config::kImage + Config::kSignals +
+                                     group * Config::Table::bytes(p.hidden));
   const int thread = threadIdx.x % 128, warp = thread / 32;
   const int chunks = p.hidden / kChunk;
-  const bool resident = chunks <= Plan::kStages;
+  const bool resident = chunks <= Config::kStages;
   table.fill(p, thread, 128);
 
-  Ring<Plan::kStages> ring;
-  for (int64_t tile = int64_t{blockIdx.x} * Plan::kGroups + group, first = int64_t{blockIdx.x} * Plan::kGroups;
-       first < params.tiles; tile += int64_t{gridDim.x} * Plan::kGroups, first += int64_t{gridDim.x} * Plan::kGroups) {
+  Ring<Config::kStages> ring;
+  for (int64_t tile = int64_t{blockIdx.x} * Config::kGroups + group, first = int64_t{blockIdx.x} * Config::kGroups;
+       first < params.tiles;
+       tile += int64_t{gridDim.x} * Config::kGroups, first += int64_t{gridDim.x} * Config::kGroups) {
     const int64_t start = tile * kUnit;
     if (tile >= params.tiles) {  // the block's last round has no tile for this warpgroup: the others need the ring
       for (int c = 0; c < chunks && !resident; ++c) {
@@ -163,41 +164,41 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
     group_barrier(1 + group, 128);
     uint32_t n[C / 16][4];
     load_operand<T, C>(p, table, start, 16 * warp, n);
-    float acc[Plan::kParts][Plan::kPart / 8][4], h[kChunk / 8][4];
+    float acc[Config::kParts][Config::kPart / 8][4], h[kChunk / 8][4];
     uint32_t a[kChunk / 16][4];
 
     const auto finish = [&] {
 #pragma unroll
-      for (int part = 0; part < Plan::kParts; ++part) products_wait<0>(acc[part]);
+      for (int part = 0; part < Config::kParts; ++part) products_wait<0>(acc[part]);
     };
     const auto release = [&](int stage) {
       if (!resident && thread % 32 == 0) signal_arrive(&empty[stage]);
     };
     signal_wait(&full[ring.stage], ring.parity);
-    start_fc1<T, C>(h, n, memory + ring.stage * Plan::kImage);
+    start_fc1<T, C>(h, n, memory + ring.stage * Config::kImage);
     products_wait<0>(h);
     add_gelu<kChunk>(h, table.b1());
     pack_operand<T, kChunk>(h, a);
-    int before = ring.stage;
+    int previous = ring.stage;
     ring.advance();
     if (chunks > 1) signal_wait(&full[ring.stage], ring.parity);
     for (int c = 1; c < chunks; ++c) {
-      start_fc1<T, C>(h, n, memory + ring.stage * Plan::kImage);
-      start_fc2<T, C>(acc, a, memory + before * Plan::kImage + Plan::kWeight, c > 1);
+      start_fc1<T, C>(h, n, memory + ring.stage * Config::kImage);
+      start_fc2<T, C>(acc, a, memory + previous * Config::kImage + Config::kWeight, c > 1);
       products_wait<1>(h);
       add_gelu<kChunk>(h, table.b1() + c * kChunk);
       computed(h);
-      const int over = before;
-      before = ring.stage;
+      const int finished = previous;
+      previous = ring.stage;
       ring.advance();
       if (c + 1 < chunks) signal_wait(&full[ring.stage], ring.parity);  // the products' wait must not move above GELU
       finish();
-      release(over);
+      release(finished);
       pack_operand<T, kChunk>(h, a);
     }
-    start_fc2<T, C>(acc, a, memory + before * Plan::kImage + Plan::kWeight, chunks > 1);
+    start_fc2<T, C>(acc, a, memory + previous * Config::kImage + Config::kWeight, chunks > 1);
     finish();
-    release(before);
+    release(previous);
 
     store_rows<T, C>(p, table, start, 16 * warp, reinterpret_cast<float (&)[C / 8][4]>(acc));
     group_barrier(1 + group, 128);  // also: all are done with this tile's tables
@@ -207,47 +208,48 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
 
 template <int C>
 __device__ inline void produce(const MlpSm90Params& params, char* memory) {
-  using Plan = MlpFwdSm90<C>;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Plan::kStages * Plan::kImage);
-  uint64_t* const empty = full + Plan::kStages;
-  const int chunks = params.mlp.hidden / Plan::kChunk;
-  Ring<Plan::kStages> ring;
+  using Config = MlpFwdSm90Config<C>;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Config::kStages * Config::kImage);
+  uint64_t* const empty = full + Config::kStages;
+  const int chunks = params.mlp.hidden / Config::kChunk;
+  Ring<Config::kStages> ring;
   bool filled = false;  // every stage once
-  for (int64_t tile = int64_t{blockIdx.x} * Plan::kGroups; tile < params.tiles;
-       tile += int64_t{gridDim.x} * Plan::kGroups) {
+  for (int64_t tile = int64_t{blockIdx.x} * Config::kGroups; tile < params.tiles;
+       tile += int64_t{gridDim.x} * Config::kGroups) {
     for (int c = 0; c < chunks; ++c) {
       if (filled) signal_wait(&empty[ring.stage], ring.parity ^ 1);
-      copy_bulk(memory + ring.stage * Plan::kImage, static_cast<const char*>(params.images) + int64_t{c} * Plan::kImage,
-                Plan::kImage, &full[ring.stage]);
+      copy_bulk(memory + ring.stage * Config::kImage,
+                static_cast<const char*>(params.images) + int64_t{c} * Config::kImage, Config::kImage,
+                &full[ring.stage]);
       ring.advance();
       filled = filled || ring.stage == 0;
     }
-    if (chunks <= Plan::kStages) return;
+    if (chunks <= Config::kStages) return;
   }
 }
 
 #endif
 
 template <class T, int C>
-__global__ void __launch_bounds__(MlpFwdSm90<C>::kThreads, 1) mlp_fwd_sm90(MlpSm90Params params) {
+__global__ void __launch_bounds__(MlpFwdSm90Config<C>::kThreads, 1) mlp_fwd_sm90(MlpSm90Params params) {
 #if defined(PK_EXECUTOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Plan = MlpFwdSm90<C>;
+  using Config = MlpFwdSm90Config<C>;
   PK_SHARED(memory);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Plan::kStages * Plan::kImage);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + Config::kStages * Config::kImage);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < Plan::kStages; ++s) {
+    for (int s = 0; s < Config::kStages; ++s) {
       signal_init(&full[s], 1);
-      signal_init(&full[Plan::kStages + s], 4 * Plan::kGroups);
+      signal_init(&full[Config::kStages + s], 4 * Config::kGroups);
     }
     signals_ready();
   }
   __syncthreads();
   const int group = threadIdx.x / 128;
-  if (group == Plan::kGroups) {
-    give_registers<Plan::kCopyRegisters>();
+  if (group == Config::kGroups) {
+    give_registers<Config::kCopyRegisters>();
     if (threadIdx.x % 128 == 0) produce<C>(params, memory);
   } else {
-    take_registers<Plan::kRegisters>();
+    take_registers<Config::kRegisters>();
     consume<T, C>(params, memory, group);
   }
 #elif defined(__CUDA_ARCH__)

@@ -2,7 +2,8 @@
 //
 // A warp has 16 tokens, and of a product's fragments (ptx.cuh) lane 4 g + q has tokens g and g + 8. The order of
 // channels in a product is free as long as both operands agree, so logical channel l of each 32 is memory's
-// `in_memory(l)`: a lane then has channels 8 q .. 8 q + 7 of each 32, whole 16-byte packs, as operand and as result.
+// `memory_channel(l)`: a lane then has channels 8 q .. 8 q + 7 of each 32, whole 16-byte packs, as operand and as
+// result.
 #pragma once
 
 #include "../../common/activation.h"
@@ -36,7 +37,7 @@ namespace {
 constexpr int kUnit = 64;  // tokens whose statistics are one partial of their sample; STATS_ROWS in backends/cuda.py
 
 // The memory's place of logical channel l (of a hidden one too).
-__device__ inline int in_memory(int l) { return l / 32 * 32 + l % 8 / 2 * 8 + l % 32 / 8 * 2 + l % 2; }
+__device__ inline int memory_channel(int l) { return l / 32 * 32 + l % 8 / 2 * 8 + l % 32 / 8 * 2 + l % 2; }
 
 // float32 tables in shared memory, at constant places: gamma, beta, b2 and LayerScale; for ROWS tokens mean, rstd and
 // drop scale, and the mean and M2 of the output's channels; b1.
@@ -117,14 +118,14 @@ struct Tables {
 
 // 8 channels of a token, memory of type X, as float32 and back.
 template <class X>
-__device__ inline void load_channels(const void* x, int64_t at, float (&out)[8]) {
+__device__ inline void load_channels(const void* x, int64_t offset, float (&out)[8]) {
   if constexpr (sizeof(X) == 4) {
-    const Pack<float, 4> low = load<float, 4>(static_cast<const float*>(x) + at);
-    const Pack<float, 4> high = load<float, 4>(static_cast<const float*>(x) + at + 4);
+    const Pack<float, 4> low = load<float, 4>(static_cast<const float*>(x) + offset);
+    const Pack<float, 4> high = load<float, 4>(static_cast<const float*>(x) + offset + 4);
 #pragma unroll
     for (int e = 0; e < 8; ++e) out[e] = e < 4 ? element(low, e) : element(high, e - 4);
   } else {
-    const Pack<X, 8> pack = load<X, 8>(static_cast<const X*>(x) + at);
+    const Pack<X, 8> pack = load<X, 8>(static_cast<const X*>(x) + offset);
 #pragma unroll
     for (int e = 0; e < 8; ++e) out[e] = element(pack, e);
   }
@@ -132,14 +133,14 @@ __device__ inline void load_channels(const void* x, int64_t at, float (&out)[8])
 
 // Leaves in `value` what was stored.
 template <class X>
-__device__ inline void store_channels(void* y, int64_t at, bool exists, float (&value)[8]) {
+__device__ inline void store_channels(void* y, int64_t offset, bool exists, float (&value)[8]) {
   if constexpr (sizeof(X) == 4) {
     const float low[4] = {value[0], value[1], value[2], value[3]}, high[4] = {value[4], value[5], value[6], value[7]};
-    float* to = static_cast<float*>(y) + at;
-    if (exists) store(to, packed<float>(low)), store(to + 4, packed<float>(high));
+    float* target = static_cast<float*>(y) + offset;
+    if (exists) store(target, packed<float>(low)), store(target + 4, packed<float>(high));
   } else {
     const Pack<X, 8> pack = packed<X>(value);
-    if (exists) store(static_cast<X*>(y) + at, pack);
+    if (exists) store(static_cast<X*>(y) + offset, pack);
 #pragma unroll
     for (int e = 0; e < 8; ++e) value[e] = element(pack, e);
   }
@@ -183,7 +184,7 @@ __device__ inline void load_operand(const MlpParams& p, const Table& table, int6
 // fc1's output as the backward finds it: float16 leaves finite what is, if the slope is 0 or 1 out there. That of
 // relu_squared is 2 h above, so h becomes infinite, as it is in eager float16.
 template <class T>
-__device__ inline float kept(float h, Activation activation) {
+__device__ inline float saved_value(float h, Activation activation) {
   if constexpr (std::is_same_v<T, f16>) {
     const float most = activation == Activation::relu_squared ? INFINITY : 65504.0f;
     if (fabsf(h) < INFINITY) h = fminf(fmaxf(h, -65504.0f), most);
@@ -216,7 +217,7 @@ __device__ inline void hidden_operand(const MlpParams& p, const float* b1, int64
     for (int half = 0; half < 2; ++half) {
       float row[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) row[e] = kept<T>(h[e / 2][2 * half + e % 2], p.activation);
+      for (int e = 0; e < 8; ++e) row[e] = saved_value<T>(h[e / 2][2 * half + e % 2], p.activation);
       const int64_t t = token + g + 8 * half;
       if (t < p.tokens) store(static_cast<T*>(p.saved) + t * p.hidden + j + 8 * q, packed<T>(row));
     }

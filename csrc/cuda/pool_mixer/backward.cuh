@@ -11,20 +11,20 @@ constexpr int kReduceThreads = 256, kReduceChannels = 32;
 
 // What a tile's threads summed, [slow][fast channels], into one number for each channel.
 __device__ inline void write_q(const PoolMixerParams& p, const Tile& t, const float* sums) {
-  const Plan& plan = p.plan;
+  const Tiling& tiling = p.tiling;
   int first;
-  const int n = channels_of(plan, t, first);
-  float* out = p.q_partials + (t.b * plan.column_tiles + t.column / plan.tile_columns) * plan.channels + first;
+  const int n = channels_of(tiling, t, first);
+  float* out = p.q_partials + (t.b * tiling.column_tiles + t.column / tiling.tile_columns) * tiling.channels + first;
   __syncthreads();
-  if (plan.channels_last) {
-    const int pitch = plan.tile_groups * kCellElements;
+  if (tiling.channels_last) {
+    const int pitch = tiling.tile_groups * kCellElements;
     for (int c = threadIdx.x; c < n; c += blockDim.x) {
       float total = 0;
-      for (int i = 0; i < plan.tile_columns; ++i) total += sums[i * pitch + c];
+      for (int i = 0; i < tiling.tile_columns; ++i) total += sums[i * pitch + c];
       out[c] = total;
     }
   } else {
-    const int fast = static_cast<int>(plan.fast.value);
+    const int fast = static_cast<int>(tiling.fast.value);
     for (int c = threadIdx.x / 32; c < n; c += blockDim.x / 32) {
       float total = 0;
       for (int i = threadIdx.x % 32; i < fast; i += 32) total += sums[c * fast + i];
@@ -43,25 +43,25 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
   constexpr bool kShifted = sizeof(T) == 4;
   __shared__ float sums[kTileElements];
   PK_SHARED(memory);
-  const Plan& plan = p.plan;
-  const Tile t = tile_at(plan, blockIdx.x);
+  const Tiling& tiling = p.tiling;
+  const Tile t = tile_at(tiling, blockIdx.x);
   const float mean = p.mean_rstd[2 * t.b];
   const uint32_t outside = kShifted ? __float_as_uint(mean) : 0;
   int item = threadIdx.x;
   do {
-    const Place at = place_of<R::CO>(plan, t, item, R::CH);
-    W walk(plan, at, item, p.x, p.grad, memory);
-    walk.surround(plan, at, outside);
-    Sizes<R> sizes(plan, at);
+    const Place place = place_of<R::CO>(tiling, t, item, R::CH);
+    W walk(tiling, place, item, p.x, p.grad, memory);
+    walk.surround(tiling, place, outside);
+    WindowSizes<R> sizes(tiling, place);
     float inverse[kKinds<R>], q[R::CH] = {};
     const auto invert = [&] {
 #pragma unroll
       for (int kind = 0; kind < kKinds<R>; ++kind) inverse[kind] = sizes.inverse(kind);
     };
     invert();
-    walk.down(
-        plan, at, outside, [&](const R& row, int, float (&out)[R::N]) { plain_sums<kShifted>(row, mean, out); },
-        [&](int r, const typename R::Mine& centre, const typename R::Mine& grad, const float (&total)[R::N]) {
+    walk.for_each_row(
+        tiling, place, outside, [&](const R& row, int, float (&out)[R::N]) { plain_sums<kShifted>(row, mean, out); },
+        [&](int r, const typename R::Elements& centre, const typename R::Elements& grad, const float (&total)[R::N]) {
           if (sizes.at_row(r)) invert();
 #pragma unroll
           for (int j = 0; j < R::CO; ++j) {
@@ -69,16 +69,16 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
             const int kind = kind_of<R>(j);
 #pragma unroll
             for (int i = 0; i < R::CH; ++i) {
-              const float x = centre.value(j, i), around = kShifted ? x - mean : x;
-              const float mixed = fmaf(-sizes.size[kind], around, total[j * R::CH + i]) * inverse[kind];
+              const float x = centre.value(j, i), centred = kShifted ? x - mean : x;
+              const float mixed = fmaf(-sizes.size[kind], centred, total[j * R::CH + i]) * inverse[kind];
               q[i] = fmaf(grad.value(j, i), mixed, q[i]);
             }
           }
         });
-    if (item < plan.items)
+    if (item < tiling.items)
 #pragma unroll
       for (int i = 0; i < R::CH; ++i) sums[item * R::CH + i] = q[i];
-  } while (!W::kOneItem && (item += blockDim.x) < plan.items);
+  } while (!W::kOneItem && (item += blockDim.x) < tiling.items);
   write_q(p, t, sums);
 }
 
@@ -99,20 +99,21 @@ __device__ inline float column_sum(int64_t n, float* scratch, const Value& value
 // q of 32 channels of one sample.
 __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_q(PoolMixerParams p) {
   __shared__ float scratch[kReduceThreads];
-  const int chunks = (p.plan.channels + kReduceChannels - 1) / kReduceChannels;
-  const int64_t b = blockIdx.x / chunks, tiles = p.plan.column_tiles;
+  const int chunks = (p.tiling.channels + kReduceChannels - 1) / kReduceChannels;
+  const int64_t b = blockIdx.x / chunks, tiles = p.tiling.column_tiles;
   const int c = blockIdx.x % chunks * kReduceChannels + threadIdx.x % kReduceChannels;
-  const bool exists = c < p.plan.channels;
-  const float* from = p.q_partials + b * tiles * p.plan.channels + c;
-  const float total = column_sum(tiles, scratch, [&](int64_t i) { return exists ? from[i * p.plan.channels] : 0.0f; });
-  if (exists && threadIdx.x < kReduceChannels) p.q[b * p.plan.channels + c] = total * p.mean_rstd[2 * b + 1];
+  const bool exists = c < p.tiling.channels;
+  const float* source = p.q_partials + b * tiles * p.tiling.channels + c;
+  const float total =
+      column_sum(tiles, scratch, [&](int64_t i) { return exists ? source[i * p.tiling.channels] : 0.0f; });
+  if (exists && threadIdx.x < kReduceChannels) p.q[b * p.tiling.channels + c] = total * p.mean_rstd[2 * b + 1];
 }
 
 // The first blocks: k and drop_scale's gradient, a sample each. The others: weight's and layer_scale's gradients of 32
 // channels each, Q = sum_b d_b q_b.
 __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixerParams p) {
   __shared__ float scratch[kReduceThreads];
-  const int channels = p.plan.channels;
+  const int channels = p.tiling.channels;
   const int64_t b = blockIdx.x;
   if (b < p.batch) {
     float total = 0;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixe
     total = block_sum(total, scratch);
     if (threadIdx.x == 0) {
       p.ddrop_scale[b] = total;
-      p.k[b] = total * p.drop_scale.at(b, 1.0f) / static_cast<float>(p.plan.sample);
+      p.k[b] = total * p.drop_scale.at(b, 1.0f) / static_cast<float>(p.tiling.sample);
     }
     return;
   }
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixe
 
 // 3 / 4 of 1 / taps: a power of two inside, not a rounded 1 / 3. That is too large by as much for every element, which
 // a sum less its own gradient does not forgive.
-__device__ inline float relative_weight(float taps) { return taps == 3.0f ? 0.25f : taps == 2.0f ? 0.375f : 0.75f; }
+__device__ inline float relative_weight(float count) { return count == 3.0f ? 0.25f : count == 2.0f ? 0.375f : 0.75f; }
 constexpr float kRelativeArea = 0.75f * 0.75f;
 
 // Sums over three columns, each divided by the size of its own pool, times kRelativeArea.
@@ -144,25 +145,24 @@ template <class R>
 struct AdjointSums {
   float weight[R::CO == 2 ? 4 : 5];  // of the columns: left, right, and those of the kinds
 
-  __device__ AdjointSums(const Plan& p, int w) {
-    weight[0] = relative_weight(three_taps(w - 1, p.width));
-    weight[1] = relative_weight(three_taps(w + R::CO, p.width));
+  __device__ AdjointSums(const Tiling& tiling, int w) {
+    weight[0] = relative_weight(window_count_3(w - 1, tiling.width));
+    weight[1] = relative_weight(window_count_3(w + R::CO, tiling.width));
 #pragma unroll
     for (int kind = 0; kind < kKinds<R>; ++kind)
-      weight[2 + kind] = relative_weight(three_taps(w + column_of<R>(kind), p.width));
+      weight[2 + kind] = relative_weight(window_count_3(w + column_of<R>(kind), tiling.width));
   }
-  // `down`: the weight of the row.
-  __device__ void operator()(const R& row, float down, float (&out)[R::N]) const {
-    const auto of = [&](int j) {
-      return down * (j < 0 ? weight[0] : j == R::CO ? weight[1] : weight[2 + kind_of<R>(j)]);
+  __device__ void operator()(const R& row, float row_weight, float (&out)[R::N]) const {
+    const auto weight_at = [&](int j) {
+      return row_weight * (j < 0 ? weight[0] : j == R::CO ? weight[1] : weight[2 + kind_of<R>(j)]);
     };
 #pragma unroll
     for (int i = 0; i < R::CH; ++i)
 #pragma unroll
       for (int j = 0; j < R::CO; j += 2) {
-        const float inner = fmaf(of(j + 1), row.value(j + 1, i), of(j) * row.value(j, i));
-        out[j * R::CH + i] = fmaf(of(j - 1), row.value(j - 1, i), inner);
-        out[(j + 1) * R::CH + i] = fmaf(of(j + 2), row.value(j + 2, i), inner);
+        const float inner = fmaf(weight_at(j + 1), row.value(j + 1, i), weight_at(j) * row.value(j, i));
+        out[j * R::CH + i] = fmaf(weight_at(j - 1), row.value(j - 1, i), inner);
+        out[(j + 1) * R::CH + i] = fmaf(weight_at(j + 2), row.value(j + 2, i), inner);
       }
   }
 };
@@ -175,33 +175,33 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
   using R = typename W::R;
   alignas(16) __shared__ float shared[kTileElements];
   PK_SHARED(memory);
-  const Plan& plan = p.plan;
-  const Tile t = tile_at(plan, gridDim.x - 1 - blockIdx.x);  // the samples reduced last are still in the cache
+  const Tiling& tiling = p.tiling;
+  const Tile t = tile_at(tiling, gridDim.x - 1 - blockIdx.x);  // the samples reduced last are still in the cache
   const float mean = p.mean_rstd[2 * t.b], rstd = p.mean_rstd[2 * t.b + 1];
   const float kept = p.residual ? 1.0f : 0.0f, correction = p.k[t.b] * rstd * rstd,
               scale = rstd * p.drop_scale.at(t.b, 1.0f) / kRelativeArea;
   int item = threadIdx.x;
   do {
-    const Place at = place_of<R::CO>(plan, t, item, R::CH);
-    W walk(plan, at, item, p.grad, p.x, memory);
-    walk.surround(plan, at, 0);
+    const Place place = place_of<R::CO>(tiling, t, item, R::CH);
+    W walk(tiling, place, item, p.grad, p.x, memory);
+    walk.surround(tiling, place, 0);
     if (item == threadIdx.x) {
       gains(p, t, shared);
       __syncthreads();
     }
-    const int local = at.rows > 0 ? at.channel - t.group * (plan.channels_last ? kCellElements : 1) : 0;
+    const int local = place.rows > 0 ? place.channel - t.group * (tiling.channels_last ? kCellElements : 1) : 0;
     float gain[R::CH];
     gains_at(shared, local, gain);
 #pragma unroll
     for (float& each : gain) each *= scale;
-    const AdjointSums<R> adjoint(plan, at.w);
-    T* dx = static_cast<T*>(p.out) + at.offset;
-    walk.down(
-        plan, at, 0,
+    const AdjointSums<R> adjoint(tiling, place.w);
+    T* dx = static_cast<T*>(p.out) + place.offset;
+    walk.for_each_row(
+        tiling, place, 0,
         [&](const R& row, int r, float (&out)[R::N]) {
-          adjoint(row, relative_weight(three_taps(at.top + r, plan.height)), out);
+          adjoint(row, relative_weight(window_count_3(place.top + r, tiling.height)), out);
         },
-        [&](int, const typename R::Mine& centre, const typename R::Mine& x, const float (&total)[R::N]) {
+        [&](int, const typename R::Elements& centre, const typename R::Elements& x, const float (&total)[R::N]) {
 #pragma unroll
           for (int half = 0; half < (ALONG ? 1 : 2); ++half) {
             if (half == 1 && !walk.has_second) continue;
@@ -209,15 +209,15 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
 #pragma unroll
             for (int e = 0; e < V; ++e) {
               const int j = ALONG ? e : half, i = ALONG ? 0 : e;
-              const float g = centre.value(j, i), around = x.value(j, i) - mean;
+              const float g = centre.value(j, i), centred = x.value(j, i) - mean;
               value[e] =
-                  fmaf(-correction, around, fmaf(gain[i], fmaf(-kRelativeArea, g, total[j * R::CH + i]), kept * g));
+                  fmaf(-correction, centred, fmaf(gain[i], fmaf(-kRelativeArea, g, total[j * R::CH + i]), kept * g));
             }
-            store<T, V>(dx + half * plan.column, packed<T>(value));
+            store<T, V>(dx + half * tiling.column, packed<T>(value));
           }
-          dx += plan.row;
+          dx += tiling.row;
         });
-  } while (!W::kOneItem && (item += blockDim.x) < plan.items);
+  } while (!W::kOneItem && (item += blockDim.x) < tiling.items);
 }
 
 }  // namespace

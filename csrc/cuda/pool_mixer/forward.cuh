@@ -10,7 +10,7 @@ namespace pk {
 namespace {
 
 // Sums over a block of what its threads saw of y, about `origin`.
-struct SeenOutput {
+struct OutputMoments {
   float count = 0, first = 0, second = 0;
 
   __device__ void add(float value, float origin) {
@@ -20,7 +20,7 @@ struct SeenOutput {
   }
   // To the tile's partial, by the whole block; `scratch` has 3 floats for each warp. Slots without a tile are emptied.
   __device__ void write(const PoolMixerParams& p, const Tile& t, float origin, float* scratch) {
-    const int tiles = static_cast<int>(p.plan.tiles.value);
+    const int tiles = static_cast<int>(p.tiling.tiles.value);
     float* const partial = p.y_stats + (t.b * p.slots + t.tile) * 3;
     for (int64_t slot = t.tile + tiles; slot < p.slots; slot += tiles)
       if (threadIdx.x < 3) partial[(slot - t.tile) * 3 + threadIdx.x] = 0;
@@ -85,21 +85,21 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? kResident / threads_
   __shared__ Prepared shared;
   __shared__ float scratch[3 * 8];
   PK_SHARED(memory);
-  const Plan& plan = p.plan;
-  const Tile t = tile_at(plan, blockIdx.x);
-  SeenOutput seen;
+  const Tiling& tiling = p.tiling;
+  const Tile t = tile_at(tiling, blockIdx.x);
+  OutputMoments moments;
   float origin = 0;
   int item = threadIdx.x;
   do {
-    const Place at = place_of<R::CO>(plan, t, item, R::CH);
-    W walk(plan, at, item, p.x, nullptr, memory);
+    const Place place = place_of<R::CO>(tiling, t, item, R::CH);
+    W walk(tiling, place, item, p.x, nullptr, memory);
     if (item == threadIdx.x) prepare(p, t, shared);  // the first loads are under way
     const float mean = shared.mean;
     origin = p.residual ? mean : 0.0f;
     const uint32_t outside = kShifted ? __float_as_uint(mean) : 0;
-    walk.surround(plan, at, outside);
-    const int local = at.rows > 0 ? at.channel - t.group * (plan.channels_last ? kCellElements : 1) : 0;
-    Sizes<R> sizes(plan, at);
+    walk.surround(tiling, place, outside);
+    const int local = place.rows > 0 ? place.channel - t.group * (tiling.channels_last ? kCellElements : 1) : 0;
+    WindowSizes<R> sizes(tiling, place);
     float gain[kKinds<R>][R::CH];
     const auto set_gains = [&] {
       float full[R::CH];
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? kResident / threads_
       }
     };
     set_gains();
-    T* y = static_cast<T*>(p.out) + at.offset;
-    walk.down(
-        plan, at, outside, [&](const R& row, int, float (&out)[R::N]) { plain_sums<kShifted>(row, mean, out); },
-        [&](int r, const typename R::Mine& centre, const typename R::Mine&, const float (&total)[R::N]) {
+    T* y = static_cast<T*>(p.out) + place.offset;
+    walk.for_each_row(
+        tiling, place, outside, [&](const R& row, int, float (&out)[R::N]) { plain_sums<kShifted>(row, mean, out); },
+        [&](int r, const typename R::Elements& centre, const typename R::Elements&, const float (&total)[R::N]) {
           if (sizes.at_row(r)) set_gains();
           const auto emit = [&](auto residual) {
 #pragma unroll
@@ -125,15 +125,15 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? kResident / threads_
 #pragma unroll
               for (int e = 0; e < V; ++e) {
                 const int j = ALONG ? e : half, i = ALONG ? 0 : e, kind = kind_of<R>(j);
-                const float x = centre.value(j, i), around = kShifted ? x - mean : x;
-                const float difference = fmaf(-sizes.size[kind], around, total[j * R::CH + i]);
+                const float x = centre.value(j, i), centred = kShifted ? x - mean : x;
+                const float difference = fmaf(-sizes.size[kind], centred, total[j * R::CH + i]);
                 value[e] = residual.value ? fmaf(gain[kind][i], difference, x) : gain[kind][i] * difference;
               }
               const Pack<T, V> rounded = packed<T>(value);
-              store<T, V>(y + half * plan.column, rounded);
+              store<T, V>(y + half * tiling.column, rounded);
               if (p.y_stats != nullptr) {
 #pragma unroll
-                for (int i = 0; i < V; ++i) seen.add(element(rounded, i), origin);
+                for (int i = 0; i < V; ++i) moments.add(element(rounded, i), origin);
               }
             }
           };
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? kResident / threads_
             emit(std::true_type());
           else
             emit(std::false_type());
-          y += plan.row;
+          y += tiling.row;
         });
-    seen.count += at.rows * V * (ALONG || !walk.has_second ? 1 : 2);
-  } while (!W::kOneItem && (item += blockDim.x) < plan.items);
-  if (p.y_stats != nullptr) seen.write(p, t, origin, scratch);
+    moments.count += place.rows * V * (ALONG || !walk.has_second ? 1 : 2);
+  } while (!W::kOneItem && (item += blockDim.x) < tiling.items);
+  if (p.y_stats != nullptr) moments.write(p, t, origin, scratch);
 }
 
 }  // namespace

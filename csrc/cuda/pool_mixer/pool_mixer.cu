@@ -10,7 +10,7 @@ namespace {
 constexpr int kStaticShared = 6 * 1024;  // at the most, of these kernels
 constexpr int64_t kMerged = 128;         // partials that every block merges for itself
 
-int up(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
+int ceil_div(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
 
 // Rows of a strip: many rows read few twice, few rows make many blocks. The statistics have room for the partials of
 // `finest_rows`; poolformer_kernels.backends.cuda.stats_tiles has the same arithmetic.
@@ -18,59 +18,59 @@ int coarsest_rows(int64_t height) { return height < 4 * kStripRows ? kStripRows 
 int finest_rows(int64_t height) { return height < 64 ? 2 : height < 160 ? 4 : 2 * kStripRows; }
 
 // Strips of `rows` rows at the most.
-Plan plan_of(const Tensor& x, bool channels_last, int64_t pool, int rows) {
-  Plan p{};
+Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, int rows) {
+  Tiling tiling{};
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3), most = (int64_t{1} << 31) - 1;
-  STD_TORCH_CHECK(c <= most && h <= most && w <= most && up(h, 2) * (w + 1) <= most, "pool_mixer_cuda: images of ", c,
-                  " x ", h, " x ", w, " are too large");
-  p.channels = static_cast<int>(c), p.height = static_cast<int>(h), p.width = static_cast<int>(w);
-  p.pool = static_cast<int>(std::min(pool, 2 * std::max(h, w) - 1));  // a wider one covers nothing more
-  p.channels_last = channels_last;
-  p.strips = up(h, rows);
-  p.rows = up(h, p.strips);
-  p.across = Divisor(up(w, channels_last ? 2 : kCellElements));
-  p.columns = p.strips * static_cast<int>(p.across.value);
-  p.groups = up(c, channels_last ? kCellElements : 1);
+  STD_TORCH_CHECK(c <= most && h <= most && w <= most && ceil_div(h, 2) * (w + 1) <= most,
+                  "pool_mixer_cuda: images of ", c, " x ", h, " x ", w, " are too large");
+  tiling.channels = static_cast<int>(c), tiling.height = static_cast<int>(h), tiling.width = static_cast<int>(w);
+  tiling.pool = static_cast<int>(std::min(pool, 2 * std::max(h, w) - 1));  // a wider one covers nothing more
+  tiling.channels_last = channels_last;
+  tiling.strips = ceil_div(h, rows);
+  tiling.rows = ceil_div(h, tiling.strips);
+  tiling.width_cells = Divisor(ceil_div(w, channels_last ? 2 : kCellElements));
+  tiling.columns = tiling.strips * static_cast<int>(tiling.width_cells.value);
+  tiling.groups = ceil_div(c, channels_last ? kCellElements : 1);
   if (channels_last) {
-    p.tile_groups = up(p.groups, up(p.groups, kTileCells));
-    p.tile_columns = kTileCells / p.tile_groups;
+    tiling.tile_groups = ceil_div(tiling.groups, ceil_div(tiling.groups, kTileCells));
+    tiling.tile_columns = kTileCells / tiling.tile_groups;
   } else {
-    p.tile_columns = std::min(p.columns, kTileCells);
-    p.tile_groups = kTileCells / p.tile_columns;
+    tiling.tile_columns = std::min(tiling.columns, kTileCells);
+    tiling.tile_groups = kTileCells / tiling.tile_columns;
   }
-  p.column_tiles = up(p.columns, p.tile_columns);
-  p.group_tiles = Divisor(up(p.groups, p.tile_groups));
-  p.tiles = Divisor(int64_t{p.column_tiles} * p.group_tiles.value);
-  p.row = channels_last ? w * c : w;
-  p.column = channels_last ? c : 1;
-  p.channel = channels_last ? 1 : h * w;
-  p.sample = c * h * w;
-  return p;
+  tiling.column_tiles = ceil_div(tiling.columns, tiling.tile_columns);
+  tiling.group_tiles = Divisor(ceil_div(tiling.groups, tiling.tile_groups));
+  tiling.tiles = Divisor(int64_t{tiling.column_tiles} * tiling.group_tiles.value);
+  tiling.row = channels_last ? w * c : w;
+  tiling.column = channels_last ? c : 1;
+  tiling.channel = channels_last ? 1 : h * w;
+  tiling.sample = c * h * w;
+  return tiling;
 }
 
 // The coarsest strips that still give every multiprocessor two blocks, else the finest. Sets `slots`.
-Plan plan_of(const Tensor& x, bool channels_last, int64_t pool, const Launch& on, int64_t* slots) {
-  const int finest = finest_rows(x.size(2)), wanted = 2 * on.device(cudaDevAttrMultiProcessorCount);
-  Plan p = plan_of(x, channels_last, pool, finest);
-  *slots = p.tiles.value;
+Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, const Launcher& launcher, int64_t* slots) {
+  const int finest = finest_rows(x.size(2)), wanted = 2 * launcher.attribute(cudaDevAttrMultiProcessorCount);
+  Tiling fine = tiling_of(x, channels_last, pool, finest);
+  *slots = fine.tiles.value;
   for (int rows = coarsest_rows(x.size(2)); rows > finest; rows /= 2) {
-    const Plan coarse = plan_of(x, channels_last, pool, rows);
+    const Tiling coarse = tiling_of(x, channels_last, pool, rows);
     if (x.size(0) * coarse.tiles.value >= wanted) return coarse;
   }
-  return p;
+  return fine;
 }
 
 // How wide a thread's loads are.
 enum class Width { scalar, channels, along8, along4 };
 
-Width width_of(const Plan& p, int bytes, std::initializer_list<const void*> tensors) {
+Width width_of(const Tiling& tiling, int bytes, std::initializer_list<const void*> tensors) {
   const int whole = 16 / bytes;
   uintptr_t all = 0;
   for (const void* each : tensors) all |= reinterpret_cast<uintptr_t>(each);
-  if (p.pool != 3) return Width::scalar;
-  if (p.channels_last) return p.channels % whole == 0 && all % 16 == 0 ? Width::channels : Width::scalar;
-  if (whole == 8 && p.width % 8 == 0 && all % 16 == 0) return Width::along8;
-  return p.width % 4 == 0 && all % (4 * bytes) == 0 ? Width::along4 : Width::scalar;
+  if (tiling.pool != 3) return Width::scalar;
+  if (tiling.channels_last) return tiling.channels % whole == 0 && all % 16 == 0 ? Width::channels : Width::scalar;
+  if (whole == 8 && tiling.width % 8 == 0 && all % 16 == 0) return Width::along8;
+  return tiling.width % 4 == 0 && all % (4 * bytes) == 0 ? Width::along4 : Width::scalar;
 }
 
 using Kernel = void (*)(PoolMixerParams);
@@ -82,7 +82,7 @@ struct Kernels {
 };
 
 template <class T>
-struct Of {
+struct KernelsFor {
   static constexpr int kWhole = 16 / sizeof(T);
   static constexpr Kernels forward = {"pool_mixer_fwd",
                                       pool_mixer_fwd_any<T>,
@@ -105,29 +105,32 @@ struct Of {
 };
 
 // A block for each tile. `tensors`: those that the kernel walks over.
-void launch(const Launch& on, const Kernels& kernels, PoolMixerParams& p, Width width, int bytes, int tensors) {
-  Plan& plan = p.plan;
+void launch(const Launcher& launcher, const Kernels& kernels, PoolMixerParams& p, Width width, int bytes, int tensors) {
+  Tiling& tiling = p.tiling;
   const int whole = 16 / bytes;
-  plan.pitch = (2 * plan.tile_columns * tensors + 2) * plan.tile_groups * kCellElements * bytes + 16;
-  int shared = width == Width::channels ? stages_of(tensors) * plan.pitch : 0;
-  if (shared > on.device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared) {  // on small devices, wide rows
+  tiling.pitch = (2 * tiling.tile_columns * tensors + 2) * tiling.tile_groups * kCellElements * bytes + 16;
+  int shared = width == Width::channels ? stages_of(tensors) * tiling.pitch : 0;
+  if (shared >
+      launcher.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared) {  // on small devices, wide rows
     width = Width::scalar;
     shared = 0;
   }
   const int share = width == Width::channels ? whole : width == Width::along8 ? 8 : width == Width::along4 ? 4 : 1;
-  plan.split = Divisor(kCellElements / (plan.channels_last ? share : std::max(share, 2)));
-  plan.fast = Divisor(int64_t{plan.split.value} * (plan.channels_last ? plan.tile_groups : plan.tile_columns));
-  plan.items = static_cast<int>(plan.fast.value) * (plan.channels_last ? plan.tile_columns : plan.tile_groups);
-  const Kernel kernel = plan.pool != 3             ? kernels.any
+  tiling.split = Divisor(kCellElements / (tiling.channels_last ? share : std::max(share, 2)));
+  tiling.fast =
+      Divisor(int64_t{tiling.split.value} * (tiling.channels_last ? tiling.tile_groups : tiling.tile_columns));
+  tiling.items =
+      static_cast<int>(tiling.fast.value) * (tiling.channels_last ? tiling.tile_columns : tiling.tile_groups);
+  const Kernel kernel = tiling.pool != 3           ? kernels.any
                         : width == Width::channels ? kernels.channels
                         : width == Width::along8   ? kernels.along8
                         : width == Width::along4   ? kernels.along4
                                                    : kernels.scalar;
-  const int threads = std::min(share == 8 ? 128 : 256, up(plan.items, 32) * 32);
-  on(kernels.name, kernel, p.batch * plan.tiles.value, threads, p, shared);
+  const int threads = std::min(share == 8 ? 128 : 256, ceil_div(tiling.items, 32) * 32);
+  launcher.launch(kernels.name, kernel, p.batch * tiling.tiles.value, threads, p, shared);
 }
 
-const Kernels& of_dtype(const Tensor& x, const Kernels& f32, const Kernels& b16, const Kernels& h16) {
+const Kernels& select_dtype(const Tensor& x, const Kernels& f32, const Kernels& b16, const Kernels& h16) {
   const int index = dtype_index(x.scalar_type());
   return index == 0 ? f32 : index == 1 ? b16 : h16;
 }
@@ -169,13 +172,13 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
                                               OptionalTensor stats, int64_t pool_size, double eps, bool residual,
                                               bool return_stats) {
   check(input, pool_size, eps, "pool_mixer_cuda");
-  const Launch on(input);
+  const Launcher launcher(input);
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last);
   const int64_t batch = x.size(0), channels = x.size(1);
   const int bytes = static_cast<int>(x.element_size());
   PoolMixerParams p{};
-  p.plan = plan_of(x, channels_last, pool_size, on, &p.slots);
+  p.tiling = tiling_of(x, channels_last, pool_size, launcher, &p.slots);
   Tensor y = empty_like(x, channels_last);
   Tensor mean_rstd = empty_floats(x, {batch, 2});
   Tensor y_stats = return_stats ? empty_floats(x, {batch, p.slots, 3}) : empty_floats(x, {0});
@@ -194,12 +197,13 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   p.residual = residual;
   Tensor one = p.partials > kMerged ? empty_floats(x, {batch, 3}) : empty_floats(x, {0});
   if (p.partials > kMerged) {
-    on("pool_mixer_merge", pool_mixer_merge, batch, kReduceThreads, MergeParams{p.stats, floats(one), p.partials});
+    launcher.launch("pool_mixer_merge", pool_mixer_merge, batch, kReduceThreads,
+                    MergeParams{p.stats, floats(one), p.partials});
     p.stats = floats(one);
     p.partials = 1;
   }
-  launch(on, of_dtype(x, Of<float>::forward, Of<bf16>::forward, Of<f16>::forward), p,
-         width_of(p.plan, bytes, {p.x, p.out}), bytes, 1);
+  launch(launcher, select_dtype(x, KernelsFor<float>::forward, KernelsFor<bf16>::forward, KernelsFor<f16>::forward), p,
+         width_of(p.tiling, bytes, {p.x, p.out}), bytes, 1);
   return {y, mean_rstd, y_stats};
 }
 
@@ -212,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
                       grad.size(0) == input.size(0) && grad.size(1) == input.size(1) && grad.size(2) == input.size(2) &&
                       grad.size(3) == input.size(3),
                   "pool_mixer_cuda_backward: grad must have x's device, dtype and shape");
-  const Launch on(input);
+  const Launcher launcher(input);
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
   const Tensor saved = in_layout(mean_rstd, false);
@@ -222,11 +226,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
                       saved.size(0) == batch && saved.size(1) == 2,
                   "pool_mixer_cuda_backward: mean_rstd must be a float32 CUDA tensor of shape [B, 2]");
   PoolMixerParams p{};
-  p.plan = plan_of(x, channels_last, pool_size, coarsest_rows(x.size(2)));
+  p.tiling = tiling_of(x, channels_last, pool_size, coarsest_rows(x.size(2)));
   Tensor dx = empty_like(x, channels_last);
   Tensor dweight = empty_floats(x, {channels}), dlayer_scale = empty_floats(x, {channels});
   Tensor ddrop_scale = empty_floats(x, {batch});
-  Tensor q_partials = empty_floats(x, {batch, p.plan.column_tiles, channels});
+  Tensor q_partials = empty_floats(x, {batch, p.tiling.column_tiles, channels});
   Tensor q = empty_floats(x, {batch, channels}), k = empty_floats(x, {batch});
   p.x = x.data_ptr();
   p.grad = g.data_ptr();
@@ -244,12 +248,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   p.ddrop_scale = floats(ddrop_scale);
   p.batch = batch;
   p.residual = residual;
-  const Width width = width_of(p.plan, bytes, {p.x, p.grad, p.out});
-  const int chunks = up(channels, kReduceChannels);
-  launch(on, of_dtype(x, Of<float>::reduce, Of<bf16>::reduce, Of<f16>::reduce), p, width, bytes, 2);
-  on("pool_mixer_bwd_q", pool_mixer_bwd_q, batch * chunks, kReduceThreads, p);
-  on("pool_mixer_bwd_finish", pool_mixer_bwd_finish, batch + chunks, kReduceThreads, p);
-  launch(on, of_dtype(x, Of<float>::apply, Of<bf16>::apply, Of<f16>::apply), p, width, bytes, 2);
+  const Width width = width_of(p.tiling, bytes, {p.x, p.grad, p.out});
+  const int chunks = ceil_div(channels, kReduceChannels);
+  launch(launcher, select_dtype(x, KernelsFor<float>::reduce, KernelsFor<bf16>::reduce, KernelsFor<f16>::reduce), p,
+         width, bytes, 2);
+  launcher.launch("pool_mixer_bwd_q", pool_mixer_bwd_q, batch * chunks, kReduceThreads, p);
+  launcher.launch("pool_mixer_bwd_finish", pool_mixer_bwd_finish, batch + chunks, kReduceThreads, p);
+  launch(launcher, select_dtype(x, KernelsFor<float>::apply, KernelsFor<bf16>::apply, KernelsFor<f16>::apply), p, width,
+         bytes, 2);
   return {dx, dweight, dlayer_scale, ddrop_scale};
 }
 

@@ -2,7 +2,7 @@
 //
 // A sample is cut into strips of rows and these into cells: 8 channels x 2 columns in channels_last, 1 channel x 8
 // columns in NCHW. A block's tile is `tile_columns` x `tile_groups` cells, whatever the dtype, which decides
-// how wide a thread's loads are. Small batches are cut into more tiles than large ones (`plan_of`): a pixel's value
+// how wide a thread's loads are. Small batches are cut into more tiles than large ones (`tiling_of`): a pixel's value
 // does not depend on that, the last bits of the statistics handed on do.
 #pragma once
 
@@ -25,15 +25,15 @@ struct Divisor {
     while ((int64_t{1} << shift) < by) ++shift;
     factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + value - 1) / value);
   }
-  __device__ int of(int n) const {
+  __device__ int divide(int n) const {
     return value == 1 ? n : static_cast<int>(static_cast<uint64_t>(n) * factor >> 32 >> (shift - 1));
   }
 };
 
-struct Plan {
+struct Tiling {
   int channels, height, width, pool;
   int rows, strips;     // rows of a strip (the last has fewer)
-  Divisor across;       // cells along the width
+  Divisor width_cells;  // cells along the width
   int columns, groups;  // columns: strips x across; groups: cells along the channels
   int tile_columns, tile_groups;
   int column_tiles;
@@ -46,7 +46,7 @@ struct Plan {
 };
 
 struct PoolMixerParams {
-  Plan plan;
+  Tiling tiling;
   const void *x, *grad;
   void* out;           // y or dx
   const float* stats;  // [B, partials, 3], of x
@@ -71,10 +71,10 @@ struct Tile {
   int tile, column, group;  // `column` and `group`: its first cell
 };
 
-__device__ inline Tile tile_at(const Plan& p, unsigned block) {
-  const int b = p.tiles.of(block), tile = block - b * p.tiles.value;
-  const int column = p.group_tiles.of(tile), group = tile - column * p.group_tiles.value;
-  return {b, tile, column * p.tile_columns, group * p.tile_groups};
+__device__ inline Tile tile_at(const Tiling& tiling, unsigned block) {
+  const int b = tiling.tiles.divide(block), tile = block - b * tiling.tiles.value;
+  const int column = tiling.group_tiles.divide(tile), group = tile - column * tiling.group_tiles.value;
+  return {b, tile, column * tiling.tile_columns, group * tiling.tile_groups};
 }
 
 struct Place {
@@ -83,74 +83,76 @@ struct Place {
 };
 
 template <int CO>
-__device__ inline Place place_of(const Plan& p, const Tile& t, int item, int width) {
-  const int slow = p.fast.of(item), fast = item - slow * p.fast.value;
-  const int cell = p.split.of(fast), part = fast - cell * p.split.value;
-  Place at;
+__device__ inline Place place_of(const Tiling& tiling, const Tile& t, int item, int width) {
+  const int slow = tiling.fast.divide(item), fast = item - slow * tiling.fast.value;
+  const int cell = tiling.split.divide(fast), part = fast - cell * tiling.split.value;
+  Place place;
   int column;
-  if (p.channels_last) {
-    at.channel = (t.group + cell) * kCellElements + part * width;
+  if (tiling.channels_last) {
+    place.channel = (t.group + cell) * kCellElements + part * width;
     column = t.column + slow;
   } else {
-    at.channel = t.group + slow;
+    place.channel = t.group + slow;
     column = t.column + cell;
   }
-  const int strip = p.across.of(column), cell_w = column - strip * p.across.value;
-  at.w = p.channels_last ? cell_w * CO : cell_w * kCellElements + part * CO;
-  at.top = strip * p.rows;
-  const bool exists = item < p.items && strip < p.strips && at.w < p.width && at.channel < p.channels;
-  at.rows = exists ? min(p.rows, p.height - at.top) : 0;
-  at.offset = t.b * p.sample + at.top * p.row + at.w * p.column + at.channel * p.channel;
-  return at;
+  const int strip = tiling.width_cells.divide(column), cell_w = column - strip * tiling.width_cells.value;
+  place.w = tiling.channels_last ? cell_w * CO : cell_w * kCellElements + part * CO;
+  place.top = strip * tiling.rows;
+  const bool exists =
+      item < tiling.items && strip < tiling.strips && place.w < tiling.width && place.channel < tiling.channels;
+  place.rows = exists ? min(tiling.rows, tiling.height - place.top) : 0;
+  place.offset =
+      t.b * tiling.sample + place.top * tiling.row + place.w * tiling.column + place.channel * tiling.channel;
+  return place;
 }
 
 // Channels of a tile, for a loop of the block's threads over them.
-__device__ inline int channels_of(const Plan& p, const Tile& t, int& first) {
-  const int each = p.channels_last ? kCellElements : 1;
+__device__ inline int channels_of(const Tiling& tiling, const Tile& t, int& first) {
+  const int each = tiling.channels_last ? kCellElements : 1;
   first = t.group * each;
-  return min(p.tile_groups * each, p.channels - first);
+  return min(tiling.tile_groups * each, tiling.channels - first);
 }
 
 // ---- a thread's part of a row: V channels x 2 columns, or (ALONG, NCHW) V columns of one channel
 
 template <class T, int V, bool ALONG>
-struct Own {
+struct RowElements {
   static constexpr int CH = ALONG ? 1 : V, CO = ALONG ? V : 2, N = CH * CO;
   Pack<T, V> pack[ALONG ? 1 : 2];
 
   // Element i of column j.
   __device__ float value(int j, int i) const { return ALONG ? element(pack[0], j) : element(pack[ALONG ? 0 : j], i); }
-  __device__ void load_from(const T* at, int64_t column, bool second) {
-    pack[0] = load<T, V>(at);
+  __device__ void load_from(const T* source, int64_t column, bool second) {
+    pack[0] = load<T, V>(source);
     if constexpr (!ALONG)
-      if (second) pack[1] = load<T, V>(at + column);
+      if (second) pack[1] = load<T, V>(source + column);
   }
 };
 
 // With the columns beside it. What lies outside the image stays as it was filled.
 template <class T, int V, bool ALONG>
 struct Row {
-  using Mine = Own<T, V, ALONG>;
-  static constexpr int CH = Mine::CH, CO = Mine::CO, N = Mine::N;
-  Mine own;
+  using Elements = RowElements<T, V, ALONG>;
+  static constexpr int CH = Elements::CH, CO = Elements::CO, N = Elements::N;
+  Elements own;
   Pack<T, ALONG ? 1 : V> left, right;
 
   // Column j, -1 to CO.
   __device__ float value(int j, int i) const {
     return j < 0 ? element(left, i) : j < CO ? own.value(j, i) : element(right, i);
   }
-  __device__ void fill(uint32_t word) {
+  __device__ void fill(uint32_t packed32) {
 #pragma unroll
     for (auto& pack : own.pack)
 #pragma unroll
-      for (uint32_t& each : pack.word) each = word;
-    fill_sides(word, true, true);
+      for (uint32_t& each : pack.packed32) each = packed32;
+    fill_sides(packed32, true, true);
   }
-  __device__ void fill_sides(uint32_t word, bool at_left, bool at_right) {
+  __device__ void fill_sides(uint32_t packed32, bool at_left, bool at_right) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof left.word / 4); ++i) {
-      if (at_left) left.word[i] = word;
-      if (at_right) right.word[i] = word;
+    for (int i = 0; i < static_cast<int>(sizeof left.packed32 / 4); ++i) {
+      if (at_left) left.packed32[i] = packed32;
+      if (at_right) right.packed32[i] = packed32;
     }
   }
 };
@@ -161,23 +163,23 @@ struct Columns {
   int64_t stride;
 
   template <class R>
-  __device__ static Columns of(const Plan& p, int w) {
-    return {w > 0, w + 1 < p.width, w + R::CO < p.width, p.column};
+  __device__ static Columns existing(const Tiling& tiling, int w) {
+    return {w > 0, w + 1 < tiling.width, w + R::CO < tiling.width, tiling.column};
   }
   template <class T, int V, bool ALONG>
-  __device__ void load_row(Row<T, V, ALONG>& row, const T* at) const {
+  __device__ void load_row(Row<T, V, ALONG>& row, const T* source) const {
     constexpr int kSide = ALONG ? 1 : V;
-    if (left) row.left = load<T, kSide>(at - stride);
-    row.own.load_from(at, stride, second);
-    if (right) row.right = load<T, kSide>(at + Row<T, V, ALONG>::CO * stride);
+    if (left) row.left = load<T, kSide>(source - stride);
+    row.own.load_from(source, stride, second);
+    if (right) row.right = load<T, kSide>(source + Row<T, V, ALONG>::CO * stride);
   }
   template <class T, int V, bool ALONG>
-  __device__ void fill_missing(Row<T, V, ALONG>& row, uint32_t word) const {
-    row.fill_sides(word, !left, !right);
+  __device__ void fill_missing(Row<T, V, ALONG>& row, uint32_t packed32) const {
+    row.fill_sides(packed32, !left, !right);
     if constexpr (!ALONG) {
 #pragma unroll
-      for (uint32_t& each : row.own.pack[1].word)
-        if (!second) each = word;
+      for (uint32_t& each : row.own.pack[1].packed32)
+        if (!second) each = packed32;
     }
   }
 };
@@ -186,7 +188,7 @@ struct Columns {
 // subtract infinities.
 __device__ inline void gains(const PoolMixerParams& p, const Tile& t, float* gain) {
   int first;
-  const int n = channels_of(p.plan, t, first);
+  const int n = channels_of(p.tiling, t, first);
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     const float gamma = p.weight.at(first + i, 1.0f), poison = gamma + p.bias.at(first + i, 0.0f);
     gain[i] = (gamma + 0.0f * poison) * p.layer_scale.at(first + i, 1.0f);

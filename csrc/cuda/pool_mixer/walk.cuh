@@ -9,10 +9,13 @@
 namespace pk {
 namespace {
 
-// A thread's walk down its strip: the horizontal sums of the last two rows roll on. Both kinds of walk have
-//   surround(plan, at, word)   what lies outside the image counts as `word`, not zero;
-//   down(plan, at, word, sums, visit)   visit(r, centre, other, total) for each row r of the strip, of which `total`
-//       are the sums over three rows, and `other` is the second tensor (if any); sums(row, r, out) gives a row's.
+// A thread walks down its strip of rows and keeps the horizontal sums of the last two. RegisterWalk and SharedWalk have
+// the same functions:
+//   surround(tiling, place, packed32)   positions outside the image count as `packed32` (a value in all halves of a
+//       32-bit word), not as zero;
+//   for_each_row(tiling, place, packed32, sums, visit)   calls visit(r, centre, other, total) for each row r of the
+//       strip: `total` are the sums over three rows, `other` the same elements of the second tensor (if there is one);
+//       sums(row, r, out) computes the horizontal sums of a row.
 template <class R>
 struct RollingSums {
   float both[R::N], last[R::N];  // of the rows r - 1 and r, and of r
@@ -40,51 +43,54 @@ struct RegisterWalk {
   static constexpr bool kOneItem = false;
   using R = Row<T, V, ALONG>;
   R row[3];
-  Own<T, V, ALONG> other[3];
+  RowElements<T, V, ALONG> other[3];
   const T *here, *here_other;  // row r
   int loads;                   // rows at or below the strip's first that it needs and that exist
   Columns columns;
   bool has_second;
 
-  __device__ RegisterWalk(const Plan& p, const Place& at, int, const void* tensor, const void* second, char*)
-      : here(static_cast<const T*>(tensor) + at.offset),
-        here_other(second ? static_cast<const T*>(second) + at.offset : nullptr),
-        loads(min(at.rows + 1, p.height - at.top)),
-        columns(Columns::of<R>(p, at.w)),
+  __device__ RegisterWalk(const Tiling& tiling, const Place& place, int, const void* tensor, const void* other_tensor,
+                          char*)
+      : here(static_cast<const T*>(tensor) + place.offset),
+        here_other(other_tensor ? static_cast<const T*>(other_tensor) + place.offset : nullptr),
+        loads(min(place.rows + 1, tiling.height - place.top)),
+        columns(Columns::existing<R>(tiling, place.w)),
         has_second(columns.second) {
-    if (at.rows == 0) return;
-    if (at.top > 0) columns.load_row(row[2], here - p.row);
+    if (place.rows == 0) return;
+    if (place.top > 0) columns.load_row(row[2], here - tiling.row);
     columns.load_row(row[0], here);
-    if (loads > 1) columns.load_row(row[1], here + p.row);
-    for (int r = 0; r < 3; ++r) load_other(p, at, r, r, r);
+    if (loads > 1) columns.load_row(row[1], here + tiling.row);
+    for (int r = 0; r < 3; ++r) load_other(tiling, place, r, r, r);
   }
 
-  __device__ void load_other(const Plan& p, const Place& at, int phase, int row_at, int ahead) {
-    if (here_other && row_at < at.rows) other[phase].load_from(here_other + ahead * p.row, p.column, columns.second);
+  __device__ void load_other(const Tiling& tiling, const Place& place, int phase, int row_index, int rows_ahead) {
+    if (here_other && row_index < place.rows)
+      other[phase].load_from(here_other + rows_ahead * tiling.row, tiling.column, columns.second);
   }
 
-  __device__ void surround(const Plan&, const Place& at, uint32_t word) {
-    if (at.top == 0) row[2].fill(word);
-    if (loads == 1) row[1].fill(word);
+  __device__ void surround(const Tiling&, const Place& place, uint32_t packed32) {
+    if (place.top == 0) row[2].fill(packed32);
+    if (loads == 1) row[1].fill(packed32);
 #pragma unroll
-    for (R& each : row) columns.fill_missing(each, word);
+    for (R& each : row) columns.fill_missing(each, packed32);
   }
 
   // Row r + 3 in the place of row r, which is `ahead` rows below `here`.
-  __device__ void fetch(const Plan& p, const Place& at, R& to, int r, int ahead, uint32_t word) {
+  __device__ void fetch(const Tiling& tiling, const Place& place, R& target, int r, int rows_ahead, uint32_t packed32) {
     if (r + 3 < loads)
-      columns.load_row(to, here + ahead * p.row);
-    else if (r + 3 == at.rows)
-      to.fill(word);
+      columns.load_row(target, here + rows_ahead * tiling.row);
+    else if (r + 3 == place.rows)
+      target.fill(packed32);
   }
 
   template <class Sums, class Visit>
-  __device__ void down(const Plan& p, const Place& at, uint32_t word, const Sums& sums, const Visit& visit) {
-    if (at.rows == 0) return;
+  __device__ void for_each_row(const Tiling& tiling, const Place& place, uint32_t packed32, const Sums& sums,
+                               const Visit& visit) {
+    if (place.rows == 0) return;
     RollingSums<R> rolling;
     float above[R::N], first[R::N];
     sums(row[2], -1, above);
-    fetch(p, at, row[2], -1, 2, word);
+    fetch(tiling, place, row[2], -1, 2, packed32);
     sums(row[0], 0, first);
     rolling.start(above, first);
     for (int r = 0;;) {
@@ -94,11 +100,11 @@ struct RegisterWalk {
         sums(row[(phase + 1) % 3], r + 1, below);
         rolling.next(below, total);
         visit(r, row[phase].own, other[phase], total);
-        fetch(p, at, row[phase], r, 3, word);
-        load_other(p, at, phase, r + 3, 3);
-        here += p.row;
-        if (here_other) here_other += p.row;
-        if (++r == at.rows) return;
+        fetch(tiling, place, row[phase], r, 3, packed32);
+        load_other(tiling, place, phase, r + 3, 3);
+        here += tiling.row;
+        if (here_other) here_other += tiling.row;
+        if (++r == place.rows) return;
       }
     }
   }
@@ -116,117 +122,120 @@ struct SharedWalk {
   static constexpr int kStages = stages_of(TENSORS);
   static constexpr bool kOneItem = true;  // of a thread
   using R = Row<T, V, false>;
-  const T *from, *from_other;  // the row to copy
+  const T *source, *source_other;  // the row to copy
   // What belongs to this thread in the first of the stages, [kStages][pitch]: the tile's columns and two more, the
   // second tensor's columns, and 16 bytes of what lies outside the image.
   char *own, *left, *second, *right, *other, *other_second, *outside;
   int loads;                               // rows at or below the strip's first that it needs and that exist
   bool has_second, halo_left, halo_right;  // columns that exist; those beside the tile that this thread copies
 
-  __device__ SharedWalk(const Plan& p, const Place& at, int item, const void* tensor, const void* with, char* shared)
-      : from(static_cast<const T*>(tensor) + at.offset),
-        from_other(static_cast<const T*>(with) + (with ? at.offset : 0)),
-        outside(shared + p.pitch - 16),
-        loads(at.rows > 0 ? min(at.rows + 1, p.height - at.top) : 0) {
-    const int column = p.fast.of(item), bytes = p.tile_groups * kCellElements * static_cast<int>(sizeof(T));
-    const bool has_right = at.w + 2 < p.width;
-    has_second = at.w + 1 < p.width;
-    own = shared + (2 * column + 1) * bytes + (item - column * static_cast<int>(p.fast.value)) * 16;
-    left = at.w > 0 ? own - bytes : outside;
+  __device__ SharedWalk(const Tiling& tiling, const Place& place, int item, const void* tensor,
+                        const void* other_tensor, char* shared)
+      : source(static_cast<const T*>(tensor) + place.offset),
+        source_other(static_cast<const T*>(other_tensor) + (other_tensor ? place.offset : 0)),
+        outside(shared + tiling.pitch - 16),
+        loads(place.rows > 0 ? min(place.rows + 1, tiling.height - place.top) : 0) {
+    const int column = tiling.fast.divide(item),
+              bytes = tiling.tile_groups * kCellElements * static_cast<int>(sizeof(T));
+    const bool has_right = place.w + 2 < tiling.width;
+    has_second = place.w + 1 < tiling.width;
+    own = shared + (2 * column + 1) * bytes + (item - column * static_cast<int>(tiling.fast.value)) * 16;
+    left = place.w > 0 ? own - bytes : outside;
     second = has_second ? own + bytes : outside;
     right = has_right ? own + 2 * bytes : outside;
-    other = own + (2 * p.tile_columns + 1) * bytes;
+    other = own + (2 * tiling.tile_columns + 1) * bytes;
     other_second = has_second ? other + bytes : other;
     if (loads == 0) own = left = second = right = other = other_second = outside;
-    halo_left = column == 0 && at.w > 0;
-    halo_right = column == p.tile_columns - 1 && has_right;
-    if (loads > 0 && at.top > 0) copy_row(p, -1, from - p.row);
+    halo_left = column == 0 && place.w > 0;
+    halo_right = column == tiling.tile_columns - 1 && has_right;
+    if (loads > 0 && place.top > 0) copy_row(tiling, -1, source - tiling.row);
     copy_commit();
 #pragma unroll
-    for (int r = 0; r < kStages - 1; ++r) fetch(p, at, r, 0);
+    for (int r = 0; r < kStages - 1; ++r) fetch(tiling, place, r, 0);
   }
 
   // The stage of row r.
-  __device__ static int stage(const Plan& p, int r) { return ((r + 1) & (kStages - 1)) * p.pitch; }
+  __device__ static int stage(const Tiling& tiling, int r) { return ((r + 1) & (kStages - 1)) * tiling.pitch; }
 
-  __device__ void copy_row(const Plan& p, int r, const T* row) const {
-    const int to = stage(p, r);
-    copy_async(own + to, row, true);
-    if (has_second) copy_async(second + to, row + p.column, true);
-    if (halo_left) copy_async(left + to, row - p.column, true);
-    if (halo_right) copy_async(right + to, row + 2 * p.column, true);
+  __device__ void copy_row(const Tiling& tiling, int r, const T* row) const {
+    const int offset = stage(tiling, r);
+    copy_async(own + offset, row, true);
+    if (has_second) copy_async(second + offset, row + tiling.column, true);
+    if (halo_left) copy_async(left + offset, row - tiling.column, true);
+    if (halo_right) copy_async(right + offset, row + 2 * tiling.column, true);
   }
 
-  __device__ static void fill(char* to, uint32_t word) {
+  __device__ static void fill(char* target, uint32_t packed32) {
     Pack<T, V> pack;
 #pragma unroll
-    for (uint32_t& each : pack.word) each = word;
-    store<T, V>(reinterpret_cast<T*>(to), pack);
+    for (uint32_t& each : pack.packed32) each = packed32;
+    store<T, V>(reinterpret_cast<T*>(target), pack);
   }
 
-  __device__ void fill_row(const Plan& p, int r, uint32_t word) const {
-    const int to = stage(p, r);
-    fill(own + to, word);
-    if (has_second) fill(second + to, word);
-    if (halo_left) fill(left + to, word);
-    if (halo_right) fill(right + to, word);
+  __device__ void fill_row(const Tiling& tiling, int r, uint32_t packed32) const {
+    const int offset = stage(tiling, r);
+    fill(own + offset, packed32);
+    if (has_second) fill(second + offset, packed32);
+    if (halo_left) fill(left + offset, packed32);
+    if (halo_right) fill(right + offset, packed32);
   }
 
   // Row r on its way.
-  __device__ void fetch(const Plan& p, const Place& at, int r, uint32_t word) {
+  __device__ void fetch(const Tiling& tiling, const Place& place, int r, uint32_t packed32) {
     if (r < loads) {
-      copy_row(p, r, from);
-      from += p.row;
-    } else if (r == at.rows && r > 0) {
-      fill_row(p, r, word);
+      copy_row(tiling, r, source);
+      source += tiling.row;
+    } else if (r == place.rows && r > 0) {
+      fill_row(tiling, r, packed32);
     }
-    if (from_other && r < at.rows) {
-      copy_async(other + stage(p, r), from_other, true);
-      if (has_second) copy_async(other_second + stage(p, r), from_other + p.column, true);
-      from_other += p.row;
+    if (source_other && r < place.rows) {
+      copy_async(other + stage(tiling, r), source_other, true);
+      if (has_second) copy_async(other_second + stage(tiling, r), source_other + tiling.column, true);
+      source_other += tiling.row;
     }
     copy_commit();
   }
 
-  __device__ void surround(const Plan& p, const Place& at, uint32_t word) const {
+  __device__ void surround(const Tiling& tiling, const Place& place, uint32_t packed32) const {
     if (threadIdx.x == 0)
-      for (int r = -1; r < kStages - 1; ++r) fill(outside + stage(p, r), word);
+      for (int r = -1; r < kStages - 1; ++r) fill(outside + stage(tiling, r), packed32);
     if (loads == 0) return;
-    if (at.top == 0) fill_row(p, -1, word);
-    if (loads <= at.rows && at.rows < kStages - 1) fill_row(p, at.rows, word);
+    if (place.top == 0) fill_row(tiling, -1, packed32);
+    if (loads <= place.rows && place.rows < kStages - 1) fill_row(tiling, place.rows, packed32);
   }
 
-  __device__ static Pack<T, V> read(const char* at) { return load<T, V>(reinterpret_cast<const T*>(at)); }
+  __device__ static Pack<T, V> read(const char* memory) { return load<T, V>(reinterpret_cast<const T*>(memory)); }
 
-  __device__ R row(const Plan& p, int r) const {
-    const int to = stage(p, r);
-    return {{read(own + to), read(second + to)}, read(left + to), read(right + to)};
+  __device__ R row(const Tiling& tiling, int r) const {
+    const int offset = stage(tiling, r);
+    return {{read(own + offset), read(second + offset)}, read(left + offset), read(right + offset)};
   }
 
   // By the whole block: threads past the end of their strip, or with none, go along.
   template <class Sums, class Visit>
-  __device__ void down(const Plan& p, const Place& at, uint32_t word, const Sums& sums, const Visit& visit) {
+  __device__ void for_each_row(const Tiling& tiling, const Place& place, uint32_t packed32, const Sums& sums,
+                               const Visit& visit) {
     copy_wait<kStages - 2>();
     __syncthreads();
     RollingSums<R> rolling;
     float above[R::N], top[R::N];
-    sums(row(p, -1), -1, above);
-    sums(row(p, 0), 0, top);
+    sums(row(tiling, -1), -1, above);
+    sums(row(tiling, 0), 0, top);
     rolling.start(above, top);
 #pragma unroll 2
-    for (int r = 0; r < p.rows; ++r) {
+    for (int r = 0; r < tiling.rows; ++r) {
       copy_wait<kStages - 3>();  // row r + 1 is there
       __syncthreads();           // for every thread, and nobody reads row r - 1 any longer
-      fetch(p, at, r + kStages - 1, word);
+      fetch(tiling, place, r + kStages - 1, packed32);
       float below[R::N], total[R::N];
-      sums(row(p, r + 1), r + 1, below);
+      sums(row(tiling, r + 1), r + 1, below);
       rolling.next(below, total);
-      if (r >= at.rows) continue;
-      const int here = stage(p, r);
-      const Own<T, V, false> centre = {read(own + here), read(second + here)};
-      Own<T, V, false> with;
-      if (from_other) with = {read(other + here), read(other_second + here)};
-      visit(r, centre, with, total);
+      if (r >= place.rows) continue;
+      const int here = stage(tiling, r);
+      const RowElements<T, V, false> centre = {read(own + here), read(second + here)};
+      RowElements<T, V, false> others;
+      if (source_other) others = {read(other + here), read(other_second + here)};
+      visit(r, centre, others, total);
     }
   }
 };
@@ -264,28 +273,29 @@ __device__ inline int column_of(int kind) {
   return kind == 2 ? R::CO - 1 : kind;
 }
 
-// How many of three taps around i exist, and what divides by it.
-__device__ inline float three_taps(int i, int size) { return 1.0f + (i > 0) + (i + 1 < size); }
-__device__ inline float inverse_of(float taps) { return taps == 3.0f ? 1.0f / 3.0f : taps == 2.0f ? 0.5f : 1.0f; }
+// How many of the three positions around i lie inside [0, size), and the inverse of that count.
+__device__ inline float window_count_3(int i, int size) { return 1.0f + (i > 0) + (i + 1 < size); }
+__device__ inline float inverse_count(float count) { return count == 3.0f ? 1.0f / 3.0f : count == 2.0f ? 0.5f : 1.0f; }
 
 // Sizes of the pool at a thread's columns, row by row of its strip.
 template <class R>
-struct Sizes {
-  float across[kKinds<R>], size[kKinds<R>];
-  float down;
+struct WindowSizes {
+  float width_count[kKinds<R>], size[kKinds<R>];
+  float height_count;
   int grow, shrink;  // rows where the pool's height becomes 3 and 2, or -1
 
-  __device__ Sizes(const Plan& p, const Place& at) {
+  __device__ WindowSizes(const Tiling& tiling, const Place& place) {
 #pragma unroll
-    for (int kind = 0; kind < kKinds<R>; ++kind) across[kind] = three_taps(at.w + column_of<R>(kind), p.width);
-    set(three_taps(at.top, p.height));
-    grow = p.height > 2 && at.top == 0 ? 1 : -1;
-    shrink = p.height > 2 && at.top < p.height - 1 ? p.height - 1 - at.top : -1;
+    for (int kind = 0; kind < kKinds<R>; ++kind)
+      width_count[kind] = window_count_3(place.w + column_of<R>(kind), tiling.width);
+    set(window_count_3(place.top, tiling.height));
+    grow = tiling.height > 2 && place.top == 0 ? 1 : -1;
+    shrink = tiling.height > 2 && place.top < tiling.height - 1 ? tiling.height - 1 - place.top : -1;
   }
   __device__ void set(float now) {
-    down = now;
+    height_count = now;
 #pragma unroll
-    for (int kind = 0; kind < kKinds<R>; ++kind) size[kind] = across[kind] * now;
+    for (int kind = 0; kind < kKinds<R>; ++kind) size[kind] = width_count[kind] * now;
   }
   // Of row r; true where they are not those of the row before.
   __device__ bool at_row(int r) {
@@ -293,7 +303,7 @@ struct Sizes {
     set(r == grow ? 3.0f : 2.0f);
     return true;
   }
-  __device__ float inverse(int kind) const { return inverse_of(across[kind]) * inverse_of(down); }
+  __device__ float inverse(int kind) const { return inverse_count(width_count[kind]) * inverse_count(height_count); }
 };
 
 }  // namespace

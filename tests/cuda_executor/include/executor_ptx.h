@@ -14,9 +14,9 @@ namespace {
 inline unsigned block_index() { return blockIdx.x; }
 
 template <class T>
-inline float half_word(uint32_t word, int i) {
+inline float half_of(uint32_t packed32, int i) {
   Pack<T, 2> p;
-  p.word[0] = word;
+  p.packed32[0] = packed32;
   return element(p, i);
 }
 
@@ -33,8 +33,8 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   for (int k = 0; k < 16; ++k) {
     const int from = k % 8 / 2, high = k / 8, part = k % 2;
     for (int i = 0; i < 4; ++i) {
-      const float left = half_word<T>(word(g * 4 + from, i / 2 + 2 * high), part);
-      d[i] += left * half_word<T>(word((2 * q + i % 2) * 4 + from, 4 + high), part);
+      const float left = half_of<T>(word(g * 4 + from, i / 2 + 2 * high), part);
+      d[i] += left * half_of<T>(word((2 * q + i % 2) * 4 + from, 4 + high), part);
     }
   }
 }
@@ -65,9 +65,9 @@ inline void copy_wait() {
 // ---- Hopper. Products and bulk copies land when they are waited for: until then results are NaN, operands are read
 // when the product lands, and shared memory has what it had.
 
-inline uint64_t operand_at(const void* at, int along_k) {
-  const uint64_t address = static_cast<const char*>(at) - executor::dynamic_shared();
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(along_k >> 4) << 16 | uint64_t{128 >> 4} << 32;
+inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
+  const uint64_t address = static_cast<const char*>(pointer) - executor::dynamic_shared();
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 | uint64_t{128 >> 4} << 32;
 }
 
 // Of a lane: its products under way, by group, and the accumulators that they have.
@@ -105,7 +105,7 @@ inline void land_product(const Products::Product& p, float* d) {
         uint32_t left, right = 0;
         std::memcpy(&left, all + 128 * (4 * g + k % 8 / 2) + 4 * (i / 2 + k / 8 * 2), 4);
         std::memcpy(&right, base + k / 8 * along_k + j * along_n + (2 * q + i % 2) * 16 + k % 8 * 2, 2);
-        sum += half_word<T>(left, k % 2) * half_word<T>(right, 0);
+        sum += half_of<T>(left, k % 2) * half_of<T>(right, 0);
       }
       d[4 * j + i] = sum;
     }
