@@ -9,6 +9,7 @@
 #include "../../common/chan.h"
 #include "../../common/taps.h"
 
+// PK_SHARED(memory) declares `memory`, the dynamic shared memory of a block.
 #if defined(PK_EXECUTOR)  // tests/cuda_executor runs this source on the host
 #define PK_SHARED(memory) char* const memory = executor::dynamic_shared()
 #else
@@ -19,10 +20,11 @@ namespace pk {
 
 // A vector of parameters of any float dtype and stride, or none.
 struct Vector {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  int dtype = 0;  // dtype_index
+  const void* data = nullptr;  // null: there is no such parameter
+  int64_t stride = 0;          // elements
+  int dtype = 0;               // dtype_index
 
+  // Element i in float32; `absent` where there is no such parameter.
   __device__ float at(int64_t i, float absent) const {
     if (data == nullptr) return absent;
     i *= stride;
@@ -41,7 +43,7 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 // ---- elements
 
-// N elements as the memory holds them, moved by one instruction.
+// N elements as the memory holds them, moved by one instruction: in 32-bit words, of which 16-bit elements share one.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 4 ? 4 : sizeof(T) * N) Pack {
   static constexpr int kBytes = sizeof(T) * N;
@@ -90,7 +92,7 @@ __device__ inline float element(const Pack<T, N>& v, int i) {
   }
 }
 
-// Two float32 rounded to nearest even, the first in the low half.
+// Two float32 rounded to nearest even and packed, `low` in the low half.
 template <class T>
 __device__ inline uint32_t pair(float low, float high) {
   if constexpr (std::is_same_v<T, bf16>) {

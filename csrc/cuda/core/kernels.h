@@ -7,15 +7,19 @@
 namespace pk {
 
 struct KernelFact {
-  const char* name;  // mangled, as the argument of `Kernel`
-  const void* function;
-  int threads, shared;  // of a launch; `shared` is dynamic shared memory in bytes, the most that a launch asks for
+  const char* name;      // mangled, as the argument of `Kernel`
+  const void* function;  // its address, for the CUDA runtime
+  int threads;           // of a block
+  int shared;            // bytes of dynamic shared memory, the most that a launch asks for
 };
 
 // What the current device says of a kernel (kernel_use.cu).
 struct KernelUse {
-  int arch, registers, local, shared;  // `arch` of the code it runs, 90 for example; bytes
-  int blocks;                          // resident on a multiprocessor
+  int arch;       // of the code that it runs: 90, for example
+  int registers;  // of a thread
+  int local;      // bytes of local memory of a thread: spilled registers and the stack
+  int shared;     // bytes of static shared memory of a block
+  int blocks;     // resident on a multiprocessor
 };
 KernelUse kernel_use(const KernelFact& kernel);
 

@@ -52,7 +52,7 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  // `shared`: bytes of dynamic shared memory.
+  // A grid of `blocks` blocks, each with `shared` bytes of dynamic shared memory; `name` is for error messages.
   template <class Params>
   void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, const Params& params,
               int shared = 0) const {
@@ -76,7 +76,8 @@ class Launcher {
   }
 
  private:
-  // The attribute is the process's, so it is always the same: all that a block of this kernel may have.
+  // The attribute belongs to the process, not to a launch: it is always set to the same value, the most that a block of
+  // this kernel may have.
   void allow_shared(const char* name, const void* kernel) const {
     cudaFuncAttributes attributes;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel), std::string("attributes of ") + name);
@@ -90,7 +91,7 @@ class Launcher {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-// Dense memory that starts at a multiple of 16 bytes: of channels_last where `rows`.
+// The tensor, or a copy of it, dense and starting at a multiple of 16 bytes; channels_last where `rows`.
 inline Tensor aligned(const Tensor& t, bool rows) {
   const Tensor dense = in_layout(t, rows);
   return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);

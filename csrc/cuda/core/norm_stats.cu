@@ -13,10 +13,10 @@ constexpr int kPerThread = 8;  // small chunks: 98 blocks for one sample of 64 x
 constexpr int64_t kChunkElements = int64_t{kThreads} * kPerThread;
 
 struct NormStatsParams {
-  const void* x;    // [B, sample]
-  float* partials;  // [B, chunks, 3]
-  int64_t sample;   // elements of one
-  int64_t chunks;   // ceil(sample / kChunkElements)
+  const void* x;    // [B, sample] of T
+  float* partials;  // [B, chunks, 3]: count, mean and M2 of each chunk
+  int64_t sample;   // elements of one sample
+  int64_t chunks;   // of a sample: ceil(sample / kChunkElements)
 };
 
 // VECTOR: every sample starts at a multiple of 16 bytes.
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 6) norm_stats(NormStatsParams p) {
       first += d;
       second += d * d;
     }
-  first = block_sum(first, scratch);  // what rounding left in the mean
+  first = block_sum(first, scratch);  // not zero, because the mean is rounded: corrects mean and M2 below
   second = block_sum(second, scratch);
   if (threadIdx.x == 0) {
     float* out = p.partials + static_cast<int64_t>(blockIdx.x) * 3;

@@ -12,7 +12,7 @@
 namespace pk {
 namespace {
 
-// blockIdx.x, read anew: what is computed from it need not stay in registers until it is used again.
+// blockIdx.x, read again: values computed from it can be computed again, too, and need not stay in registers.
 __device__ inline unsigned block_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -60,7 +60,7 @@ __device__ inline void copy_async(void* target, const void* source, bool exists)
 
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most N of this thread's groups are under way.
+// Waits until at most N of this thread's groups of copies are still under way.
 template <int N>
 __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -68,8 +68,9 @@ __device__ inline void copy_wait() {
 
 // ---- Hopper: products of a warpgroup from shared memory, bulk copies, barriers in shared memory
 
-// B of a warpgroup's product in shared memory: 8 x 8 matrices of 128 bytes whose rows (columns of B) are 16 bytes of
-// consecutive k; the matrices of 8 columns each follow one another, those of the next 8 k are `k_stride` bytes on.
+// The descriptor of B of a warpgroup's product. B lies in shared memory as 8 x 8 matrices of 128 bytes whose rows
+// (columns of B) are 16 bytes of consecutive k; the matrices of 8 columns each follow one another, those of the next 8
+// k are `k_stride` bytes on.
 __device__ inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 | uint64_t{128 >> 4} << 32;
@@ -117,19 +118,20 @@ __device__ inline void multiply_async(float (&d)[N / 8][4], const uint32_t (&a)[
              PK_ROWS(8));
 }
 
-// Before the first product, and after a register of one was written.
+// Call it before the first product, and again after writing a register that a product uses.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps what computes d before what follows, and what uses d behind it.
+// Keeps the compiler from moving computations of d below this line, or uses of d above it.
 template <int ROWS>
 __device__ inline void computed(float (&d)[ROWS][4]) {
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) asm volatile("" : PK_ROW(i)::"memory");
 }
 
-// Until at most UNDER_WAY groups are; d: registers of one that is done, so that no use of them moves up here.
+// Waits until at most UNDER_WAY groups of products are still under way. `d` are the registers of a product that is done
+// by then: no use of them may move above the wait.
 template <int UNDER_WAY, int ROWS>
 __device__ inline void products_wait(float (&d)[ROWS][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(UNDER_WAY) : "memory");
@@ -151,14 +153,14 @@ __device__ inline void signal_init(uint64_t* signal, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(arrivals) : "memory");
 }
 
-// After the last `signal_init`, before the block's barrier.
+// Makes signals visible to bulk copies: call it after the last `signal_init`, before the block's barrier.
 __device__ inline void signals_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void signal_arrive(uint64_t* signal) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(signal)) : "memory");
 }
 
-// Until phase `parity` (0, 1, 0 ...) is over: all have arrived, all bytes too.
+// Waits for the end of phase `parity` (0, 1, 0 ...), when all threads and all bytes have arrived.
 __device__ inline void signal_wait(uint64_t* signal, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
@@ -183,7 +185,8 @@ __device__ inline void group_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A warpgroup's registers from here on, N a thread: fewer for those that only copy, more for those that compute.
+// From here on a thread of this warpgroup has N registers: those that only copy give some, those that compute take
+// them.
 template <int N>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));

@@ -160,7 +160,7 @@ Gradients mlp_cuda_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor w1, 
     return gradients();
   }
 
-  // What the kernels read and write, which lives until the launches are queued.
+  // The tensors that the kernels read and write: they must live until the last launch has been queued.
   const Tensor x_rows = aligned(x, last || !rows), grad_rows = aligned(grad, last || !rows);
   const Tensor saved = hidden.has_value() ? aligned(*hidden, false) : Tensor();
   const Tensor statistics = norm ? in_layout(mean_rstd, false) : Tensor();

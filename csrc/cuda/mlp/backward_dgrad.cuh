@@ -1,4 +1,4 @@
-// dx of a tile of tokens, 16 of them a warp's, the hidden activations computed again chunk by chunk.
+// dx of a tile of tokens, 16 for each warp; the hidden activations are computed again, chunk by chunk.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -6,30 +6,31 @@
 namespace pk {
 namespace {
 
-constexpr int kRowChunk = 64;  // hidden channels of a step
+constexpr int kRowChunk = 64;  // hidden channels of a chunk
 
 template <int C>
 struct MlpBwdDgradConfig {
-  // Every tile reads all weights from L2: where registers allow it, a wide one.
+  // Every tile reads all weights from L2: it is as tall as the registers allow.
   static constexpr int kWarps = C == 64 ? 8 : 4, kThreads = 32 * kWarps, kTokens = 16 * kWarps;
-  static constexpr int kBlocks = C == 96 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kBlocks = C == 96 ? 3 : 2;  // resident on a multiprocessor
   static constexpr int kWeight = OperandTile<C>::bytes(kRowChunk), kSaved = OperandTile<kRowChunk>::bytes(kTokens);
   static constexpr int kTable = 2 * kRowChunk * 4;
   PK_HOST_DEVICE static constexpr int stage(bool saved) { return 2 * kWeight + kTable + (saved ? kSaved : 0); }
   static constexpr int shared(bool saved) { return 2 * stage(saved); }
 
-  // dn as float32 rows, then the sums of the threads, in place of the weights
+  // After the last chunk, the weights' memory holds dn as rows of float32, and then the threads' sums.
   static constexpr int kStride = C + 8, kPacks = C / 8, kRows = kThreads / kPacks;
   static_assert(kTokens * kStride * 4 <= 2 * stage(false) && kRows * 3 * C * 4 <= 2 * stage(false));
 };
 
+// What a tile's tokens need of their samples.
 template <int C>
 struct TokenTable {
   static constexpr int kTokens = MlpBwdDgradConfig<C>::kTokens;
   float mean[kTokens], rstd[kTokens], k0[kTokens], k1[kTokens], drop[kTokens];
 };
 
-// fc1's operand: the warp's tokens `row` and `row` + 8, normalised as mlp_bwd_tokens does, in the order of load_a.
+// Loads fc1's operand: the warp's tokens `row` and `row` + 8, normalised as mlp_bwd_tokens does, in load_a's order.
 template <class T, int C>
 __device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C>& tokens, int64_t start, int row,
                                        int exist, uint32_t (&a)[C / 16][4]) {
@@ -56,7 +57,7 @@ __device__ inline void load_normalised(const MlpBwdParams& p, const TokenTable<C
   }
 }
 
-// dx from dn [kTokens, kStride] in shared memory, by 8 channels a thread; sums over the tile's tokens.
+// Writes dx, from dn [kTokens, kStride] in shared memory, and the sums over the tile's tokens; a thread has 8 channels.
 template <class T, int C>
 __device__ inline void finish_tokens(const MlpBwdParams& p, char* memory, const TokenTable<C>& tokens, int64_t start) {
   using Config = MlpBwdDgradConfig<C>;
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(MlpBwdDgradConfig<C>::kThreads, MlpBwdDgradCon
   uint32_t n_a[C / 16][4] = {}, g_a[C / 16][4];
   const T* g_row = static_cast<const T*>(p.g) + (start + row) * C;
   load_a<T, C>(g_row, g_row + 8 * C, row < exist, row + 8 < exist, g_a);
-  __syncthreads();  // of the tokens
+  __syncthreads();  // `tokens` is complete
   if (p.saved == nullptr) load_normalised<T, C>(p, tokens, start, row, exist, n_a);
   const float drop[2] = {tokens.drop[row], tokens.drop[row + 8]};
   float dn[C / 8][4];

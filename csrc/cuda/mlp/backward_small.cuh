@@ -1,4 +1,5 @@
-// The kernels around the two large ones of the MLP's backward: operands before, fixed-order sums between and after.
+// The small kernels of the MLP's backward: operands before the two large ones, sums in a fixed order between and after
+// them.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -9,9 +10,10 @@ namespace {
 constexpr int kSmallThreads = 256;
 constexpr int kWidest = 128;  // channels
 
-// The weights, of dtype W, as operands and the tables, for kPrepared hidden channels of a block, one of a warp.
+// Writes the weights as operands and the tables. A block has kPrepared hidden channels, one for each warp.
 //
-// fp16 has no room for a LayerScale of 1e-5: `divided` divides each row of w2t by its largest element.
+// float16 has no room for weights times a LayerScale of 1e-5: where `divided`, each row of w2t is divided by its
+// largest element.
 constexpr int kPrepared = kSmallThreads / 32;
 
 template <class T, class W>
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_prepare(MlpBwdParams p)
   p.table[2 * hidden + j] = u, p.table[3 * hidden + j] = b1 + v;
 }
 
-// x normalised and the gradient as operands. A thread has 8 channels of kTokensEach tokens.
+// Writes x, normalised, and the gradient as operands. A thread has 8 channels of kTokensEach tokens.
 constexpr int kTokensEach = 4;
 
 __host__ __device__ inline int tokens_of_block(int channels) { return kSmallThreads / (channels / 8) * kTokensEach; }
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_tokens(MlpBwdParams p) 
   }
 }
 
-// Of a sample: k0, k1 and drop_scale's gradient, by one block each.
+// Sums a sample's rows: k0, k1 and drop_scale's gradient, a block for each.
 template <class T>
 __global__ void __launch_bounds__(2 * kSmallThreads) mlp_bwd_sample(MlpBwdParams p) {
   __shared__ float scratch[2 * kSmallThreads / 32];
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(2 * kSmallThreads) mlp_bwd_sample(MlpBwdParams
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < p.pixels; i += 2 * kSmallThreads) total += row[i];
   }
-  if (quantity == 2 && p.b2.data != nullptr) {  // the rest of o: its bias, for the sum of g
+  if (quantity == 2 && p.b2.data != nullptr) {  // the rows have W2 p of o = W2 p + b2: here is the sum of g s b2
     if (threadIdx.x < p.channels) bias[threadIdx.x] = p.b2.at(threadIdx.x, 0) * p.layer_scale.at(threadIdx.x, 1);
     __syncthreads();
     const int64_t sample = p.pixels * p.channels;
@@ -134,9 +136,9 @@ __global__ void __launch_bounds__(2 * kSmallThreads) mlp_bwd_sample(MlpBwdParams
 
 // ---- sums of partials
 
-constexpr int kSumLanes = 8;    // of a block, over the splits
-constexpr int kSumGroup = 128;  // rows that one block adds
-constexpr int kSumColumns = 32;
+constexpr int kSumLanes = 8;     // threads that share the splits of an element (mlp_bwd_weights)
+constexpr int kSumGroup = 128;   // rows that a block of mlp_bwd_columns adds
+constexpr int kSumColumns = 32;  // columns of a block of mlp_bwd_columns
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // by itself ptxas takes 48 registers there and spills two
 #define PK_SUM_BOUNDS __launch_bounds__(kSmallThreads, 4)
@@ -144,7 +146,7 @@ constexpr int kSumColumns = 32;
 #define PK_SUM_BOUNDS __launch_bounds__(kSmallThreads)
 #endif
 
-// dW1, db1 and G2^T from the splits' partials; weights of dtype W.
+// Sums the splits' partials of dW1, G^T and db1.
 template <class W>
 __global__ void PK_SUM_BOUNDS mlp_bwd_weights(MlpBwdParams p) {
   constexpr int kPacks = kSmallThreads / kSumLanes;
@@ -178,9 +180,9 @@ __global__ void PK_SUM_BOUNDS mlp_bwd_weights(MlpBwdParams p) {
 
 struct ColumnsParams {
   const float* rows;  // [count, width]
-  float* sums;        // [ceil(count / kSumGroup), width]
-  int64_t count;
-  int width;  // a multiple of kSumColumns
+  float* sums;        // [ceil(count / kSumGroup), width]: the sum of each group of rows
+  int64_t count;      // rows
+  int width;          // columns, a multiple of kSumColumns
 };
 
 __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_columns(ColumnsParams p) {
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_columns(ColumnsParams p
   p.sums[group * p.width + column] = total;
 }
 
-// dW2 = diag(s) G2 and the vectors of 8 channels, from `columns` [3, C] and g2t. A thread has one channel o.
+// dW2 = diag(s) G, db2, dgamma, dbeta and LayerScale's gradient, from g2t and `columns` [3, C]. A block has 8 channels,
+// a thread one of them, o.
 template <class W>
 __global__ void __launch_bounds__(kSmallThreads) mlp_bwd_finish(MlpBwdParams p) {
   constexpr int kWarps = kSmallThreads / 32;

@@ -1,4 +1,5 @@
-// What the kernels of the MLP's backward share (algebra, "MLP sub-block"): a call, tiles of operands, the activation.
+// What the kernels of the MLP's backward share: parameters, tiles of operands in shared memory, the activation.
+// Formulas: docs/algebra.md, "MLP".
 #pragma once
 
 #include "../../common/activation.h"
@@ -12,32 +13,59 @@ namespace {
 
 constexpr int kHiddenBlock = 64;  // hidden channels of a block of mlp_bwd_wgrad
 
-// Matrices are dense, row by row. Tokens are the pixels of all samples, numbered through the batch.
+// Matrices are dense, row by row. Tokens are the pixels of all samples, numbered through the batch. T is the operands'
+// dtype, bfloat16 or float16; X is float32 where x_float, else T; W is the weights' dtype, T or float32. Pointers that
+// are null: not asked for. docs/algebra.md, "MLP", calls the input y.
 struct MlpBwdParams {
-  const void *x, *grad;    // [tokens, C], float32 where x_float, else the operands' dtype
-  const void *n, *g;       // the same as operands [tokens, C], x normalised
-  void *n_to, *g_to;       // where mlp_bwd_tokens writes them, or null
-  const float* mean_rstd;  // [B, 2]
-  const void *w1, *w2;     // [hidden, C] and [C, hidden], operands or float32
-  Vector b1, b2, gamma, beta, layer_scale, drop_scale;
-  const void* saved;  // fc1's output [tokens, hidden] as an operand, or null
-  void* w1_rows;      // W1 as an operand
-  void* w2t;          // W2^T diag(layer_scale) as an operand [hidden, C], each row divided by its `peak`
-  float* table;       // [4, hidden]: b1, peak, u = W1 gamma, v = b1 + W1 beta
-  float* affine;      // [2, C]: gamma and beta
-  float* rows;        // [3, hidden / 64, tokens]: sums over hidden channels of dh u, dh (h - v), p dp
-  float* k;           // [B, 2]: k0 and k1
-  float* partials;    // [splits, width]: dW1 [hidden, C], G2^T [hidden, C], db1 [hidden], or null
-  float* g2t;         // [hidden, C]: the sum of its partials
-  float* columns;     // [tiles, 3 C]: sums over a tile's tokens of dn xhat, dn, d g, or null
-  void *dx, *dw1, *dw2;
-  float *db1, *db2, *dgamma, *dbeta, *dlayer_scale, *ddrop_scale;
-  int64_t tokens, pixels;
-  int64_t tiles, tiles_per_split, splits;  // of mlp_bwd_wgrad
-  int hidden, channels;
+  const void* x;           // [tokens, C] of X: the input
+  const void* grad;        // [tokens, C] of X: dL/dz
+  const void* n;           // [tokens, C] of T: x normalised
+  const void* g;           // [tokens, C] of T: grad
+  void* n_to;              // `n`, where mlp_bwd_tokens writes it, or null: x itself is `n`
+  void* g_to;              // `g`, where mlp_bwd_tokens writes it, or null: grad itself is `g`
+  const float* mean_rstd;  // [B, 2]: of each sample of x, or null
+  const void* w1;          // [hidden, C] of W
+  const void* w2;          // [C, hidden] of W
+  Vector b1;               // [hidden]
+  Vector b2;               // [C]
+  Vector gamma;            // [C]: GroupNorm's weight
+  Vector beta;             // [C]: GroupNorm's bias
+  Vector layer_scale;      // [C]
+  Vector drop_scale;       // [B]
+  const void* saved;       // [tokens, hidden] of T: fc1's output, or null: it is computed again
+  void* w1_rows;           // [hidden, C] of T: W1
+  void* w2t;               // [hidden, C] of T: W2^T diag(layer_scale), each row divided by its `peak`
+  float* table;            // [4, hidden]: b1, peak, u = W1 gamma, v = b1 + W1 beta
+  float* affine;           // [2, C]: gamma and beta
+  float* rows;             // [3, hidden / 64, tokens]: sums over 64 hidden channels of dh u, dh (h - v), p dp; or null
+  float* k;                // [B, 2]: k0 and k1, the means over a sample of e and of e xhat
+  float* partials;         // [splits, width]: dW1 [hidden, C], G^T [hidden, C] and db1 [hidden] of a split; or null
+  float* g2t;              // [hidden, C]: G^T, the sum of its partials
+  float* columns;          // [tiles, 3 C]: sums over a tile's tokens of dn xhat, dn = W1^T dh and d g; or null
+  void* dx;                // [tokens, C] of X
+  void* dw1;               // [hidden, C] of W
+  void* dw2;               // [C, hidden] of W
+  float* db1;              // [hidden]
+  float* db2;              // [C]
+  float* dgamma;           // [C]
+  float* dbeta;            // [C]
+  float* dlayer_scale;     // [C]
+  float* ddrop_scale;      // [B]
+  int64_t tokens;          // B H W
+  int64_t pixels;          // H W
+  int64_t tiles;           // of mlp_bwd_wgrad: kSplitTokens tokens each
+  int64_t tiles_per_split;
+  int64_t splits;  // of the tokens: a block of mlp_bwd_wgrad has one
+  int hidden;      // hidden channels
+  int channels;    // C
   Activation activation;
-  bool x_float, norm, residual, divided, drop_grad;
+  bool x_float;    // whether x, grad and dx are float32
+  bool norm;       // whether there is GroupNorm
+  bool residual;   // whether dx includes grad
+  bool divided;    // whether rows of w2t are divided by their peak; without it peak is 1
+  bool drop_grad;  // whether drop_scale's gradient is asked for
 
+  // Floats of a split's partials.
   PK_HOST_DEVICE int64_t width() const { return int64_t{2} * hidden * channels + hidden; }
 };
 
@@ -46,7 +74,7 @@ __device__ inline int64_t sample_of(int64_t token, const MlpBwdParams& p) {
   return token / p.pixels;
 }
 
-// 8 channels of a matrix of float32 or T.
+// Loads 8 channels of a matrix of float32 or T, from element `offset` on.
 template <class T>
 __device__ inline void load_channels(const void* source, bool is_float, int64_t offset, float (&out)[8]) {
   if (is_float) {
@@ -61,7 +89,7 @@ __device__ inline void load_channels(const void* source, bool is_float, int64_t 
   }
 }
 
-// One store for both dtypes: the compiler takes those of two branches to pieces.
+// Stores 8 channels. The first store serves both dtypes: of one in each branch the compiler makes several narrow ones.
 template <class T>
 __device__ inline void store_channels(void* target, bool is_float, int64_t offset, const float (&v)[8]) {
   const float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};
@@ -76,15 +104,16 @@ __device__ inline void store_channels(void* target, bool is_float, int64_t offse
 
 // ---- tiles of operands in shared memory
 
-// Rows of WIDTH elements. A product's k may follow a row (operand_words: rows 2a and 2a + 1 in one phase of 8 lanes) or
-// run across rows (load_matrices_transposed: 8 neighbouring rows at a time). 16 bytes of padding, and neighbours placed
-// 4 rows apart, keep both free of bank conflicts.
+// A tile has rows of WIDTH elements. A product sums along a row (multiply_rows, where 8 lanes at a time read rows 2a
+// and 2a + 1) or across rows (multiply_across, which reads 8 neighbouring rows at a time). Neither has bank conflicts,
+// because rows are padded by 16 bytes and neighbours are 4 rows apart (tile_row).
 template <int WIDTH>
 struct OperandTile {
   static constexpr int kStride = 2 * WIDTH + 16;  // bytes, an odd multiple of 16
   PK_HOST_DEVICE static constexpr int bytes(int rows) { return rows * kStride; }
 };
 
+// Where row `row` is in the tile.
 __device__ inline int tile_row(int row) { return (row & ~7) | (row & 7) >> 1 | (row & 1) << 2; }
 
 // Starts the copy of ROWS rows, `stride` elements apart, of which `exist` exist; the others become zeros.
@@ -107,8 +136,9 @@ __device__ inline void copy_rows(char* tile, const T* source, int stride, int ex
   }
 }
 
-// The order of k in a product is free as long as both operands agree. Of each 32, lane 4 g + q takes 8 q .. 8 q + 7 of
-// its rows, one pack: words 0 and 1 serve the first of two steps of 16, words 2 and 3 the second.
+// Loads operand a, rows `low_row` and `high_row` of each lane. A product may sum in any order that both operands share:
+// of each 32 channels, lane 4 g + q takes 8 q .. 8 q + 7, one pack, whose words 0 and 1 serve the first of two steps of
+// 16, words 2 and 3 the second.
 template <class T, int C>
 __device__ inline void load_a(const T* low_row, const T* high_row, bool low, bool high, uint32_t (&a)[C / 16][4]) {
   const int q = threadIdx.x % 4;
@@ -148,7 +178,7 @@ __device__ inline void multiply_across(float (&d)[C / 8][4], const uint32_t (&a)
   }
 }
 
-// Offsets of the row that a lane reads: for multiply_rows, and for multiply_across.
+// The offset in a tile of what a lane reads, in bytes: for multiply_rows, and for multiply_across.
 template <int WIDTH>
 __device__ inline int along_offset() {
   return tile_row(threadIdx.x % 32 / 4) * OperandTile<WIDTH>::kStride + threadIdx.x % 4 * 16;
@@ -173,7 +203,8 @@ struct Exp {
   __device__ float operator()(float x) const { return exp2_flushed(x * 1.44269504f); }
 };
 
-// gelu's slope is Phi(x) + x phi(x), and the chip has an instruction for the bell: half of a polynomial's work.
+// gelu's slope is Phi(x) + x phi(x), where phi is the normal density. Its exponential is one instruction: half the work
+// of a polynomial for the slope.
 template <Activation A>
 __device__ inline Activated<float> activated(float x) {
   if constexpr (A == Activation::gelu) {
@@ -196,7 +227,7 @@ __device__ inline void activate_all(const float (&h)[2][4], float (&value)[2][4]
     }
 }
 
-// Of all elements of two accumulators.
+// The activation and its slope for all elements of two accumulators.
 __device__ inline void activated(Activation activation, const float (&h)[2][4], float (&value)[2][4],
                                  float (&slope)[2][4]) {
   switch (activation) {

@@ -1,7 +1,7 @@
-// The weights' gradients of a block of hidden channels over a split of the tokens, and GroupNorm's sums per token.
+// The weights' gradients for a block of hidden channels over a split of the tokens, and GroupNorm's sums per token.
 //
-// Transposed, h^T = W1 n^T, so that the activations are the register operand of the products that follow: rows are
-// hidden channels, 16 of a warp's, and columns are tokens.
+// Products are transposed, h^T = W1 n^T: rows are hidden channels, 16 for each warp, and columns are tokens. The
+// activations are then the operand in registers of the products that follow.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -9,18 +9,18 @@
 namespace pk {
 namespace {
 
-constexpr int kSplitTokens = 64;  // of a tile
+constexpr int kSplitTokens = 64;  // tokens of a tile
 
 template <int C>
 struct MlpBwdWgradConfig {
-  static constexpr int kThreads = 128, kBlocks = C == 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kThreads = 128, kBlocks = C == 64 ? 3 : 2;  // resident on a multiprocessor
   static constexpr int kTile = OperandTile<C>::bytes(kSplitTokens),
                        kSaved = OperandTile<kHiddenBlock>::bytes(kSplitTokens);
   PK_HOST_DEVICE static constexpr int stage(bool saved) { return 2 * kTile + (saved ? kSaved : 0); }
   static constexpr int shared(bool saved) { return 2 * stage(saved); }
 };
 
-// Sums 8 values over the lanes of one lane % 4, in 7 exchanges: a lane gets the total of value lane / 4.
+// Sums 8 values over the 8 lanes with the same lane % 4, in 7 exchanges: a lane gets the total of value lane / 4.
 __device__ inline float rows_summed(float (&v)[8]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll

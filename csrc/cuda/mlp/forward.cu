@@ -1,4 +1,4 @@
-// The MLP's forward: checks, outputs, which kernel runs. Formulas: algebra, "MLP sub-block".
+// The MLP's forward: checks, output tensors, and which kernel runs. Formulas: docs/algebra.md, "MLP".
 #include "forward.cuh"
 
 #include <tuple>
@@ -12,9 +12,9 @@ namespace {
 // ---- weights of another dtype, rounded to the operands'
 
 struct RoundParams {
-  const void* source;
-  void* target;
-  int64_t n;
+  const void* source;  // [n] of float32
+  void* target;        // [n] of T
+  int64_t n;           // elements
 };
 
 template <class T>

@@ -9,20 +9,20 @@ namespace {
 
 constexpr int kChunk = 32;  // hidden channels of a step
 
-// How the kernel is launched for C channels. A warp has TILES times 16 tokens: each weight loaded serves them all.
+// The shape of the kernel for C channels. A warp has kTiles times 16 tokens, which share each weight that it loads.
 template <int C>
 struct MlpFwdConfig {
   static constexpr int kWarps = 4, kTiles = C <= 64 ? 2 : 1, kRows = kWarps * 16 * kTiles, kStages = C <= 128 ? 3 : 2;
   static constexpr int kW1Stride = 2 * C + (C % 64 ? 0 : 64);  // bytes: 64 mod 128, so that loads meet no bank twice
   static constexpr int kW2Stride = 2 * kChunk, kW1 = kChunk * kW1Stride, kStage = kW1 + C * kW2Stride;
-  static constexpr bool kParked = C > 128;  // fc1's operand waits in shared memory: there are no registers for it
+  static constexpr bool kParked = C > 128;  // fc1's operand lies in shared memory, as there are too few registers
   static constexpr int kOperand = kParked ? C / 16 * 16 * 32 * kWarps : 0;
   using Table = Tables<C, kRows>;
   static int shared(int hidden) { return kStages * kStage + kOperand + Table::bytes(hidden); }
 };
 
-// Of hidden channels j .. j + kChunk - 1 both weights to shared memory: W1's rows [kChunk, C], then W2's columns
-// [C, kChunk]. Four threads a row, so that addresses differ by constants.
+// Starts the copy of both weights' parts for hidden channels j .. j + kChunk - 1 to shared memory: W1's rows [kChunk,
+// C], then W2's columns [C, kChunk]. Four threads copy a row, so that their addresses differ by constants.
 template <class T, int C>
 __device__ inline void copy_weights(const MlpParams& p, int j, char* stage) {
   using Config = MlpFwdConfig<C>;

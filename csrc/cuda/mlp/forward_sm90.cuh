@@ -1,10 +1,10 @@
 // The MLP's forward for Hopper: products of whole warpgroups that run while the cores compute GELU.
 //
-// A block keeps one multiprocessor and walks over tiles of 64 tokens, one for each of its warpgroups. One more
-// warpgroup copies the weights, packed beforehand in the order in which the tensor cores read them, chunk by chunk of
-// the hidden channels; where all chunks fit in shared memory, once. A warpgroup starts fc1 of the next chunk, then
-// applies GELU to this one, then starts fc2 of this one: its tensor cores always have work, and the other warpgroups
-// fill what is left.
+// A block occupies one multiprocessor and walks over tiles of 64 tokens, one for each of its warpgroups. One more
+// warpgroup copies the weights, chunk by chunk of the hidden channels; where all chunks fit in shared memory, only
+// once. They were packed beforehand in the order in which the tensor cores read them. A warpgroup starts fc1 of the
+// next chunk, then applies GELU to this one, then starts fc2 of this one: the tensor cores always have work, and the
+// other warpgroups fill the gaps.
 #pragma once
 
 #include "forward_tile.cuh"
@@ -14,8 +14,8 @@ namespace pk {
 namespace {
 
 struct MlpSm90Params {
-  MlpParams mlp;
-  const void* images;  // the chunks of both weights, from mlp_pack
+  MlpParams mlp;       // its w1 and w2 are not used
+  const void* images;  // the chunks of both weights, 2 hidden C elements of T, as mlp_pack writes them
   int64_t tiles;       // of 64 tokens
 };
 
@@ -33,14 +33,15 @@ struct MlpFwdSm90Config {
   static bool fits(int hidden) { return hidden % kChunk == 0 && shared(hidden) <= 227 * 1024; }
 };
 
-// ---- the weights as images: of chunk after chunk W1 [C / 8][kChunk][8], then W2 [kChunk / 8][C][8], all in logical
-// order
+// ---- the weights as images: for each chunk of hidden channels W1 [C / 8][kChunk][8], then W2 [kChunk / 8][C][8],
+// channels in logical order (memory_channel)
 
 struct MlpPackParams {
-  const void *w1, *w2;
-  void* images;
-  int hidden;
-  bool from_float;
+  const void* w1;   // [hidden, C], float32 where from_float, else T
+  const void* w2;   // [C, hidden], of the same dtype
+  void* images;     // 2 hidden C elements of T
+  int hidden;       // hidden channels
+  bool from_float;  // whether the weights are float32
 };
 
 template <class T>
@@ -122,7 +123,7 @@ __device__ inline void pack_operand(const float (&h)[CHUNK / 8][4], uint32_t (&a
   }
 }
 
-// Where a warpgroup is in the ring of stages.
+// A position in the ring of stages; `parity` changes with every round.
 template <int STAGES>
 struct Ring {
   int stage = 0, parity = 0;
@@ -132,6 +133,7 @@ struct Ring {
   }
 };
 
+// What the warpgroups that compute do.
 template <class T, int C>
 __device__ inline void consume(const MlpSm90Params& params, char* memory, int group) {
   using Config = MlpFwdSm90Config<C>;
@@ -187,11 +189,11 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
       start_fc2<T, C>(acc, a, memory + previous * Config::kImage + Config::kWeight, c > 1);
       products_wait<1>(h);
       add_gelu<kChunk>(h, table.b1() + c * kChunk);
-      computed(h);
+      computed(h);  // the wait for fc2, `finish`, must not move above GELU
       const int finished = previous;
       previous = ring.stage;
       ring.advance();
-      if (c + 1 < chunks) signal_wait(&full[ring.stage], ring.parity);  // the products' wait must not move above GELU
+      if (c + 1 < chunks) signal_wait(&full[ring.stage], ring.parity);
       finish();
       release(finished);
       pack_operand<T, kChunk>(h, a);
@@ -206,6 +208,7 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
   }
 }
 
+// What the copying warpgroup's one thread does.
 template <int C>
 __device__ inline void produce(const MlpSm90Params& params, char* memory) {
   using Config = MlpFwdSm90Config<C>;
@@ -213,7 +216,7 @@ __device__ inline void produce(const MlpSm90Params& params, char* memory) {
   uint64_t* const empty = full + Config::kStages;
   const int chunks = params.mlp.hidden / Config::kChunk;
   Ring<Config::kStages> ring;
-  bool filled = false;  // every stage once
+  bool filled = false;  // whether every stage has been filled once
   for (int64_t tile = int64_t{blockIdx.x} * Config::kGroups; tile < params.tiles;
        tile += int64_t{gridDim.x} * Config::kGroups) {
     for (int c = 0; c < chunks; ++c) {
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(MlpFwdSm90Config<C>::kThreads, 1) mlp_fwd_sm90
     consume<T, C>(params, memory, group);
   }
 #elif defined(__CUDA_ARCH__)
-  __trap();  // the launcher saw to it that this is not the code that runs
+  __trap();  // the launcher runs this kernel on compute capability 9.0 only
 #endif
 }
 

@@ -12,21 +12,31 @@
 
 namespace pk {
 
+// Matrices are dense, row by row. Tokens are the pixels of all samples, numbered through the batch. T is the operands'
+// dtype, bfloat16 or float16. docs/algebra.md, "MLP", calls the input y and the output z.
 struct MlpParams {
-  const void* x;        // [tokens, C], float32 where x_float, else the operands' dtype
-  void* y;              // likewise
-  const void *w1, *w2;  // of the operands' dtype
-  Vector b1, b2, gamma, beta, layer_scale, drop_scale;
-  const float* stats;  // partials of x [B, partials, 3], or null: no norm
-  int64_t partials;
-  float* mean_rstd;  // [B, 2]
-  float* y_stats;    // [B, slots, 3] or null
-  int64_t slots;
-  void* saved;  // fc1's output [tokens, hidden] or null
-  int64_t tokens, pixels;
-  int hidden;
-  float eps;
-  bool x_float, residual;
+  const void* x;       // [tokens, C], float32 where x_float, else T: the input
+  void* y;             // the same shape and dtype: the output
+  const void* w1;      // [hidden, C] of T
+  const void* w2;      // [C, hidden] of T
+  Vector b1;           // [hidden]
+  Vector b2;           // [C]
+  Vector gamma;        // [C]: GroupNorm's weight
+  Vector beta;         // [C]: GroupNorm's bias
+  Vector layer_scale;  // [C]
+  Vector drop_scale;   // [B]
+  const float* stats;  // [B, partials, 3]: count, mean and M2 of parts of x; null: there is no norm
+  int64_t partials;    // of a sample
+  float* mean_rstd;    // [B, 2]: written, where there is a norm
+  float* y_stats;      // [B, slots, 3]: count, mean and M2 of parts of y, or null
+  int64_t slots;       // of a sample
+  void* saved;         // [tokens, hidden] of T: fc1's output for the backward, or null
+  int64_t tokens;      // B H W
+  int64_t pixels;      // H W
+  int hidden;          // hidden channels
+  float eps;           // GroupNorm's
+  bool x_float;        // whether x and y are float32
+  bool residual;       // whether y includes x
   Activation activation;
 };
 
@@ -36,11 +46,11 @@ namespace {
 
 constexpr int kUnit = 64;  // tokens whose statistics are one partial of their sample; STATS_ROWS in backends/cuda.py
 
-// The memory's place of logical channel l (of a hidden one too).
+// Which channel of memory logical channel l is, of C and of the hidden channels alike.
 __device__ inline int memory_channel(int l) { return l / 32 * 32 + l % 8 / 2 * 8 + l % 32 / 8 * 2 + l % 2; }
 
-// float32 tables in shared memory, at constant places: gamma, beta, b2 and LayerScale; for ROWS tokens mean, rstd and
-// drop scale, and the mean and M2 of the output's channels; b1.
+// float32 tables in shared memory: [C] gamma, beta, b2 and LayerScale; for ROWS tokens their sample's mean, rstd and
+// drop scale, and the mean and M2 of the output's channels; [hidden] b1. Each is at a constant offset.
 template <int C, int ROWS>
 struct Tables {
   float* const gamma;
@@ -68,7 +78,7 @@ struct Tables {
     }
   }
 
-  // Of the tokens from `start` on, by warp `warp` of `warps`: each sample's statistics for its tokens.
+  // Fills mean, rstd and drop scale of the tokens from `start` on, each warp those of some samples.
   __device__ void fill_tokens(const MlpParams& p, int64_t start, int warp, int warps) const {
     const int lane = threadIdx.x % 32;
     const int64_t end = min(start + ROWS, p.tokens), first = start / p.pixels, last = (end - 1) / p.pixels;
@@ -93,8 +103,9 @@ struct Tables {
     }
   }
 
-  // The partials of y of the samples in unit `unit` of the tokens from `start` on: segment 0 or 1, a warp each. A
-  // sample's last unit also clears the slots left over.
+  // Writes partials of y's statistics. The kUnit tokens of unit `unit`, counted from `start`, belong to one or two
+  // samples: `segment` 0 is the first of them, 1 the second, by a warp each. A sample's last unit also empties the
+  // slots left over.
   __device__ void store_stats(const MlpParams& p, int64_t start, int unit, int segment) const {
     start += unit * kUnit;
     if (start >= p.tokens) return;
@@ -116,7 +127,7 @@ struct Tables {
   }
 };
 
-// 8 channels of a token, memory of type X, as float32 and back.
+// 8 channels of a token, of dtype X in memory, in float32.
 template <class X>
 __device__ inline void load_channels(const void* x, int64_t offset, float (&out)[8]) {
   if constexpr (sizeof(X) == 4) {
@@ -131,7 +142,7 @@ __device__ inline void load_channels(const void* x, int64_t offset, float (&out)
   }
 }
 
-// Leaves in `value` what was stored.
+// Stores 8 channels of a token, where it `exists`. `value` becomes what was stored, rounded to X.
 template <class X>
 __device__ inline void store_channels(void* y, int64_t offset, bool exists, float (&value)[8]) {
   if constexpr (sizeof(X) == 4) {
@@ -146,7 +157,7 @@ __device__ inline void store_channels(void* y, int64_t offset, bool exists, floa
   }
 }
 
-// fc1's operand: the 16 tokens from `start + row` on, normalised, rounded once.
+// Loads fc1's operand: the 16 tokens from `start + row` on, normalised in float32 and rounded once.
 template <class T, class X, int C, class Table>
 __device__ inline void load_operand_from(const MlpParams& p, const Table& table, int64_t start, int row,
                                          uint32_t (&a)[C / 16][4]) {
@@ -181,8 +192,9 @@ __device__ inline void load_operand(const MlpParams& p, const Table& table, int6
     load_operand_from<T, T, C>(p, table, start, row, a);
 }
 
-// fc1's output as the backward finds it: float16 leaves finite what is, if the slope is 0 or 1 out there. That of
-// relu_squared is 2 h above, so h becomes infinite, as it is in eager float16.
+// fc1's output as it is saved for the backward. Beyond the range of float16 it becomes the largest finite number, for
+// which the activation's slope is the same, 0 or 1. But relu_squared's slope is 2 h: there a large h becomes infinite,
+// as it does in eager float16.
 template <class T>
 __device__ inline float saved_value(float h, Activation activation) {
   if constexpr (std::is_same_v<T, f16>) {
@@ -203,7 +215,8 @@ __device__ inline void activated(float (&h)[4][4], uint32_t (&out)[2][4]) {
   }
 }
 
-// h + b1 of 32 hidden channels from `j` on, saved where asked for, then the activation as fc2's operand.
+// Adds b1 to h, 32 hidden channels from `j` on, saves the sum where asked for, and returns its activation as fc2's
+// operand.
 template <class T>
 __device__ inline void hidden_operand(const MlpParams& p, const float* b1, int64_t token, int j, float (&h)[4][4],
                                       uint32_t (&out)[2][4]) {
@@ -231,7 +244,7 @@ __device__ inline void hidden_operand(const MlpParams& p, const float* b1, int64
   }
 }
 
-// y of the 16 tokens from `start + row` on, and the moments of each token's channels.
+// Stores y of the 16 tokens from `start + row` on, and writes the moments of each token's channels to the tables.
 template <class X, int C, class Table>
 __device__ inline void store_rows_as(const MlpParams& p, const Table& table, int64_t start, int row,
                                      float (&acc)[C / 8][4]) {

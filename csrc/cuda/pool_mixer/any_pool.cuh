@@ -7,7 +7,7 @@
 namespace pk {
 namespace {
 
-// A place's elements, two columns by its rows, through visit(h, w, offset).
+// Calls visit(h, w, offset) for each element of a place: two columns by its rows.
 template <class Visit>
 __device__ inline void each_element(const Tiling& tiling, const Place& place, const Visit& visit) {
   for (int r = 0; r < place.rows; ++r)
@@ -19,7 +19,7 @@ __device__ inline float window_count(int i, int size, int pool) {
   return static_cast<float>(valid_taps(i, size, pool));
 }
 
-// Sum over the window around an element of value(offset of a neighbour); ADJOINT: each divided by its own pool's size.
+// Sum of value(offset) over the window around an element. ADJOINT: each is divided by the size of its own window.
 template <bool ADJOINT, class Value>
 __device__ inline float window_sum(const Tiling& tiling, int h, int w, int64_t offset, const Value& value) {
   const int half = tiling.pool / 2;
@@ -44,7 +44,7 @@ __device__ inline float value_at(const void* tensor, int64_t offset) {
   return element(load<T, 1>(static_cast<const T*>(tensor) + offset), 0);
 }
 
-// (P x - x) of an element, of x - mean: exact for nearby numbers.
+// (P x - x) of an element, computed from x - mean, which is exact for numbers near the mean.
 template <class T>
 __device__ inline float mixed_at(const PoolMixerParams& p, int h, int w, int64_t offset, float mean) {
   const Tiling& tiling = p.tiling;

@@ -1,5 +1,6 @@
-// The token mixer's backward: q in partials (reduce), q (q), what follows from q (finish), dx (apply).
-// Formulas: algebra, "Token mixer sub-block".
+// The token mixer's backward in four kernels: pool_mixer_bwd_reduce writes q by tiles, pool_mixer_bwd_q sums it,
+// pool_mixer_bwd_finish computes k and the parameters' gradients from it, pool_mixer_bwd_apply writes dx.
+// Formulas: docs/algebra.md, "Token mixer".
 #pragma once
 
 #include "walk.cuh"
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int kReduceThreads = 256, kReduceChannels = 32;
 
-// What a tile's threads summed, [slow][fast channels], into one number for each channel.
+// Adds what the threads of a tile summed, one number for each channel, and writes it to q_partials. `sums` is
+// [tile_columns][channels of the tile] in channels_last, [channels of the tile][fast] in NCHW.
 __device__ inline void write_q(const PoolMixerParams& p, const Tile& t, const float* sums) {
   const Tiling& tiling = p.tiling;
   int first;
@@ -34,7 +36,7 @@ __device__ inline void write_q(const PoolMixerParams& p, const Tile& t, const fl
   }
 }
 
-// Per tile and channel sum g (P x - x) = q / rstd: with the pool on x the mean drops out.
+// Sums g (P x - x) = q / rstd for each tile and channel: P x - x is the same with or without the mean.
 template <class T, int V, bool ALONG>
 __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, V> : 2)
     pool_mixer_bwd_reduce(PoolMixerParams p) {
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, 
   write_q(p, t, sums);
 }
 
-// sum over i < n of values[i * stride] by eight threads of each of 32 columns, the same in all rows of the block.
+// Sum of value(i) over i < n for each of 32 columns, by eight threads each, which all get the same bits.
 template <class Value>
 __device__ inline float column_sum(int64_t n, float* scratch, const Value& value) {
   const int lane = threadIdx.x % kReduceChannels, row = threadIdx.x / kReduceChannels;
@@ -109,8 +111,8 @@ __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_q(PoolMixerPara
   if (exists && threadIdx.x < kReduceChannels) p.q[b * p.tiling.channels + c] = total * p.mean_rstd[2 * b + 1];
 }
 
-// The first blocks: k and drop_scale's gradient, a sample each. The others: weight's and layer_scale's gradients of 32
-// channels each, Q = sum_b d_b q_b.
+// The first B blocks compute k and drop_scale's gradient of a sample each. Each of the others has 32 channels and
+// computes the gradients of weight and layer_scale from Q = sum_b d_b q_b.
 __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixerParams p) {
   __shared__ float scratch[kReduceThreads];
   const int channels = p.tiling.channels;
@@ -135,15 +137,16 @@ __global__ void __launch_bounds__(kReduceThreads) pool_mixer_bwd_finish(PoolMixe
   p.dlayer_scale[c] = total * p.weight.at(c, 1.0f);
 }
 
-// 3 / 4 of 1 / taps: a power of two inside, not a rounded 1 / 3. That is too large by as much for every element, which
-// a sum less its own gradient does not forgive.
+// (3 / 4) / count, the weight of a row or column in the adjoint's sums. Inside the image it is 1 / 4, which is exact.
+// The plain 1 / 3 is rounded, an error with the same sign in all nine terms, which would show in e = P^T g - g where
+// P^T g and g nearly cancel. The factor of kRelativeArea that this leaves on e is divided out of the gain.
 __device__ inline float relative_weight(float count) { return count == 3.0f ? 0.25f : count == 2.0f ? 0.375f : 0.75f; }
 constexpr float kRelativeArea = 0.75f * 0.75f;
 
-// Sums over three columns, each divided by the size of its own pool, times kRelativeArea.
+// Horizontal sums of three columns, each divided by the size of its own window, times kRelativeArea.
 template <class R>
 struct AdjointSums {
-  float weight[R::CO == 2 ? 4 : 5];  // of the columns: left, right, and those of the kinds
+  float weight[R::CO == 2 ? 4 : 5];  // of the left and the right neighbour, and of the thread's columns by kind
 
   __device__ AdjointSums(const Tiling& tiling, int w) {
     weight[0] = relative_weight(window_count_3(w - 1, tiling.width));
@@ -167,7 +170,7 @@ struct AdjointSums {
   }
 };
 
-// dx = g + r (gamma a e - xhat k), e = P^T g - g; without the first g where there is no residual.
+// dx = g + r (gamma s d e - xhat k), e = P^T g - g; without the first g where there is no residual.
 template <class T, int V, bool ALONG>
 __global__ void __launch_bounds__(threads_of<T, V>, V > 1 ? 512 / threads_of<T, V> : 2)
     pool_mixer_bwd_apply(PoolMixerParams p) {

@@ -1,7 +1,8 @@
-// The token mixer's forward. Formulas: algebra, "Token mixer sub-block".
+// The token mixer's forward. Formulas: docs/algebra.md, "Token mixer".
 //
-// Differences of float32 are taken after subtracting the sample's mean, exact for nearby numbers, so a constant image
-// gives exactly zero; sums of 8- and 11-bit halves need no shift to be exact.
+// With float32 the sample's mean is subtracted before windows are summed, which is exact for numbers near it: a
+// constant image gives exactly zero. bfloat16 and float16 have 8 and 11 significant bits: float32 sums of a window are
+// exact as they are.
 #pragma once
 
 #include "walk.cuh"
@@ -9,7 +10,7 @@
 namespace pk {
 namespace {
 
-// Sums over a block of what its threads saw of y, about `origin`.
+// The statistics of what a block writes of y, as sums of y - origin and of its square.
 struct OutputMoments {
   float count = 0, first = 0, second = 0;
 
@@ -18,7 +19,8 @@ struct OutputMoments {
     first += d;
     second = fmaf(d, d, second);
   }
-  // To the tile's partial, by the whole block; `scratch` has 3 floats for each warp. Slots without a tile are emptied.
+  // Writes the tile's partial; to be called by the whole block, with 3 floats of `scratch` for each warp. The sample's
+  // slots that have no tile become empty.
   __device__ void write(const PoolMixerParams& p, const Tile& t, float origin, float* scratch) {
     const int tiles = static_cast<int>(p.tiling.tiles.value);
     float* const partial = p.y_stats + (t.b * p.slots + t.tile) * 3;
@@ -47,12 +49,13 @@ struct OutputMoments {
   }
 };
 
-// What a block knows of its sample and channels once its threads have met.
+// What all threads of a block need of its sample and channels, in shared memory.
 struct Prepared {
   alignas(16) float gain[kTileElements];
   float mean, scale;  // scale: rstd times drop_scale
 };
 
+// Fills `shared`, by the whole block; the sample's first block also writes mean_rstd.
 __device__ inline void prepare(const PoolMixerParams& p, const Tile& t, Prepared& shared) {
   if (threadIdx.x < 32) {
     const Moments<float> m = merged(p.stats + t.b * p.partials * 3, p.partials);
@@ -70,7 +73,8 @@ __device__ inline void prepare(const PoolMixerParams& p, const Tile& t, Prepared
   __syncthreads();
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // needs a few registers more
+// Threads of a multiprocessor for which the compiler must leave registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // the kernel needs a few registers more there
 constexpr int kResident = 384;
 #else
 constexpr int kResident = 512;

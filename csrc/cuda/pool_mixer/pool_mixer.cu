@@ -7,17 +7,18 @@
 namespace pk {
 namespace {
 
-constexpr int kStaticShared = 6 * 1024;  // at the most, of these kernels
-constexpr int64_t kMerged = 128;         // partials that every block merges for itself
+constexpr int kStaticShared = 6 * 1024;  // bytes: no kernel here has more static shared memory
+constexpr int64_t kMerged = 128;         // where a sample has more partials, pool_mixer_merge merges them beforehand
 
 int ceil_div(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
 
-// Rows of a strip: many rows read few twice, few rows make many blocks. The statistics have room for the partials of
-// `finest_rows`; poolformer_kernels.backends.cuda.stats_tiles has the same arithmetic.
+// Rows of a strip. A strip also reads the rows above and below it, so that long strips read less; short strips make
+// more blocks. The statistics have room for the partials of `finest_rows`: poolformer_kernels.backends.cuda.stats_tiles
+// has the same arithmetic.
 int coarsest_rows(int64_t height) { return height < 4 * kStripRows ? kStripRows : 2 * kStripRows; }
 int finest_rows(int64_t height) { return height < 64 ? 2 : height < 160 ? 4 : 2 * kStripRows; }
 
-// Strips of `rows` rows at the most.
+// A tiling whose strips have at most `rows` rows.
 Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, int rows) {
   Tiling tiling{};
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3), most = (int64_t{1} << 31) - 1;
@@ -48,7 +49,8 @@ Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, int rows) {
   return tiling;
 }
 
-// The coarsest strips that still give every multiprocessor two blocks, else the finest. Sets `slots`.
+// The tiling with the longest strips that still give every multiprocessor two blocks, else with the shortest. `slots`
+// becomes the number of tiles that the shortest strips give.
 Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, const Launcher& launcher, int64_t* slots) {
   const int finest = finest_rows(x.size(2)), wanted = 2 * launcher.attribute(cudaDevAttrMultiProcessorCount);
   Tiling fine = tiling_of(x, channels_last, pool, finest);
@@ -60,7 +62,7 @@ Tiling tiling_of(const Tensor& x, bool channels_last, int64_t pool, const Launch
   return fine;
 }
 
-// How wide a thread's loads are.
+// How a thread loads: single elements, 16 bytes of channels, 8 or 4 elements along the width.
 enum class Width { scalar, channels, along8, along4 };
 
 Width width_of(const Tiling& tiling, int bytes, std::initializer_list<const void*> tensors) {
@@ -104,15 +106,14 @@ struct KernelsFor {
                                     pool_mixer_bwd_apply<T, 4, true>};
 };
 
-// A block for each tile. `tensors`: those that the kernel walks over.
+// Launches the kernel that fits the pool and the width, a block for each tile. `tensors`: how many the kernel reads.
 void launch(const Launcher& launcher, const Kernels& kernels, PoolMixerParams& p, Width width, int bytes, int tensors) {
   Tiling& tiling = p.tiling;
   const int whole = 16 / bytes;
   tiling.pitch = (2 * tiling.tile_columns * tensors + 2) * tiling.tile_groups * kCellElements * bytes + 16;
   int shared = width == Width::channels ? stages_of(tensors) * tiling.pitch : 0;
-  if (shared >
-      launcher.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared) {  // on small devices, wide rows
-    width = Width::scalar;
+  if (shared > launcher.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared) {
+    width = Width::scalar;  // the tile's rows do not fit: many channels on a device with little shared memory
     shared = 0;
   }
   const int share = width == Width::channels ? whole : width == Width::along8 ? 8 : width == Width::along4 ? 4 : 1;
@@ -142,12 +143,12 @@ void check(const Tensor& x, int64_t pool, double eps, const char* op) {
 }
 
 struct MergeParams {
-  const float* partials;  // [B, n, 3]
-  float* merged;          // [B, 3]
-  int64_t n;
+  const float* partials;  // [B, n, 3]: count, mean and M2 of parts of a sample
+  float* merged;          // [B, 3]: of the whole sample
+  int64_t n;              // partials of a sample
 };
 
-// A sample's partials into one, where there are too many for every block to do it.
+// Merges each sample's partials into one, a block per sample.
 __global__ void __launch_bounds__(kReduceThreads) pool_mixer_merge(MergeParams p) {
   __shared__ float each[3 * 8];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -259,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   return {dx, dweight, dlayer_scale, ddrop_scale};
 }
 
-// Of the shared memory that any shape asks for, the most.
+// The most dynamic shared memory, in bytes, that a launch asks for, over all shapes.
 constexpr int most_shared(int bytes, int tensors) {
   return stages_of(tensors) * ((2 * tensors + 2) * kTileElements * bytes + 16);
 }

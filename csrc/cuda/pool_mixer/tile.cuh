@@ -1,9 +1,9 @@
 // What the token mixer's kernels share: how a sample is cut into tiles, and a thread's elements of a row.
 //
 // A sample is cut into strips of rows and these into cells: 8 channels x 2 columns in channels_last, 1 channel x 8
-// columns in NCHW. A block's tile is `tile_columns` x `tile_groups` cells, whatever the dtype, which decides
-// how wide a thread's loads are. Small batches are cut into more tiles than large ones (`tiling_of`): a pixel's value
-// does not depend on that, the last bits of the statistics handed on do.
+// columns in NCHW. A block has a tile of `tile_columns` x `tile_groups` cells for every dtype; the dtype decides how
+// wide a thread's loads are. Small batches are cut into more tiles than large ones (`tiling_of`). The output does not
+// depend on that; of the statistics handed on, the last bits do.
 #pragma once
 
 #include "../core/device.cuh"
@@ -11,9 +11,9 @@
 namespace pk {
 namespace {
 
-constexpr int kStripRows = 7;  // divides the stages at 224 x 224
+constexpr int kStripRows = 7;  // divides the heights of PoolFormer's stages at 224 x 224
 constexpr int kTileCells = 128;
-constexpr int kCellElements = 8;  // along the layout's innermost axis
+constexpr int kCellElements = 8;  // of a cell, along the layout's innermost axis
 constexpr int kTileElements = kTileCells * kCellElements;
 
 // Division of numbers below 2^31 by a constant known at the launch: a product and a shift.
@@ -30,45 +30,63 @@ struct Divisor {
   }
 };
 
+// How the samples of a call are cut. Cells are counted along two axes: `columns` are the cells of a channel (all
+// strips, each across the width), `groups` the cells along the channels.
 struct Tiling {
-  int channels, height, width, pool;
-  int rows, strips;     // rows of a strip (the last has fewer)
-  Divisor width_cells;  // cells along the width
-  int columns, groups;  // columns: strips x across; groups: cells along the channels
-  int tile_columns, tile_groups;
-  int column_tiles;
-  Divisor group_tiles, tiles;  // of a sample
-  Divisor split, fast;         // threads' shares: of a cell along the innermost axis, of a tile along it
-  int items;                   // shares of a tile
-  int pitch;                   // bytes of a stage in shared memory
-  bool channels_last;
-  int64_t row, column, channel, sample;  // strides in elements
+  int channels, height, width;  // of x
+  int pool;                     // the window is pool x pool
+  int rows;                     // of a strip; the last one may have fewer
+  int strips;                   // of a sample
+  Divisor width_cells;          // cells across the width
+  int columns;                  // cells of a channel: strips * width_cells
+  int groups;                   // cells along the channels
+  int tile_columns;             // cells of a tile along `columns`
+  int tile_groups;              // cells of a tile along `groups`
+  int column_tiles;             // tiles of a sample along `columns`
+  Divisor group_tiles;          // tiles of a sample along `groups`
+  Divisor tiles;                // tiles of a sample
+  Divisor split;                // shares of a cell, a thread's work, along the innermost axis of memory
+  Divisor fast;                 // shares of a tile along the innermost axis of memory
+  int items;                    // shares of a tile
+  int pitch;                    // bytes of a row of the tile, with what surrounds it, in shared memory (SharedWalk)
+  bool channels_last;           // the layout of x and of the output
+  int64_t row, column, channel, sample;  // strides of x and of the output, in elements
 };
 
+// Symbols as in docs/algebra.md, "Token mixer". Images are [B, C, H, W] of T, in the layout that `tiling` describes.
 struct PoolMixerParams {
   Tiling tiling;
-  const void *x, *grad;
-  void* out;           // y or dx
-  const float* stats;  // [B, partials, 3], of x
-  int64_t partials;
-  float* mean_rstd;  // [B, 2]: written by the forward
-  float* y_stats;    // [B, slots, 3], or null
-  int64_t slots;     // of a sample, no fewer than its tiles
-  Vector weight, bias, layer_scale, drop_scale;
-  float* q_partials;  // [B, column_tiles, C]
-  float* q;           // [B, C]
-  float* k;           // [B]
-  float *dweight, *dlayer_scale, *ddrop_scale;
-  int64_t batch;
-  float eps;
-  bool residual;
+  const void* x;        // images: the input
+  const void* grad;     // images: dL/dy, for the backward
+  void* out;            // images: y in the forward, dx in the backward
+  const float* stats;   // [B, partials, 3]: count, mean and M2 of parts of x, for the forward
+  int64_t partials;     // of a sample
+  float* mean_rstd;     // [B, 2]: of each sample of x; written by the forward, read by the backward
+  float* y_stats;       // [B, slots, 3]: count, mean and M2 of y by tiles, or null
+  int64_t slots;        // of a sample, no fewer than its tiles; those left over count nothing
+  Vector weight;        // [C]: GroupNorm's
+  Vector bias;          // [C]: GroupNorm's, which cancels unless it is infinite or NaN
+  Vector layer_scale;   // [C]
+  Vector drop_scale;    // [B]
+  float* q_partials;    // [B, column_tiles, C]: q / rstd, by tiles
+  float* q;             // [B, C]
+  float* k;             // [B]
+  float* dweight;       // [C]
+  float* dlayer_scale;  // [C]
+  float* ddrop_scale;   // [B]
+  int64_t batch;        // B
+  float eps;            // GroupNorm's
+  bool residual;        // whether y includes x
 };
 
 // ---- where a thread is
 
+// The tile of a block.
 struct Tile {
-  int64_t b;
-  int tile, column, group;  // `column` and `group`: its first cell
+  int64_t b;   // its sample
+  int tile;    // its number in the sample
+  int column;  // its first cell along `columns`
+  int group;   // its first cell along `groups`
 };
 
 __device__ inline Tile tile_at(const Tiling& tiling, unsigned block) {
@@ -77,11 +95,14 @@ __device__ inline Tile tile_at(const Tiling& tiling, unsigned block) {
   return {b, tile, column * tiling.tile_columns, group * tiling.tile_groups};
 }
 
+// A thread's share of a tile: its first element, and the rows from there on.
 struct Place {
-  int channel, w, top, rows;  // no rows: nothing to do
-  int64_t offset;             // of the first element, in the tensor
+  int channel, w, top;
+  int rows;        // 0: nothing to do
+  int64_t offset;  // of the first element, in the tensor
 };
 
+// Where share `item` of a tile is, CO columns by `width` channels.
 template <int CO>
 __device__ inline Place place_of(const Tiling& tiling, const Tile& t, int item, int width) {
   const int slow = tiling.fast.divide(item), fast = item - slow * tiling.fast.value;
@@ -106,7 +127,7 @@ __device__ inline Place place_of(const Tiling& tiling, const Tile& t, int item, 
   return place;
 }
 
-// Channels of a tile, for a loop of the block's threads over them.
+// How many channels a tile has, and the first of them.
 __device__ inline int channels_of(const Tiling& tiling, const Tile& t, int& first) {
   const int each = tiling.channels_last ? kCellElements : 1;
   first = t.group * each;
@@ -129,7 +150,8 @@ struct RowElements {
   }
 };
 
-// With the columns beside it. What lies outside the image stays as it was filled.
+// A thread's elements of a row and its neighbours left and right. Positions outside the image keep what `fill` and
+// `fill_sides` wrote: loads leave them alone.
 template <class T, int V, bool ALONG>
 struct Row {
   using Elements = RowElements<T, V, ALONG>;
@@ -157,7 +179,7 @@ struct Row {
   }
 };
 
-// The columns around a thread that exist.
+// Which columns around a thread's first one lie inside the image.
 struct Columns {
   bool left, second, right;
   int64_t stride;
@@ -184,8 +206,8 @@ struct Columns {
   }
 };
 
-// weight * layer_scale of the tile's channels, for all threads; NaN where an infinite weight or bias makes eager
-// subtract infinities.
+// Writes weight * layer_scale of the tile's channels to shared memory; a barrier must follow. The gain is NaN where the
+// weight or the bias is infinite, because there the definition subtracts infinities.
 __device__ inline void gains(const PoolMixerParams& p, const Tile& t, float* gain) {
   int first;
   const int n = channels_of(p.tiling, t, first);
@@ -195,7 +217,7 @@ __device__ inline void gains(const PoolMixerParams& p, const Tile& t, float* gai
   }
 }
 
-// Those of a thread, from what `gains` left in shared memory.
+// The gains of a thread's channels, from what `gains` wrote.
 template <int CH>
 __device__ inline void gains_at(const float* shared, int local, float (&out)[CH]) {
   constexpr int kEach = CH % 4 == 0 ? 4 : 1;

@@ -1,4 +1,4 @@
-// A thread's walk down a strip of rows, for pools of 3: rows on their way while the sums of earlier ones roll on.
+// A thread's walk down a strip of rows, for pools of 3: it loads rows ahead while it sums those that have arrived.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@ namespace {
 
 // A thread walks down its strip of rows and keeps the horizontal sums of the last two. RegisterWalk and SharedWalk have
 // the same functions:
-//   surround(tiling, place, packed32)   positions outside the image count as `packed32` (a value in all halves of a
-//       32-bit word), not as zero;
+//   surround(tiling, place, packed32)   positions outside the image count as `packed32`, one float32 or two halves,
+//       not as zero;
 //   for_each_row(tiling, place, packed32, sums, visit)   calls visit(r, centre, other, total) for each row r of the
 //       strip: `total` are the sums over three rows, `other` the same elements of the second tensor (if there is one);
 //       sums(row, r, out) computes the horizontal sums of a row.
@@ -37,7 +37,7 @@ struct RollingSums {
   }
 };
 
-// Three rows in registers: the centre, the one below it, and one on its way, then replaced by the row after that.
+// The walk with three rows in registers: the centre, the one below it, and one that is still being loaded.
 template <class T, int V, bool ALONG>
 struct RegisterWalk {
   static constexpr bool kOneItem = false;
@@ -45,7 +45,7 @@ struct RegisterWalk {
   R row[3];
   RowElements<T, V, ALONG> other[3];
   const T *here, *here_other;  // row r
-  int loads;                   // rows at or below the strip's first that it needs and that exist
+  int loads;                   // rows to load, from the strip's first one on: the strip's and the one below it, if any
   Columns columns;
   bool has_second;
 
@@ -75,7 +75,7 @@ struct RegisterWalk {
     for (R& each : row) columns.fill_missing(each, packed32);
   }
 
-  // Row r + 3 in the place of row r, which is `ahead` rows below `here`.
+  // Loads row r + 3, `rows_ahead` rows below `here`, into `target`, which held row r.
   __device__ void fetch(const Tiling& tiling, const Place& place, R& target, int r, int rows_ahead, uint32_t packed32) {
     if (r + 3 < loads)
       columns.load_row(target, here + rows_ahead * tiling.row);
@@ -110,24 +110,27 @@ struct RegisterWalk {
   }
 };
 
-// Rows in shared memory of a walk over so many tensors: enough on their way at one block a multiprocessor (batch 1),
-// and room for the blocks that the registers allow.
+// How many rows a walk over this many tensors keeps in shared memory: enough loads under way where a multiprocessor has
+// only one block (batch 1), and few enough for as many blocks as the registers allow.
 PK_HOST_DEVICE constexpr int stages_of(int tensors) { return tensors == 1 ? 8 : 4; }
 
-// Rows in shared memory, copied asynchronously: 16 bytes of channels x 2 columns would take too many registers. The
-// block's threads have one item each and share their columns; its outermost columns bring their neighbours along. At
-// row r, the rows r and r + 1 are there and those after them on their way.
+// The walk with rows in shared memory, copied there asynchronously: 16 bytes of channels x 2 columns would take too
+// many registers. Each thread of the block has one share of the tile and copies its own columns, which its neighbours
+// read, too; the threads at the tile's left and right edge also copy the column beside it. When row r is summed, the
+// rows r and r + 1 have arrived and those after them are under way.
 template <class T, int V, int TENSORS>
 struct SharedWalk {
   static constexpr int kStages = stages_of(TENSORS);
-  static constexpr bool kOneItem = true;  // of a thread
+  static constexpr bool kOneItem = true;  // a thread has one share of the tile
   using R = Row<T, V, false>;
   const T *source, *source_other;  // the row to copy
-  // What belongs to this thread in the first of the stages, [kStages][pitch]: the tile's columns and two more, the
-  // second tensor's columns, and 16 bytes of what lies outside the image.
+  // Where this thread's columns are in the first stage of shared memory, [kStages][pitch]. A stage has the tile's
+  // columns and one more on each side, then the second tensor's columns, then 16 bytes that stand for what lies outside
+  // the image.
   char *own, *left, *second, *right, *other, *other_second, *outside;
-  int loads;                               // rows at or below the strip's first that it needs and that exist
-  bool has_second, halo_left, halo_right;  // columns that exist; those beside the tile that this thread copies
+  int loads;                   // rows to copy, from the strip's first one on: the strip's and the one below it, if any
+  bool has_second;             // whether the second of the two columns lies inside the image
+  bool halo_left, halo_right;  // whether this thread copies the column to the left or right of the tile
 
   __device__ SharedWalk(const Tiling& tiling, const Place& place, int item, const void* tensor,
                         const void* other_tensor, char* shared)
@@ -154,7 +157,7 @@ struct SharedWalk {
     for (int r = 0; r < kStages - 1; ++r) fetch(tiling, place, r, 0);
   }
 
-  // The stage of row r.
+  // The offset of row r's stage, in bytes.
   __device__ static int stage(const Tiling& tiling, int r) { return ((r + 1) & (kStages - 1)) * tiling.pitch; }
 
   __device__ void copy_row(const Tiling& tiling, int r, const T* row) const {
@@ -180,7 +183,7 @@ struct SharedWalk {
     if (halo_right) fill(right + offset, packed32);
   }
 
-  // Row r on its way.
+  // Starts the copies of row r, or fills it where it lies outside the image.
   __device__ void fetch(const Tiling& tiling, const Place& place, int r, uint32_t packed32) {
     if (r < loads) {
       copy_row(tiling, r, source);
@@ -211,7 +214,7 @@ struct SharedWalk {
     return {{read(own + offset), read(second + offset)}, read(left + offset), read(right + offset)};
   }
 
-  // By the whole block: threads past the end of their strip, or with none, go along.
+  // To be called by the whole block, which meets at barriers: threads that have no rows, or no more, take part.
   template <class Sums, class Visit>
   __device__ void for_each_row(const Tiling& tiling, const Place& place, uint32_t packed32, const Sums& sums,
                                const Visit& visit) {
@@ -240,7 +243,7 @@ struct SharedWalk {
   }
 };
 
-// Of a block, at most: a tile has a share for each where loads are 16 bytes.
+// The most threads of a block: with loads of 16 bytes, one for each share of a tile.
 template <class T, int V>
 constexpr int threads_of = V == 8 ? 128 : 256;
 
@@ -261,7 +264,8 @@ __device__ inline void plain_sums(const R& row, float shift, float (&out)[R::N])
     }
 }
 
-// What differs between a thread's columns: each has its own, or (V columns of one channel) the first and the last.
+// The kinds of a thread's columns, by which window sizes differ: two columns have a kind each; of V columns of one
+// channel, the first is of kind 0, the last of kind 2 and all others, which never touch the border, of kind 1.
 template <class R>
 __device__ constexpr int kind_of(int j) {
   return R::CO == 2 ? j : j == 0 ? 0 : j == R::CO - 1 ? 2 : 1;
@@ -277,12 +281,12 @@ __device__ inline int column_of(int kind) {
 __device__ inline float window_count_3(int i, int size) { return 1.0f + (i > 0) + (i + 1 < size); }
 __device__ inline float inverse_count(float count) { return count == 3.0f ? 1.0f / 3.0f : count == 2.0f ? 0.5f : 1.0f; }
 
-// Sizes of the pool at a thread's columns, row by row of its strip.
+// The number of elements in the window of each of a thread's columns, row by row of its strip.
 template <class R>
 struct WindowSizes {
   float width_count[kKinds<R>], size[kKinds<R>];
   float height_count;
-  int grow, shrink;  // rows where the pool's height becomes 3 and 2, or -1
+  int grow, shrink;  // rows of the strip from which on the window is 3 and 2 rows high, or -1
 
   __device__ WindowSizes(const Tiling& tiling, const Place& place) {
 #pragma unroll
@@ -297,7 +301,7 @@ struct WindowSizes {
 #pragma unroll
     for (int kind = 0; kind < kKinds<R>; ++kind) size[kind] = width_count[kind] * now;
   }
-  // Of row r; true where they are not those of the row before.
+  // Moves on to row r; true where the sizes differ from those of the row before.
   __device__ bool at_row(int r) {
     if (r != grow && r != shrink) return false;
     set(r == grow ? 3.0f : 2.0f);
