@@ -73,34 +73,32 @@ def cuda_toolkit(nvcc_path: str) -> tuple[str, list[str]]:
     version = re.search(r"release (\d+\.\d+)", run([nvcc_path, "--version"], check=True).stdout)[1]
     dry = run([nvcc_path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stderr
     top = Path(re.search(r"TOP=(.+)", dry)[1].strip()).resolve()
-    for lib in ("lib64", "lib", "targets/*/lib"):
-        for path in top.glob(f"{lib}/{library}"):
-            torch = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
-            return version, [*torch, str(path), "-lrt", "-ldl"]
-    raise FileNotFoundError(f"{library} is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
+    found = [path for lib in ("lib64", "lib", "targets/*/lib") for path in top.glob(f"{lib}/{library}")]
+    if not found:
+        raise FileNotFoundError(f"{library} is not under {top}; set POOLFORMER_KERNELS_SKIP_CUDA=1")
+    torch = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+    return version, [*torch, str(found[0]), "-lrt", "-ldl"]
 
 
 def arch_flags(archs: str) -> list[str]:
     """nvcc flags of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX"."""
     flags = ["-DPK_HAS_SM90A=1"] if "9.0a" in archs else []  # cuda/mlp/forward_sm90.cu asks
     for arch in re.split(r"[;\s]+", archs.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
-        if match is None:
+        if not (match := re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are 8.0, 9.0a, 10.0+PTX and such")
         number, codes = match[1] + match[2], ("sm", "compute") if match[3] else ("sm",)
         flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     return flags
 
 
-def csrc(pattern: str, *folders: str) -> list[Path]:
-    """Files of csrc, or of these folders in it, at any depth."""
-    return sorted(path for folder in folders or (".",) for path in (ROOT / "csrc" / folder).rglob(pattern))
+def csrc(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob(pattern))
 
 
 def cuda_digest() -> str:
     """Of what the kernels are made from: by it the tests know a build of these very sources."""
-    files = [ROOT / "setup.py", *csrc("*.*", "common", "cuda")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    files = ["setup.py", *csrc("common/**/*.*"), *csrc("cuda/**/*.*")]
+    return hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in files)).hexdigest()[:16]
 
 
 def extension() -> dict:
@@ -130,7 +128,7 @@ def extension() -> dict:
 
         def build_extensions(self) -> None:
             if cuda_compiler:
-                digest, sources = cuda_digest(), csrc("*.cu", "cuda")
+                digest, sources = cuda_digest(), csrc("cuda/**/*.cu")
                 with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                     made = pool.map(lambda source: self.compile_cuda(source, digest), sources)
                     objects, reports = zip(*made, strict=True)
@@ -144,29 +142,27 @@ def extension() -> dict:
 
         def compile_cuda(self, source: Path, digest: str) -> tuple[str, str]:
             """The object and what ptxas said of it, as kept if this command made them of these sources."""
-            path = source.relative_to(ROOT)
-            target = Path(self.build_temp, path).with_suffix(".cuda.o").resolve()
+            target = Path(self.build_temp, source).with_suffix(".cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [cuda_compiler, "-c", str(path), "-o", str(target), *NVCC_FLAGS]
-            command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{path}" for path in include_paths())]
-            command += arch_flags(archs) + [f"-D{n}={value}" for n, value in DEFINES]
+            command = [cuda_compiler, "-c", str(source), "-o", str(target), *NVCC_FLAGS]
+            command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{folder}" for folder in include_paths())]
+            command += arch_flags(archs) + [f"-D{name}={value}" for name, value in DEFINES]
             flags = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
             key = " ".join([digest, torch.__version__, cuda, *flags, shlex.join(command)]) + "\n"
             report = target.with_suffix(".ptxas")
-            if target.exists() and report.exists() and report.read_text().startswith(key):
-                return str(target), report.read_text().removeprefix(key)
-            report.unlink(missing_ok=True)
-            done = run(command, cwd=ROOT)
-            sys.stderr.write(PTXAS_LINE.sub("", done.stderr))
-            done.check_returncode()
-            lines = [line for line in PTXAS_LINE.findall(done.stderr) if "Compile time" not in line]
-            report.write_text(key + "".join(lines))
-            return str(target), "".join(lines)
+            if not (target.exists() and report.exists() and report.read_text().startswith(key)):
+                report.unlink(missing_ok=True)
+                done = run(command, cwd=ROOT)
+                sys.stderr.write(PTXAS_LINE.sub("", done.stderr))
+                done.check_returncode()
+                lines = [line for line in PTXAS_LINE.findall(done.stderr) if "Compile time" not in line]
+                report.write_text(key + "".join(lines))
+            return str(target), report.read_text().removeprefix(key)
 
     module = Extension(
         "poolformer_kernels._C",
-        sources=[str(path.relative_to(ROOT)) for path in csrc("*.cpp")],
-        depends=[str(path) for path in csrc("*.*")],
+        sources=[str(path) for path in csrc("**/*.cpp")],
+        depends=[str(path) for path in csrc("**/*.*")],
         include_dirs=include_paths(),  # torch brings pybind11's headers
         define_macros=DEFINES + [(f"PK_{name}", f'"{value}"') for name, value in facts.items()],
         library_dirs=library_paths(),

@@ -198,7 +198,7 @@ def test_objects_of_the_same_sources_and_command_are_kept(fake_nvcc, tmp_path, m
         script = setup_script()
         command = script.extension()["cmdclass"]["build_ext"](Distribution())
         command.build_temp = str(tmp_path / "objects")
-        target, report = command.compile_cuda(script.ROOT / "csrc/cuda/core/norm_stats.cu", digest)
+        target, report = command.compile_cuda(Path("csrc/cuda/core/norm_stats.cu"), digest)
         assert Path(target).read_text() == "made\n"
         assert report == "ptxas info    : Used 59 registers\n"
         return fake_nvcc()
@@ -215,11 +215,9 @@ def test_objects_of_the_same_sources_and_command_are_kept(fake_nvcc, tmp_path, m
     assert compiled("another") == 1
 
 
-def test_files_of_one_name_in_two_folders_have_their_own_objects(fake_nvcc, tmp_path, monkeypatch):
-    script = setup_script()
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    command = script.extension()["cmdclass"]["build_ext"](Distribution())
+def test_files_of_one_name_in_two_folders_have_their_own_objects(fake_nvcc, tmp_path):
+    command = setup_script().extension()["cmdclass"]["build_ext"](Distribution())
     command.build_temp = str(tmp_path / "objects")
-    sources = [tmp_path / "csrc" / "cuda" / folder / "forward.cu" for folder in ("mlp", "pool_mixer")]
+    sources = [Path("csrc/cuda", folder, "forward.cu") for folder in ("mlp", "pool_mixer")]
     objects = {command.compile_cuda(source, "digest")[0] for source in sources}
     assert len(objects) == len(list(tmp_path.rglob("*.ptxas"))) == fake_nvcc() == 2
