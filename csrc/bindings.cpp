@@ -51,7 +51,7 @@ static std::string ptxas_report() {
   return out.append(report, end);
 }
 
-static py::dict launch(const pk::KernelFact& kernel) {
+static py::dict kernel_launch(const pk::KernelFact& kernel) {
   py::dict out;
   out["name"] = demangled(kernel.name);
   out["threads"] = kernel.threads;
@@ -59,10 +59,10 @@ static py::dict launch(const pk::KernelFact& kernel) {
   return out;
 }
 
-static py::list kernels() {
-  py::list launches;
-  for (const auto& kernel : pk::kernel_facts()) launches.append(launch(kernel));
-  return py::module_::import("poolformer_kernels.cli.kernels").attr("build_rows")(ptxas_report(), launches);
+static py::list kernel_launches() {
+  py::list out;
+  for (const auto& kernel : pk::kernel_facts()) out.append(kernel_launch(kernel));
+  return out;
 }
 
 static py::list kernel_uses() {
@@ -70,7 +70,7 @@ static py::list kernel_uses() {
 #ifdef PK_PTXAS_REPORT
   for (const auto& kernel : pk::kernel_facts()) {
     const pk::KernelUse use = pk::kernel_use(kernel);
-    py::dict row = launch(kernel);
+    py::dict row = kernel_launch(kernel);
     row["arch"] = use.arch;
     row["registers"] = use.registers;
     row["local"] = use.local;
@@ -97,7 +97,6 @@ static py::dict build_info() {
   info["cuda_built_with"] = PK_CUDA_VERSION;
   info["cuda_archs"] = py::module_::import("builtins").attr("str")(PK_CUDA_ARCHS).attr("split")();
   info["cuda_stream_bound"] = aoti_torch_get_current_cuda_stream != nullptr;
-  info["kernels"] = kernels();
   return info;
 }
 
@@ -107,8 +106,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "The instruction-set levels compiled, supported here and chosen; compiler, torch and CUDA versions of the build; "
-      "CUDA architectures (empty without nvcc), whether torch's stream function was found; the CUDA kernels, fields of "
-      "poolformer_kernels.cli.kernels.Kernel.");
+      "CUDA architectures (empty without nvcc), whether torch's stream function was found.");
   m.def("ptxas_report", &ptxas_report, "A digest of the CUDA sources, then what ptxas -v said; empty without nvcc.");
+  m.def("kernel_launches", &kernel_launches,
+        "How the CUDA kernels are launched: name, threads of a block, bytes of dynamic shared memory.");
   m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
 }

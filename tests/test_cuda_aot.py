@@ -19,7 +19,7 @@ from peers import require
 from test_setup import setup_script
 
 from poolformer_kernels.backends import cpp
-from poolformer_kernels.cli.kernels import Kernel, short_name, table
+from poolformer_kernels.cli.kernels import Kernel, built_kernels, short_name, table
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -90,7 +90,7 @@ def built() -> list[Kernel]:
 
     digest = setup_script().cuda_digest()
     assert _C.ptxas_report().partition("\n")[0] == digest, "the installed extension is of other sources"
-    return [Kernel(**row) for row in info["kernels"]]
+    return built_kernels()
 
 
 def of_arch(built: list[Kernel], arch: str) -> list[Kernel]:

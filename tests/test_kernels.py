@@ -4,7 +4,15 @@ import pytest
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.cli import kernels
-from poolformer_kernels.cli.kernels import Kernel, resident_blocks, rows, short_name, table, with_uses
+from poolformer_kernels.cli.kernels import (
+    Kernel,
+    built_kernels,
+    resident_blocks,
+    rows,
+    short_name,
+    table,
+    with_uses,
+)
 
 REPORT = """0123456789abcdef
 ptxas info    : 28 bytes gmem
@@ -109,12 +117,12 @@ def test_table_is_aligned() -> None:
     ]
 
 
-def test_build_info_lists_them() -> None:
+def test_the_extension_lists_them() -> None:
     """Every instantiation for every architecture of the build; without nvcc none."""
     info = cpp.build_info()
     if not info:
         pytest.skip(cpp.UNAVAILABLE)
-    found = {(row["name"], row["arch"]): row for row in info["kernels"]}
+    found = {(row.name, row.arch): row for row in built_kernels()}
     archs = {"sm_" + arch.replace(".", "").removesuffix("+PTX") for arch in info["cuda_archs"]}
     assert {arch for _, arch in found} == archs
     wanted = {f"norm_stats<{t}, {v}>" for t in ("float", "bf16", "f16") for v in ("true", "false")}
@@ -123,7 +131,7 @@ def test_build_info_lists_them() -> None:
     for name in wanted:
         for arch in archs:
             row = found[name, arch]
-            assert (row["threads"], row["dynamic_shared"], row["static_shared"]) == (256, 0, 32)
-            assert 16 < row["registers"] <= 40
-            assert row["spill_stores"] == row["spill_loads"] == 0
-    assert [kernel.name for kernel in kernels.kernels()] == [row["name"] for row in info["kernels"]]
+            assert (row.threads, row.dynamic_shared, row.static_shared) == (256, 0, 32)
+            assert 16 < row.registers <= 40
+            assert row.spill_stores == row.spill_loads == 0
+    assert [kernel.name for kernel in kernels.kernels()] == [kernel.name for kernel in built_kernels()]

@@ -52,7 +52,7 @@ def collect() -> dict[str, dict[str, str]]:
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
     if not torch.cuda.is_available():
         devices["cuda"] = "none" if torch.version.cuda else "this torch is built without CUDA"
-    build = {key: _text(value) for key, value in cpp.build_info().items() if key != "kernels"}
+    build = {key: _text(value) for key, value in cpp.build_info().items()}
     archs = cpp.build_info().get("cuda_archs", [])
     return {
         "versions": {

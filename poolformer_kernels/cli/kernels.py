@@ -7,9 +7,9 @@ GPU the driver's own figures take their place for the code which that GPU runs.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-__all__ = ["LEGEND", "LIMITS", "Kernel", "Limits", "kernels", "rows", "table"]
+__all__ = ["LEGEND", "LIMITS", "Kernel", "Limits", "built_kernels", "kernels", "rows", "table"]
 
 LEGEND = (
     "Registers and spills (bytes stored/loaded) of a thread; static and dynamic shared memory (bytes) and\n"
@@ -130,6 +130,17 @@ def resident_blocks(kernel: Kernel) -> int | None:
     )
 
 
+def built_kernels() -> list[Kernel]:
+    """Every kernel of the extension as ptxas built it. Empty without CUDA."""
+    from ..backends import cpp
+
+    if not cpp.build_info().get("cuda_archs"):
+        return []
+    from .._C import kernel_launches, ptxas_report
+
+    return rows(ptxas_report(), kernel_launches())
+
+
 def kernels() -> list[Kernel]:
     """Every kernel of the extension; with a GPU, its own figures for the code it runs. Empty without CUDA.
 
@@ -138,9 +149,7 @@ def kernels() -> list[Kernel]:
     """
     import torch
 
-    from ..backends import cpp
-
-    built = [Kernel(**row) for row in cpp.build_info().get("kernels", [])]
+    built = built_kernels()
     if not built or not torch.cuda.is_available():
         return built
     from .._C import kernel_uses
@@ -183,11 +192,6 @@ def with_uses(built: list[Kernel], uses: Iterable[Mapping[str, object]]) -> list
             )
         )
     return sorted(out, key=lambda row: (row.name, _number(row.arch), row.arch))
-
-
-def build_rows(report: str, launches: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
-    """`rows` as dictionaries: the extension's ``build_info()["kernels"]``."""
-    return [asdict(row) for row in rows(report, launches)]
 
 
 _TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}

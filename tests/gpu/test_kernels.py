@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poolformer_kernels.backends.cpp import build_info
-from poolformer_kernels.cli.kernels import Kernel, kernels
+from poolformer_kernels.cli.kernels import built_kernels, kernels
 
 pytestmark = pytest.mark.skipif(
     not build_info().get("cuda_archs"), reason="the extension was built without nvcc"
@@ -14,10 +14,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.host
 def test_the_device_and_the_build_agree():
     major, minor = torch.cuda.get_device_capability()
-    built = {
-        (row["name"], row["arch"], row["threads"], row["dynamic_shared"]): Kernel(**row)
-        for row in build_info()["kernels"]
-    }
+    built = {(row.name, row.arch, row.threads, row.dynamic_shared): row for row in built_kernels()}
     found = [k for k in kernels() if k.arch.rstrip("af") == f"sm_{major}{minor}"]
     assert found
     for kernel in found:
