@@ -8,7 +8,7 @@ import torch
 
 from poolformer_kernels.backends.triton import device
 from poolformer_kernels.backends.triton.device import DEVICES, device_of
-from poolformer_kernels.backends.triton.mlp import backward_config, config
+from poolformer_kernels.backends.triton.mlp import config
 
 
 def on_gpu(index: int) -> SimpleNamespace:
@@ -53,6 +53,6 @@ def test_devices_whose_products_read_registers() -> None:
     found = {arch for arch, d in DEVICES.items() if d.register_operands}
     assert found == {80, 86, 87, 89, 120, 121}
     for arch, d in DEVICES.items():
-        plan = backward_config.plan(128, 128, 512, 2, d)
+        plan = config.backward_launch(128, 128, 512, 2, d)
         assert plan.weight_tokens == (16 if arch in found else 32)
         assert config.fused(64, 2, d).hidden == (32 if arch in found else 64)

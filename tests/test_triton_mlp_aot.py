@@ -128,7 +128,7 @@ def test_statistics_have_room_for_every_tile(out, rows) -> None:
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_have_the_rows_that_statistics_count_on(itemsize) -> None:
-    for channels in range(1, config.FUSED_CHANNELS * 2 // itemsize + 1):
+    for channels in range(1, config.FUSED_FORWARD_CHANNELS * 2 // itemsize + 1):
         for device in DEVICES.values():
             tiles = config.fused(channels, itemsize, device)
             assert tiles.rows >= config.STATS_ROWS

@@ -17,7 +17,7 @@ from mlp_helpers import (
 )
 
 from poolformer_kernels import reference
-from poolformer_kernels.backends.triton.mlp import backward, backward_config, backward_gemm, backward_shared
+from poolformer_kernels.backends.triton.mlp import backward, backward_gemm, backward_shared, config
 from poolformer_kernels.layout import memory_format_of
 
 pytestmark = pytest.mark.sampled(4)
@@ -227,8 +227,10 @@ def test_chunks_of_samples(save_hidden, layout, monkeypatch) -> None:
 
 
 def test_several_splits_of_the_tokens(monkeypatch) -> None:
-    plan = backward.plan
-    monkeypatch.setattr(backward, "plan", lambda *args: plan(*args)._replace(programs=12))
+    backward_launch = backward.backward_launch
+    monkeypatch.setattr(
+        backward, "backward_launch", lambda *args: backward_launch(*args)._replace(programs=12)
+    )
     for dtype in (torch.float32, torch.bfloat16):
         check(make_inputs((2, 17, 11, 13), 40, dtype), residual=True)
     for save_hidden in (False, True):  # float32: two splits of three tiles of 64 tokens
@@ -243,7 +245,7 @@ def test_sums_of_partials(rows) -> None:
 
 def test_pieces_cover() -> None:
     for size in range(1, 520):
-        first, second = backward_config.pieces(size)
+        first, second = config.pieces(size)
         assert first + second >= size
         assert first >= 16
         assert second == 0 or (16 <= second <= first < size)
@@ -253,6 +255,6 @@ def test_pieces_cover() -> None:
 def test_chunks_bound_the_workspace() -> None:
     samples = backward_gemm._samples
     assert samples(256, 14 * 14, 1280) % 8 == 0
-    assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= backward_config.WORKSPACE
+    assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= config.WORKSPACE
     assert samples(3, 14 * 14, 1280) == 3
     assert samples(5, 2**20, 1280) == 1

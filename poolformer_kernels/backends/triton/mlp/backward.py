@@ -6,8 +6,8 @@ from torch import Tensor
 from ....layout import memory_format_of
 from ..device import device_of
 from . import backward_fused, backward_gemm
-from .backward_config import Fused, plan
 from .backward_shared import Problem, finish_weight, prepare, summed
+from .config import FusedBackward, backward_launch
 
 __all__ = ["backward"]
 
@@ -88,8 +88,8 @@ def backward(
         drop_grad,
         scaled,
     )
-    p = plan(channels, out, width, operand.itemsize, device_of(x))
-    form = backward_fused if isinstance(p, Fused) else backward_gemm
+    p = backward_launch(channels, out, width, operand.itemsize, device_of(x))
+    form = backward_fused if isinstance(p, FusedBackward) else backward_gemm
     sums = form.partials(problem, p)
     ddrop = sums.ddrop if drop_grad else none
     if not parameter_grads:

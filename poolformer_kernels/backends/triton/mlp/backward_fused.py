@@ -13,9 +13,9 @@ from ..activation import activate_with_derivative
 from ..config import OPTIONS, pieces
 from ..device import aligned
 from ..tile import dot, rounded, vector
-from .backward_config import Fused
 from .backward_shared import Partials, Problem, direct, sample_sums, to_tokens
-from .backward_tile import finished, sample_values, token_tile
+from .config import FusedBackward
+from .tile import finished, sample_values, token_tile
 
 __all__ = ["partials"]
 
@@ -192,7 +192,7 @@ def mlp_bwd_dx(
             tl.store(grad_sums_ptr + tile.to(tl.int64) * O + o, total, mask=o < O)
 
 
-def partials(problem: Problem, p: Fused) -> Partials:
+def partials(problem: Problem, p: FusedBackward) -> Partials:
     """Writes dx; returns the sums over tokens."""
     x = problem.x
     batch, _, height, width = x.shape

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..activation import activate_with_derivative
 from ..config import OPTIONS
 from ..tile import dot, rounded, vector
-from .backward_config import WORKSPACE, Gemm
 from .backward_shared import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
-from .backward_tile import finished, inside, sample_values, token_tile
+from .config import WORKSPACE, BackwardGemms
+from .tile import finished, inside, sample_values, token_tile
 
 __all__ = ["partials"]
 
@@ -148,7 +148,7 @@ def mlp_bwd_dn(
     )  # fmt: skip
 
 
-def partials(problem: Problem, p: Gemm) -> Partials:
+def partials(problem: Problem, p: BackwardGemms) -> Partials:
     """Writes dx; returns the sums over tokens."""
     x = problem.x
     batch, _, height, width = x.shape
@@ -200,7 +200,7 @@ def _samples(batch: int, pixels: int, hidden: int) -> int:
     return min(most, triton.cdiv(even, 8) * 8)
 
 
-def _splits(p: Gemm, rows: int, columns: int, tokens: int) -> int:
+def _splits(p: BackwardGemms, rows: int, columns: int, tokens: int) -> int:
     tiles = triton.cdiv(rows, p.rows) * triton.cdiv(columns, p.channels)
     return max(1, min(p.programs // tiles, tokens // (4 * p.depth)))
 
@@ -226,7 +226,7 @@ def _chunk(problem: Problem, first: int, last: int) -> Problem:
 
 
 def _chunk_partials(
-    problem: Problem, p: Gemm, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
+    problem: Problem, p: BackwardGemms, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """dx of a chunk; adds to dw1 and dw2, returns the chunk's (db1, dnorm, grad, ddrop) of `Partials`."""
     x = problem.x
@@ -268,7 +268,7 @@ def _chunk_partials(
     return db1, dnorm, grad_sums, ddrop
 
 
-def _add_products(p: Gemm, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
+def _add_products(p: BackwardGemms, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
     """Adds a chunk's ``a^T b`` to the splits of a weight gradient."""
     splits, m, n = partial.shape
     per_split = triton.cdiv(triton.cdiv(tokens, p.depth), splits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import OPTIONS, next_power_of_2
 from ..tile import rounded, shift, vector
-from .backward_tile import image, inside, normalised, sample_values, token_tile
+from .tile import image, inside, normalised, sample_values, token_tile
 
 __all__ = [
     "TOKENS",
