@@ -125,7 +125,7 @@ def test_table() -> None:
 )
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_tiles_cover_a_sample(shape, channels_last) -> None:
-    p = config.plan(*shape, channels_last, 3, 2)
+    p = config.mixer_launch(*shape, channels_last, 3, 2)
     channels, height, width = shape
     columns = -(-height // config.ROWS) * width
     channel_tiles = -(-channels // p.channels)

@@ -36,7 +36,7 @@ def test_two_gpus_of_one_process_have_their_own(asked) -> None:
     found = [device_of(on_gpu(index)) for index in (0, 1, 0, 1)]
     assert found == [DEVICES[90], DEVICES[120]] * 2
     assert asked == [0, 1]
-    first, second = (config.fc2(320, 2, d).stages for d in found[:2])
+    first, second = (config.fc2_tiles(320, 2, d).stages for d in found[:2])
     assert (first, second) == (4, 2)
 
 
@@ -53,6 +53,6 @@ def test_devices_whose_products_read_registers() -> None:
     found = {arch for arch, d in DEVICES.items() if d.register_operands}
     assert found == {80, 86, 87, 89, 120, 121}
     for arch, d in DEVICES.items():
-        plan = config.backward_launch(128, 128, 512, 2, d)
-        assert plan.weight_tokens == (16 if arch in found else 32)
-        assert config.fused(64, 2, d).hidden == (32 if arch in found else 64)
+        launch = config.backward_launch(128, 128, 512, 2, d)
+        assert launch.weight_tokens == (16 if arch in found else 32)
+        assert config.fused_forward_tiles(64, 2, d).hidden == (32 if arch in found else 64)

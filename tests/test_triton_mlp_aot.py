@@ -115,7 +115,7 @@ def test_only_the_callers_tensors_are_misaligned() -> None:
 @pytest.mark.parametrize("out", [1, 64, 100, 192, 320, 768])
 def test_statistics_have_room_for_every_tile(out, rows) -> None:
     """Sample b is in the row tiles from its first token's to its last one's, wherever in a tile it starts."""
-    columns = sum(config.out_tile(out))
+    columns = sum(config.output_columns(out))
     for pixels in (32, 33, 49, 63, 64, 65, 127, 128, 129, 196, 784, 3136):
         first, last = ([(b * pixels + at) // rows for b in range(rows)] for at in (0, pixels - 1))
         needed = max(z - a + 1 for a, z in zip(first, last, strict=True))
@@ -123,20 +123,20 @@ def test_statistics_have_room_for_every_tile(out, rows) -> None:
         assert tiles % -(-out // columns) == 0
         assert needed <= tiles // -(-out // columns) <= needed * rows // config.STATS_ROWS + 2
         touched = [{at // pixels for at in range(i * rows, (i + 1) * rows)} for i in range(pixels)]
-        assert forward._segments(pixels, rows) == max(len(samples) for samples in touched)
+        assert forward._samples_per_tile(pixels, rows) == max(len(samples) for samples in touched)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_have_the_rows_that_statistics_count_on(itemsize) -> None:
     for channels in range(1, config.FUSED_FORWARD_CHANNELS * 2 // itemsize + 1):
         for device in DEVICES.values():
-            tiles = config.fused(channels, itemsize, device)
+            tiles = config.fused_forward_tiles(channels, itemsize, device)
             assert tiles.rows >= config.STATS_ROWS
             assert itemsize == 4 or tiles.rows >= 16 * tiles.warps  # or a chained product computes gelu twice
     for arch in (80, 90, 100):
         first, second = (
-            config.fc1(itemsize, itemsize, DEVICES[arch]),
-            config.fc2(320, itemsize, DEVICES[arch]),
+            config.fc1_tiles(itemsize, itemsize, DEVICES[arch]),
+            config.fc2_tiles(320, itemsize, DEVICES[arch]),
         )
         assert second.rows >= config.STATS_ROWS
         assert (first.stages, second.stages) == ((2, 2) if itemsize == 4 else (3, 4))
@@ -147,9 +147,9 @@ def test_blocks_of_less_shared_memory_get_fewer_stages(arch) -> None:
     small = DEVICES[arch].shared
     assert small == 99 * 1024
     for x_itemsize in (2, 4):
-        tiles = config.fc1(x_itemsize, 2, DEVICES[arch])
+        tiles = config.fc1_tiles(x_itemsize, 2, DEVICES[arch])
         assert tiles.stages * tiles.depth * (tiles.rows * x_itemsize + 2 * tiles.columns[0]) <= small
     for out in (100, 192, 320, 512, 576):
-        tiles = config.fc2(out, 2, DEVICES[arch])
+        tiles = config.fc2_tiles(out, 2, DEVICES[arch])
         assert 2 <= tiles.stages <= 3
         assert tiles.stages * tiles.depth * 2 * (tiles.rows + sum(tiles.columns)) <= small

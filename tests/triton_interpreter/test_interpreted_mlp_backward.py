@@ -240,12 +240,12 @@ def test_several_splits_of_the_tokens(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [1, 256, 257, 70000])
 def test_sums_of_partials(rows) -> None:
     partial = randn(rows, 3, mean=1.0)
-    assert_close_to_fp64(backward_shared.summed(partial), None, partial.double().sum(0), ulps=2)
+    assert_close_to_fp64(backward_shared.sum_rows(partial), None, partial.double().sum(0), ulps=2)
 
 
-def test_pieces_cover() -> None:
+def test_power_of_2_parts_cover() -> None:
     for size in range(1, 520):
-        first, second = config.pieces(size)
+        first, second = config.power_of_2_parts(size)
         assert first + second >= size
         assert first >= 16
         assert second == 0 or (16 <= second <= first < size)
@@ -253,7 +253,7 @@ def test_pieces_cover() -> None:
 
 
 def test_chunks_bound_the_workspace() -> None:
-    samples = backward_gemm._samples
+    samples = backward_gemm._samples_per_chunk
     assert samples(256, 14 * 14, 1280) % 8 == 0
     assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= config.WORKSPACE
     assert samples(3, 14 * 14, 1280) == 3

@@ -217,11 +217,11 @@ def test_64_bit_offsets_change_nothing(layout, monkeypatch) -> None:
     inputs["x"] = as_layout(inputs["x"], layout)
     grad = make_grad(inputs)
     narrow = run(pool_mixer, inputs, grad)
-    plan = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *args: plan(*args)._replace(wide=True))
+    mixer_launch = kernels.mixer_launch
+    monkeypatch.setattr(kernels, "mixer_launch", lambda *args: mixer_launch(*args)._replace(wide=True))
     assert_same(run(pool_mixer, inputs, grad), narrow)
 
 
 def test_samples_of_two_to_the_31_elements_get_64_bit_offsets() -> None:
-    assert not kernels.plan(64, 56, 56, True, 3, 2).wide
-    assert kernels.plan(64, 2**13, 2**12, True, 3, 2).wide
+    assert not kernels.mixer_launch(64, 56, 56, True, 3, 2).wide
+    assert kernels.mixer_launch(64, 2**13, 2**12, True, 3, 2).wide

@@ -1,6 +1,7 @@
-"""The Triton backend: CUDA tensors, CPU tensors too where ``TRITON_INTERPRET=1`` is set before import.
+"""The Triton backend: for CUDA tensors, and for CPU tensors if ``TRITON_INTERPRET=1`` is set before import.
 
-Triton and the kernels are imported by the first call, on whatever device: importing the package touches none.
+Triton and the kernels are imported by the first call. Importing the package imports neither, and touches no
+device.
 """
 
 import importlib.util
@@ -30,8 +31,8 @@ __all__ = [
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-UNAVAILABLE: str | None = None  # whatever the device
-OLDEST = (8, 0)  # compute capability: the kernels use cp.async and bfloat16 products
+UNAVAILABLE: str | None = None  # why no device can run the kernels
+OLDEST = (8, 0)  # compute capability that is needed: the kernels use cp.async and bfloat16 products
 
 if importlib.util.find_spec("triton") is None:
     UNAVAILABLE = "triton is not installed"
@@ -56,7 +57,7 @@ def _unavailable(device: torch.device) -> str | None:
     try:
         for module in {module for _, module, _ in _KERNELS}:
             import_module(f".{module}", __name__)
-    except ImportError as error:  # another version of Triton than the kernels are for, or a broken one
+    except ImportError as error:  # a Triton that the kernels are not made for, or a broken one
         return f"triton cannot be imported: {error}"
     return None
 
@@ -69,12 +70,12 @@ def mlp_unsupported(
 
 
 def hidden_kept_from() -> float:
-    """Infinite: it is kept only where the caller asks for it."""
+    """Infinite: fc1's output is kept for the backward only where the caller asks for it."""
     return math.inf
 
 
 def _kernel(module: str, function: str) -> Callable:
-    """The function of a module here, which its first call imports."""
+    """A function of a module of this package, which is imported by the first call."""
 
     def kernel(*args):
         nonlocal loaded

@@ -1,4 +1,4 @@
-"""Compiles the launches ahead of time, without a GPU, and reads their resources from the machine code.
+"""Compiles the launches ahead of time, without a GPU, and reads what they use from the machine code.
 
 ``python -m poolformer_kernels.backends.triton.aot [--arch 90]`` prints the table.
 """
@@ -128,11 +128,11 @@ class Launch:
     """What a launcher asked Triton for: a kernel and everything that its machine code depends on."""
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, object], ...]
-    case: str
+    signature: tuple[tuple[str, str], ...]  # (argument, its type)
+    constants: tuple[tuple[str, object], ...]  # (argument, its value), known at compile time
+    divisible: tuple[int, ...]  # indices of the arguments that are known to be divisible by 16
+    options: tuple[tuple[str, object], ...]  # num_warps and the like
+    case: str  # the call that asked for it
 
     @property
     def name(self) -> str:
@@ -141,31 +141,28 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """A row of the table. ``spills``: bytes of a thread that lie on its stack.
-
-    ``ldg128``: 128-bit global loads (256-bit: two); ``ldg``: all loads. ``matrix``: the matrix instructions,
-    by kind. ``activations``: elements of a tile that each thread applies the activation to (any but relu);
-    more than its share of the tile are computed twice.
-    """
+    """A row of the table: what one launch uses."""
 
     kernel: str
-    config: str
-    arch: int
-    registers: int
+    config: str  # the call that asked for the launch
+    arch: int  # ten times the compute capability
+    registers: int  # of a thread
     warps: int  # on an SM at the same time, as far as its registers allow
-    spills: int
-    shared: int
-    ldg128: int
-    ldg: int
+    spills: int  # bytes of a thread that lie on its stack
+    shared: int  # bytes of shared memory of a block
+    ldg128: int  # global loads of 128 bits; one of 256 counts as two
+    ldg: int  # global loads of any width
     instructions: int
-    matrix: dict[str, int]
+    matrix: dict[str, int]  # matrix instructions, by kind
+    # Elements of a tile that each thread applies the activation to (any but relu). More than a thread's share
+    # of the tile: some are computed twice.
     activations: int
 
 
 def meta(
     dtype: torch.dtype, *shape: int, offset: int = 0, fmt: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
-    """A tensor without data, ``offset`` elements into its memory."""
+    """A tensor without data that starts ``offset`` elements into its memory."""
     dense = torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
     if offset == 0:
         return dense
@@ -215,14 +212,14 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 
 def _resident_warps(registers: int, warps: int) -> int:
-    """How many warps of whole blocks an SM's 65536 registers hold; a thread's come in eights."""
+    """How many warps of whole blocks the 65536 registers of an SM hold; a thread is given multiples of 8."""
     return 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps
 
 
 def _activations(ttgir: str, ptx: str) -> int:
-    """What one operation on a whole tile, gelu's clamp or an exponential, becomes in each thread."""
+    """How many instructions a thread has for one operation on a tile: gelu's clamp, or an exponential."""
     for operation, instruction in (("tt.clampf ", r"\bmin\S*\.f32 "), ("math.exp2 ", r"\bex2\.approx")):
-        if operation in ttgir:  # more than once where the pipeliner has peeled the loop
+        if operation in ttgir:  # more than once if the pipeliner has peeled the loop
             return round(len(re.findall(instruction, ptx)) / ttgir.count(operation))
     return 0
 
@@ -238,7 +235,7 @@ def resource_table(
 
 
 def distinct(cases: list[Case | MlpCase], device: Device = DEVICES[90]) -> list[Launch]:
-    """The launches of the cases on a device, each machine code once, under the first case that needs it."""
+    """The launches of the cases on a device; of launches with the same machine code only the first."""
     found = {}
     for case in cases:
         for launch in launches(case, device):
@@ -254,7 +251,7 @@ def _cuobjdump(action: str, cubin: Path) -> str:
 
 
 class _Recorder:
-    """Stands in for a kernel and writes its launches down, specialised as Triton's launcher would."""
+    """Stands in for a kernel and records its launches, specialised as Triton's launcher would do it."""
 
     def __init__(self, kernel: triton.JITFunction, case: str, log: list[Launch]) -> None:
         self.kernel, self.case, self.log = kernel, case, log
@@ -285,7 +282,7 @@ class _Recorder:
 
 
 def _kernels() -> dict[str, tuple[ModuleType, triton.JITFunction]]:
-    """Every Triton function of this package's modules; only kernels are ever launched."""
+    """Every Triton function of this package's modules, device functions too: those are never launched."""
     modules = [m for name, m in sys.modules.items() if name.startswith(f"{__package__}.") and m is not None]
     return {
         name: (module, function)

@@ -1,48 +1,57 @@
-"""The static configuration of the Triton kernels: tile sizes by shape and layout, no tuning at run time.
+"""The static configuration of the Triton kernels: tiles by shape and layout. Nothing is tuned at run time.
 
-No triton import here: fakes and the ahead-of-time table need these numbers on machines without a GPU.
+``poolformer-kernels bench pool-mixer --device cuda`` decides every number of a tile here: strips, lanes,
+warps and registers. Only tiles that do not spill are eligible: ``tests/test_triton_aot.py`` compiles them for
+every architecture.
+
+Triton is not imported here: fakes and the ahead-of-time table need these numbers on machines without a GPU.
 """
 
 from functools import cache
 from typing import NamedTuple
 
 __all__ = [
-    "FLAT",
+    "MAX_PARTIALS",
     "MAX_ROLLED_POOL",
-    "MERGED",
     "OPTIONS",
+    "PARAMS_CHANNELS",
+    "PARAMS_SAMPLES",
     "ROWS",
-    "Plan",
-    "flat_block",
+    "SAMPLE_CHANNELS",
+    "SAMPLE_PARTIALS",
+    "STATS_BLOCK",
+    "MixerLaunch",
+    "mixer_launch",
     "next_power_of_2",
-    "pieces",
-    "plan",
+    "power_of_2_parts",
+    "stats_block",
     "stats_tiles",
 ]
 
 ROWS = 7  # rows of a strip: 7 divides the height of every stage at 224x224
-FLAT = 16384  # elements of one partial of the statistics kernel
-MERGED = 256  # a kernel merges at most so many partials itself; more are merged by a kernel of their own
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # of every launch: Triton is about to stop fusing multiply and add unless asked
-MAX_ROLLED_POOL = 9  # larger pools loop over their window instead of unrolling it
+STATS_BLOCK = 16384  # elements of one partial of `sample_stats`, for samples of more than a few thousand
+MAX_PARTIALS = 256  # partials of a sample that a kernel merges itself; if there are more, `merge_stats` does
+# Options of every launch. Newer versions of Triton fuse multiply and add only on request.
+OPTIONS = {"enable_fp_fusion": True}
+SAMPLE_CHANNELS, SAMPLE_PARTIALS = 128, 16  # that `pool_mixer_bwd_sample` adds at a time, at most
+PARAMS_CHANNELS, PARAMS_SAMPLES = 32, 64  # that `pool_mixer_bwd_params` adds at a time (channels: at most)
+MAX_ROLLED_POOL = 9  # the largest pool whose window is unrolled; a larger one is looped over
 
 
-class Plan(NamedTuple):
-    """Launch configuration of the mixer kernels for one shape and layout."""
+class MixerLaunch(NamedTuple):
+    """Launch configuration of the token mixer's kernels for one shape and layout."""
 
-    columns: int  # of a tile; a column is ROWS pixels of one strip
+    columns: int  # of a tile; a column is ROWS pixels, one above the other, of one strip
     channels: int  # of a tile
     tiles: int  # of a sample
-    pool: int  # the pool size, no larger than the image can show
-    even: bool  # ROWS divides the height
-    wide: bool  # offsets inside a sample need 64 bits
-    warps: int
-    registers: int  # of a thread at most: 128 leave room for 16 warps on an SM
-    reduce_columns: int  # as above, of the backward's reduction
-    reduce_column_tiles: int
-    reduce_warps: int
+    pool: int  # the pool size, at most the smallest one that sees the whole image from every pixel
+    even: bool  # whether ROWS divides the height
+    wide: bool  # whether offsets inside a sample need 64 bits
+    warps: int  # of a program
+    registers: int  # of a thread at most: 128 leave room for 16 warps on an SM, 168 for 12
+    reduce_columns: int  # columns of a tile of `pool_mixer_bwd_reduce`
+    reduce_column_tiles: int  # how many of them cover a sample's columns
+    reduce_warps: int  # of one of its programs
 
 
 def next_power_of_2(n: int) -> int:
@@ -50,7 +59,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def pieces(size: int) -> tuple[int, int]:
+def power_of_2_parts(size: int) -> tuple[int, int]:
     """One or two powers of two that cover the size with less padding than one alone: 96 is 64 + 32."""
     whole = max(16, next_power_of_2(size))
     half = whole // 2
@@ -59,19 +68,23 @@ def pieces(size: int) -> tuple[int, int]:
 
 
 def _tile(shape, channels_last: bool, pool_size: int) -> tuple[int, int]:
-    """(columns, channels) of a tile. Height and width may be symbolic: they are compared, never converted."""
+    """(columns, channels) of a tile, both powers of two.
+
+    Height and width may be symbolic integers of a trace: they are compared, never converted.
+    """
     channels, height, width = int(shape[1]), shape[2], shape[3]
     columns = (height + ROWS - 1) // ROWS * width
+    # A lane is one channel of one column. The tiles of a strip that is cut off below, or of a larger pool,
+    # are smaller: their lanes need more registers.
     lanes = 512 if not channels_last else 2048 if pool_size == 3 and height % ROWS == 0 else 1024
     if channels_last:
-        divisor = (
-            channels & -channels
-        )  # a tile that divides C needs no channel mask: loads stay 128 bits wide
+        # A tile that divides C needs no mask of channels, so its loads stay 128 bits wide.
+        divisor = channels & -channels  # the largest power of two that divides C
         tile_channels = min(divisor, 128) if divisor >= 16 else min(next_power_of_2(channels), 128)
         tile_columns = lanes // tile_channels
         half = max(1, tile_columns // 2)
         if columns > half and columns % tile_columns != 0 and columns % half == 0:
-            tile_columns = half  # no idle lanes
+            tile_columns = half  # it divides the columns, so no lane idles
     else:
         tile_columns = 64
     while tile_columns > 1 and columns <= tile_columns // 2:
@@ -82,14 +95,14 @@ def _tile(shape, channels_last: bool, pool_size: int) -> tuple[int, int]:
 
 
 def stats_tiles(shape, channels_last: bool, pool_size: int) -> int:
-    """How many partials of a sample's statistics the forward kernel returns: one per tile."""
+    """How many partials of a sample's statistics `pool_mixer_fwd` returns: one for each tile."""
     columns, channels = _tile(shape, channels_last, pool_size)
     strips = (shape[2] + ROWS - 1) // ROWS
     return -(-(strips * shape[3]) // columns) * -(-shape[1] // channels)
 
 
 @cache
-def plan(
+def mixer_launch(
     channels: int,
     height: int,
     width: int,
@@ -97,28 +110,29 @@ def plan(
     pool_size: int,
     itemsize: int,
     aligned: bool = True,
-) -> Plan:
+) -> MixerLaunch:
     """Launch configuration for samples of this shape and of elements of ``itemsize`` bytes.
 
-    ``aligned``: the images start at 16 bytes, so that loads can be 128 bits wide.
+    ``aligned``: the images start at multiples of 16 bytes, so that loads can be 128 bits wide.
     """
     shape = (1, channels, height, width)
     columns, tile_channels = _tile(shape, channels_last, pool_size)
     tiles = stats_tiles(shape, channels_last, pool_size)
-    reach = 2 * max(height, width) - 1  # a pool this large sees the whole image from every pixel
+    largest_pool = 2 * max(height, width) - 1  # it sees the whole image from every pixel
     even = height % ROWS == 0
-    # Lanes of a thread: one 128-bit load in channels_last, half of it where a larger pool keeps more rows.
+    # Lanes of a thread: in channels_last as many as one 128-bit load has, or half of them where a larger pool
+    # keeps more rows in registers.
     lanes = 2 if not channels_last else 8 if pool_size == 3 and itemsize == 2 and aligned else 4
     warps = max(1, columns * tile_channels // (32 * lanes))
-    reduce_warps = min(warps, 4)  # the reduction spills at 128 registers: smaller programs, unlimited
+    reduce_warps = min(warps, 4)  # the reduction would spill at 128 registers, so its programs are smaller
     reduce_columns = max(1, columns * reduce_warps // warps)
-    return Plan(
+    return MixerLaunch(
         columns=columns,
         channels=tile_channels,
         tiles=tiles,
-        pool=min(pool_size, reach),
+        pool=min(pool_size, largest_pool),
         even=even,
-        # a tile may point (not load) past the sample's last row by a strip and a pool
+        # A tile computes addresses, though it loads nothing, up to a strip and a pool past the sample's end.
         wide=channels * (height + 2 * ROWS + pool_size) * (width + pool_size) >= 2**31,
         warps=warps,
         registers=255 if pool_size != 3 else 128 if even or not channels_last else 168,
@@ -128,6 +142,6 @@ def plan(
     )
 
 
-def flat_block(elements: int) -> tuple[int, int]:
-    """(elements per partial, warps) of the statistics kernel for samples of so many elements."""
-    return (1024, 4) if elements <= 4096 else (FLAT, 8)
+def stats_block(elements: int) -> tuple[int, int]:
+    """(elements of a partial, warps of a program) of `sample_stats` for samples of so many elements."""
+    return (1024, 4) if elements <= 4096 else (STATS_BLOCK, 8)

@@ -1,6 +1,6 @@
 """What the launchers choose their tiles by: a device's architecture and shared memory, tensors' alignment.
 
-No triton import here, like `config`.
+Triton is not imported here, as in `config`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of"]
+__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of", "on_another_device"]
 
 
 class Device(NamedTuple):
@@ -22,13 +22,14 @@ class Device(NamedTuple):
 
     @property
     def register_operands(self) -> bool:
-        """Whether its best products, mma.sync, read both operands from registers.
+        """Whether its fastest matrix instruction is mma.sync, which reads both operands from registers.
 
-        wgmma (9.x) and tcgen05 (10.x, 11.x) read them from shared memory; 12.x has neither.
+        wgmma (9.x) and tcgen05 (10.x, 11.x) read them from shared memory; 12.x has neither of these.
         """
         return self.architecture // 10 not in (9, 10, 11)
 
 
+# bytes of shared memory that a block may use, by architecture (CUDA C++ Programming Guide)
 _SMALL, _AMPERE, _LARGE = 99 * 1024, 163 * 1024, 227 * 1024
 _SHARED = {
     80: _AMPERE,
@@ -42,13 +43,13 @@ _SHARED = {
     120: _SMALL,
     121: _SMALL,
 }
-#: by architecture, for code that is compiled without the GPU
+#: the devices by architecture, for code that is compiled without a GPU
 DEVICES = {architecture: Device(architecture, shared) for architecture, shared in _SHARED.items()}
 _assumed = DEVICES[90]
 
 
 def device_of(x: Tensor) -> Device:
-    """The GPU that x is on; for any other tensor the one `assumed`, Hopper unless told otherwise."""
+    """The GPU that x is on; for a tensor on no GPU the device given to `assumed`, or else Hopper."""
     return _gpu(x.get_device()) if x.is_cuda else _assumed
 
 
@@ -58,14 +59,22 @@ def _gpu(index: int) -> Device:
     return Device(10 * found.major + found.minor, found.shared_memory_per_block_optin)
 
 
+def on_another_device(x: Tensor) -> bool:
+    """Whether x is on a GPU that is not the current one, which Triton would launch on."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
+
+
 def aligned(*tensors: Tensor) -> bool:
-    """Whether tensors start at 16 bytes of their memory; other loads are narrow and take registers."""
+    """Whether each tensor starts at a multiple of 16 bytes in its memory.
+
+    Tensors that do not are loaded in narrow pieces, which takes more registers.
+    """
     return all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
 
 
 @contextlib.contextmanager
 def assumed(device: Device) -> Iterator[None]:
-    """The launchers configure tensors that are on no GPU for this device."""
+    """Inside, the launchers configure tensors that are on no GPU for this device."""
     global _assumed
     before, _assumed = _assumed, device
     try:

@@ -1,7 +1,8 @@
-"""The token mixer in Triton: kernels, then launchers. Formulas: algebra, "Token mixer sub-block".
+"""The token mixer in Triton: kernels, then launchers. Formulas: docs/algebra.md, "Token mixer".
 
-fp32 differences are taken after subtracting the sample's mean, exact for nearby numbers, so a constant image
-gives exactly zero; sums of 8- and 11-bit halves need no shift to be exact in fp32.
+An fp32 x has the sample's mean subtracted before it is pooled. That is exact for numbers near the mean, so a
+constant image gives exactly zero. Sums of bfloat16 and float16, which have 8 and 11 bits, are exact in fp32
+without it.
 """
 
 import torch
@@ -10,10 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import memory_format_of
-from .config import MAX_ROLLED_POOL, OPTIONS, ROWS, next_power_of_2, plan
-from .device import aligned
-from .statistics import few, flat_stats, merged
-from .tile import advance, lanes, rounded, row_ok, row_taps, scalar, taps, vector
+from .config import (
+    MAX_ROLLED_POOL,
+    OPTIONS,
+    PARAMS_CHANNELS,
+    PARAMS_SAMPLES,
+    ROWS,
+    SAMPLE_CHANNELS,
+    SAMPLE_PARTIALS,
+    mixer_launch,
+    next_power_of_2,
+)
+from .device import aligned, on_another_device
+from .statistics import limit_partials, merge_partials, tensor_partials
+from .tile import (
+    advance_window,
+    load_or_one,
+    load_scalar_or_one,
+    round_to,
+    row_mask,
+    row_window_count,
+    tile_lanes,
+    window_count,
+)
 
 __all__ = ["backward", "forward"]
 
@@ -25,44 +45,66 @@ def pool_mixer_fwd(
     CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ROLLED: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile, and the partial statistics of the rounded y where ``y_stats_ptr`` is given."""
+    """y of one tile, and the partial statistics of the rounded y.
+
+    x_ptr: x [B, C, H, W], NCHW or channels_last
+    y_ptr: output, like x
+    weight_ptr, bias_ptr: GroupNorm's weight and bias [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    stats_ptr: partials of x [B, T, 3], fp32
+    mean_rstd_ptr: output (mean, rstd) of x [B, 2], fp32
+    y_stats_ptr: output partials of y [B, tiles, 3], fp32, or None
+    H, W: pixels of an image
+    tiles: tiles of a sample
+    T: partials of a sample of x
+    eps: GroupNorm's epsilon
+    C: channels
+    POOL: pool size
+    RESIDUAL: whether x is added
+    CHANNELS_LAST: the layout
+    COLUMNS, CHANNELS: columns and channels of a tile
+    ROWS: pixels of a column
+    EVEN: whether ROWS divides H
+    WIDE: whether offsets inside a sample need 64 bits
+    ROLLED: whether the window rolls down the strip, unrolled at compile time; else each is looped over
+    MERGE: a power of two, at least T
+    """
     REACH: tl.constexpr = POOL // 2
-    b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = lanes(
+    b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
         H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
-    mean, variance = merged(stats_ptr, b, T, MERGE)
+    mean, variance = merge_partials(stats_ptr, b, T, MERGE)
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     if tile == 0:
         tl.store(mean_rstd_ptr + b * 2, mean)
         tl.store(mean_rstd_ptr + b * 2 + 1, rstd)
-    gamma = vector(weight_ptr, c, c_ok)
-    poison = (
-        gamma  # an infinite gamma or beta is infinity minus infinity in eager: 0 * inf carries the NaN over
-    )
+    gamma = load_or_one(weight_ptr, c, c_ok)
+    # With an infinite gamma or beta eager PyTorch subtracts infinity from infinity. 0 * inf is that NaN too.
+    poison = gamma
     if bias_ptr is not None:
-        poison += vector(bias_ptr, c, c_ok)
-    gain = (gamma + 0.0 * poison) * vector(scale_ptr, c, c_ok) * (scalar(drop_ptr, b) * rstd)
+        poison += load_or_one(bias_ptr, c, c_ok)
+    gain = (gamma + 0.0 * poison) * load_or_one(scale_ptr, c, c_ok) * (load_scalar_or_one(drop_ptr, b) * rstd)
 
     x_ptr += base
     y_ptr += base
     shift = mean if x_ptr.dtype.element_ty == tl.float32 else None
-    horizontal = taps(w, W, REACH)
-    # y's mean is x's to within a deviation, or about 0 in the plain form: sums of squares about this origin
-    # lose next to nothing when their mean is taken out.
+    horizontal = window_count(w, W, REACH)
+    # The mean of y is within a standard deviation of x's, or about 0 without the residual. So sums of squares
+    # about this origin lose next to no digits when M2 is computed from them.
     origin = mean if RESIDUAL else 0.0
     s1 = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     s2 = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     rows = ()
     for r in tl.static_range(ROWS):
-        x, total, rows = advance(
+        x, total, rows = advance_window(
             rows, x_ptr + offsets, ok, top, w, H, W, row_stride, column_stride, shift, r,
             False, POOL, ROWS, EVEN, ROLLED,
         )  # fmt: skip
-        size = (row_taps(top, r, H, EVEN, REACH, ROWS) * horizontal)[:, None]
+        size = (row_window_count(top, r, H, EVEN, REACH, ROWS) * horizontal)[:, None]
         centre = x if shift is None else x - shift
         mixed = tl.fma(-size, centre, total) * (1.0 / size) * gain[None, :]
-        y = rounded(x + mixed if RESIDUAL else mixed, y_ptr.dtype.element_ty)
-        exists = row_ok(ok, top, r, H, EVEN, ROWS)
+        y = round_to(x + mixed if RESIDUAL else mixed, y_ptr.dtype.element_ty)
+        exists = row_mask(ok, top, r, H, EVEN, ROWS)
         tl.store(y_ptr + offsets + r * row_stride, y, mask=exists)
         if y_stats_ptr is not None:
             value = y.to(tl.float32) - origin
@@ -88,25 +130,36 @@ def pool_mixer_bwd_reduce(
     CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ROLLED: tl.constexpr,
 ):  # fmt: skip
-    """Per tile and channel ``sum g (Px - x)`` = q / rstd; with the pool on x the mean drops out."""
+    """``sum g (P x - x)`` over the pixels of a tile, for each channel: its part of q / rstd.
+
+    P is applied to x, not its adjoint to g, because the mean of x then cancels.
+
+    grad_ptr: gradient of y [B, C, H, W], in x's layout
+    x_ptr: x [B, C, H, W], NCHW or channels_last
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
+    partial_ptr: output [B, column tiles, C], fp32
+    H, W: pixels of an image
+    tiles: tiles of a sample
+    C, POOL, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, EVEN, WIDE, ROLLED: as in `pool_mixer_fwd`
+    """
     REACH: tl.constexpr = POOL // 2
-    b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = lanes(
+    b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
         H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
     x_ptr += base
     grad_ptr += base
     shift = tl.load(mean_rstd_ptr + b * 2) if x_ptr.dtype.element_ty == tl.float32 else None
-    horizontal = taps(w, W, REACH)
+    horizontal = window_count(w, W, REACH)
     q = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     rows = ()
     for r in tl.static_range(ROWS):
-        exists = row_ok(ok, top, r, H, EVEN, ROWS)
+        exists = row_mask(ok, top, r, H, EVEN, ROWS)
         grad = tl.load(grad_ptr + offsets + r * row_stride, mask=exists, other=0.0).to(tl.float32)
-        x, total, rows = advance(
+        x, total, rows = advance_window(
             rows, x_ptr + offsets, ok, top, w, H, W, row_stride, column_stride, shift, r,
             False, POOL, ROWS, EVEN, ROLLED,
         )  # fmt: skip
-        size = (row_taps(top, r, H, EVEN, REACH, ROWS) * horizontal)[:, None]
+        size = (row_window_count(top, r, H, EVEN, REACH, ROWS) * horizontal)[:, None]
         centre = x if shift is None else x - shift
         q += grad * (tl.fma(-size, centre, total) * (1.0 / size))
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -119,7 +172,19 @@ def pool_mixer_bwd_sample(
     partial_ptr, mean_rstd_ptr, weight_ptr, scale_ptr, drop_ptr, q_ptr, k_ptr, ddrop_ptr, N, T,
     C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one sample: q [C] from its partials, k (for GroupNorm's backward) and drop_scale's gradient."""
+    """Of one sample: q, the k of GroupNorm's backward, and drop_scale's gradient.
+
+    partial_ptr: partials of q / rstd [B, T, C], fp32
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
+    weight_ptr: GroupNorm's weight [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    q_ptr: output [B, C], fp32
+    k_ptr, ddrop_ptr: outputs [B], fp32
+    N: elements of a sample
+    T: partials of a sample
+    C: channels
+    CHANNELS, BLOCK: channels and partials that are loaded at a time
+    """
     b = tl.program_id(0).to(tl.int64)
     rstd = tl.load(mean_rstd_ptr + b * 2 + 1)
     ddrop = tl.zeros([CHANNELS], tl.float32)
@@ -134,10 +199,12 @@ def pool_mixer_bwd_sample(
             t0 += BLOCK
         q_c = tl.sum(q, 0) * rstd
         tl.store(q_ptr + b * C + c, q_c, mask=c < C)
-        ddrop += vector(weight_ptr, c, c < C) * vector(scale_ptr, c, c < C) * tl.where(c < C, q_c, 0.0)
+        ddrop += (
+            load_or_one(weight_ptr, c, c < C) * load_or_one(scale_ptr, c, c < C) * tl.where(c < C, q_c, 0.0)
+        )
     total = tl.sum(ddrop)
     tl.store(ddrop_ptr + b, total)
-    tl.store(k_ptr + b, total * scalar(drop_ptr, b) / N)
+    tl.store(k_ptr + b, total * load_scalar_or_one(drop_ptr, b) / N)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -145,7 +212,15 @@ def pool_mixer_bwd_params(
     q_ptr, weight_ptr, scale_ptr, drop_ptr, dweight_ptr, dscale_ptr, B, C: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """weight's and layer_scale's gradients: ``Q = sum_b d_b q_b`` in the order of the samples."""
+    """Gradients of GroupNorm's weight and of LayerScale, from ``Q = sum_b d_b q_b`` in a fixed order.
+
+    q_ptr: q [B, C], fp32
+    weight_ptr: GroupNorm's weight [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    dweight_ptr, dscale_ptr: outputs [C], fp32
+    B, C: samples, channels
+    CHANNELS, BLOCK: channels of a program, samples that are loaded at a time
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     q = tl.zeros([BLOCK, CHANNELS], tl.float32)
     b0 = 0
@@ -153,11 +228,11 @@ def pool_mixer_bwd_params(
         b = b0 + tl.arange(0, BLOCK).to(tl.int64)
         ok = (b < B)[:, None] & (c < C)[None, :]
         row = tl.load(q_ptr + b[:, None] * C + c[None, :], mask=ok, other=0.0)
-        q += row * vector(drop_ptr, b, b < B)[:, None]
+        q += row * load_or_one(drop_ptr, b, b < B)[:, None]
         b0 += BLOCK
     total = tl.sum(q, 0)
-    tl.store(dweight_ptr + c, total * vector(scale_ptr, c, c < C), mask=c < C)
-    tl.store(dscale_ptr + c, total * vector(weight_ptr, c, c < C), mask=c < C)
+    tl.store(dweight_ptr + c, total * load_or_one(scale_ptr, c, c < C), mask=c < C)
+    tl.store(dscale_ptr + c, total * load_or_one(weight_ptr, c, c < C), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["H", "W", "tiles"])
@@ -167,29 +242,46 @@ def pool_mixer_bwd_dx(
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ROLLED: tl.constexpr,
 ):  # fmt: skip
-    """``dx = g + r (gamma a e - xhat k)``, ``e = P^T g - g``; without the first g if there is no residual."""
-    b, _, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = lanes(
+    """dx of one tile: ``g + r (gamma s d e - x_hat k)``, ``e = P^T g - g``; without the residual no first g.
+
+    grad_ptr: gradient of y [B, C, H, W], in x's layout
+    x_ptr: x [B, C, H, W], NCHW or channels_last
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
+    k_ptr: k [B], fp32
+    weight_ptr: GroupNorm's weight [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    dx_ptr: output, like x
+    H, W: pixels of an image
+    tiles: tiles of a sample
+    RESIDUAL: whether x was added to y
+    C, POOL, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, EVEN, WIDE, ROLLED: as in `pool_mixer_fwd`
+    """
+    b, _, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
         H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
     mean = tl.load(mean_rstd_ptr + b * 2)
     rstd = tl.load(mean_rstd_ptr + b * 2 + 1)
     correction = tl.load(k_ptr + b) * rstd * rstd
-    gain = vector(weight_ptr, c, c_ok) * vector(scale_ptr, c, c_ok) * (scalar(drop_ptr, b) * rstd)
+    gain = (
+        load_or_one(weight_ptr, c, c_ok)
+        * load_or_one(scale_ptr, c, c_ok)
+        * (load_scalar_or_one(drop_ptr, b) * rstd)
+    )
     grad_ptr += base
     x_ptr += base
     dx_ptr += base
     rows = ()
     for r in tl.static_range(ROWS):
-        exists = row_ok(ok, top, r, H, EVEN, ROWS)
+        exists = row_mask(ok, top, r, H, EVEN, ROWS)
         x = tl.load(x_ptr + offsets + r * row_stride, mask=exists, other=0.0).to(tl.float32)
-        grad, total, rows = advance(
+        grad, total, rows = advance_window(
             rows, grad_ptr + offsets, ok, top, w, H, W, row_stride, column_stride, None, r,
             True, POOL, ROWS, EVEN, ROLLED,
         )  # fmt: skip
         dx = (total - grad) * gain[None, :] - (x - mean) * correction
         if RESIDUAL:
             dx += grad
-        tl.store(dx_ptr + offsets + r * row_stride, rounded(dx, dx_ptr.dtype.element_ty), mask=exists)
+        tl.store(dx_ptr + offsets + r * row_stride, round_to(dx, dx_ptr.dtype.element_ty), mask=exists)
 
 
 def forward(
@@ -205,7 +297,7 @@ def forward(
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``pool_mixer_triton``: y, (mean, rstd) of x ``[B, 2]``, partials of y ``[B, T, 3]`` or empty."""
-    if _elsewhere(x):
+    if on_another_device(x):
         with torch.cuda.device_of(x):
             return forward(
                 x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual, return_stats
@@ -214,21 +306,21 @@ def forward(
     fmt = memory_format_of(x)
     channels_last = fmt is torch.channels_last
     x = x.contiguous(memory_format=fmt)
-    p = plan(channels, height, width, channels_last, pool_size, x.element_size(), aligned(x))
+    launch = mixer_launch(channels, height, width, channels_last, pool_size, x.element_size(), aligned(x))
     y = torch.empty_like(x, memory_format=fmt)
     mean_rstd = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-    shape = (batch, p.tiles, 3) if return_stats else (0,)
+    shape = (batch, launch.tiles, 3) if return_stats else (0,)
     y_stats = torch.empty(shape, dtype=torch.float32, device=x.device)
     if batch == 0:
         return y, mean_rstd, y_stats
-    stats = few(flat_stats(x) if stats is None else stats.contiguous())
+    stats = limit_partials(tensor_partials(x) if stats is None else stats.contiguous())
     partials = stats.shape[1]
-    pool_mixer_fwd[(batch * p.tiles,)](
+    pool_mixer_fwd[(batch * launch.tiles,)](
         x, y, _dense(weight), _dense(bias), _dense(layer_scale), _dense(drop_scale), stats, mean_rstd,
         y_stats if return_stats else None,
-        height, width, p.tiles, partials, eps, channels, p.pool, residual, channels_last,
-        p.columns, p.channels, ROWS, p.even, p.wide, p.pool <= MAX_ROLLED_POOL, next_power_of_2(partials),
-        num_warps=p.warps, maxnreg=p.registers, **OPTIONS,
+        height, width, launch.tiles, partials, eps, channels, launch.pool, residual, channels_last,
+        launch.columns, launch.channels, ROWS, launch.even, launch.wide, launch.pool <= MAX_ROLLED_POOL,
+        next_power_of_2(partials), num_warps=launch.warps, maxnreg=launch.registers, **OPTIONS,
     )  # fmt: skip
     return y, mean_rstd, y_stats
 
@@ -245,14 +337,16 @@ def backward(
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``pool_mixer_triton_backward``: dx, dweight and dlayer_scale ``[C]``, ddrop_scale ``[B]``."""
-    if _elsewhere(x):
+    if on_another_device(x):
         with torch.cuda.device_of(x):
             return backward(grad, x, mean_rstd, weight, bias, layer_scale, drop_scale, pool_size, residual)
     batch, channels, height, width = x.shape
     fmt = memory_format_of(x)
     channels_last = fmt is torch.channels_last
     x, grad = x.contiguous(memory_format=fmt), grad.contiguous(memory_format=fmt)
-    p = plan(channels, height, width, channels_last, pool_size, x.element_size(), aligned(x, grad))
+    launch = mixer_launch(
+        channels, height, width, channels_last, pool_size, x.element_size(), aligned(x, grad)
+    )
     dx = torch.empty_like(x, memory_format=fmt)
     vectors = {"dtype": torch.float32, "device": x.device}
     if batch == 0:
@@ -264,34 +358,31 @@ def backward(
         )
     dweight, dscale = torch.empty(channels, **vectors), torch.empty(channels, **vectors)
     ddrop, k = torch.empty(batch, **vectors), torch.empty(batch, **vectors)
-    partial = torch.empty((batch, p.reduce_column_tiles, channels), **vectors)
+    partial = torch.empty((batch, launch.reduce_column_tiles, channels), **vectors)
     q = torch.empty((batch, channels), **vectors)
     mean_rstd = mean_rstd.contiguous()
     weight, scale, drop = _dense(weight), _dense(layer_scale), _dense(drop_scale)
-    strip = (ROWS, p.even, p.wide, p.pool <= MAX_ROLLED_POOL)
-    tiles = p.reduce_column_tiles * triton.cdiv(channels, p.channels)
+    strip = (ROWS, launch.even, launch.wide, launch.pool <= MAX_ROLLED_POOL)
+    tiles = launch.reduce_column_tiles * triton.cdiv(channels, launch.channels)
     pool_mixer_bwd_reduce[(batch * tiles,)](
-        grad, x, mean_rstd, partial, height, width, tiles, channels, p.pool, channels_last,
-        p.reduce_columns, p.channels, *strip, num_warps=p.reduce_warps, maxnreg=255, **OPTIONS,
+        grad, x, mean_rstd, partial, height, width, tiles, channels, launch.pool, channels_last,
+        launch.reduce_columns, launch.channels, *strip, num_warps=launch.reduce_warps, maxnreg=255, **OPTIONS,
     )  # fmt: skip
-    block = min(next_power_of_2(channels), 128)
     pool_mixer_bwd_sample[(batch,)](
-        partial, mean_rstd, weight, scale, drop, q, k, ddrop, x[0].numel(), p.reduce_column_tiles, channels,
-        block, min(next_power_of_2(p.reduce_column_tiles), 16), **OPTIONS,
+        partial, mean_rstd, weight, scale, drop, q, k, ddrop, x[0].numel(), launch.reduce_column_tiles,
+        channels, min(next_power_of_2(channels), SAMPLE_CHANNELS),
+        min(next_power_of_2(launch.reduce_column_tiles), SAMPLE_PARTIALS), **OPTIONS,
     )  # fmt: skip
-    block = min(next_power_of_2(channels), 32)
+    block = min(next_power_of_2(channels), PARAMS_CHANNELS)
     pool_mixer_bwd_params[(triton.cdiv(channels, block),)](
-        q, weight, scale, drop, dweight, dscale, batch, channels, block, 64, **OPTIONS
+        q, weight, scale, drop, dweight, dscale, batch, channels, block, PARAMS_SAMPLES, **OPTIONS
     )
-    pool_mixer_bwd_dx[(batch * p.tiles,)](
-        grad, x, mean_rstd, k, weight, scale, drop, dx, height, width, p.tiles, channels, p.pool, residual,
-        channels_last, p.columns, p.channels, *strip, num_warps=p.warps, maxnreg=p.registers, **OPTIONS,
+    pool_mixer_bwd_dx[(batch * launch.tiles,)](
+        grad, x, mean_rstd, k, weight, scale, drop, dx, height, width, launch.tiles, channels, launch.pool,
+        residual, channels_last, launch.columns, launch.channels, *strip, num_warps=launch.warps,
+        maxnreg=launch.registers, **OPTIONS,
     )  # fmt: skip
     return dx, dweight, dscale, ddrop
-
-
-def _elsewhere(x: Tensor) -> bool:
-    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def _dense(p: Tensor | None) -> Tensor | None:

@@ -1,10 +1,10 @@
-"""Device functions of the token mixer: where a tile's lanes are, and the pool's window walking down a strip.
+"""Device functions: products and parameters for every kernel, and the token mixer's tile and window.
 
-A tile is ``COLUMNS x CHANNELS`` lanes. A lane is one channel of one image column inside a strip of ``ROWS``
-rows; it walks down its strip and keeps the row sums of the pool's window in registers, so a pixel is read
-``POOL`` times (once from memory, then from L1), not ``POOL**2`` times. Columns are numbered through all
-strips of a sample, so no lane idles at the end of a row. Both layouts are served alike; only the strides
-differ, and with them the axis that neighbouring threads walk along.
+A tile of the token mixer is ``COLUMNS x CHANNELS`` lanes. A lane is one channel of one image column inside a
+strip of ``ROWS`` rows; it walks down its strip and keeps the row sums of the pool's window in registers, so a
+pixel is read ``POOL`` times (once from memory, then from L1), not ``POOL**2`` times. Columns are numbered
+through all strips of a sample, so no lane idles at the end of a row. The two layouts differ only in the
+strides, and with them in the axis along which neighbouring threads lie.
 """
 
 import os
@@ -12,26 +12,37 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["advance", "dot", "lanes", "rounded", "row_ok", "row_taps", "scalar", "shift", "taps", "vector"]
+__all__ = [
+    "advance_window",
+    "dot",
+    "load_or_one",
+    "load_or_zero",
+    "load_scalar_or_one",
+    "round_to",
+    "row_mask",
+    "row_window_count",
+    "tile_lanes",
+    "window_count",
+]
 
-# The interpreter's bf16 arithmetic and rounding are wrong: `rounded` does by hand what a GPU does itself.
+# The interpreter's bf16 arithmetic and rounding are wrong, so `round_to` and `dot` replace them there.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """fp32 to the output's dtype, to nearest even."""
+def round_to(value, dtype: tl.constexpr):
+    """fp32 values in another dtype, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        bits = tl.where(value == value, up, bits | 0x400000)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        bits = tl.where(value == value, nearest, bits | 0x400000)  # NaN stays NaN
         value = bits.to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a b`` in fp32; the interpreter's bf16 products are wrong, its fp32 ones are not."""
+    """``acc + a b``, in fp32. The interpreter gets fp32 operands: its bf16 products are wrong."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -39,8 +50,8 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def shift(ptr, index, ok):
-    """A parameter in fp32, or 0 where there is none."""
+def load_or_zero(ptr, index, ok):
+    """Elements of a parameter in fp32, 0 where not ``ok``; all 0 where the parameter is None."""
     if ptr is None:
         return tl.zeros(index.shape, tl.float32)
     else:
@@ -48,8 +59,8 @@ def shift(ptr, index, ok):
 
 
 @triton.jit
-def vector(ptr, index, ok):
-    """A parameter in fp32, or 1 where there is none."""
+def load_or_one(ptr, index, ok):
+    """Elements of a parameter in fp32, 0 where not ``ok``; all 1 where the parameter is None."""
     if ptr is None:
         return tl.full(index.shape, 1.0, tl.float32)
     else:
@@ -57,7 +68,8 @@ def vector(ptr, index, ok):
 
 
 @triton.jit
-def scalar(ptr, index):
+def load_scalar_or_one(ptr, index):
+    """One element of a parameter in fp32; 1 where the parameter is None."""
     if ptr is None:
         return 1.0
     else:
@@ -65,24 +77,29 @@ def scalar(ptr, index):
 
 
 @triton.jit
-def taps(position, size, REACH: tl.constexpr):
-    """How many taps of a pool around ``position`` fall inside [0, size), in fp32, and at least 1."""
-    inside = tl.minimum(position, REACH) + tl.minimum(size - 1 - position, REACH) + 1
-    return tl.maximum(inside, 1).to(tl.float32)
+def window_count(position, size, REACH: tl.constexpr):
+    """How many positions of a window around ``position`` lie in [0, size), in fp32, and at least 1.
+
+    The window reaches REACH positions to either side.
+    """
+    count = tl.minimum(position, REACH) + tl.minimum(size - 1 - position, REACH) + 1
+    return tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
-def row_taps(top, offset: tl.constexpr, H, EVEN: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr):
-    """`taps` of row ``top + offset`` of a strip, constant where the strip hides the border."""
+def row_window_count(
+    top, offset: tl.constexpr, H, EVEN: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr
+):
+    """`window_count` of row ``top + offset`` of a strip; a constant where no window reaches the border."""
     if EVEN and offset >= REACH and offset + REACH < ROWS:
         return tl.full(top.shape, 2 * REACH + 1, tl.float32)
     else:
-        return taps(top + offset, H, REACH)
+        return window_count(top + offset, H, REACH)
 
 
 @triton.jit
-def row_ok(ok, top, offset: tl.constexpr, H, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """The lanes whose row ``top + offset`` exists."""
+def row_mask(ok, top, offset: tl.constexpr, H, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    """Which lanes have a row ``top + offset``; ``ok``: which lanes exist."""
     if offset < 0:
         return ok & (top >= -offset)[:, None]
     elif offset >= ROWS or not EVEN:
@@ -92,8 +109,8 @@ def row_ok(ok, top, offset: tl.constexpr, H, EVEN: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _shifted(ptr, ok, shift):
-    """(value in fp32, value - shift); a masked lane adds nothing to a sum of the second."""
+def _load_shifted(ptr, ok, shift):
+    """(value in fp32, value - shift); ``shift`` may be None. The second is 0 in a masked lane."""
     if shift is None:
         value = tl.load(ptr, mask=ok, other=0.0).to(tl.float32)
         return value, value
@@ -103,71 +120,84 @@ def _shifted(ptr, ok, shift):
 
 
 @triton.jit
-def _row(ptr, ok, w, W, column_stride, shift, vertical, REACH: tl.constexpr):
-    """(centre, sum over the row's taps); ``vertical`` (1 / row taps): each divided by its own pool's size."""
-    centre, total = _shifted(ptr, ok, shift)
+def _row_sum(ptr, ok, w, W, column_stride, shift, vertical, REACH: tl.constexpr):
+    """(centre, sum over the window's pixels in one row) of each lane.
+
+    For the adjoint pool each pixel is divided by the size of the window around it: ``vertical`` is 1 / its
+    rows. For the pool itself ``vertical`` is None.
+    """
+    centre, total = _load_shifted(ptr, ok, shift)
     if vertical is not None:
-        total *= (vertical / taps(w, W, REACH))[:, None]
+        total *= (vertical / window_count(w, W, REACH))[:, None]
     for j in tl.static_range(1, REACH + 1):
-        left = _shifted(ptr - j * column_stride, ok & (w >= j)[:, None], shift)[1]
-        right = _shifted(ptr + j * column_stride, ok & (w + j < W)[:, None], shift)[1]
+        left = _load_shifted(ptr - j * column_stride, ok & (w >= j)[:, None], shift)[1]
+        right = _load_shifted(ptr + j * column_stride, ok & (w + j < W)[:, None], shift)[1]
         if vertical is None:
             total += left + right
         else:
-            total += left * (vertical / taps(w - j, W, REACH))[:, None]
-            total += right * (vertical / taps(w + j, W, REACH))[:, None]
+            total += left * (vertical / window_count(w - j, W, REACH))[:, None]
+            total += right * (vertical / window_count(w + j, W, REACH))[:, None]
     return centre, total
 
 
 @triton.jit
-def _window(
+def _window_sum(
     ptr, ok, h, w, H, W, row_stride, column_stride, shift, ADJOINT: tl.constexpr, REACH: tl.constexpr
 ):
-    """(centre, sum over the window) for pools too large to unroll."""
-    centre, total = _shifted(ptr, ok, shift)
+    """(centre, sum over the window) of each lane, for pools too large to unroll."""
+    centre, total = _load_shifted(ptr, ok, shift)
     total = tl.zeros(centre.shape, tl.float32)
     for i in range(-REACH, REACH + 1):
         for j in range(-REACH, REACH + 1):
             inside = (h + i >= 0) & (h + i < H) & (w + j >= 0) & (w + j < W)
-            value = _shifted(ptr + i * row_stride + j * column_stride, ok & inside[:, None], shift)[1]
+            value = _load_shifted(ptr + i * row_stride + j * column_stride, ok & inside[:, None], shift)[1]
             if ADJOINT:
-                value /= (taps(h + i, H, REACH) * taps(w + j, W, REACH))[:, None]
+                value /= (window_count(h + i, H, REACH) * window_count(w + j, W, REACH))[:, None]
             total += value
     return centre, total
 
 
 @triton.jit
-def advance(
+def advance_window(
     rows, ptr, ok, top, w, H, W, row_stride, column_stride, shift, r: tl.constexpr,
     ADJOINT: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ROLLED: tl.constexpr,
 ):  # fmt: skip
-    """Row ``r`` of the strip: (its centre, its window's sum, the rows read so far)."""
+    """Of row ``r`` of the strip: (the pixels, the sums over their windows, the rows read so far).
+
+    Must be called for r = 0, 1, … in turn. ``rows``, () at first, holds what `_row_sum` returned for each row
+    that was read; ``shift`` is subtracted from each pixel of the sums. ADJOINT: sums of the adjoint pool.
+    """
     REACH: tl.constexpr = POOL // 2
     if ROLLED:
         for i in tl.static_range(-REACH if r == 0 else REACH, REACH + 1):
-            vertical = 1.0 / row_taps(top, r + i, H, EVEN, REACH, ROWS) if ADJOINT else None
-            exists = row_ok(ok, top, r + i, H, EVEN, ROWS)
-            at = ptr + (r + i) * row_stride
-            rows = rows + (_row(at, exists, w, W, column_stride, shift, vertical, REACH),)  # noqa: RUF005
+            vertical = 1.0 / row_window_count(top, r + i, H, EVEN, REACH, ROWS) if ADJOINT else None
+            exists = row_mask(ok, top, r + i, H, EVEN, ROWS)
+            row_ptr = ptr + (r + i) * row_stride
+            rows = rows + (_row_sum(row_ptr, exists, w, W, column_stride, shift, vertical, REACH),)  # noqa: RUF005
         total = rows[r][1]
         for i in tl.static_range(1, POOL):
             total += rows[r + i][1]
         return rows[r + REACH][0], total, rows
     else:
-        exists = row_ok(ok, top, r, H, EVEN, ROWS)
-        at = ptr + r * row_stride
-        centre, total = _window(
-            at, exists, top + r, w, H, W, row_stride, column_stride, shift, ADJOINT, REACH
+        exists = row_mask(ok, top, r, H, EVEN, ROWS)
+        row_ptr = ptr + r * row_stride
+        centre, total = _window_sum(
+            row_ptr, exists, top + r, w, H, W, row_stride, column_stride, shift, ADJOINT, REACH
         )
         return centre, total, rows
 
 
 @triton.jit
-def lanes(
+def tile_lanes(
     H, W, tiles, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's lanes are: sample, tile, channels, top rows, columns, mask, offsets, strides."""
+    """Where this program's lanes are.
+
+    Returns the sample, its tile, the channels and which of them exist, the strips' top rows and the image
+    columns, which lanes exist, the offsets of their top pixels from the sample's first element, the offset of
+    that element, and the strides of rows and of columns.
+    """
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     tile = pid % tiles

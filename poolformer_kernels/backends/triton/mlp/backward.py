@@ -1,12 +1,12 @@
-"""The MLP's backward in Triton: prepares a call, chooses between its two forms, finishes the reductions."""
+"""The MLP's backward in Triton: prepares a call, chooses one of two forms, finishes its reductions."""
 
 import torch
 from torch import Tensor
 
 from ....layout import memory_format_of
-from ..device import device_of
+from ..device import device_of, on_another_device
 from . import backward_fused, backward_gemm
-from .backward_shared import Problem, finish_weight, prepare, summed
+from .backward_shared import Problem, prepare_weights, sum_rows, weight_gradient
 from .config import FusedBackward, backward_launch
 
 __all__ = ["backward"]
@@ -36,10 +36,10 @@ def backward(
     """The op ``mlp_triton_backward``: the gradients of x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale
     and drop_scale.
 
-    dx like x in its memory format, dw1 and dw2 dense and of the weights' dtype and shape, vectors float32;
-    what is not asked for is empty.
+    dx has the shape, dtype and memory format of x. dw1 and dw2 are dense, with the weights' dtype and shape;
+    the vectors are float32. A gradient that is not asked for is empty.
     """
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+    if on_another_device(x):
         with torch.cuda.device_of(x):
             return backward(
                 *(grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale),
@@ -65,7 +65,7 @@ def backward(
     layer_scale, drop_scale, hidden = (
         None if p is None else p.contiguous() for p in (layer_scale, drop_scale, hidden)
     )
-    operands, w2t, table, scaled = prepare(w1, b1, w2, norm_weight, norm_bias, layer_scale, operand)
+    operands, w2t, table, scaled = prepare_weights(w1, b1, w2, norm_weight, norm_bias, layer_scale, operand)
     problem = Problem(
         grad.contiguous(memory_format=fmt),
         x.contiguous(memory_format=fmt),
@@ -88,14 +88,14 @@ def backward(
         drop_grad,
         scaled,
     )
-    p = backward_launch(channels, out, width, operand.itemsize, device_of(x))
-    form = backward_fused if isinstance(p, FusedBackward) else backward_gemm
-    sums = form.partials(problem, p)
+    launch = backward_launch(channels, out, width, operand.itemsize, device_of(x))
+    form = backward_fused if isinstance(launch, FusedBackward) else backward_gemm
+    sums = form.compute_partials(problem, launch)
     ddrop = sums.ddrop if drop_grad else none
     if not parameter_grads:
         return dx, w1.new_empty(0), none, w2.new_empty(0), none, none, none, none, ddrop
-    dw1, _, _ = finish_weight(sums.dw1, w1)
-    dw2, dscale, db2 = finish_weight(sums.dw2, w2, layer_scale, w2, b2, summed(sums.grad))
-    dnorm = summed(sums.dnorm) if norm else torch.zeros(2 * channels, **vectors)
+    dw1, _, _ = weight_gradient(sums.dw1, w1)
+    dw2, dscale, db2 = weight_gradient(sums.dw2, w2, layer_scale, w2, b2, sum_rows(sums.grad))
+    dnorm = sum_rows(sums.dnorm) if norm else torch.zeros(2 * channels, **vectors)
     dgamma, dbeta = dnorm[:channels], dnorm[channels:]
-    return dx, dw1, summed(sums.db1), dw2, db2, dgamma, dbeta, dscale, ddrop
+    return dx, dw1, sum_rows(sums.db1), dw2, db2, dgamma, dbeta, dscale, ddrop

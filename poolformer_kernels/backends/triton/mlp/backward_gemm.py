@@ -1,7 +1,7 @@
 """The MLP's backward where C is large: the hidden gradient of a chunk of samples, then matrix products.
 
-The hidden buffers hold at most WORKSPACE elements each (or one sample); a chunk's weight gradients are added
-to the last one's, in order. Formulas: algebra, "MLP sub-block".
+The hidden buffers hold at most WORKSPACE elements each, or one sample if that is more. The weights' gradients
+are accumulated over the chunks in order. Formulas: docs/algebra.md, "MLP".
 """
 
 from typing import NamedTuple
@@ -13,32 +13,50 @@ from torch import Tensor
 
 from ..activation import activate_with_derivative
 from ..config import OPTIONS
-from ..tile import dot, rounded, vector
-from .backward_shared import TOKENS, Partials, Problem, direct, sample_sums, to_tokens
-from .config import WORKSPACE, BackwardGemms
-from .tile import finished, inside, sample_values, token_tile
+from ..tile import dot, load_or_one, round_to
+from .backward_shared import Partials, Problem, is_operand, sample_sums, write_tokens
+from .config import IMAGE_TOKENS, WORKSPACE, BackwardGemms
+from .tile import sample_values, store_dx, tile_mask, token_tile
 
-__all__ = ["partials"]
+__all__ = ["compute_partials"]
 
 
 @triton.jit
-def _matrix(ptr, rows, columns, WIDTH: tl.constexpr, ok, EVEN: tl.constexpr):
-    """A tile of a row-major matrix; ``ok``: the rows that exist; ``EVEN``: so do all columns."""
-    at = ptr + rows[:, None] * WIDTH + columns[None, :]
+def _load_tile(ptr, rows, columns, WIDTH: tl.constexpr, ok, EVEN: tl.constexpr):
+    """A tile of a row-major matrix of WIDTH columns; ``ok``: which rows exist; ``EVEN``: all columns do."""
+    ptrs = ptr + rows[:, None] * WIDTH + columns[None, :]
     mask = ok[:, None]
     if not EVEN:
         mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["HW", "T"])
 def mlp_bwd_hidden(
     n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
-    rows_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
+    token_sums_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
     TOKENS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """The hidden activation (times d) and gradient ``[T, J]``; sums per token, and over a tile's tokens."""
+    """The hidden activation and gradient of a tile, sums per token, and fc1's bias gradient.
+
+    n_ptr: fc1's input [T, C] in the operands' dtype
+    g_ptr: gradient of y [T, O] in the operands' dtype
+    drop_ptr: drop scale [B], or None
+    hidden_ptr: output of fc1 [T, J] as the forward saved it, or None: it is computed again
+    w1_ptr: fc1's weight [J, C] in the operands' dtype
+    w2t_ptr, table_ptr: [J, O] and [4, J] of `mlp_bwd_prepare`
+    p_ptr: output activations times d [T, J] in the operands' dtype, or None
+    dh_ptr: output gradient of fc1's output [T, J] in the operands' dtype
+    token_sums_ptr: output [3, blocks, T], fp32: sums over a tile's hidden channels of dh u, dh (h - v), p dp
+    db1_ptr: output [tiles, J], fp32: sums of dh over a tile's tokens; or None
+    HW, T: tokens of a sample, and of the chunk
+    C, O, J: channels of x and of y, hidden channels
+    TOKENS, HIDDEN, DEPTH: tokens and hidden channels of a tile, channels of one step of a product
+    ACTIVATION: its name
+    NORM, DROP: whether the first two sums per token are needed, and the third
+    SCALED: whether `mlp_bwd_prepare` divided the rows of w2t
+    """
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
@@ -48,45 +66,45 @@ def mlp_bwd_hidden(
     j = block * HIDDEN + tl.arange(0, HIDDEN)
     j_ok = j < J
     start, ok, b = token_tile(tile, HW, T, TOKENS, True)
-    mask = inside(ok, j, J, BLOCKS * HIDDEN)
-    at = i[:, None] * J + j[None, :]
+    mask = tile_mask(ok, j, J, BLOCKS * HIDDEN)
+    offsets = i[:, None] * J + j[None, :]
     if hidden_ptr is None:
         h = tl.zeros([TOKENS, HIDDEN], tl.float32)
         for c0 in range(0, C, DEPTH):
             c = c0 + tl.arange(0, DEPTH)
-            n = _matrix(n_ptr + start * C, i, c, C, ok, C % DEPTH == 0)
-            w1 = _matrix(w1_ptr, j, c, C, j_ok, C % DEPTH == 0)
+            n = _load_tile(n_ptr + start * C, i, c, C, ok, C % DEPTH == 0)
+            w1 = _load_tile(w1_ptr, j, c, C, j_ok, C % DEPTH == 0)
             h = dot(n, tl.trans(w1), h)
         h += tl.load(table_ptr + j, mask=j_ok, other=0.0)[None, :]
     else:
-        h = tl.load(hidden_ptr + start * J + at, mask=mask, other=0.0).to(tl.float32)
-    drop = vector(drop_ptr, b, ok)
+        h = tl.load(hidden_ptr + start * J + offsets, mask=mask, other=0.0).to(tl.float32)
+    drop = load_or_one(drop_ptr, b, ok)
     p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
-    if p_ptr is not None:  # before dp, which needs its registers
+    if p_ptr is not None:  # stored before dp is computed, which needs the registers of p
         scaled = p if drop_ptr is None else p * drop[:, None]
-        tl.store(p_ptr + start * J + at, rounded(scaled, DTYPE), mask=mask)
-    h = rounded(h, DTYPE)  # half the registers: for k1
+        tl.store(p_ptr + start * J + offsets, round_to(scaled, DTYPE), mask=mask)
+    h = round_to(h, DTYPE)  # needed once more below: in half the registers until then
     dp = tl.zeros([TOKENS, HIDDEN], tl.float32)
     for o0 in range(0, O, DEPTH):
         o = o0 + tl.arange(0, DEPTH)
-        g = _matrix(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
-        w2 = _matrix(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
+        g = _load_tile(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
+        w2 = _load_tile(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
         dp = dot(g, tl.trans(w2), dp)
     if SCALED:
         dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
     dh = dp * slope
     if drop_ptr is not None:
         dh *= drop[:, None]
-    tl.store(dh_ptr + start * J + at, rounded(dh, DTYPE), mask=mask)
+    tl.store(dh_ptr + start * J + offsets, round_to(dh, DTYPE), mask=mask)
     plane = T.to(tl.int64)
-    row = rows_ptr + (start + block * plane) + i
+    sum_ptrs = token_sums_ptr + (start + block * plane) + i
     if NORM:
         u = tl.load(table_ptr + 2 * J + j, mask=j_ok, other=0.0)
         v = tl.load(table_ptr + 3 * J + j, mask=j_ok, other=0.0)
-        tl.store(row, tl.sum(dh * u[None, :], 1), mask=ok)
-        tl.store(row + BLOCKS * plane, tl.sum(dh * (h.to(tl.float32) - v[None, :]), 1), mask=ok)
+        tl.store(sum_ptrs, tl.sum(dh * u[None, :], 1), mask=ok)
+        tl.store(sum_ptrs + BLOCKS * plane, tl.sum(dh * (h.to(tl.float32) - v[None, :]), 1), mask=ok)
     if DROP:
-        tl.store(row + 2 * BLOCKS * plane, tl.sum(p * dp, 1), mask=ok)
+        tl.store(sum_ptrs + 2 * BLOCKS * plane, tl.sum(p * dp, 1), mask=ok)
     if db1_ptr is not None:
         tl.store(db1_ptr + tile.to(tl.int64) * J + j, tl.sum(dh, 0), mask=j_ok)
 
@@ -96,7 +114,15 @@ def mlp_bwd_outer(
     a_ptr, b_ptr, partial_ptr, T, per_split, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds ``a^T b`` over a split's tokens, ``per_split`` steps of DEPTH, to its partial ``[M, N]``."""
+    """Adds ``a^T b`` over a split of the tokens to the split's partial: a tile of it.
+
+    a_ptr, b_ptr: [T, M] and [T, N] in the operands' dtype
+    partial_ptr: [splits, M, N], fp32, added to
+    T: tokens of the chunk
+    per_split: steps of a split
+    M, N: rows and columns of the product
+    ROWS, COLUMNS, DEPTH: rows and columns of a tile, tokens of one step
+    """
     ROW_TILES: tl.constexpr = (M + ROWS - 1) // ROWS
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     pid = tl.program_id(0)
@@ -108,32 +134,47 @@ def mlp_bwd_outer(
     for step in range(per_split):
         start = (split * per_split + step) * DEPTH
         ok = t < T - start
-        a = _matrix(a_ptr + start * M, t, m, M, ok, M % ROWS == 0)
-        b = _matrix(b_ptr + start * N, t, n, N, ok, N % COLUMNS == 0)
+        a = _load_tile(a_ptr + start * M, t, m, M, ok, M % ROWS == 0)
+        b = _load_tile(b_ptr + start * N, t, n, N, ok, N % COLUMNS == 0)
         acc = dot(tl.trans(a), b, acc)
-    at = partial_ptr + split * (M * N) + m[:, None] * N + n[None, :]
+    ptrs = partial_ptr + split * (M * N) + m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + acc, mask=mask)
+    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["HW", "T"])
 def mlp_bwd_dn(
     dh_ptr, w1_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, k_ptr, dx_ptr, sums_ptr, HW, T,
     C: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-    LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """dx from ``dn = dh W1``, and the sums ``dn x_hat`` and ``dn`` over a tile's tokens."""
+    """dx of a tile from ``dn = dh W1``, and sums over its tokens.
+
+    dh_ptr: gradient of fc1's output [T, J] in the operands' dtype
+    w1_ptr: fc1's weight [J, C] in the operands' dtype
+    grad_ptr, x_ptr: gradient of y [B, C, H, W] and x [B, C, H, W], in one layout; grad is the residual's
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
+    gamma_ptr: GroupNorm's weight [C], or None
+    k_ptr: (k0, k1) of `mlp_bwd_sample` [B, 2], fp32; None without the norm
+    dx_ptr: output, like x
+    sums_ptr: output [tiles, 2, C], fp32: sums of dn x_hat and of dn; or None
+    HW, T: tokens of a sample, and of the chunk
+    C, J: channels of x, hidden channels
+    TOKENS, CHANNELS, DEPTH: tokens and channels of a tile, hidden channels of one step
+    CHANNELS_LAST: whether the layout is channels_last
+    NORM, RESIDUAL: whether there is a norm, and whether x was added to y
+    """
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0) // BLOCKS
     i = tl.arange(0, TOKENS)
     c = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-    start, ok, b = token_tile(tile, HW, T, TOKENS, LAST)
+    start, ok, b = token_tile(tile, HW, T, TOKENS, CHANNELS_LAST)
     mean, rstd, _ = sample_values(mean_rstd_ptr, None, b, ok, NORM)
     dn = tl.zeros([TOKENS, CHANNELS], tl.float32)
     for j0 in range(0, J, DEPTH):
         j = j0 + tl.arange(0, DEPTH)
-        dh = _matrix(dh_ptr + start * J, i, j, J, ok, J % DEPTH == 0)
-        w1 = _matrix(w1_ptr, j, c, C, j < J, C % CHANNELS == 0)
+        dh = _load_tile(dh_ptr + start * J, i, j, J, ok, J % DEPTH == 0)
+        w1 = _load_tile(w1_ptr, j, c, C, j < J, C % CHANNELS == 0)
         dn = dot(dh, w1, dn)
     k0 = mean
     k1 = mean
@@ -142,37 +183,37 @@ def mlp_bwd_dn(
         k1 = tl.load(k_ptr + b * 2 + 1, mask=ok, other=0.0)
     if sums_ptr is not None:
         sums_ptr += tile.to(tl.int64) * (2 * C)
-    finished(
+    store_dx(
         dn, x_ptr, grad_ptr, dx_ptr, gamma_ptr, sums_ptr, start, ok, c, HW, mean, rstd, k0, k1,
-        C, BLOCKS * CHANNELS, TOKENS, LAST, NORM, RESIDUAL,
+        C, BLOCKS * CHANNELS, TOKENS, CHANNELS_LAST, NORM, RESIDUAL,
     )  # fmt: skip
 
 
-def partials(problem: Problem, p: BackwardGemms) -> Partials:
-    """Writes dx; returns the sums over tokens."""
+def compute_partials(problem: Problem, launch: BackwardGemms) -> Partials:
+    """Writes dx of the whole call; returns the sums over tokens that the other gradients come from."""
     x = problem.x
     batch, _, height, width = x.shape
     channels, out, hidden = problem.sizes
     pixels = height * width
     vectors = {"dtype": torch.float32, "device": x.device}
-    step = _samples(batch, pixels, hidden)
-    tokens = step * pixels
+    chunk_samples = _samples_per_chunk(batch, pixels, hidden)
+    tokens = chunk_samples * pixels
     operand = {"dtype": problem.w1.dtype, "device": x.device}
     buffers = _Buffers(
-        n=torch.empty((tokens, channels), **operand) if problem.norm or not direct(problem) else None,
-        g=None if direct(problem) else torch.empty((tokens, out), **operand),
+        n=torch.empty((tokens, channels), **operand) if problem.norm or not is_operand(problem) else None,
+        g=None if is_operand(problem) else torch.empty((tokens, out), **operand),
         p=torch.empty((tokens, hidden), **operand) if problem.parameter_grads else None,
         dh=torch.empty((tokens, hidden), **operand),
-        rows=torch.empty((3, triton.cdiv(hidden, p.hidden), tokens), **vectors),
+        token_sums=torch.empty((3, triton.cdiv(hidden, launch.hidden), tokens), **vectors),
     )
     dw1 = dw2 = None
     if problem.parameter_grads:
-        dw1 = torch.zeros((_splits(p, hidden, channels, tokens), hidden, channels), **vectors)
-        dw2 = torch.zeros((_splits(p, out, hidden, tokens), out, hidden), **vectors)
+        dw1 = torch.zeros((_split_count(launch, hidden, channels, tokens), hidden, channels), **vectors)
+        dw2 = torch.zeros((_split_count(launch, out, hidden, tokens), out, hidden), **vectors)
     sums = []
-    for first in range(0, batch, step):
-        chunk = _chunk(problem, first, min(first + step, batch))
-        sums.append(_chunk_partials(chunk, p, buffers, dw1, dw2))
+    for first in range(0, batch, chunk_samples):
+        chunk = _select_samples(problem, first, min(first + chunk_samples, batch))
+        sums.append(_chunk_partials(chunk, launch, buffers, dw1, dw2))
     db1, dnorm, grad, ddrop = (
         None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts)
         for parts in zip(*sums, strict=True)
@@ -181,37 +222,45 @@ def partials(problem: Problem, p: BackwardGemms) -> Partials:
 
 
 class _Buffers(NamedTuple):
-    """Of one chunk of tokens, row-major: fc1's input, the gradient, activation and hidden gradient, sums."""
+    """Memory for one chunk of T tokens, used again by the next; all but the sums in the operands' dtype."""
 
-    n: Tensor | None
-    g: Tensor | None
-    p: Tensor | None
-    dh: Tensor
-    rows: Tensor
+    n: Tensor | None  # fc1's input [T, C]; None: x is used as it is
+    g: Tensor | None  # gradient of y [T, out]; None: it is used as it is
+    p: Tensor | None  # activations times drop scale [T, hidden]; None without parameter gradients
+    dh: Tensor  # gradient of fc1's output [T, hidden]
+    token_sums: Tensor  # [3, blocks of hidden channels, T], fp32
 
 
-def _samples(batch: int, pixels: int, hidden: int) -> int:
-    """How many samples a chunk has; whole eights keep vectors that start at a chunk aligned."""
-    most = max(1, WORKSPACE // (pixels * hidden))
-    if most >= batch:
+def _samples_per_chunk(batch: int, pixels: int, hidden: int) -> int:
+    """How many samples a chunk has.
+
+    A multiple of 8 where there are several chunks, so that the part of a vector ``[B]`` that belongs to a
+    chunk starts at a multiple of 16 bytes.
+    """
+    fitting = max(1, WORKSPACE // (pixels * hidden))
+    if fitting >= batch:
         return batch
-    chunks = triton.cdiv(batch, most)
-    even = triton.cdiv(batch, chunks)
-    return min(most, triton.cdiv(even, 8) * 8)
+    chunks = triton.cdiv(batch, fitting)
+    equal = triton.cdiv(batch, chunks)
+    return min(fitting, triton.cdiv(equal, 8) * 8)
 
 
-def _splits(p: BackwardGemms, rows: int, columns: int, tokens: int) -> int:
-    tiles = triton.cdiv(rows, p.rows) * triton.cdiv(columns, p.channels)
-    return max(1, min(p.programs // tiles, tokens // (4 * p.depth)))
+def _split_count(launch: BackwardGemms, rows: int, columns: int, tokens: int) -> int:
+    """Into how many parts the tokens of a weight gradient's product are split, each with at least 4 steps."""
+    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.channels)
+    return max(1, min(launch.programs // tiles, tokens // (4 * launch.depth)))
 
 
-def _chunk(problem: Problem, first: int, last: int) -> Problem:
-    """The call's samples from first to last."""
+def _select_samples(problem: Problem, first: int, last: int) -> Problem:
+    """The call for its samples ``first`` to ``last - 1`` alone."""
     if last - first == problem.x.shape[0]:
         return problem
     pixels = problem.x.shape[2] * problem.x.shape[3]
     hidden = problem.sizes[2]
-    part = lambda t: None if t is None else t[first:last]  # noqa: E731
+
+    def part(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t[first:last]
+
     saved = problem.hidden
     if saved is not None:
         saved = saved[first * pixels * hidden : last * pixels * hidden]
@@ -226,54 +275,54 @@ def _chunk(problem: Problem, first: int, last: int) -> Problem:
 
 
 def _chunk_partials(
-    problem: Problem, p: BackwardGemms, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
+    problem: Problem, launch: BackwardGemms, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """dx of a chunk; adds to dw1 and dw2, returns the chunk's (db1, dnorm, grad, ddrop) of `Partials`."""
+    """Writes dx of a chunk, adds to dw1 and dw2; returns its (db1, dnorm, grad, ddrop) of `Partials`."""
     x = problem.x
     batch, _, height, width = x.shape
     channels, out, hidden = problem.sizes
     pixels = height * width
     tokens = batch * pixels
     vectors = {"dtype": torch.float32, "device": x.device}
-    tiles = problem.tiles(p.tokens)
-    blocks = triton.cdiv(hidden, p.hidden)
+    tiles = problem.tiles(launch.tokens)
+    blocks = triton.cdiv(hidden, launch.hidden)
     db1 = dnorm = grad_sums = k = ddrop = None
     if problem.parameter_grads:
-        db1 = torch.empty((triton.cdiv(tokens, p.tokens), hidden), **vectors)
+        db1 = torch.empty((triton.cdiv(tokens, launch.tokens), hidden), **vectors)
         dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
-        grad_sums = torch.empty((problem.tiles(TOKENS), out), **vectors)
+        grad_sums = torch.empty((problem.tiles(IMAGE_TOKENS), out), **vectors)
     if buffers.n is not None:
-        to_tokens(problem, x, buffers.n, None, problem.norm)
+        write_tokens(problem, x, buffers.n, None, problem.norm)
     if buffers.g is not None or grad_sums is not None:
-        to_tokens(problem, problem.grad, buffers.g, grad_sums)
+        write_tokens(problem, problem.grad, buffers.g, grad_sums)
     n = x if buffers.n is None else buffers.n
     g = problem.grad if buffers.g is None else buffers.g
-    rows = buffers.rows.view(-1)[: 3 * blocks * tokens].view(3, blocks, tokens)
-    mlp_bwd_hidden[(triton.cdiv(tokens, p.tokens) * blocks,)](
+    token_sums = buffers.token_sums.view(-1)[: 3 * blocks * tokens].view(3, blocks, tokens)
+    mlp_bwd_hidden[(triton.cdiv(tokens, launch.tokens) * blocks,)](
         n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table,
-        buffers.p, buffers.dh, rows, db1, pixels, tokens, channels, out, hidden, p.tokens, p.hidden, p.depth,
-        problem.activation, problem.norm, problem.drop_grad, problem.scaled,
-        num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+        buffers.p, buffers.dh, token_sums, db1, pixels, tokens, channels, out, hidden, launch.tokens,
+        launch.hidden, launch.depth, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
+        num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip
     if problem.norm or problem.drop_grad:
-        k, ddrop = sample_sums(problem, rows, g)
+        k, ddrop = sample_sums(problem, token_sums, g)
     if dw1 is not None:
-        _add_products(p, buffers.dh, n, dw1, tokens)
-        _add_products(p, g, buffers.p, dw2, tokens)
-    mlp_bwd_dn[(tiles * triton.cdiv(channels, p.columns),)](
+        _add_weight_product(launch, buffers.dh, n, dw1, tokens)
+        _add_weight_product(launch, g, buffers.p, dw2, tokens)
+    mlp_bwd_dn[(tiles * triton.cdiv(channels, launch.columns),)](
         buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, dnorm,
-        pixels, tokens, channels, hidden, p.tokens, p.columns, p.depth, problem.last, problem.norm,
-        problem.residual, num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+        pixels, tokens, channels, hidden, launch.tokens, launch.columns, launch.depth, problem.channels_last,
+        problem.norm, problem.residual, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip
     return db1, dnorm, grad_sums, ddrop
 
 
-def _add_products(p: BackwardGemms, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
-    """Adds a chunk's ``a^T b`` to the splits of a weight gradient."""
+def _add_weight_product(launch: BackwardGemms, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
+    """Adds ``a^T b`` over a chunk's tokens to a weight gradient ``[splits, m, n]``."""
     splits, m, n = partial.shape
-    per_split = triton.cdiv(triton.cdiv(tokens, p.depth), splits)
-    tiles = triton.cdiv(m, p.rows) * triton.cdiv(n, p.channels)
+    per_split = triton.cdiv(triton.cdiv(tokens, launch.depth), splits)
+    tiles = triton.cdiv(m, launch.rows) * triton.cdiv(n, launch.channels)
     mlp_bwd_outer[(splits * tiles,)](
-        a, b, partial, tokens, per_split, m, n, p.rows, p.channels, p.depth,
-        num_warps=p.warps, num_stages=p.stages, **OPTIONS,
+        a, b, partial, tokens, per_split, m, n, launch.rows, launch.channels, launch.depth,
+        num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip

@@ -1,12 +1,16 @@
-"""The static configuration of the Triton MLP: which kernels run and their tiles, no tuning at run time.
+"""The static configuration of the Triton MLP: its kernels and their tiles. Nothing is tuned at run time.
 
-No triton import here: fakes need `mlp_stats_tiles` on machines without a GPU.
+``poolformer-kernels bench mlp --device cuda`` decides every number of a tile here: rows, columns, depth,
+warps, stages and registers. Only tiles that do not spill are eligible: ``tests/test_triton_mlp_aot.py`` and
+``tests/test_triton_mlp_backward_aot.py`` compile them for every architecture.
+
+Triton is not imported here: fakes need `mlp_stats_tiles` on machines without a GPU.
 """
 
 from functools import cache
 from typing import NamedTuple
 
-from ..config import flat_block, next_power_of_2, pieces
+from ..config import next_power_of_2, power_of_2_parts, stats_block
 from ..device import Device
 
 __all__ = [
@@ -15,87 +19,118 @@ __all__ = [
     "FOLD_ROWS",
     "FUSED_BACKWARD_CHANNELS",
     "FUSED_FORWARD_CHANNELS",
+    "IMAGE_CHANNELS",
+    "IMAGE_TOKENS",
+    "PREPARE_CHANNELS",
+    "PREPARE_HIDDEN",
+    "SAMPLE_CHANNELS",
+    "SAMPLE_TOKENS",
+    "SAMPLE_VALUES",
     "STATS_ROWS",
+    "SUM_COLUMNS",
+    "SUM_GROUP",
+    "SUM_ROWS",
+    "WEIGHT_COLUMNS",
+    "WEIGHT_SPLITS",
     "WORKSPACE",
     "BackwardGemms",
     "ForwardGemm",
     "FusedBackward",
     "FusedForward",
     "backward_launch",
-    "fc1",
-    "fc2",
-    "fused",
-    "fuses",
+    "fc1_tiles",
+    "fc2_tiles",
+    "fused_forward_tiles",
     "mlp_stats_tiles",
-    "out_tile",
+    "output_columns",
+    "uses_fused_forward",
 ]
 
-# Above so many channels, half of them in fp32, the fused kernel spills and gains nothing at the roofline.
+# The widest C of the fused forward for operands of two bytes; half of it for float32. Above it the kernel
+# spills, and fc1 and fc2 as two kernels are bound by their products anyway.
 FUSED_FORWARD_CHANNELS = 192
-FEW_PIXELS = 32  # samples of fewer are too many in one tile: the pair, and y's statistics by their own kernel
-FOLD_ROWS, FOLD_DEPTH = 16, 128  # a tile of fc1's weight while the norm is folded into it
-STATS_ROWS = 64  # a tile has at least so many rows (tokens)
-FUSED_BACKWARD_CHANNELS = (
-    128  # the widest stream whose weight gradients fit in registers beside a tile of hidden activations
-)
-WORKSPACE = 2**23  # elements of one hidden buffer of the wider form, which works chunk by chunk
-_PROGRAMS = 528  # four for each of 132 SMs
+# The widest C and output of the fused backward for operands of two bytes; half of it for float32. Above it
+# the weight gradients of a block of hidden channels no longer fit in registers beside a tile of hidden
+# activations.
+FUSED_BACKWARD_CHANNELS = 128
+# Samples of fewer pixels are too many in one tile for the fused forward. They take two kernels, and the
+# statistics of y a kernel of their own.
+FEW_PIXELS = 32
+FOLD_ROWS, FOLD_DEPTH = 16, 128  # rows and columns of a tile of fc1's weight in `mlp_prepare`
+STATS_ROWS = 64  # tokens that every tile of the forward has at least: `mlp_stats_tiles` counts on it
+# Elements of one hidden buffer of the backward by GEMMs, which works on chunks of samples.
+WORKSPACE = 2**23
+PREPARE_HIDDEN, PREPARE_CHANNELS = 16, 64  # of a tile of a weight in `mlp_bwd_prepare`
+IMAGE_TOKENS, IMAGE_CHANNELS = 64, 64  # of a tile of an image in `mlp_bwd_tokens`; channels: at most
+# Of `mlp_bwd_sample`: values of the sums per token that it adds at a time, at most; then the tokens and
+# channels of the gradient that it adds at a time.
+SAMPLE_VALUES, SAMPLE_TOKENS, SAMPLE_CHANNELS = 1024, 64, 64
+# Of `mlp_bwd_columns`: rows that a program adds, how many of them at a time, and its columns.
+SUM_GROUP, SUM_ROWS, SUM_COLUMNS = 256, 32, 32
+WEIGHT_SPLITS, WEIGHT_COLUMNS = 16, 128  # that `mlp_bwd_weight` adds at a time, at most
+_PROGRAMS = 528  # programs of a weight gradient's kernel: four for each of the 132 SMs of an H100
 
 
 class FusedForward(NamedTuple):
-    """Tiles of the fused kernel."""
+    """Launch configuration of `mlp_fwd`."""
 
-    rows: int
-    hidden: int  # of a chunk of the hidden dimension
-    warps: int
-    stages: int
+    rows: int  # tokens of a tile
+    hidden: int  # hidden channels that are computed at a time
+    warps: int  # of a program
+    stages: int  # of the software pipeline
     registers: int  # of a thread at most
 
 
 class ForwardGemm(NamedTuple):
-    """Tiles of one GEMM."""
+    """Launch configuration of `mlp_fc1` or `mlp_fc2`."""
 
-    rows: int
-    columns: tuple[int, int]  # of two parts, each a power of two; the second may be 0
-    depth: int
-    warps: int
-    stages: int
+    rows: int  # tokens of a tile
+    columns: tuple[int, int]  # output channels of a tile, in two powers of two; the second may be 0
+    depth: int  # input channels of one step
+    warps: int  # of a program
+    stages: int  # of the software pipeline
 
 
 class FusedBackward(NamedTuple):
-    """C <= FUSED_BACKWARD_CHANNELS: the activations stay in registers; a pass for the weights, one for x."""
+    """Launch configuration of `mlp_bwd_wgrad` and `mlp_bwd_dx`.
 
-    weight_tokens: int  # of a tile of the weight gradients' kernel
-    weight_hidden: int
-    weight_warps: int
-    weight_stages: int
-    tokens: int  # of a tile of dx's kernel
-    hidden: int
-    warps: int
-    stages: int
-    registers: int  # of a thread at most: 168 leave room for 12 warps on an SM
-    programs: int  # of the weight gradients' kernel, about
+    The hidden activations stay in registers; they are computed once for the weights and once for x.
+    """
+
+    weight_tokens: int  # tokens of a tile of `mlp_bwd_wgrad`
+    weight_hidden: int  # hidden channels whose weight gradients one of its programs holds
+    weight_warps: int  # of one of its programs
+    weight_stages: int  # of its software pipeline
+    tokens: int  # tokens of a tile of `mlp_bwd_dx`
+    hidden: int  # hidden channels that it computes at a time
+    warps: int  # of one of its programs
+    stages: int  # of its software pipeline
+    registers: int  # of a thread of either kernel at most: 168 leave room for 12 warps on an SM
+    programs: int  # of `mlp_bwd_wgrad`, approximately
 
 
 class BackwardGemms(NamedTuple):
-    """Wider streams: the hidden gradient and activation of a chunk of samples, then matrix products."""
+    """Launch configuration of `mlp_bwd_hidden`, `mlp_bwd_outer` and `mlp_bwd_dn`.
 
-    tokens: int  # of a tile of the hidden kernel and of dx's
-    hidden: int
-    columns: int  # channels of a tile of dx
-    rows: int  # of a tile of the weight gradients
-    channels: int
-    depth: int  # of a step of every product
-    warps: int
-    stages: int
-    programs: int  # of one weight gradient's kernel, about
+    The hidden activations and gradients of a chunk of samples are written to memory for the matrix products.
+    """
+
+    tokens: int  # tokens of a tile of `mlp_bwd_hidden` and `mlp_bwd_dn`
+    hidden: int  # hidden channels of a tile of `mlp_bwd_hidden`
+    columns: int  # channels of a tile of dx in `mlp_bwd_dn`
+    rows: int  # rows of a tile of a weight gradient in `mlp_bwd_outer`
+    channels: int  # columns of such a tile
+    depth: int  # of one step of each product
+    warps: int  # of a program
+    stages: int  # of the software pipeline
+    programs: int  # of `mlp_bwd_outer` for one weight, approximately
 
 
 @cache
-def out_tile(out: int) -> tuple[int, int]:
-    """Columns of a tile of y, as one or two powers of two."""
+def output_columns(out: int) -> tuple[int, int]:
+    """Columns of a tile of y, as one or two powers of two: tiles that divide y where there are such."""
     if out <= 192:
-        return pieces(out)
+        return power_of_2_parts(out)
     for columns in ((128, 0), (128, 64), (128, 32)):
         if out % sum(columns) == 0:
             return columns
@@ -103,17 +138,17 @@ def out_tile(out: int) -> tuple[int, int]:
 
 
 def mlp_stats_tiles(shape, channels_last: bool, hidden: int) -> int:
-    """How many partials of a sample's statistics the forward returns; some of them may count nothing."""
+    """How many partials of a sample's statistics the forward returns; some of them may have a count of 0."""
     out, pixels = int(shape[1]), shape[2] * shape[3]
     if pixels < FEW_PIXELS:
         elements = out * pixels
-        block, _ = flat_block(elements)
+        block, _ = stats_block(elements)
         return (elements + block - 1) // block
-    # a sample starts anywhere in a tile of tokens
-    return ((pixels + STATS_ROWS - 2) // STATS_ROWS + 1) * -(-out // sum(out_tile(out)))
+    # A sample may start anywhere in a tile of tokens, so it may touch one tile more than it fills.
+    return ((pixels + STATS_ROWS - 2) // STATS_ROWS + 1) * -(-out // sum(output_columns(out)))
 
 
-# operands of two bytes, up to C. 128 registers make room for two programs on an SM.
+# For operands of two bytes, by the largest C. 128 registers leave room for two programs of 8 warps on an SM.
 _FUSED_FORWARD = {
     64: FusedForward(128, 64, 8, 2, 128),
     96: FusedForward(128, 32, 8, 2, 128),
@@ -122,38 +157,44 @@ _FUSED_FORWARD = {
 }
 
 
-def fuses(channels: int, out: int, pixels: int, itemsize: int) -> bool:
-    """Whether one kernel does it all, for operands of ``itemsize`` bytes."""
+def uses_fused_forward(channels: int, out: int, pixels: int, itemsize: int) -> bool:
+    """Whether one kernel computes fc1 and fc2, for operands of ``itemsize`` bytes; else each has its own."""
     return channels == out <= FUSED_FORWARD_CHANNELS * 2 // itemsize and pixels >= FEW_PIXELS
 
 
-def fused(channels: int, itemsize: int, device: Device) -> FusedForward:
-    """Tiles of the fused kernel at C channels, for operands of ``itemsize`` bytes."""
+def fused_forward_tiles(channels: int, itemsize: int, device: Device) -> FusedForward:
+    """Launch configuration of `mlp_fwd` at C channels, for operands of ``itemsize`` bytes."""
     if itemsize == 4:
         return FusedForward(64, 16, 8, 1, 255)
     if channels <= 64 and device.register_operands:  # 64 hidden channels at a time would spill
         return FusedForward(128, 32, 8, 2, 128)
-    if 64 < channels <= 96 and device.architecture >= 120:  # 32 would spill there
+    if 64 < channels <= 96 and device.architecture >= 120:  # 32 hidden channels at a time would spill
         return FusedForward(128, 16, 8, 2, 128)
     return _FUSED_FORWARD[next(bound for bound in _FUSED_FORWARD if channels <= bound)]
 
 
-def fc1(x_itemsize: int, itemsize: int, device: Device) -> ForwardGemm:
-    """Tiles of fc1 where fc2 is a kernel of its own, and as many stages as a block's shared memory holds."""
+def fc1_tiles(x_itemsize: int, itemsize: int, device: Device) -> ForwardGemm:
+    """Launch configuration of `mlp_fc1` for an x and operands of so many bytes an element.
+
+    The pipeline has as many stages as the shared memory of a block holds, but at most 3.
+    """
     if itemsize == 4:
-        return ForwardGemm(64, (64, 0), 16, 8, 2)  # operands of a step lie in registers
+        return ForwardGemm(64, (64, 0), 16, 8, 2)  # the operands of a step lie in registers
     return ForwardGemm(128, (128, 0), 64, 8, min(3, device.shared // (64 * 128 * (x_itemsize + itemsize))))
 
 
-def fc2(out: int, itemsize: int, device: Device) -> ForwardGemm:
-    """Tiles of that kernel, likewise."""
-    columns = out_tile(out)
+def fc2_tiles(out: int, itemsize: int, device: Device) -> ForwardGemm:
+    """Launch configuration of `mlp_fc2` for operands of ``itemsize`` bytes.
+
+    The pipeline has as many stages as the shared memory of a block holds, but at most 4.
+    """
+    columns = output_columns(out)
     if itemsize == 4:
         return ForwardGemm(64, columns, 16, 8, 2)
     return ForwardGemm(128, columns, 64, 8, min(4, device.shared // (64 * (128 + sum(columns)) * itemsize)))
 
 
-# up to C: the fields of FusedBackward
+# For operands of two bytes, by the largest C or output.
 _FUSED_BACKWARD = {
     64: FusedBackward(32, 64, 4, 2, 64, 32, 4, 2, 168, _PROGRAMS),
     96: FusedBackward(32, 64, 4, 2, 64, 32, 4, 2, 255, _PROGRAMS),
@@ -165,16 +206,18 @@ _FUSED_BACKWARD = {
 def backward_launch(
     channels: int, out: int, hidden: int, itemsize: int, device: Device
 ) -> FusedBackward | BackwardGemms:
-    """Launch configuration for one shape, size of the products' operands and device."""
-    width = max(sum(pieces(channels)), sum(pieces(out)))
+    """Launch configuration of the backward for one shape, operands of ``itemsize`` bytes and one device."""
+    width = max(sum(power_of_2_parts(channels)), sum(power_of_2_parts(out)))
     block = max(16, next_power_of_2(hidden))
     if width <= (FUSED_BACKWARD_CHANNELS if itemsize == 2 else FUSED_BACKWARD_CHANNELS // 2):
-        p = next(p for limit, p in _FUSED_BACKWARD.items() if width <= limit)
+        launch = next(launch for limit, launch in _FUSED_BACKWARD.items() if width <= limit)
         if itemsize == 4:
-            p = FusedBackward(16, 32, 8, 2, 32, 32, 4, 2, 255, _PROGRAMS)
-        elif device.register_operands:
-            p = p._replace(weight_tokens=16, hidden=16 if width <= 64 else p.hidden)
-        return p._replace(weight_hidden=min(p.weight_hidden, block), hidden=min(p.hidden, block))
+            launch = FusedBackward(16, 32, 8, 2, 32, 32, 4, 2, 255, _PROGRAMS)
+        elif device.register_operands:  # tiles that suit wgmma and tcgen05 would spill
+            launch = launch._replace(weight_tokens=16, hidden=16 if width <= 64 else launch.hidden)
+        return launch._replace(
+            weight_hidden=min(launch.weight_hidden, block), hidden=min(launch.hidden, block)
+        )
     if itemsize == 4:
         return BackwardGemms(64, min(64, block), 64, 64, 64, 16, 8, 2, _PROGRAMS // 2)
     return BackwardGemms(

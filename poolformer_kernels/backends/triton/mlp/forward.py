@@ -1,8 +1,8 @@
-"""The MLP's forward in Triton: kernels, then the launcher. Formulas: algebra, "MLP sub-block".
+"""The MLP's forward in Triton: kernels, then the launcher. Formulas: docs/algebra.md, "MLP".
 
 Tokens are rows ``[B H W, C]`` of channels_last data, numbered through all samples: a tile of them may hold
-the end of one sample and the start of the next. Up to 192 channels (96 in fp32) one kernel does it all and
-the hidden activations stay in registers; above, fc1's kernel writes them (after the activation) and fc2's
+the end of one sample and the start of the next. Up to FUSED_FORWARD_CHANNELS one kernel computes everything
+and the hidden activations stay in registers; above, fc1's kernel writes them (after the activation) and fc2's
 reads them.
 """
 
@@ -15,12 +15,21 @@ from torch import Tensor
 
 from ....layout import memory_format_of
 from ..activation import activate
-from ..config import OPTIONS, next_power_of_2, pieces
-from ..device import device_of
-from ..statistics import few, flat_stats, merged
-from ..tile import dot, rounded, shift, vector
-from .config import FEW_PIXELS, FOLD_DEPTH, FOLD_ROWS, fc1, fc2, fused, fuses, mlp_stats_tiles
-from .tile import kept, operand_of, row_stats, store_stats, stored, tokens
+from ..config import OPTIONS, next_power_of_2, power_of_2_parts
+from ..device import device_of, on_another_device
+from ..statistics import limit_partials, merge_partials, tensor_partials
+from ..tile import dot, load_or_one, load_or_zero, round_to
+from .config import (
+    FEW_PIXELS,
+    FOLD_DEPTH,
+    FOLD_ROWS,
+    fc1_tiles,
+    fc2_tiles,
+    fused_forward_tiles,
+    mlp_stats_tiles,
+    uses_fused_forward,
+)
+from .tile import load_operand, round_hidden, row_stats, store_output, store_stats, token_range
 
 __all__ = ["forward"]
 
@@ -30,40 +39,62 @@ def mlp_fwd(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
     y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C0: tl.constexpr,
-    C1: tl.constexpr, SEGMENTS: tl.constexpr, MERGE: tl.constexpr,
+    C1: tl.constexpr, SAMPLES: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile, C = C0 + C1 channels: norm, fc1, activation and fc2, HIDDEN chunk by chunk."""
+    """y of one tile of tokens: norm, fc1, activation and fc2 in one, by chunks of hidden channels.
+
+    x_ptr: x [B HW, C], channels_last
+    w1_ptr, b1_ptr: fc1's weight [HIDDEN, C] in the operands' dtype, bias [HIDDEN] or None
+    w2_ptr, b2_ptr: fc2's weight [C, HIDDEN] in the operands' dtype, bias [C] or None
+    gamma_ptr, beta_ptr: GroupNorm's weight and bias [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    stats_ptr: partials of x [B, T, 3], fp32; None: no norm
+    mean_rstd_ptr: output (mean, rstd) of x [B, 2], fp32; None without the norm
+    y_ptr: output [B HW, C], channels_last
+    y_stats_ptr: output partials of y [B, slots, 3], fp32, or None
+    hidden_ptr: output of fc1 [B HW, HIDDEN] in the operands' dtype, saved for the backward, or None
+    batch, HW: samples, and pixels of one
+    T, slots: partials of a sample of x, and of y
+    eps: GroupNorm's epsilon
+    C, HIDDEN: channels of x and y, hidden channels
+    ACTIVATION: its name
+    RESIDUAL: whether x is added to y
+    BM, BN: tokens of a tile, hidden channels of a chunk
+    C0, C1: powers of two that cover C together; C1 may be 0
+    SAMPLES: samples that a tile touches at most
+    MERGE: a power of two, at least T
+    """
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     NORM: tl.constexpr = stats_ptr is not None
-    start, left, first, before = tokens(tl.program_id(0), batch, HW, BM)
+    start, count, first, before = token_range(tl.program_id(0), batch, HW, BM)
     row = tl.arange(0, BM)
-    ok = row < left
-    local = (before + row) // HW
+    ok = row < count
+    sample = (before + row) // HW
     mean = tl.zeros([BM], tl.float32)
     rstd = tl.zeros([BM], tl.float32)
     if NORM:
-        for s in tl.static_range(SEGMENTS):
+        for s in tl.static_range(SAMPLES):
             b = tl.minimum(first + s, batch - 1)
-            mean_b, variance = merged(stats_ptr, b, T, MERGE)
+            mean_b, variance = merge_partials(stats_ptr, b, T, MERGE)
             rstd_b = 1.0 / tl.sqrt_rn(variance + eps)
-            mean = tl.where(local == s, mean_b, mean)
-            rstd = tl.where(local == s, rstd_b, rstd)
+            mean = tl.where(sample == s, mean_b, mean)
+            rstd = tl.where(sample == s, rstd_b, rstd)
             starts_here = (b == first + s) & (b * HW >= start) & (b * HW < start + BM)
             tl.store(mean_rstd_ptr + b * 2, mean_b, mask=starts_here)
             tl.store(mean_rstd_ptr + b * 2 + 1, rstd_b, mask=starts_here)
 
     x_ptr += start * C
     y_ptr += start * C
-    at = tl.minimum(row, left - 1) * C
+    x_rows = tl.minimum(row, count - 1) * C  # a row that does not exist reads the last one
     c0 = tl.arange(0, C0)
     c0_ok = c0 < C
-    n0 = operand_of(x_ptr, at, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+    n0 = load_operand(x_ptr, x_rows, c0, c0_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
     acc0 = tl.zeros([BM, C0], tl.float32)
     if C1 > 0:
         c1 = C0 + tl.arange(0, C1)
         c1_ok = c1 < C
-        n1 = operand_of(x_ptr, at, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
+        n1 = load_operand(x_ptr, x_rows, c1, c1_ok, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM)
         acc1 = tl.zeros([BM, C1], tl.float32)
 
     for j0 in range(0, HIDDEN, BN):
@@ -75,14 +106,14 @@ def mlp_fwd(
         h = dot(n0, tl.load(w1 + c0[:, None], mask=c0_ok[:, None] & j_ok[None, :], other=0.0), h)
         if C1 > 0:
             h = dot(n1, tl.load(w1 + c1[:, None], mask=c1_ok[:, None] & j_ok[None, :], other=0.0), h)
-        h += shift(b1_ptr, j, j_ok)[None, :]
+        h += load_or_zero(b1_ptr, j, j_ok)[None, :]
         if hidden_ptr is not None:
-            saved = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
-            tl.store(saved, kept(h, ACTIVATION, OPERAND), mask=ok[:, None] & j_ok[None, :])
+            hidden_ptrs = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
+            tl.store(hidden_ptrs, round_hidden(h, ACTIVATION, OPERAND), mask=ok[:, None] & j_ok[None, :])
         p = activate(h, ACTIVATION, EXACT)
         if HIDDEN % BN != 0:
             p = tl.where(j_ok[None, :], p, 0.0)
-        p = rounded(p, OPERAND)
+        p = round_to(p, OPERAND)
         v = tl.load(w2 + c0[None, :] * HIDDEN, mask=j_ok[:, None] & c0_ok[None, :], other=0.0)
         acc0 = dot(p, v, acc0)
         if C1 > 0:
@@ -91,16 +122,16 @@ def mlp_fwd(
 
     drop = None
     if drop_ptr is not None:
-        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
-    y0 = stored(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
+        drop = tl.load(drop_ptr + first + sample, mask=ok, other=0.0).to(tl.float32)
+    y0 = store_output(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c0, ok, c0_ok, RESIDUAL)
     y1 = None
     if C1 > 0:
-        y1 = stored(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c1, ok, c1_ok, RESIDUAL)
+        y1 = store_output(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * C, c1, ok, c1_ok, RESIDUAL)
     else:
         c1_ok = c0_ok
     if y_stats_ptr is not None:
         y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
-        store_stats(y_stats_ptr, y_mean, m2, C, local, ok, start, first, 0, HW, slots, 1, BM, SEGMENTS)
+        store_stats(y_stats_ptr, y_mean, m2, C, sample, ok, start, first, 0, HW, slots, 1, BM, SAMPLES)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -109,30 +140,45 @@ def mlp_prepare(
     C: tl.constexpr, HIDDEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FOLDS: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
-    """GroupNorm folded into fc1, BN rows of it a program; programs from FOLDS on: (mean, rstd) of a sample.
+    """The first FOLDS programs fold GroupNorm into BN rows of fc1's weight each.
 
-    The folded weight is W1 diag(gamma), rounded; u, its row sums after the rounding, takes out what x's mean
-    adds to a product to fp32's precision; v = b1 + W1 beta.
+    Each of the others computes (mean, rstd) of a sample.
+
+    The folded weight is W1 diag(gamma), rounded. Its product with x contains the mean of x times u, the sums
+    of the weight's rows: as u is summed after the rounding, subtracting that is exact to fp32's precision.
+
+    stats_ptr: partials of x [B, T, 3], fp32
+    mean_rstd_ptr: output (mean, rstd) of x [B, 2], fp32
+    w1_ptr, b1_ptr: fc1's weight [HIDDEN, C], bias [HIDDEN] or None
+    gamma_ptr, beta_ptr: GroupNorm's weight and bias [C], or None
+    folded_ptr: output W1 diag(gamma) [HIDDEN, C] in w1's dtype; unused with FOLDS 0
+    u_ptr, v_ptr: outputs [HIDDEN], fp32: the folded weight's row sums, and b1 + W1 beta; unused with FOLDS 0
+    T: partials of a sample of x
+    eps: GroupNorm's epsilon
+    C, HIDDEN: channels of x, hidden channels
+    BN, BK: rows and columns of a tile of the weight
+    FOLDS: programs that fold; 0: nothing is folded
+    MERGE: a power of two, at least T
     """
     pid = tl.program_id(0)
     if pid >= FOLDS:
         b = (pid - FOLDS).to(tl.int64)
-        mean, variance = merged(stats_ptr, b, T, MERGE)
+        mean, variance = merge_partials(stats_ptr, b, T, MERGE)
         tl.store(mean_rstd_ptr + b * 2, mean)
         tl.store(mean_rstd_ptr + b * 2 + 1, 1.0 / tl.sqrt_rn(variance + eps))
     elif FOLDS > 0:
         j = pid * BN + tl.arange(0, BN)
         u = tl.zeros([BN], tl.float32)
-        v = shift(b1_ptr, j, j < HIDDEN)
+        v = load_or_zero(b1_ptr, j, j < HIDDEN)
         for k in range(0, C, BK):
             c = k + tl.arange(0, BK)
             ok = (j < HIDDEN)[:, None] & (c < C)[None, :]
-            at = j[:, None] * C + c[None, :]
-            w = tl.load(w1_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            folded = rounded(w * vector(gamma_ptr, c, c < C)[None, :], folded_ptr.dtype.element_ty)
-            tl.store(folded_ptr + at, folded, mask=ok)
+            offsets = j[:, None] * C + c[None, :]
+            w = tl.load(w1_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+            folded = round_to(w * load_or_one(gamma_ptr, c, c < C)[None, :], folded_ptr.dtype.element_ty)
+            tl.store(folded_ptr + offsets, folded, mask=ok)
             u += tl.sum(folded.to(tl.float32), 1)
-            v += tl.sum(w * shift(beta_ptr, c, c < C)[None, :], 1)
+            v += tl.sum(w * load_or_zero(beta_ptr, c, c < C)[None, :], 1)
         tl.store(u_ptr + j, u, mask=j < HIDDEN)
         tl.store(v_ptr + j, v, mask=j < HIDDEN)
 
@@ -143,19 +189,33 @@ def mlp_fc1(
     C: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """p = activation(h) of one tile; the norm is folded into w1, b1 and u where u is given."""
+    """p = activation(h) of one tile of tokens and hidden channels.
+
+    x_ptr: x [B HW, C], channels_last
+    w1_ptr, b1_ptr: fc1's weight [HIDDEN, C] in the operands' dtype, bias [HIDDEN] or None; with u_ptr
+        the results of `mlp_prepare`
+    u_ptr: the folded weight's row sums [HIDDEN], fp32; None: the norm is not folded
+    gamma_ptr, beta_ptr: GroupNorm's weight and bias [C], or None
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32; None: no norm
+    p_ptr: output activations [B HW, HIDDEN] in the operands' dtype
+    hidden_ptr: output of fc1 [B HW, HIDDEN] in the operands' dtype, saved for the backward, or None
+    batch, HW: samples, and pixels of one
+    C, HIDDEN: channels of x, hidden channels
+    ACTIVATION: its name
+    BM, BN, BK: tokens and hidden channels of a tile, channels of one step
+    """
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     NORM: tl.constexpr = mean_rstd_ptr is not None
     TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
-    start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
-    row = tl.minimum(tl.arange(0, BM), left - 1)
+    start, count, first, before = token_range(tl.program_id(0) // TILES, batch, HW, BM)
+    row = tl.minimum(tl.arange(0, BM), count - 1)  # a row that does not exist reads the last one
     mean = tl.zeros([BM], tl.float32)
     rstd = tl.zeros([BM], tl.float32)
     if NORM:
-        of = mean_rstd_ptr + (first + (before + row) // HW) * 2
-        mean = tl.load(of)
-        rstd = tl.load(of + 1)
+        mean_ptrs = mean_rstd_ptr + (first + (before + row) // HW) * 2
+        mean = tl.load(mean_ptrs)
+        rstd = tl.load(mean_ptrs + 1)
     j = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
     j_ok = j < HIDDEN
     w1_ptr += (j if HIDDEN % BN == 0 else tl.minimum(j, HIDDEN - 1))[None, :] * C
@@ -163,34 +223,49 @@ def mlp_fc1(
     h = tl.zeros([BM, BN], tl.float32)
     for k in range(0, C, BK):
         c = k + tl.arange(0, BK)
-        n = operand_of(
+        n = load_operand(
             x_ptr, row * C, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
         )
         h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h)
     if u_ptr is not None:
-        h = (h - mean[:, None] * shift(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
-    h += shift(b1_ptr, j, j_ok)[None, :]
+        h = (h - mean[:, None] * load_or_zero(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
+    h += load_or_zero(b1_ptr, j, j_ok)[None, :]
     row = tl.arange(0, BM)
-    at = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
-    ok = (row < left)[:, None] & j_ok[None, :]
+    offsets = start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
+    mask = (row < count)[:, None] & j_ok[None, :]
     if hidden_ptr is not None:
-        tl.store(hidden_ptr + at, kept(h, ACTIVATION, OPERAND), mask=ok)
-    tl.store(p_ptr + at, rounded(activate(h, ACTIVATION, EXACT), OPERAND), mask=ok)
+        tl.store(hidden_ptr + offsets, round_hidden(h, ACTIVATION, OPERAND), mask=mask)
+    tl.store(p_ptr + offsets, round_to(activate(h, ACTIVATION, EXACT), OPERAND), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "HW", "slots"])
 def mlp_fc2(
     p_ptr, w2_ptr, b2_ptr, scale_ptr, drop_ptr, x_ptr, y_ptr, y_stats_ptr, batch, HW, slots,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, SEGMENTS: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, N0 + N1 columns of it, and the partials of its samples."""
+    """One tile of y, N0 + N1 columns of it, and the partials of its samples.
+
+    p_ptr: activations [B HW, HIDDEN] in the operands' dtype
+    w2_ptr, b2_ptr: fc2's weight [OUT, HIDDEN] in the operands' dtype, bias [OUT] or None
+    scale_ptr, drop_ptr: LayerScale [OUT] and drop scale [B], or None
+    x_ptr: x [B HW, OUT], channels_last; None without the residual
+    y_ptr: output [B HW, OUT], channels_last
+    y_stats_ptr: output partials of y [B, slots, column tiles, 3], fp32, or None
+    batch, HW: samples, and pixels of one
+    slots: partials of a sample of y for each tile of columns
+    HIDDEN, OUT: hidden channels, channels of y
+    RESIDUAL: whether x is added to y
+    BM, BK: tokens of a tile, hidden channels of one step
+    N0, N1: powers of two, columns of a tile together; N1 may be 0
+    SAMPLES: samples that a tile touches at most
+    """
     TILES: tl.constexpr = (OUT + N0 + N1 - 1) // (N0 + N1)
     column = tl.program_id(0) % TILES
-    start, left, first, before = tokens(tl.program_id(0) // TILES, batch, HW, BM)
+    start, tokens, first, before = token_range(tl.program_id(0) // TILES, batch, HW, BM)
     row = tl.arange(0, BM)
-    ok = row < left
-    local = (before + row) // HW
+    ok = row < tokens
+    sample = (before + row) // HW
     c0 = column * (N0 + N1) + tl.arange(0, N0)
     c0_ok = c0 < OUT
     acc0 = tl.zeros([BM, N0], tl.float32)
@@ -201,31 +276,31 @@ def mlp_fc2(
         acc1 = tl.zeros([BM, N1], tl.float32)
         w1 = w2_ptr + (c1 if OUT % (N0 + N1) == 0 else tl.minimum(c1, OUT - 1))[None, :] * HIDDEN
     p_ptr += start * HIDDEN
-    from_row = tl.minimum(row, left - 1)[:, None] * HIDDEN
+    p_rows = tl.minimum(row, tokens - 1)[:, None] * HIDDEN  # a row that does not exist reads the last one
     for k in range(0, HIDDEN, BK):
         j = k + tl.arange(0, BK)
-        p = tl.load(p_ptr + from_row + j[None, :], mask=(j < HIDDEN)[None, :], other=0.0)
+        p = tl.load(p_ptr + p_rows + j[None, :], mask=(j < HIDDEN)[None, :], other=0.0)
         acc0 = dot(p, tl.load(w0 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc0)
         if N1 > 0:
             acc1 = dot(p, tl.load(w1 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc1)
 
     drop = None
     if drop_ptr is not None:
-        drop = tl.load(drop_ptr + first + local, mask=ok, other=0.0).to(tl.float32)
+        drop = tl.load(drop_ptr + first + sample, mask=ok, other=0.0).to(tl.float32)
     if RESIDUAL:
         x_ptr += start * OUT
     y_ptr += start * OUT
-    y0 = stored(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c0, ok, c0_ok, RESIDUAL)
+    y0 = store_output(acc0, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c0, ok, c0_ok, RESIDUAL)
     y1 = None
     if N1 > 0:
-        y1 = stored(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c1, ok, c1_ok, RESIDUAL)
+        y1 = store_output(acc1, x_ptr, y_ptr, b2_ptr, scale_ptr, drop, row * OUT, c1, ok, c1_ok, RESIDUAL)
     else:
         c1_ok = c0_ok
     if y_stats_ptr is not None:
         count = tl.minimum(OUT - column * (N0 + N1), N0 + N1).to(tl.float32)
         mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, count)
         store_stats(
-            y_stats_ptr, mean, m2, count, local, ok, start, first, column, HW, slots, TILES, BM, SEGMENTS
+            y_stats_ptr, mean, m2, count, sample, ok, start, first, column, HW, slots, TILES, BM, SAMPLES
         )  # fmt: skip
 
 
@@ -252,7 +327,7 @@ def forward(
     The last three are empty (0,) where there is no norm, ``return_stats`` or ``save_hidden``; fc1's output is
     ``[B H W, hidden]`` flat, in the operands' dtype.
     """
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+    if on_another_device(x):
         with torch.cuda.device_of(x):
             return forward(
                 x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps,
@@ -262,51 +337,54 @@ def forward(
     hidden, out = w1.shape[0], w2.shape[0]
     pixels, fmt = height * width, memory_format_of(x)
     operand = w1.dtype if x.dtype == torch.float32 else x.dtype
-    new = {"dtype": torch.float32, "device": x.device}
+    fp32 = {"dtype": torch.float32, "device": x.device}
     partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
     y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
-    mean_rstd = torch.empty((batch, 2) if norm else (0,), **new)
+    mean_rstd = torch.empty((batch, 2) if norm else (0,), **fp32)
     stats_by_tile = return_stats and (pixels >= FEW_PIXELS or y.numel() == 0)
-    y_stats = torch.empty((batch, partials, 3) if stats_by_tile else (0,), **new)
+    y_stats = torch.empty((batch, partials, 3) if stats_by_tile else (0,), **fp32)
     size = batch * pixels * hidden if save_hidden else 0
     saved = torch.empty((size,), dtype=operand, device=x.device)
     if y.numel() == 0:
         return y, mean_rstd, y_stats, saved
 
     x = x.contiguous(memory_format=torch.channels_last)
-    last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
+    y_last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
     if norm:
-        stats = few(flat_stats(x) if stats is None else stats.contiguous())
-    launch = _fused if fuses(channels, out, pixels, operand.itemsize) else _pair
+        stats = limit_partials(tensor_partials(x) if stats is None else stats.contiguous())
+    fused = uses_fused_forward(channels, out, pixels, operand.itemsize)
+    launch = _launch_fused if fused else _launch_pair
     launch(
-        x, _matrix(w1, operand), _dense(b1), _matrix(w2, operand), _dense(b2), _dense(norm_weight),
-        _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats, mean_rstd if norm else None, last,
-        y_stats if stats_by_tile else None, saved if save_hidden else None,
-        activation, eps, residual,
+        x, _operand_matrix(w1, operand), _dense(b1), _operand_matrix(w2, operand), _dense(b2),
+        _dense(norm_weight), _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats,
+        mean_rstd if norm else None, y_last, y_stats if stats_by_tile else None,
+        saved if save_hidden else None, activation, eps, residual,
     )  # fmt: skip
     if return_stats and not stats_by_tile:
-        y_stats = flat_stats(last)
-    return y if last is y else y.copy_(last), mean_rstd, y_stats, saved
+        y_stats = tensor_partials(y_last)
+    return y if y_last is y else y.copy_(y_last), mean_rstd, y_stats, saved
 
 
-def _fused(
+def _launch_fused(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
     activation, eps, residual,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden = height * width, w1.shape[0]
-    tiles = fused(channels, w1.element_size(), device_of(x))
+    tiles = fused_forward_tiles(channels, w1.element_size(), device_of(x))
     partials = 1 if stats is None else stats.shape[1]
     mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
         saved, batch, pixels, partials, 0 if y_stats is None else y_stats.shape[1], eps, channels, hidden,
-        activation, residual, tiles.rows, tiles.hidden, *pieces(channels), _segments(pixels, tiles.rows),
-        next_power_of_2(partials), num_warps=tiles.warps, num_stages=tiles.stages,
-        maxnreg=tiles.registers if saved is None else 255, **OPTIONS,
+        activation, residual, tiles.rows, tiles.hidden, *power_of_2_parts(channels),
+        _samples_per_tile(pixels, tiles.rows), next_power_of_2(partials), num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        maxnreg=tiles.registers if saved is None else 255,  # saving fc1's output takes registers
+        **OPTIONS,
     )  # fmt: skip
 
 
-def _pair(
+def _launch_pair(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
     activation, eps, residual,
 ) -> None:  # fmt: skip
@@ -315,7 +393,8 @@ def _pair(
     u = None
     if stats is not None:
         folds, folded, v = 0, w1, b1
-        # A bf16 x needs no centring before the product, and bf16 holds W1 diag(gamma) whatever gamma's size.
+        # A bf16 x need not be centred before the product: it has few digits to lose. float16 might not hold
+        # W1 diag(gamma); bf16 does, however large gamma is.
         if x.dtype == torch.bfloat16:
             folds = triton.cdiv(hidden, FOLD_ROWS)
             folded = torch.empty_like(w1)
@@ -327,28 +406,31 @@ def _pair(
         w1, b1 = folded, v
     p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
     device = device_of(x)
-    tiles = fc1(x.element_size(), w1.element_size(), device)
+    tiles = fc1_tiles(x.element_size(), w1.element_size(), device)
     mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
         activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
-        num_stages=tiles.stages, maxnreg=128 if w1.element_size() == 4 else None, **OPTIONS,
+        num_stages=tiles.stages,
+        maxnreg=128 if w1.element_size() == 4 else None,  # ptxas by itself takes fewer in float32, and spills
+        **OPTIONS,
     )  # fmt: skip
-    tiles = fc2(out, w2.element_size(), device)
+    tiles = fc2_tiles(out, w2.element_size(), device)
     column_tiles = triton.cdiv(out, sum(tiles.columns))
     mlp_fc2[(triton.cdiv(batch * pixels, tiles.rows) * column_tiles,)](
         p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels,
         0 if y_stats is None else y_stats.shape[1] // column_tiles, hidden, out, residual, tiles.rows,
-        tiles.depth, *tiles.columns, _segments(pixels, tiles.rows), num_warps=tiles.warps,
+        tiles.depth, *tiles.columns, _samples_per_tile(pixels, tiles.rows), num_warps=tiles.warps,
         num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
 
 
-def _segments(pixels: int, rows: int) -> int:
-    """The most samples that a tile of so many rows can touch."""
+def _samples_per_tile(pixels: int, rows: int) -> int:
+    """The most samples of ``pixels`` tokens that a tile of ``rows`` tokens can touch."""
     return (pixels - gcd(pixels, rows) + rows - 1) // pixels + 1
 
 
-def _matrix(w: Tensor, dtype: torch.dtype) -> Tensor:
+def _operand_matrix(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight ``[out, in]`` or ``[out, in, 1, 1]`` as a dense matrix of the operands' dtype."""
     return w.flatten(1).to(dtype).contiguous()
 
 
