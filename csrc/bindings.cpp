@@ -5,7 +5,7 @@
 
 #include <cstdlib>
 
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "cuda/core/kernels.h"
 #include "cuda/core/stream.h"
 

@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cpu/mlp.h"
-#include "../csrc/cpu/patch_embed.h"
+#include "../csrc/cpu/mlp/mlp.h"
+#include "../csrc/cpu/chain/patch_embed.h"
 
 namespace {
 
@@ -145,7 +145,7 @@ struct Inputs {
 
 using Results = std::vector<std::pair<std::string, std::vector<float>>>;
 
-// ---- what the launchers (mlp.cpp, mlp_backward.cpp) do, in one thread
+// ---- what the launchers (mlp/forward.cpp, mlp/backward.cpp) do, in one thread
 
 Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   pk::MlpParams p = in.params(q);
@@ -255,7 +255,7 @@ Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
           {"dscale", dscale}};
 }
 
-// ---- the convolution, as its launcher (patch_embed.cpp) calls it, in one thread
+// ---- the convolution, as its launcher (chain/patch_embed.cpp) calls it, in one thread
 
 struct Convolution {
   const char* name;

@@ -1,14 +1,14 @@
 #if defined(__x86_64__)
 #define PK_LEVEL 2
-#include "mlp.h"
+#include "mlp/mlp.h"
 // The level applies from here on.
-#include "level.h"
+#include "isa/level.h"
 
 namespace pk {
 namespace {
-#include "vec.h"
+#include "isa/vec.h"
 // After vec.h.
-#include "mlp_kernels.h"
+#include "mlp/kernels.h"
 }  // namespace
 
 const MlpKernels PK_TABLE(mlp)[5] = PK_MLP_TABLE;

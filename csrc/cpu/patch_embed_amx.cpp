@@ -1,14 +1,14 @@
 #if defined(__x86_64__)
 #define PK_LEVEL 4
-#include "patch_embed.h"
+#include "chain/patch_embed.h"
 // The level applies from here on.
-#include "level.h"
+#include "isa/level.h"
 
 namespace pk {
 namespace {
-#include "vec.h"
+#include "isa/vec.h"
 // After vec.h.
-#include "patch_embed_kernels.h"
+#include "chain/patch_embed_kernels.h"
 }  // namespace
 
 const PatchEmbedKernels PK_TABLE(patch_embed)[1] = {kernels<bf16>()};

@@ -10,7 +10,7 @@ from .torch_private import in_transform
 
 __all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "chainable"]
 
-# Kinds of layers, as csrc/cpu/chain.cpp numbers them
+# Kinds of layers, as csrc/cpu/chain/chain.cpp numbers them
 CONV, MIXER, MLP = range(3)
 POOLS = {"official": 3, "timm": 4}
 _ACTIVATIONS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}

@@ -5,10 +5,10 @@
 #include <cmath>
 #include <tuple>
 
-#include "../common/taps.h"
-#include "isa.h"
-#include "operators.h"
-#include "tensors.h"
+#include "../../common/taps.h"
+#include "../isa/isa.h"
+#include "../core/operators.h"
+#include "../core/tensors.h"
 
 namespace pk {
 namespace {

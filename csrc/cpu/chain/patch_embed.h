@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "weight.h"
+#include "../product/weight.h"
 
 namespace pk {
 

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "isa.h"
+#include "../isa/isa.h"
 #include "mlp.h"
-#include "tensors.h"
+#include "../core/tensors.h"
 
 namespace pk {
 namespace {

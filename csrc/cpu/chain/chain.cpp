@@ -2,8 +2,8 @@
 // this file, so a layer costs no call from Python and no allocation (poolformer_kernels/ops/chain.py).
 #include <cmath>
 
-#include "operators.h"
-#include "tensors.h"
+#include "../core/operators.h"
+#include "../core/tensors.h"
 
 namespace pk {
 namespace {

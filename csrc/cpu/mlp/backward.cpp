@@ -1,7 +1,7 @@
-// The MLP's backward on the CPU: gradients, scratch, and the plan of the work over torch's threads (mlp_backward.h).
+// The MLP's backward on the CPU: gradients, scratch, and the plan of the work over torch's threads (backward.h).
 #include <tuple>
 
-#include "mlp_call.h"
+#include "call.h"
 
 namespace pk {
 namespace {

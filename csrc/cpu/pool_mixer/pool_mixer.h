@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "stats.h"
+#include "../core/stats.h"
 
 namespace pk {
 

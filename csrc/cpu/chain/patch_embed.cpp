@@ -1,8 +1,8 @@
 // The convolution between stages on the CPU: the plan of the work over torch's threads.
 #include "patch_embed.h"
 
-#include "isa.h"
-#include "tensors.h"
+#include "../isa/isa.h"
+#include "../core/tensors.h"
 
 namespace pk {
 namespace {

@@ -9,10 +9,10 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/chan.h"
-#include "../common/tensors.h"
+#include "../../common/chan.h"
+#include "../../common/tensors.h"
 #include "operators.h"
-#include "weight.h"
+#include "../product/weight.h"
 
 namespace pk {
 namespace {

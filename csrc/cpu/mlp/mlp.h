@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../common/activation.h"
-#include "stats.h"
-#include "weight.h"
+#include "../../common/activation.h"
+#include "../core/stats.h"
+#include "../product/weight.h"
 
 namespace pk {
 
@@ -61,7 +61,7 @@ struct MlpKernels {
   void (*forward_part)(const MlpParams&, int64_t part, uint32_t* scratch);
   void (*forward_join)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
 
-  // See mlp_backward.h
+  // See backward.h
   int64_t (*backward_scratch)(const MlpBackwardParams&);
   int operand_per;  // elements of an operand word
   void (*pack_input)(const MlpBackwardParams&, int64_t first_channel, int64_t last_channel);

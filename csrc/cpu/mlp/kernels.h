@@ -1,15 +1,15 @@
 // The MLP's kernels for one instruction-set level. Included after vec.h.
 
-#include "../common/activation_math.h"
-#include "gemm.h"
-#include "sample_stats.h"
-#include "token_tile.h"
+#include "../../common/activation_math.h"
+#include "../product/gemm.h"
+#include "../core/sample_stats.h"
+#include "../product/token_tile.h"
 // After them.
-#include "operands.h"
+#include "../product/operands.h"
 // After that.
-#include "mlp_forward.h"
+#include "forward.h"
 // After that.
-#include "mlp_backward.h"
+#include "backward.h"
 
 // T: elements of x. S: what the operands of the products are rounded to.
 template <class T, class S>

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../common/taps.h"
+#include "../../common/taps.h"
 
 #if PK_LEVEL == 4
 #define PK_TABLE(name) name##_amx

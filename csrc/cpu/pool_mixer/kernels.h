@@ -6,7 +6,7 @@
 // shift is subtracted on load (the sample's mean; in NCHW that of the strip), so a large mean costs no
 // digits.
 
-#include "sample_stats.h"
+#include "../core/sample_stats.h"
 
 template <class T>
 constexpr bool kShifted = sizeof(T) == 4;
@@ -57,8 +57,8 @@ PK_INLINE vf splat_lanes(float a, int64_t n) {
   return read<vf>(lanes);
 }
 
-#include "pool_mixer_last.h"
-#include "pool_mixer_nchw.h"
+#include "channels_last.h"
+#include "nchw.h"
 
 template <class T, Task TASK>
 void pool_x(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {

@@ -1,10 +1,10 @@
 // The convolution between stages for one instruction-set level: the taps of a tile of tokens (im2col) are transposed to
 // run along vectors, and multiplied by weights that are read where they lie. Included after vec.h.
 
-#include "gemm.h"
-#include "token_tile.h"
+#include "../product/gemm.h"
+#include "../product/token_tile.h"
 // After them.
-#include "operands.h"
+#include "../product/operands.h"
 
 template <class E, class Op>
 struct PatchScratch {

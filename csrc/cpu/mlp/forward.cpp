@@ -2,7 +2,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "mlp_call.h"
+#include "call.h"
 
 namespace pk {
 namespace {
