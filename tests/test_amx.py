@@ -20,8 +20,7 @@ from helpers import require_backend
 from poolformer_kernels.backends import cpp
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("tests/amx_tiles.cpp", "csrc/cpu/mlp_amx.cpp", "csrc/cpu/mlp_avx512_bf16.cpp")
-SOURCES += ("csrc/cpu/patch_embed_amx.cpp", "csrc/cpu/patch_embed_avx512_bf16.cpp")
+SOURCES = ("tests/amx_tiles.cpp", "csrc/cpu/isa/amx.cpp", "csrc/cpu/isa/avx512_bf16.cpp")
 # Both levels add float32 products of the same bfloat16 operands, in another order. So what is rounded to
 # bfloat16 afterwards may be its neighbour, 2^-7 away at most, in few values of thousands, hence the L2 norm;
 # what is summed from such values stays in float32. A lane, pair or stride that is wrong changes 1 % and more.

@@ -1,6 +1,9 @@
 """Every instruction set level that this machine has runs the core tests; it is read once, at import."""
 
 import os
+import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +75,29 @@ def test_core_at_this_level(level):
     assert done.stdout.splitlines()[0] == level
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels are x86-64's")
+@pytest.mark.parametrize(
+    "level",
+    ["avx2", "amx", *(pytest.param(name, marks=pytest.mark.long) for name in ("avx512", "avx512_bf16"))],
+)
+def test_levels_share_nothing_with_the_linker(level, tmp_path):
+    """A function that two levels define under one name would be that of the higher one in both.
+
+    Without optimisation every function that is used and not forced into its caller is in the object.
+    """
+    cxx = shlex.split(os.environ.get("CXX") or "g++")
+    for tool in (cxx[0], "nm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    source, target = TESTS.parent / "csrc" / "cpu" / "isa" / f"{level}.cpp", tmp_path / "level.o"
+    subprocess.run([*cxx, "-std=c++20", "-O0", "-w", "-c", str(source), "-o", str(target)], check=True)
+    command = ["nm", "--demangle", "--defined-only", "--extern-only", str(target)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = {line.split(maxsplit=2)[2] for line in listed.splitlines()} - {"DW.ref.__gxx_personality_v0"}
+    tables = {f"pk::{operator}_{level}" for operator in ("mlp", "patch_embed", "pool_mixer")}
+    assert names == (tables - {"pk::pool_mixer_amx"})
 
 
 @pytest.mark.parametrize("level", ["AVX2", "sse9"])

@@ -1,7 +1,13 @@
-// The activations and their slopes, for host and device; V is float or a vector of floats. Included inside namespace
-// pk, by the CPU's instruction-set levels each in their unnamed namespace.
+// The activations and their slopes, for host and device; V is float or a vector of floats. All functions have
+// internal linkage, so that each of the CPU's instruction-set levels keeps its own.
+#pragma once
 
-// The bound or x, which may be a NaN. Vectors have their own.
+#include "activation.h"
+#include "host_device.h"
+
+namespace pk {
+
+// The bound or x, which may be a NaN. isa/vec.h of the CPU has those of vectors.
 PK_HOST_DEVICE static inline float larger(float bound, float x) { return bound > x ? bound : x; }
 PK_HOST_DEVICE static inline float lesser(float bound, float x) { return bound < x ? bound : x; }
 
@@ -88,3 +94,5 @@ PK_HOST_DEVICE static inline Activated<V> activate(V x, const Exp& exp) {
     return {x < 0.0f ? V{} : x, x <= 0.0f ? V{} : one};
   }
 }
+
+}  // namespace pk

@@ -20,8 +20,9 @@ struct PatchEmbedParams {
   int64_t group;         // rows of w that one work item multiplies: a multiple of kRowsMax
   float* token_moments;  // [groups, tokens, 2]: mean and M2 of every token's channels of a group, or null
 
-  int64_t taps() const { return kernel_h * kernel_w * channels; }
-  int64_t groups() const { return (out + group - 1) / group; }
+  // Forced into their callers, so that the linker has no function to share between levels.
+  __attribute__((always_inline)) int64_t taps() const { return kernel_h * kernel_w * channels; }
+  __attribute__((always_inline)) int64_t groups() const { return (out + group - 1) / group; }
 };
 
 struct PatchEmbedKernels {

@@ -1,10 +1,15 @@
 // The convolution between stages for one instruction-set level: the taps of a tile of tokens (im2col) are transposed to
-// run along vectors, and multiplied by weights that are read where they lie. Included after vec.h.
+// run along vectors, and multiplied by weights that are read where they lie.
+#pragma once
 
+#include "../isa/vec.h"
 #include "../product/gemm.h"
-#include "../product/token_tile.h"
-// After them.
 #include "../product/operands.h"
+#include "../product/token_tile.h"
+#include "patch_embed.h"
+
+namespace pk {
+namespace {
 
 template <class E, class Op>
 struct PatchScratch {
@@ -98,8 +103,8 @@ __attribute__((noinline)) void add_bias(const float* o, const float* bias, int64
 }
 
 template <class T>
-void patch_embed(const PatchEmbedParams& p, int64_t first, int64_t count, int64_t first_group, int64_t last_group,
-                 word* scratch) {
+void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count, int64_t first_group,
+                         int64_t last_group, word* scratch) {
   using Op = typename OperandOf<T>::Op;
   using E = typename Op::Element;
   constexpr int64_t kRows = Op::kRows;
@@ -141,6 +146,9 @@ int64_t patch_embed_scratch(const PatchEmbedParams& p) {
 }
 
 template <class T>
-constexpr PatchEmbedKernels kernels() {
-  return {patch_embed_scratch<T>, patch_embed<T>};
+constexpr PatchEmbedKernels patch_embed_kernels() {
+  return {patch_embed_scratch<T>, patch_embed_forward<T>};
 }
+
+}  // namespace
+}  // namespace pk

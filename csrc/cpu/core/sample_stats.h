@@ -1,4 +1,11 @@
 // Partials of the input's statistics, for one instruction-set level: a sample is one contiguous run in both layouts.
+#pragma once
+
+#include "../isa/vec.h"
+#include "stats.h"
+
+namespace pk {
+namespace {
 
 PK_INLINE float plain_sum(const float* p, int64_t n) {
   float sum = 0;
@@ -36,7 +43,7 @@ PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
 #endif
 
 template <class T>
-void stats(const void* sample, int64_t size, int64_t first_chunk, int64_t last_chunk, float* partials) {
+void sample_stats(const void* sample, int64_t size, int64_t first_chunk, int64_t last_chunk, float* partials) {
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t begin = chunk * kStatsChunk, n = begin + kStatsChunk < size ? kStatsChunk : size - begin;
     const T* x = static_cast<const T*>(sample) + begin;
@@ -80,3 +87,6 @@ void stats(const void* sample, int64_t size, int64_t first_chunk, int64_t last_c
     write_moments(out, n, shift, first, second);
   }
 }
+
+}  // namespace
+}  // namespace pk

@@ -1,5 +1,11 @@
-// One vector of floats per instruction-set level, by the compiler's vector extensions. Included once per level, after
-// `#pragma GCC target`, in an unnamed namespace: nothing here may be shared between levels by the linker.
+// One vector of floats per instruction-set level, by the compiler's vector extensions, and what little of the
+// standard library the kernels need: that itself may not be used behind level.h.
+#pragma once
+
+#include "level.h"
+
+namespace pk {
+namespace {
 
 template <int kBytes>
 struct Types {
@@ -25,9 +31,13 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+using word = uint32_t;  // a float, or two elements of half precision
 
 #define PK_INLINE inline __attribute__((always_inline))
 #define PK_FORCED __attribute__((always_inline))  // of a lambda
+
+PK_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 PK_INLINE vf splat(float a) { return a - vf{}; }
 
@@ -41,6 +51,8 @@ template <class V>
 PK_INLINE void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+PK_INLINE void clear_words(word* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(word)); }
 
 PK_INLINE float hsum(vf v) {
   float sum[kLanes];
@@ -247,3 +259,6 @@ PK_INLINE void store_floats(float* p, Pair v, int64_t n, const bf16*) {
   for (int64_t i = 0; i < (n + 1) / 2; ++i) p[2 * i] = even[i];
   for (int64_t i = 0; i < n / 2; ++i) p[2 * i + 1] = odd[i];
 }
+
+}  // namespace
+}  // namespace pk

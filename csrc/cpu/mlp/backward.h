@@ -5,6 +5,18 @@
 // (by tiles of tokens) the gradient of the normalised input. Each gradient has one owner and a fixed order of sums.
 // `reduce` and `finish` then go through GroupNorm's backward once the sums over whole samples are known, and `weights`
 // turns the products into gradients (by channels).
+#pragma once
+
+#include "../isa/vec.h"
+#include "../product/gemm.h"
+#include "../product/operands.h"
+#include "../product/token_tile.h"
+#include "activations.h"
+#include "forward.h"
+#include "mlp.h"
+
+namespace pk {
+namespace {
 
 // Words of w^T: panel[i] = column row + i of w, in operand words along w's rows; zeros beyond `cols` and k.
 template <class Op>
@@ -383,7 +395,7 @@ void weight_gradients(const MlpBackwardParams& p, int64_t item) {
   }
 }
 
-int64_t weight_items(const MlpBackwardParams& p) {
+int64_t mlp_weight_items(const MlpBackwardParams& p) {
   return (p.channels + kInputChannels - 1) / kInputChannels + (p.out + kOutputChannels - 1) / kOutputChannels;
 }
 
@@ -395,7 +407,7 @@ PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t item) {
 
 // Words of the largest scratch of `prepare`, `hidden` and `input`.
 template <class T, class S>
-int64_t backward_scratch(const MlpBackwardParams& p) {
+int64_t mlp_backward_scratch(const MlpBackwardParams& p) {
   using Op = typename OperandOf<S>::Op;
   const int64_t prepare = reinterpret_cast<uintptr_t>(PrepareScratch<T, Op>(p, nullptr).end) / sizeof(word);
   const int64_t hidden = reinterpret_cast<uintptr_t>(HiddenScratch<Op>(p, nullptr).end) / sizeof(word);
@@ -403,3 +415,6 @@ int64_t backward_scratch(const MlpBackwardParams& p) {
   const int64_t most = prepare > hidden ? prepare : hidden;
   return most > input ? most : input;
 }
+
+}  // namespace
+}  // namespace pk

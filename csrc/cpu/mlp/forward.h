@@ -1,5 +1,16 @@
 // The MLP's forward for one instruction-set level (README, "Algebra"): a tile of tokens goes through fc1, activation
-// and fc2 by chunks of the hidden channels, which stay in the caches. Included after operands.h.
+// and fc2 by chunks of the hidden channels, which stay in the caches.
+#pragma once
+
+#include "../isa/vec.h"
+#include "../product/gemm.h"
+#include "../product/operands.h"
+#include "../product/token_tile.h"
+#include "activations.h"
+#include "mlp.h"
+
+namespace pk {
+namespace {
 
 // ---- what a tile needs to know of its tokens
 
@@ -261,7 +272,10 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, word* sc
 }
 
 template <class T, class S>
-int64_t forward_scratch(const MlpParams& p) {
+int64_t mlp_forward_scratch(const MlpParams& p) {
   const ForwardScratch<T, typename OperandOf<S>::Op> s(p, nullptr);
   return reinterpret_cast<uintptr_t>(s.end) / sizeof(word);
 }
+
+}  // namespace
+}  // namespace pk

@@ -1,4 +1,13 @@
 // The token mixer's kernels in channels_last, for one instruction-set level: an item is a strip of rows.
+#pragma once
+
+#include "../../common/taps.h"
+#include "../isa/vec.h"
+#include "pool_mixer.h"
+#include "tasks.h"
+
+namespace pk {
+namespace {
 
 // The rows h .. h + ROWS - 1 of the output, for a pool of 3: ABOVE and BELOW say whether their neighbours exist.
 // ROWS == 0 is one row of any other pool.
@@ -361,3 +370,6 @@ void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t l
     if (c < p.channels) backward_block<T, true>(p, b, strip, c, p.channels - c, scratch);
   }
 }
+
+}  // namespace
+}  // namespace pk

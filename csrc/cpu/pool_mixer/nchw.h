@@ -1,4 +1,13 @@
 // The token mixer's kernels in NCHW, for one instruction-set level: item = channel * strips + strip.
+#pragma once
+
+#include "../../common/taps.h"
+#include "../isa/vec.h"
+#include "pool_mixer.h"
+#include "tasks.h"
+
+namespace pk {
+namespace {
 
 // A strip of planes in `scratch`: float rows with zeros around them. The space behind a row is also that before the
 // next.
@@ -211,3 +220,6 @@ void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t
     if (w < p.width) kernel.template columns<true>(w, p.width - w);
   }
 }
+
+}  // namespace
+}  // namespace pk

@@ -1,7 +1,14 @@
-// Products of bfloat16 pairs on AMX tiles. Included by gemm.h at the level that has them.
+// Products of bfloat16 pairs on AMX tiles. gemm.h includes it at the level that has them.
 //
 // Assembly, since gcc 12's _tile_loadconfig lets the stores of the configuration be dropped and its _tile_loadd does
 // not say that it reads memory. With PK_EMULATE_TILES the eight registers are arrays, for tests on other machines.
+#pragma once
+
+#include "../isa/vec.h"
+#include "prefetch.h"
+
+namespace pk {
+namespace {
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -128,3 +135,6 @@ void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t
         multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
     }
 }
+
+}  // namespace
+}  // namespace pk

@@ -1,25 +1,18 @@
 // Matrix products for one instruction-set level, out[r][l] (+)= sum_k a[r][k] b[k][l], of operands in words of 32 bits:
-// a word is a float, or a pair of bfloat16 that are neighbours along k. Included after vec.h.
+// a word is a float, or a pair of bfloat16 that are neighbours along k.
 //
 // l runs along vectors, r over scalars that are broadcast: with tokens along l, weights are read as they lie in memory.
+#pragma once
 
-using word = uint32_t;
-
-// Rows that will be multiplied next, in bytes. They are short and far apart, and the processor's own prefetchers come
-// too late for them: the products ask for them as they go, a cache line of each row at a time.
-struct Ahead {
-  const char* rows = nullptr;
-  int64_t step = 0;
-  PK_INLINE Ahead after(int64_t words) const { return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{}; }
-  PK_INLINE void fetch(int64_t i, int64_t count) const {
-    if (rows)
-      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(word), 0, 2);
-  }
-};
+#include "../isa/vec.h"
+#include "prefetch.h"
 
 #if PK_LEVEL == 4
 #include "amx.h"
 #else
+
+namespace pk {
+namespace {
 
 struct MatrixUnit {};  // nothing to set up at the other levels
 
@@ -102,4 +95,7 @@ void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t
     left -= vecs;
   }
 }
+
+}  // namespace
+}  // namespace pk
 #endif

@@ -1,8 +1,16 @@
 // Operands of the products for one instruction-set level: which words a dtype is multiplied in, and panels of weights.
-// Included after token_tile.h.
 //
 // Tokens run along vectors, so weights are the scalars that are broadcast and are read where they lie; a few rows at a
 // time are copied where their dtype, alignment or padding asks for it. No packed copy can go stale.
+#pragma once
+
+#include "../isa/vec.h"
+#include "gemm.h"
+#include "prefetch.h"
+#include "weight.h"
+
+namespace pk {
+namespace {
 
 // Elements S are what the products' operands are rounded to, where the level multiplies them.
 template <class S>
@@ -30,8 +38,6 @@ template <class Op>
 PK_INLINE int64_t words_of(int64_t elements) {
   return (elements + Op::kPer * Op::kStep - 1) / (Op::kPer * Op::kStep) * Op::kStep;
 }
-
-PK_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Cuts scratch memory into arrays of whole cache lines; from a null pointer it measures.
 struct Cut {
@@ -122,13 +128,5 @@ __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t
   });
 }
 
-template <int WRITE>
-PK_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);
-}
-
-// Row `row` of w and those after it, from column `col`.
-PK_INLINE Ahead rows_ahead(const Weight& w, int64_t row, int64_t col) {
-  const int64_t size = w.dtype == 0 ? 4 : 2;
-  return {static_cast<const char*>(w.data) + (row * w.step + col) * size, w.step * size};
-}
+}  // namespace
+}  // namespace pk

@@ -1,5 +1,11 @@
 // Tiles of tokens for one instruction-set level: tile[c][t], tokens along vectors, two half-precision channels to a
-// word of 32 bits. Included after gemm.h.
+// word of 32 bits.
+#pragma once
+
+#include "../isa/vec.h"
+
+namespace pk {
+namespace {
 
 // dst[c][r] = row(r)[c], 16 x 16 words, dst's rows apart by bytes.
 template <class Row>
@@ -116,10 +122,6 @@ PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F
   }
 }
 
-PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-PK_INLINE void clear_words(word* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(word)); }
-
 // Tokens first .. first + count - 1 of x into a tile; the lanes from count to the row's end are zero.
 template <class T>
 void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const Tile<T>& tile) {
@@ -221,3 +223,6 @@ __attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels,
     }
   }
 }
+
+}  // namespace
+}  // namespace pk

@@ -3,13 +3,12 @@
 #pragma once
 
 #include "../../common/activation.h"
+#include "../../common/activation_math.h"
 #include "../core/device.cuh"
 #include "../core/ptx.cuh"
 
 namespace pk {
 namespace {
-
-#include "../../common/activation_math.h"
 
 constexpr int kHiddenBlock = 64;  // hidden channels of a block of mlp_bwd_wgrad
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../../common/activation.h"
+#include "../../common/activation_math.h"
 #include "../../common/host_device.h"
 #include "../core/device.cuh"
 
@@ -41,8 +42,6 @@ struct MlpParams {
 };
 
 namespace {
-
-#include "../../common/activation_math.h"
 
 constexpr int kUnit = 64;  // tokens whose statistics are one partial of their sample; STATS_ROWS in backends/cuda.py
 

@@ -1,0 +1,18 @@
+// Every operator's kernels for any processor.
+#define PK_LEVEL 0
+#include "../chain/patch_embed_kernels.h"
+#include "../mlp/kernels.h"
+#include "../pool_mixer/kernels.h"
+
+namespace pk {
+
+const PoolMixerKernels pool_mixer_baseline[3] = {pool_mixer_kernels<float>(), pool_mixer_kernels<bf16>(),
+                                                 pool_mixer_kernels<fp16>()};
+
+const MlpKernels mlp_baseline[5] = {mlp_kernels<float, float>(), mlp_kernels<bf16, bf16>(), mlp_kernels<fp16, fp16>(),
+                                    mlp_kernels<float, bf16>(), mlp_kernels<float, fp16>()};
+
+const PatchEmbedKernels patch_embed_baseline[3] = {patch_embed_kernels<float>(), patch_embed_kernels<bf16>(),
+                                                   patch_embed_kernels<fp16>()};
+
+}  // namespace pk

@@ -1,0 +1,34 @@
+// Prefetches for one instruction-set level: runs of bytes, and the rows of a matrix that the next product reads.
+#pragma once
+
+#include "../isa/vec.h"
+#include "weight.h"
+
+namespace pk {
+namespace {
+
+// Rows that will be multiplied next, in bytes. They are short and far apart, and the processor's own prefetchers come
+// too late for them: the products ask for them as they go, a cache line of each row at a time.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t step = 0;
+  PK_INLINE Ahead after(int64_t words) const { return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{}; }
+  PK_INLINE void fetch(int64_t i, int64_t count) const {
+    if (rows)
+      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(word), 0, 2);
+  }
+};
+
+template <int WRITE>
+PK_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);
+}
+
+// Row `row` of w and those after it, from column `col`.
+PK_INLINE Ahead rows_ahead(const Weight& w, int64_t row, int64_t col) {
+  const int64_t size = w.dtype == 0 ? 4 : 2;
+  return {static_cast<const char*>(w.data) + (row * w.step + col) * size, w.step * size};
+}
+
+}  // namespace
+}  // namespace pk
