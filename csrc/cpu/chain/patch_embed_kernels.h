@@ -15,11 +15,11 @@ template <class E, class Op>
 struct PatchScratch {
   E* rows;  // [16, k]: the taps of 16 tokens, zero beyond the last
   int64_t k;
-  word *taps, *y, *panel;
+  packed32 *taps, *y, *panel;
   float* o;
-  word* end;
+  packed32* end;
 
-  PatchScratch(const PatchEmbedParams& p, word* base) {
+  PatchScratch(const PatchEmbedParams& p, packed32* base) {
     Cut cut{base};
     const int64_t words = rounded_up(words_of<Op>(p.taps()), 16);  // whole blocks of the transposition
     k = words * Op::kPer;
@@ -74,7 +74,7 @@ __attribute__((noinline)) void gather_taps(const Windows<T>& from, int64_t token
 
 // Taps of whole blocks of channels are transposed from where they lie; `zeros` stands for those outside of the image.
 template <class T>
-__attribute__((noinline)) void transpose_taps(const Windows<T>& from, int64_t tokens, const char* zeros, word* out,
+__attribute__((noinline)) void transpose_taps(const Windows<T>& from, int64_t tokens, const char* zeros, packed32* out,
                                               int64_t lanes) {
   const PatchEmbedParams& p = from.p;
   const int64_t bytes = p.channels * sizeof(T);
@@ -88,7 +88,7 @@ __attribute__((noinline)) void transpose_taps(const Windows<T>& from, int64_t to
       }
       for (int64_t c = 0; c < bytes; c += 64, out += 16 * lanes)
         transpose_block([&](int64_t i) PK_FORCED { return rows[i] + c; }, reinterpret_cast<char*>(out),
-                        lanes * sizeof(word));
+                        lanes * sizeof(packed32));
     }
 }
 
@@ -104,14 +104,14 @@ __attribute__((noinline)) void add_bias(const float* o, const float* bias, int64
 
 template <class T>
 void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count, int64_t first_group,
-                         int64_t last_group, word* scratch) {
+                         int64_t last_group, packed32* scratch) {
   using Op = typename OperandOf<T>::Op;
   using E = typename Op::Element;
   constexpr int64_t kRows = Op::kRows;
   [[maybe_unused]] const MatrixUnit unit;
   const PatchScratch<E, Op> s(p, scratch);
   const int64_t lanes = rounded_up(count, kLanes), words = s.k / Op::kPer, k = p.taps();
-  __builtin_memset(s.rows, 0, 16 * words * sizeof(word));
+  __builtin_memset(s.rows, 0, 16 * words * sizeof(packed32));
   for (int64_t t = 0; t < lanes; t += 16) {
     const int64_t tokens = least(16, count - t);
     const Windows<T> from(p, first + t, tokens);
@@ -120,7 +120,8 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
       continue;
     }
     gather_taps(from, tokens, s.rows, s.k);
-    transpose_words(s.rows, words * sizeof(word), s.taps + t, lanes * sizeof(word), least(16, lanes - t), words);
+    transpose_words(s.rows, words * sizeof(packed32), s.taps + t, lanes * sizeof(packed32), least(16, lanes - t),
+                    words);
   }
   const int64_t image = p.height * p.width * p.channels, begin = (first + count) * image / (p.out_h * p.out_w);
   const int64_t ahead = least(p.batch * image - begin, count * image / (p.out_h * p.out_w));  // of the next tile
@@ -131,7 +132,7 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
     for (int64_t r = 0; r < rows; r += kRows) {
       const Panel a = rows_panel<Op>(p.w, at + r, kRows, rows - r, 0, k, s.panel);
       multiply<Op>(a.data, a.row, kRows, s.taps, lanes, lanes, words_of<Op>(k), s.o, lanes, false,
-                   rows_ahead(p.w, at + r + kRows < p.out ? at + r + kRows : 0, 0));
+                   prefetch_rows(p.w, at + r + kRows < p.out ? at + r + kRows : 0, 0));
       add_bias(s.o, p.bias + at + r, least(kRows, rows - r), lanes, y, r);
     }
     if (p.token_moments) token_moments(y, rows, count, p.token_moments + 2 * (g * p.tokens + first));
@@ -142,7 +143,7 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
 template <class T>
 int64_t patch_embed_scratch(const PatchEmbedParams& p) {
   using Op = typename OperandOf<T>::Op;
-  return reinterpret_cast<uintptr_t>(PatchScratch<typename Op::Element, Op>(p, nullptr).end) / sizeof(word);
+  return reinterpret_cast<uintptr_t>(PatchScratch<typename Op::Element, Op>(p, nullptr).end) / sizeof(packed32);
 }
 
 template <class T>

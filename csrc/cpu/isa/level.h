@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../../common/taps.h"
+#include "../../common/window_count.h"
 #include "../chain/patch_embed.h"
 #include "../core/stats.h"
 #include "../mlp/mlp.h"

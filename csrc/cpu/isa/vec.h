@@ -31,7 +31,7 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
-using word = uint32_t;  // a float, or two elements of half precision
+using packed32 = uint32_t;  // a float, or two elements of half precision
 
 #define PK_INLINE inline __attribute__((always_inline))
 #define PK_FORCED __attribute__((always_inline))  // of a lambda
@@ -52,7 +52,7 @@ PK_INLINE void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-PK_INLINE void clear_words(word* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(word)); }
+PK_INLINE void clear_words(packed32* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(packed32)); }
 
 PK_INLINE float hsum(vf v) {
   float sum[kLanes];

@@ -20,11 +20,11 @@ namespace {
 
 // Words of w^T: panel[i] = column row + i of w, in operand words along w's rows; zeros beyond `cols` and k.
 template <class Op>
-void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int64_t k, word* panel) {
+void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int64_t k, packed32* panel) {
   using E = typename Op::Element;
   constexpr int kUnit = 16 * Op::kPer;  // rows of w in a block of words
   const int64_t words = words_of<Op>(k);
-  word block[16 * 16];
+  packed32 block[16 * 16];
   const Tile<E> tile{block, 16};
   weight_at(w, 0, row, [&](auto* first) PK_FORCED {
     for (int64_t c = 0; c < rows; c += 16) {
@@ -53,7 +53,7 @@ void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int
 
 // rows[t / kPer][c]: words along tokens, of a tile whose words are along channels.
 template <class E>
-void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows, word* out, int64_t out_tokens) {
+void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows, packed32* out, int64_t out_tokens) {
   store_tile(tile, {channels, count, true}, 0, count, rows);
   if constexpr (sizeof(E) == 4) {
     __builtin_memcpy(out, rows, count * channels * sizeof(E));
@@ -62,7 +62,7 @@ void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows,
     for (int64_t t = 0; t < out_tokens; t += 2, out += channels) {
       const uint16_t *even = &rows[t * channels].bits, *odd = even + channels;
       if (t + 1 < count)
-        for (int64_t c = 0; c < channels; ++c) out[c] = even[c] | word{odd[c]} << 16;
+        for (int64_t c = 0; c < channels; ++c) out[c] = even[c] | packed32{odd[c]} << 16;
       else if (t < count)
         for (int64_t c = 0; c < channels; ++c) out[c] = even[c];
       else
@@ -73,11 +73,11 @@ void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows,
 
 template <class T, class Op>
 struct PrepareScratch {
-  word *tile, *operand, *rows;
+  packed32 *tile, *operand, *rows;
   Lanes of;
-  word* end;
+  packed32* end;
 
-  PrepareScratch(const MlpBackwardParams& q, word* base) {
+  PrepareScratch(const MlpBackwardParams& q, packed32* base) {
     Cut cut{base};
     const int64_t wide = (q.channels > q.out ? q.channels : q.out) + 1;
     tile = cut.words(Tile<T>::rows(wide) * q.lanes);
@@ -91,7 +91,7 @@ struct PrepareScratch {
 // Tokens first .. first + count - 1, lanes lane .. lane + lanes - 1 of the block; g_sums [out]: sum d g.
 template <class T, class S>
 void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64_t lane, int64_t lanes, float* g_sums,
-                 word* scratch) {
+                 packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
   using E = typename Op::Element;
   const PrepareScratch<T, Op> s(p, scratch);
@@ -146,11 +146,11 @@ constexpr int64_t kItemRows = kRowsMax;
 
 template <class Op>
 struct HiddenScratch {
-  word *a1, *a2, *p, *dh;
+  packed32 *a1, *a2, *p, *dh;
   float *h, *dp;
-  word* end;
+  packed32* end;
 
-  HiddenScratch(const MlpBackwardParams& q, word* base) {
+  HiddenScratch(const MlpBackwardParams& q, packed32* base) {
     Cut cut{base};
     a1 = cut.words(kItemRows * words_of<Op>(q.channels));
     a2 = cut.words(kItemRows * words_of<Op>(q.out));
@@ -215,7 +215,7 @@ PK_INLINE void hidden_gradient(Activation activation, const Args&... args) {
 
 // Hidden channels row .. row + kItemRows - 1 (zeros beyond the last) over the block's tokens, `first` the first.
 template <class T, class S>
-void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t tokens, word* scratch) {
+void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t tokens, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
   constexpr bool kExact = !__is_same(S, bf16);
   [[maybe_unused]] const MatrixUnit unit;
@@ -258,7 +258,7 @@ void mlp_pack_input(const MlpBackwardParams& p, int64_t first_row, int64_t last_
 
 // gamma W1^T dh of a tile's tokens, the first of them token `at` of the group.
 template <class T, class S>
-void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t lane, int64_t lanes, word* scratch) {
+void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t lane, int64_t lanes, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
   constexpr int64_t kRows = Op::kRows;
   [[maybe_unused]] const MatrixUnit unit;
@@ -409,8 +409,8 @@ PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t item) {
 template <class T, class S>
 int64_t mlp_backward_scratch(const MlpBackwardParams& p) {
   using Op = typename OperandOf<S>::Op;
-  const int64_t prepare = reinterpret_cast<uintptr_t>(PrepareScratch<T, Op>(p, nullptr).end) / sizeof(word);
-  const int64_t hidden = reinterpret_cast<uintptr_t>(HiddenScratch<Op>(p, nullptr).end) / sizeof(word);
+  const int64_t prepare = reinterpret_cast<uintptr_t>(PrepareScratch<T, Op>(p, nullptr).end) / sizeof(packed32);
+  const int64_t hidden = reinterpret_cast<uintptr_t>(HiddenScratch<Op>(p, nullptr).end) / sizeof(packed32);
   const int64_t input = rounded_up(p.channels, kItemRows) * p.input_lanes;
   const int64_t most = prepare > hidden ? prepare : hidden;
   return most > input ? most : input;

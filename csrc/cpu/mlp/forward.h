@@ -127,12 +127,12 @@ PK_INLINE int64_t part_of(const MlpParams& p) {
 
 template <class T, class Op>
 struct ForwardScratch {
-  word *x, *n, *p, *panel;
+  packed32 *x, *n, *p, *panel;
   float *h, *o;
   Lanes of;
-  word* end;
+  packed32* end;
 
-  ForwardScratch(const MlpParams& q, word* base) {
+  ForwardScratch(const MlpParams& q, packed32* base) {
     Cut cut{base};
     const int64_t lanes = q.lanes, wide = q.channels > q.out ? q.channels : q.out;
     const int64_t chunk = hidden_chunk(part_of(q));
@@ -177,7 +177,7 @@ PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename Ope
     const int64_t size = least(chunk, end - j), k2 = words_of<Op>(size);
     for (int64_t r = 0; r < size; r += kRows) {
       const Panel a = rows_panel<Op>(p.w1, j + r, kRows, size - r, 0, p.channels, s.panel);
-      const Ahead next = r + kRows < size ? rows_ahead(p.w1, j + r + kRows, 0) : rows_ahead(p.w2, 0, j);
+      const PrefetchRows next = r + kRows < size ? prefetch_rows(p.w1, j + r + kRows, 0) : prefetch_rows(p.w2, 0, j);
       multiply<Op>(a.data, a.row, kRows, s.n, lanes, lanes, k1, s.h, lanes, false, next);
       if (p.saved) {
         activate_rows<kExact, true>(p.activation, s.h, kRows, lanes, p.b1 + j + r, size - r, hidden, r);
@@ -189,7 +189,8 @@ PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename Ope
     const bool last = j + size == end;
     for (int64_t c = 0; c < p.out; c += kRows) {
       const Panel a = rows_panel<Op>(p.w2, c, kRows, p.out - c, j, size, s.panel);
-      const Ahead next = c + kRows < p.out ? rows_ahead(p.w2, c + kRows, j) : rows_ahead(p.w1, last ? 0 : j + size, 0);
+      const PrefetchRows next =
+          c + kRows < p.out ? prefetch_rows(p.w2, c + kRows, j) : prefetch_rows(p.w1, last ? 0 : j + size, 0);
       multiply<Op>(a.data, a.row, kRows, s.p, lanes, lanes, k2, sums(c), lanes, j > begin, next);
       if (last) done(c);
     }
@@ -215,7 +216,7 @@ PK_INLINE void write_tile(const MlpParams& p, const Tile<T>& y, int64_t first, i
 }
 
 template <class T, class S>
-void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch) {
+void mlp_forward(const MlpParams& p, int64_t first, int64_t count, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
   [[maybe_unused]] const MatrixUnit unit;
   const ForwardScratch<T, Op> s(p, scratch);
@@ -236,7 +237,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, word* scratch
 
 // For few tokens, one tile of them all: the sums of one part of the hidden channels, so that threads share the weights,
 template <class T, class S>
-void mlp_forward_part(const MlpParams& p, int64_t part, word* scratch) {
+void mlp_forward_part(const MlpParams& p, int64_t part, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
   [[maybe_unused]] const MatrixUnit unit;
   const ForwardScratch<T, Op> s(p, scratch);
@@ -251,7 +252,7 @@ void mlp_forward_part(const MlpParams& p, int64_t part, word* scratch) {
 
 // and then y's tokens first .. first + count - 1 from the parts, in their order.
 template <class T, class S>
-void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, word* scratch) {
+void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32* scratch) {
   constexpr int64_t kRows = OperandOf<S>::Op::kRows;
   const ForwardScratch<T, typename OperandOf<S>::Op> s(p, scratch);
   const int64_t lanes = rounded_up(count, kLanes), all = rounded_up(p.tokens, kLanes);
@@ -274,7 +275,7 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, word* sc
 template <class T, class S>
 int64_t mlp_forward_scratch(const MlpParams& p) {
   const ForwardScratch<T, typename OperandOf<S>::Op> s(p, nullptr);
-  return reinterpret_cast<uintptr_t>(s.end) / sizeof(word);
+  return reinterpret_cast<uintptr_t>(s.end) / sizeof(packed32);
 }
 
 }  // namespace

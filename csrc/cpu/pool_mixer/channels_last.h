@@ -1,7 +1,7 @@
 // The token mixer's kernels in channels_last, for one instruction-set level: an item is a strip of rows.
 #pragma once
 
-#include "../../common/taps.h"
+#include "../../common/window_count.h"
 #include "../isa/vec.h"
 #include "pool_mixer.h"
 #include "tasks.h"
@@ -30,7 +30,7 @@ template <class W, class At>
 PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Block<W::ROWS>& sum,
                            Block<W::ROWS>& center) {
   if constexpr (W::ANY) {
-    const int64_t half = p.half_h, first = h > half ? h - half : 0, taps = valid_taps(h, p.height, p.pool);
+    const int64_t half = p.half_h, first = h > half ? h - half : 0, taps = window_count(h, p.height, p.pool);
     Pair total = at(first);
     if (first == h) center.row[0] = total;
     for (int64_t row = first + 1; row < first + taps; ++row) {
@@ -169,7 +169,7 @@ PK_INLINE void for_rows(const PoolMixerParams& p, int64_t strip, Kernel& kernel)
 }
 
 template <class T, Task TASK, bool PARTIAL>
-struct PoolLast {
+struct PoolChannelsLast {
   const PoolMixerParams& p;
   const T* x;     // of the sample, at the block's first channel
   const T* grad;  // reduce
@@ -189,7 +189,7 @@ struct PoolLast {
     const int64_t channels = p.channels, row = p.width * channels, lanes = n;
     const T *in = x, *gradient = grad + h * row;
     T* out = y + h * row;
-    const float* count = p.col_taps;
+    const float* count = p.col_counts;
     const vf around = splat(y_shift), sub = shift;
     const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
     const Pair scale = coef;
@@ -197,7 +197,7 @@ struct PoolLast {
     vf taps[ROWS];
     Block<ROWS> inner;
     PK_EACH_ROW {
-      const int64_t valid = W::ANY ? valid_taps(h, p.height, p.pool) : W::taps(r);
+      const int64_t valid = W::ANY ? window_count(h, p.height, p.pool) : W::taps(r);
       inv[r] = p.inv + valid * p.width;
       taps[r] = splat(float(valid));
       const vf whole = splat(p.width > 2 ? inv[r][1] : 0);
@@ -256,22 +256,23 @@ struct PoolLast {
 };
 
 template <class T, Task TASK, bool PARTIAL>
-PK_INLINE void pool_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
-                          YMoments& moments) {
+PK_INLINE void pool_channels(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n, float* scratch,
+                             YMoments& moments) {
   const int64_t offset = b * p.channels * p.height * p.width + c;
   const T* tag = nullptr;
   const vf scale = splat(p.scale[b]), one = splat(1);
   const Pair coef = floats_pair(p.coef + c, n, tag);
-  PoolLast<T, TASK, PARTIAL> kernel{p,
-                                    static_cast<const T*>(p.x) + offset,
-                                    static_cast<const T*>(p.grad) + offset,
-                                    static_cast<T*>(p.out) + offset,
-                                    n,
-                                    TASK == Task::reduce ? Pair{one, one} : Pair{coef.a * scale, coef.b * scale},
-                                    splat(p.mean[b]),
-                                    p.residual ? p.mean[b] : 0,
-                                    p.residual,
-                                    scratch};
+  PoolChannelsLast<T, TASK, PARTIAL> kernel{
+      p,
+      static_cast<const T*>(p.x) + offset,
+      static_cast<const T*>(p.grad) + offset,
+      static_cast<T*>(p.out) + offset,
+      n,
+      TASK == Task::reduce ? Pair{one, one} : Pair{coef.a * scale, coef.b * scale},
+      splat(p.mean[b]),
+      p.residual ? p.mean[b] : 0,
+      p.residual,
+      scratch};
   for_rows(p, strip, kernel);
   if constexpr (TASK == Task::forward_stats) moments.add(kernel.moments);
   if constexpr (TASK == Task::reduce)
@@ -279,13 +280,13 @@ PK_INLINE void pool_block(const PoolMixerParams& p, int64_t b, int64_t strip, in
 }
 
 template <class T, Task TASK>
-void pool_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+void pool_channels_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t strip = first; strip < last; ++strip) {
     YMoments moments;
     int64_t c = 0;
     for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
-      pool_block<T, TASK, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
-    if (c < p.channels) pool_block<T, TASK, true>(p, b, strip, c, p.channels - c, scratch, moments);
+      pool_channels<T, TASK, false>(p, b, strip, c, 2 * kLanes, scratch, moments);
+    if (c < p.channels) pool_channels<T, TASK, true>(p, b, strip, c, p.channels - c, scratch, moments);
     if constexpr (TASK == Task::forward_stats) {
       const int64_t begin = strip * p.strip_rows;
       const int64_t rows = begin + p.strip_rows < p.height ? p.strip_rows : p.height - begin;
@@ -297,7 +298,7 @@ void pool_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last,
 
 // dx, from e = P^T g - g at every element.
 template <class T, bool PARTIAL>
-struct BackwardLast {
+struct BackwardChannelsLast {
   const PoolMixerParams& p;
   const T* x;  // of the sample, at the block's first channel
   const T* grad;
@@ -344,30 +345,31 @@ struct BackwardLast {
 };
 
 template <class T, bool PARTIAL>
-PK_INLINE void backward_block(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
-                              float* scratch) {
+PK_INLINE void backward_channels(const PoolMixerParams& p, int64_t b, int64_t strip, int64_t c, int64_t n,
+                                 float* scratch) {
   const int64_t offset = b * p.channels * p.height * p.width + c;
   const vf scale = splat(p.scale[b] / p.area);
   const Pair coef = floats_pair(p.coef + c, n, static_cast<const T*>(nullptr));
-  BackwardLast<T, PARTIAL> kernel{p,
-                                  static_cast<const T*>(p.x) + offset,
-                                  static_cast<const T*>(p.grad) + offset,
-                                  static_cast<T*>(p.out) + offset,
-                                  n,
-                                  {coef.a * scale, coef.b * scale},
-                                  splat(p.mean[b]),
-                                  splat(p.correct[b]),
-                                  p.residual,
-                                  scratch};
+  BackwardChannelsLast<T, PARTIAL> kernel{p,
+                                          static_cast<const T*>(p.x) + offset,
+                                          static_cast<const T*>(p.grad) + offset,
+                                          static_cast<T*>(p.out) + offset,
+                                          n,
+                                          {coef.a * scale, coef.b * scale},
+                                          splat(p.mean[b]),
+                                          splat(p.correct[b]),
+                                          p.residual,
+                                          scratch};
   for_rows(p, strip, kernel);
 }
 
 template <class T>
-void backward_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+void backward_channels_last(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t strip = first; strip < last; ++strip) {
     int64_t c = 0;
-    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes) backward_block<T, false>(p, b, strip, c, 2 * kLanes, scratch);
-    if (c < p.channels) backward_block<T, true>(p, b, strip, c, p.channels - c, scratch);
+    for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes)
+      backward_channels<T, false>(p, b, strip, c, 2 * kLanes, scratch);
+    if (c < p.channels) backward_channels<T, true>(p, b, strip, c, p.channels - c, scratch);
   }
 }
 

@@ -18,11 +18,11 @@ namespace {
 template <class T, Task TASK>
 void pool_x(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   if (p.channels_last)
-    pool_last<T, TASK>(p, b, first, last, scratch);
+    pool_channels_last<T, TASK>(p, b, first, last, scratch);
   else if (p.pool == 3)
-    pool_planes<T, 3, TASK>(p, b, first, last, scratch);
+    pool_nchw<T, 3, TASK>(p, b, first, last, scratch);
   else
-    pool_planes<T, 0, TASK>(p, b, first, last, scratch);
+    pool_nchw<T, 0, TASK>(p, b, first, last, scratch);
 }
 
 template <class T>
@@ -36,11 +36,11 @@ void pool_mixer_forward(const PoolMixerParams& p, int64_t b, int64_t first, int6
 template <class T>
 void pool_mixer_backward_apply(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   if (p.channels_last)
-    backward_last<T>(p, b, first, last, scratch);
+    backward_channels_last<T>(p, b, first, last, scratch);
   else if (p.pool == 3)
-    backward_planes<T, 3>(p, b, first, last, scratch);
+    backward_nchw<T, 3>(p, b, first, last, scratch);
   else
-    backward_planes<T, 0>(p, b, first, last, scratch);
+    backward_nchw<T, 0>(p, b, first, last, scratch);
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 // The token mixer's kernels in NCHW, for one instruction-set level: item = channel * strips + strip.
 #pragma once
 
-#include "../../common/taps.h"
+#include "../../common/window_count.h"
 #include "../isa/vec.h"
 #include "pool_mixer.h"
 #include "tasks.h"
@@ -72,7 +72,7 @@ struct Strip {
         write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_weight[h]) : sum);
       }
       for (int64_t h = begin; h < end; ++h) {
-        const int64_t above = h > p.half_h ? h - p.half_h : 0, taps = valid_taps(h, p.height, p.pool);
+        const int64_t above = h > p.half_h ? h - p.half_h : 0, taps = window_count(h, p.height, p.pool);
         vf sum{};
         for (int64_t r = above; r < above + taps; ++r) sum += read<vf>(sums + (r - first) * kLanes);
         use(h, sum, read<vf>(row(h) + w));
@@ -89,7 +89,7 @@ PK_INLINE vf head(vf v, int64_t n) {
 }
 
 template <class T, int POOL, Task TASK>
-struct PoolPlane {
+struct PoolNchw {
   const PoolMixerParams& p;
   const Strip& strip;
   const T* x;
@@ -102,7 +102,7 @@ struct PoolPlane {
 
   template <bool PARTIAL>
   __attribute__((noinline)) void columns(int64_t w, int64_t n) {
-    const vf count = get<PARTIAL>(p.col_taps + w, n), whole_count = count * splat(float(p.pool));
+    const vf count = get<PARTIAL>(p.col_counts + w, n), whole_count = count * splat(float(p.pool));
     const int64_t full = p.pool <= p.height ? p.pool : p.height;
     const vf whole_coef = coef * get<PARTIAL>(p.inv + full * p.width + w, n);
     const vf around = splat_lanes<PARTIAL>(p.residual ? mean : 0, n), scale = coef;
@@ -112,7 +112,7 @@ struct PoolPlane {
     YMoments local;
     vf sums{};
     strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) PK_FORCED {
-      const int64_t taps = valid_taps(h, p.height, p.pool);
+      const int64_t taps = window_count(h, p.height, p.pool);
       vf c = whole_coef, all = whole_count;
       if (taps != p.pool) {
         c = scale * get<PARTIAL>(p.inv + taps * p.width + w, n);
@@ -145,7 +145,7 @@ PK_INLINE float mean_of(const T* x, int64_t n) {
 }
 
 template <class T, int POOL, Task TASK>
-void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+void pool_nchw(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   const float mean = p.mean[b];
   for (int64_t item = first; item < last; ++item) {
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
@@ -158,13 +158,13 @@ void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t las
       if constexpr (decltype(partial)::value) v = head(v, p.width - w);
       return v;
     });
-    PoolPlane<T, POOL, TASK> kernel{p,
-                                    strip,
-                                    x,
-                                    static_cast<const T*>(p.grad) + offset,
-                                    static_cast<T*>(p.out) + offset,
-                                    splat(TASK == Task::reduce ? 1 : p.coef[c] * p.scale[b]),
-                                    mean};
+    PoolNchw<T, POOL, TASK> kernel{p,
+                                   strip,
+                                   x,
+                                   static_cast<const T*>(p.grad) + offset,
+                                   static_cast<T*>(p.out) + offset,
+                                   splat(TASK == Task::reduce ? 1 : p.coef[c] * p.scale[b]),
+                                   mean};
     int64_t w = 0;
     for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
     if (w < p.width) kernel.template columns<true>(w, p.width - w);
@@ -176,7 +176,7 @@ void pool_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t las
 }
 
 template <class T, int POOL>
-struct BackwardPlane {
+struct BackwardNchw {
   const PoolMixerParams& p;
   const Strip& strip;
   const T* x;
@@ -199,7 +199,7 @@ struct BackwardPlane {
 };
 
 template <class T, int POOL>
-void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
+void backward_nchw(const PoolMixerParams& p, int64_t b, int64_t first, int64_t last, float* scratch) {
   for (int64_t item = first; item < last; ++item) {
     const int64_t c = item / p.strips, offset = (b * p.channels + c) * p.height * p.width;
     const Strip strip(p, item % p.strips, scratch);
@@ -207,14 +207,14 @@ void backward_planes(const PoolMixerParams& p, int64_t b, int64_t first, int64_t
     strip.fill(grad, [&](vf v, int64_t w, auto) PK_FORCED {
       return v * read<vf>(p.col_weight + w);  // zero behind the row
     });
-    BackwardPlane<T, POOL> kernel{p,
-                                  strip,
-                                  static_cast<const T*>(p.x) + offset,
-                                  grad,
-                                  static_cast<T*>(p.out) + offset,
-                                  splat(p.coef[c] * p.scale[b] / p.area),
-                                  splat(p.mean[b]),
-                                  splat(p.correct[b])};
+    BackwardNchw<T, POOL> kernel{p,
+                                 strip,
+                                 static_cast<const T*>(p.x) + offset,
+                                 grad,
+                                 static_cast<T*>(p.out) + offset,
+                                 splat(p.coef[c] * p.scale[b] / p.area),
+                                 splat(p.mean[b]),
+                                 splat(p.correct[b])};
     int64_t w = 0;
     for (; w + kLanes <= p.width; w += kLanes) kernel.template columns<false>(w, kLanes);
     if (w < p.width) kernel.template columns<true>(w, p.width - w);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../../common/taps.h"
+#include "../../common/window_count.h"
 #include "../isa/isa.h"
 #include "../core/operators.h"
 #include "../core/tensors.h"
@@ -79,19 +79,19 @@ struct Call {
     read_vector(layer_scale, "layer_scale", layer, p.channels, 1);
     // Where gamma or beta is infinite, eager subtracts infinities: 0 * inf carries the NaN over.
     for (int64_t c = 0; c < p.channels; ++c) coef[c] = (gamma[c] + 0.0f * (gamma[c] + coef[c])) * layer[c];
-    p.area = taps(arena, p.height, &p.row_taps, &p.row_weight) * taps(arena, p.width, &p.col_taps, &p.col_weight);
+    p.area = taps(arena, p.height, &p.row_counts, &p.row_weight) * taps(arena, p.width, &p.col_counts, &p.col_weight);
     float* inv = arena.take((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
     p.inv = inv;
     for (int64_t rows = 1; rows <= std::min(p.pool, p.height); ++rows)
-      for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_taps[w]);
+      for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_counts[w]);
   }
 
   // Returns the weights' common factor: the most taps of a position, less a power of two that keeps sums in range.
   float taps(Arena& arena, int64_t size, const float** count, const float** weight) const {
     float *n = arena.take(size), *relative = arena.take(size + kLanesMax);  // read a vector at a time
-    const float most = valid_taps(size / 2, size, p.pool), part = std::exp2(-std::ceil(std::log2(most)));
+    const float most = window_count(size / 2, size, p.pool), part = std::exp2(-std::ceil(std::log2(most)));
     for (int64_t i = 0; i < size; ++i) {
-      n[i] = valid_taps(i, size, p.pool);
+      n[i] = window_count(i, size, p.pool);
       relative[i] = most / n[i] * part;
     }
     std::fill(relative + size, relative + size + kLanesMax, 0.0f);

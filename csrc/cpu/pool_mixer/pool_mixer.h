@@ -19,18 +19,18 @@ struct PoolMixerParams {
   int64_t strip_rows;  // output rows of one work item
   int64_t strips;      // ceil(height / strip_rows)
 
-  const float* coef;      // [C] gamma * layer_scale
-  const float* mean;      // [B] of x
-  const float* scale;     // [B] drop_scale * rstd
-  const float* correct;   // [B] backward: rstd^2 k, see pool_mixer.cpp
-  const float* row_taps;  // [H] valid taps in the vertical direction
-  const float* col_taps;  // [W] and in the horizontal one
+  const float* coef;        // [C] gamma * layer_scale
+  const float* mean;        // [B] of x
+  const float* scale;       // [B] drop_scale * rstd
+  const float* correct;     // [B] backward: rstd^2 k, see pool_mixer.cpp
+  const float* row_counts;  // [H] valid taps in the vertical direction
+  const float* col_counts;  // [W] and in the horizontal one
   // The adjoint's weights, all `area` times as large: a power of two inside, not a rounded 1 / 3. That is too large by
   // as much for every element, which a sum less its own gradient does not forgive.
-  const float* row_weight;  // [H] a factor / row_taps
-  const float* col_weight;  // [W] another one / col_taps
+  const float* row_weight;  // [H] a factor / row_counts
+  const float* col_weight;  // [W] another one / col_counts
   float area;               // product of the two
-  const float* inv;         // [pool + 1, W] 1 / (taps * col_taps)
+  const float* inv;         // [pool + 1, W] 1 / (taps * col_counts)
 
   float* x_partials;  // [B, chunks, 3], see stats.h
   float* y_partials;  // [B, items, 3], or null

@@ -43,7 +43,7 @@ PK_INLINE void tile_multiply_add() {
 }
 #else
 struct MatrixUnit {};
-word tiles[8][16][16];
+packed32 tiles[8][16][16];
 template <int TILE>
 void tile_zero() {
   __builtin_memset(tiles[TILE], 0, sizeof tiles[TILE]);
@@ -58,26 +58,27 @@ void tile_store(void* p, int64_t step) {
 }
 template <int SUM, int A, int B>
 void tile_multiply_add() {
-  const auto low = [](word w) { return __builtin_bit_cast(float, w << 16); };
-  const auto high = [](word w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
+  const auto low = [](packed32 w) { return __builtin_bit_cast(float, w << 16); };
+  const auto high = [](packed32 w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
   for (int r = 0; r < 16; ++r)
     for (int c = 0; c < 16; ++c) {
       float sum = __builtin_bit_cast(float, tiles[SUM][r][c]);
       for (int k = 0; k < 16; ++k) {
-        const word a = tiles[A][r][k], b = tiles[B][k][c];
+        const packed32 a = tiles[A][r][k], b = tiles[B][k][c];
         sum = low(a) * low(b) + sum;
         sum = high(a) * high(b) + sum;
       }
-      tiles[SUM][r][c] = __builtin_bit_cast(word, sum);
+      tiles[SUM][r][c] = __builtin_bit_cast(packed32, sum);
     }
 }
 #endif
 
 // 32 rows of 16 * COLUMNS lanes: two tiles of a, COLUMNS of b, a step of k is 16 words.
 template <int COLUMNS>
-PK_INLINE void multiply_tiles(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k, float* out,
-                              int64_t out_row, bool add, const Ahead& ahead) {
-  const int64_t out_step = out_row * sizeof(float), a_step = a_row * sizeof(word), b_step = b_row * sizeof(word);
+PK_INLINE void multiply_tiles(const packed32* a, int64_t a_row, const packed32* b, int64_t b_row, int64_t k, float* out,
+                              int64_t out_row, bool add, const PrefetchRows& ahead) {
+  const int64_t out_step = out_row * sizeof(float), a_step = a_row * sizeof(packed32),
+                b_step = b_row * sizeof(packed32);
   if (add) {
     tile_load<0>(out, out_step);
     tile_load<1>(out + 16 * out_row, out_step);
@@ -123,12 +124,12 @@ struct Bf16Pairs {
 
 // See the general `multiply` in gemm.h.
 template <class Op>
-void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
-              float* out, int64_t out_row, bool add, const Ahead& ahead = {}) {
+void multiply(const packed32* a, int64_t a_row, int64_t rows, const packed32* b, int64_t b_row, int64_t lanes,
+              int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& ahead = {}) {
   static_assert(__is_same(Op, Bf16Pairs));
   for (int64_t l = 0; l < lanes; l += 32)
     for (int64_t r = 0; r < rows; r += 32) {
-      const Ahead next = l == 0 ? ahead : Ahead{};
+      const PrefetchRows next = l == 0 ? ahead : PrefetchRows{};
       if (lanes - l >= 32)
         multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
       else

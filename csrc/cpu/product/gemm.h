@@ -24,7 +24,9 @@ struct Floats {
   static constexpr int kStep = 1;           // k is a multiple of it,
   static constexpr int kRows = kBlockRows;  // and the rows of that
   using Element = float;
-  static PK_INLINE vf multiply_add(vf sum, word a, vu b) { return sum + splat(__builtin_bit_cast(float, a)) * (vf)b; }
+  static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
+    return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
+  }
 };
 
 #if PK_LEVEL == 3
@@ -33,15 +35,16 @@ struct Bf16Pairs {
   static constexpr int kStep = 1;
   static constexpr int kRows = kBlockRows;
   using Element = bf16;
-  static PK_INLINE vf multiply_add(vf sum, word a, vu b) {
+  static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
   }
 };
 #endif
 
 template <class Op, int VECS>
-__attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
-                                              float* out, int64_t out_row, bool add, const Ahead& ahead) {
+__attribute__((noinline)) void multiply_block(const packed32* a, int64_t a_row, const packed32* b, int64_t b_row,
+                                              int64_t k, float* out, int64_t out_row, bool add,
+                                              const PrefetchRows& ahead) {
   vf sum[kBlockRows][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
@@ -69,8 +72,8 @@ __attribute__((noinline)) void multiply_block(const word* a, int64_t a_row, cons
 }
 
 template <class Op>
-PK_INLINE void multiply_vecs(int64_t vecs, const word* a, int64_t a_row, const word* b, int64_t b_row, int64_t k,
-                             float* out, int64_t out_row, bool add, const Ahead& ahead) {
+PK_INLINE void multiply_vecs(int64_t vecs, const packed32* a, int64_t a_row, const packed32* b, int64_t b_row,
+                             int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& ahead) {
   if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add, ahead);
   if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add, ahead);
   multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add, ahead);
@@ -82,8 +85,8 @@ constexpr int64_t kSumWords = 256;
 // `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words. `ahead` are the rows of
 // a that another call will multiply, Op::kRows at the most.
 template <class Op>
-void multiply(const word* a, int64_t a_row, int64_t rows, const word* b, int64_t b_row, int64_t lanes, int64_t k,
-              float* out, int64_t out_row, bool add, Ahead ahead = {}) {
+void multiply(const packed32* a, int64_t a_row, int64_t rows, const packed32* b, int64_t b_row, int64_t lanes,
+              int64_t k, float* out, int64_t out_row, bool add, PrefetchRows ahead = {}) {
   for (int64_t left = lanes / kLanes; left > 0; ahead = {}) {
     const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
     for (int64_t i = 0; i < k; i += kSumWords)

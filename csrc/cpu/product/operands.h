@@ -41,10 +41,10 @@ PK_INLINE int64_t words_of(int64_t elements) {
 
 // Cuts scratch memory into arrays of whole cache lines; from a null pointer it measures.
 struct Cut {
-  word* next;
-  word* words(int64_t n) {
-    word* p = next;
-    next = reinterpret_cast<word*>(reinterpret_cast<uintptr_t>(next) + rounded_up(n, 16) * sizeof(word));
+  packed32* next;
+  packed32* words(int64_t n) {
+    packed32* p = next;
+    next = reinterpret_cast<packed32*>(reinterpret_cast<uintptr_t>(next) + rounded_up(n, 16) * sizeof(packed32));
     return p;
   }
   float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
@@ -102,7 +102,7 @@ struct Plain<const T*> {
 };
 
 struct Panel {
-  const word* data;
+  const packed32* data;
   int64_t row;
 };
 
@@ -110,17 +110,17 @@ struct Panel {
 // else in `copy`, with zeros beyond k and from row `valid` on.
 template <class Op>
 __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t rows, int64_t valid, int64_t col,
-                                           int64_t k, word* copy) {
+                                           int64_t k, packed32* copy) {
   using E = typename Op::Element;
   constexpr int kUnit = Op::kPer * Op::kStep;
   return weight_at(w, row, col, [&](auto* from) PK_FORCED {
     using Source = typename Plain<decltype(from)>::Type;
     if (__is_same(Source, E) && valid >= rows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
-        reinterpret_cast<uintptr_t>(from) % sizeof(word) == 0)
-      return Panel{reinterpret_cast<const word*>(from), w.step / Op::kPer};
+        reinterpret_cast<uintptr_t>(from) % sizeof(packed32) == 0)
+      return Panel{reinterpret_cast<const packed32*>(from), w.step / Op::kPer};
     const int64_t words = words_of<Op>(k);
     for (int64_t i = 0; i < rows; ++i) {
-      word* out = copy + i * words;
+      packed32* out = copy + i * words;
       if (i >= valid || k % kUnit) clear_words(out, words);
       if (i < valid) convert_row(from + i * w.step, reinterpret_cast<E*>(out), k);
     }

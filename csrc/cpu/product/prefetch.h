@@ -9,13 +9,15 @@ namespace {
 
 // Rows that will be multiplied next, in bytes. They are short and far apart, and the processor's own prefetchers come
 // too late for them: the products ask for them as they go, a cache line of each row at a time.
-struct Ahead {
+struct PrefetchRows {
   const char* rows = nullptr;
   int64_t step = 0;
-  PK_INLINE Ahead after(int64_t words) const { return rows ? Ahead{rows + words * sizeof(word), step} : Ahead{}; }
+  PK_INLINE PrefetchRows after(int64_t words) const {
+    return rows ? PrefetchRows{rows + words * sizeof(packed32), step} : PrefetchRows{};
+  }
   PK_INLINE void fetch(int64_t i, int64_t count) const {
     if (rows)
-      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(word), 0, 2);
+      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(packed32), 0, 2);
   }
 };
 
@@ -25,7 +27,7 @@ PK_INLINE void prefetch(const void* p, int64_t bytes) {
 }
 
 // Row `row` of w and those after it, from column `col`.
-PK_INLINE Ahead rows_ahead(const Weight& w, int64_t row, int64_t col) {
+PK_INLINE PrefetchRows prefetch_rows(const Weight& w, int64_t row, int64_t col) {
   const int64_t size = w.dtype == 0 ? 4 : 2;
   return {static_cast<const char*>(w.data) + (row * w.step + col) * size, w.step * size};
 }

@@ -37,9 +37,9 @@ PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
     write(dst + (12 + k) * dst_step, _mm512_shuffle_i32x4(high, high2, 0xdd));
   }
 #else
-  word block[16][16];
+  packed32 block[16][16];
   for (int r = 0; r < 16; ++r) {
-    word words[16];
+    packed32 words[16];
     __builtin_memcpy(words, row(r), sizeof words);
     for (int c = 0; c < 16; ++c) block[c][r] = words[c];
   }
@@ -65,7 +65,7 @@ __attribute__((noinline)) void transpose_words(const void* from, int64_t src_ste
 // Channels 2 i and 2 i + 1 of tokens l .. l + kLanes - 1, from and to a tile of elements T.
 template <class T>
 struct Tile {
-  word* data;
+  packed32* data;
   int64_t row;  // words
   static constexpr int kPer = 4 / sizeof(T);
 
@@ -88,7 +88,7 @@ struct Tile {
       store(at, v.a);
       store(at + row, v.b);
     } else {
-      word* at = data + i * row + l;
+      packed32* at = data + i * row + l;
       if constexpr (__is_same(T, bf16)) return store_pair(reinterpret_cast<bf16*>(at), v);
       const T* tag = nullptr;
       write(at, full_words(narrow(v.a, tag)) | full_words(narrow(v.b, tag)) << 16);
@@ -132,7 +132,7 @@ void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const 
     transpose_words(rows, channels * sizeof(T), tile.data, tile.row * 4, count, whole);
     if (whole * kPer < channels)
       for (int64_t t = 0; t < count; ++t) {
-        word last = 0;
+        packed32 last = 0;
         __builtin_memcpy(&last, rows + t * channels + channels - 1, sizeof(T));
         tile.data[whole * tile.row + t] = last;
       }
@@ -140,13 +140,13 @@ void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const 
     each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
       const T* plane = x + b * channels * at.pixels + pixel;
       for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
-        word* out = tile.data + c / kPer * tile.row + lane;
+        packed32* out = tile.data + c / kPer * tile.row + lane;
         if constexpr (kPer == 1) {
-          __builtin_memcpy(out, plane, run * sizeof(word));
+          __builtin_memcpy(out, plane, run * sizeof(packed32));
         } else {
           const uint16_t *low = &plane->bits, *high = c + 1 < channels ? low + at.pixels : nullptr;
           if (high)
-            for (int64_t t = 0; t < run; ++t) out[t] = low[t] | word{high[t]} << 16;
+            for (int64_t t = 0; t < run; ++t) out[t] = low[t] | packed32{high[t]} << 16;
           else
             for (int64_t t = 0; t < run; ++t) out[t] = low[t];
         }
@@ -179,9 +179,9 @@ void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t cou
   each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
     T* plane = y + b * channels * at.pixels + pixel;
     for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
-      const word* in = tile.data + c / kPer * tile.row + lane;
+      const packed32* in = tile.data + c / kPer * tile.row + lane;
       if constexpr (kPer == 1) {
-        __builtin_memcpy(plane, in, run * sizeof(word));
+        __builtin_memcpy(plane, in, run * sizeof(packed32));
       } else {
         uint16_t* low = &plane->bits;
         for (int64_t t = 0; t < run; ++t) low[t] = uint16_t(in[t]);

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #include "../../common/chan.h"
-#include "../../common/taps.h"
+#include "../../common/window_count.h"
 
 // PK_SHARED(memory) declares `memory`, the dynamic shared memory of a block.
 #if defined(PK_EXECUTOR)  // tests/cuda_executor runs this source on the host

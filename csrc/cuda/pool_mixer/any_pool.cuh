@@ -15,8 +15,8 @@ __device__ inline void each_element(const Tiling& tiling, const Place& place, co
       visit(place.top + r, place.w + j, place.offset + r * tiling.row + j * tiling.column);
 }
 
-__device__ inline float window_count(int i, int size, int pool) {
-  return static_cast<float>(valid_taps(i, size, pool));
+__device__ inline float window_count_any(int i, int size, int pool) {
+  return static_cast<float>(window_count(i, size, pool));
 }
 
 // Sum of value(offset) over the window around an element. ADJOINT: each is divided by the size of its own window.
@@ -32,9 +32,9 @@ __device__ inline float window_sum(const Tiling& tiling, int h, int w, int64_t o
 #pragma unroll 1
     for (int j = left; j <= right; ++j) {
       const float neighbour = value(row_offset + (j - w) * tiling.column);
-      row += ADJOINT ? neighbour / window_count(j, tiling.width, tiling.pool) : neighbour;
+      row += ADJOINT ? neighbour / window_count_any(j, tiling.width, tiling.pool) : neighbour;
     }
-    total += ADJOINT ? row / window_count(i, tiling.height, tiling.pool) : row;
+    total += ADJOINT ? row / window_count_any(i, tiling.height, tiling.pool) : row;
   }
   return total;
 }
@@ -48,7 +48,7 @@ __device__ inline float value_at(const void* tensor, int64_t offset) {
 template <class T>
 __device__ inline float mixed_at(const PoolMixerParams& p, int h, int w, int64_t offset, float mean) {
   const Tiling& tiling = p.tiling;
-  const float size = window_count(h, tiling.height, tiling.pool) * window_count(w, tiling.width, tiling.pool);
+  const float size = window_count_any(h, tiling.height, tiling.pool) * window_count_any(w, tiling.width, tiling.pool);
   const float total =
       window_sum<false>(tiling, h, w, offset, [&](int64_t neighbour) { return value_at<T>(p.x, neighbour) - mean; });
   return fmaf(-size, value_at<T>(p.x, offset) - mean, total) * (1.0f / size);

@@ -8,7 +8,7 @@
 namespace pk {
 
 // How many of the pool's taps around position i fall inside [0, size): the divisor of count_include_pad=False.
-PK_HOST_DEVICE static inline int64_t valid_taps(int64_t i, int64_t size, int64_t pool) {
+PK_HOST_DEVICE static inline int64_t window_count(int64_t i, int64_t size, int64_t pool) {
   const int64_t half = pool / 2;
   const int64_t first = i > half ? i - half : 0, last = i + half < size - 1 ? i + half : size - 1;
   return last - first + 1;
