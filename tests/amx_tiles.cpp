@@ -281,14 +281,14 @@ Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, Co
   p.out_w = (q.width + 2 * q.padding - q.kernel_w) / q.stride + 1;
   p.tokens = p.batch * p.out_h * p.out_w;
   p.x = in.x.data();
-  p.w = {in.w.data(), p.taps(), 1};
+  p.w = {in.w.data(), p.patch_size(), 1};
   p.bias = in.bias.data();
   p.group = 64;
   Array y(1, p.tokens * p.out);
   std::vector<float> moments = unwritten<float>(2 * p.tokens * p.groups());
   p.y = y.data();
   p.token_moments = moments.data();
-  const int64_t vectors = (p.tokens + 15) / 16, most = std::clamp<int64_t>((256 << 10) / p.taps() / 16, 3, 13);
+  const int64_t vectors = (p.tokens + 15) / 16, most = std::clamp<int64_t>((256 << 10) / p.patch_size() / 16, 3, 13);
   const int64_t tiles = (vectors + most - 1) / most;
   p.lanes = (vectors + tiles - 1) / tiles * 16;
   for (int64_t i = 0; i < tiles; ++i)

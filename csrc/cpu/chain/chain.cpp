@@ -1,21 +1,22 @@
-// A chain of layers as one operator, for inference: statistics and activations go from one to the next without leaving
-// this file, so a layer costs no call from Python and no allocation (poolformer_kernels/ops/chain.py).
+// A chain of layers as one operator, for inference (poolformer_kernels/ops/chain.py): activations and statistics go
+// from one layer to the next in here, so a layer costs neither a call from Python nor an allocation.
 #include <cmath>
 
 #include "../core/operators.h"
 #include "../core/tensors.h"
+#include "../tuning.h"
 
 namespace pk {
 namespace {
 
 enum Kind : int64_t { patch_embed, pool_mixer, mlp, pool_official, pool_timm };
 
-// Reads steps, their parameters and epsilons in order.
+// Reads the operator's lists from front to back.
 struct Reader {
   const std::vector<Tensor>& parameters;
-  const std::vector<int64_t>& steps;
+  const std::vector<int64_t>& steps;  // for each layer its kind, a bit for each optional parameter, its integers
   const std::vector<double>& epsilons;
-  size_t parameter = 0, step = 0, epsilon = 0;
+  size_t parameter = 0, step = 0, epsilon = 0;  // the next of each list
 
   bool done() const { return step == steps.size(); }
   int64_t integer() {
@@ -30,7 +31,7 @@ struct Reader {
     STD_TORCH_CHECK(parameter < parameters.size(), "chain_cpp: a layer lacks a parameter");
     return parameters[parameter++];
   }
-  // The next bit of `present` says whether there is one.
+  // The next parameter if the lowest bit of `present` is set, which is shifted out.
   Parameter optional(int64_t& present) {
     const bool given = present & 1;
     present >>= 1;
@@ -46,8 +47,8 @@ struct Layer {
   PatchEmbedArguments conv;
   PoolMixerArguments mixer;
   std::optional<MlpArguments> mlp;
-  Parameter weight, bias;  // of the norm before or after the mean over pixels
-  double eps;
+  Parameter weight, bias;  // [C] gamma and beta of the pooling's norm
+  double eps;              // of the pooling's norm
   bool normalises() const { return kind == Kind::pool_mixer || kind == Kind::mlp || kind == Kind::pool_official; }
 };
 
@@ -57,7 +58,7 @@ void check_vector(const Parameter& t, const char* name, int64_t n) {
   if (t.has_value()) dtype_index(t->scalar_type());
 }
 
-// Weights as the kernels read them, [rows, cols] with dense rows.
+// A weight [rows, cols] or [rows, cols, 1, 1] as the kernels read it, with dense rows.
 Tensor checked_weight(const Tensor& w, const char* name, int64_t cols) {
   STD_TORCH_CHECK(w.is_cpu() && (w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1)) && w.size(0) > 0 &&
                       w.size(1) == cols,
@@ -66,50 +67,51 @@ Tensor checked_weight(const Tensor& w, const char* name, int64_t cols) {
   return w.stride(1) == 1 || cols == 1 ? w : torch::stable::contiguous(w);
 }
 
-Layer read_layer(Reader& from, int64_t& present) {
+// `present` keeps the bits that belong to no parameter of the layer.
+Layer read_layer(Reader& reader, int64_t& present) {
   Layer layer{};
-  layer.kind = Kind(from.integer());
-  present = from.integer();
+  layer.kind = Kind(reader.integer());
+  present = reader.integer();
   switch (layer.kind) {
     case Kind::patch_embed:
-      layer.conv.weight = from.tensor();
-      layer.conv.bias = from.optional(present);
-      layer.conv.stride = from.integer();
-      layer.conv.padding = from.integer();
+      layer.conv.weight = reader.tensor();
+      layer.conv.bias = reader.optional(present);
+      layer.conv.stride = reader.integer();
+      layer.conv.padding = reader.integer();
       STD_TORCH_CHECK(layer.conv.stride > 0 && layer.conv.padding >= 0,
                       "chain_cpp: a stride must be positive and a padding not negative");
       return layer;
     case Kind::pool_mixer:
-      layer.mixer.weight = from.optional(present);
-      layer.mixer.bias = from.optional(present);
-      layer.mixer.layer_scale = from.optional(present);
-      layer.mixer.pool_size = from.integer();
-      layer.mixer.eps = from.eps();
+      layer.mixer.weight = reader.optional(present);
+      layer.mixer.bias = reader.optional(present);
+      layer.mixer.layer_scale = reader.optional(present);
+      layer.mixer.pool_size = reader.integer();
+      layer.mixer.eps = reader.eps();
       layer.mixer.residual = true;
       STD_TORCH_CHECK(layer.mixer.pool_size > 0 && layer.mixer.pool_size % 2 == 1,
                       "chain_cpp: pool_size must be odd and positive, got ", layer.mixer.pool_size);
       return layer;
     case Kind::mlp: {
-      Tensor w1 = from.tensor(), w2 = from.tensor();
-      MlpArguments& of = layer.mlp.emplace(MlpArguments{.w1 = w1, .w2 = w2});
-      of.b1 = from.optional(present);
-      of.b2 = from.optional(present);
-      of.norm_weight = from.optional(present);
-      of.norm_bias = from.optional(present);
-      of.layer_scale = from.optional(present);
-      const int64_t activation = from.integer();
+      Tensor w1 = reader.tensor(), w2 = reader.tensor();
+      MlpArguments& args = layer.mlp.emplace(MlpArguments{.w1 = w1, .w2 = w2});
+      args.b1 = reader.optional(present);
+      args.b2 = reader.optional(present);
+      args.norm_weight = reader.optional(present);
+      args.norm_bias = reader.optional(present);
+      args.layer_scale = reader.optional(present);
+      const int64_t activation = reader.integer();
       STD_TORCH_CHECK(activation >= 0 && activation < int64_t(std::size(kActivations)), "chain_cpp: no activation ",
                       activation);
-      of.activation = kActivations[activation];
-      of.eps = from.eps();
-      of.norm = of.residual = true;
+      args.activation = kActivations[activation];
+      args.eps = reader.eps();
+      args.norm = args.residual = true;
       return layer;
     }
     case Kind::pool_official:
     case Kind::pool_timm:
-      layer.weight = from.optional(present);
-      layer.bias = from.optional(present);
-      layer.eps = from.eps();
+      layer.weight = reader.optional(present);
+      layer.bias = reader.optional(present);
+      layer.eps = reader.eps();
       return layer;
   }
   STD_TORCH_CHECK(false, "chain_cpp: no layer of kind ", int64_t(layer.kind));
@@ -117,6 +119,7 @@ Layer read_layer(Reader& from, int64_t& present) {
 
 // ---- the head: mean over pixels and norm, in either order
 
+// The mean over pixels of each channel of sample b.
 template <class T>
 void pool_sample(const Images& x, int64_t b, double* mean) {
   const int64_t pixels = x.height * x.width;
@@ -132,34 +135,37 @@ void pool_sample(const Images& x, int64_t b, double* mean) {
   for (int64_t c = 0; c < x.channels; ++c) mean[c] /= pixels;
 }
 
+// pool_official: GroupNorm, whose statistics `stats` [B, 1, 3] are, and then the mean. pool_timm: the mean and then
+// LayerNorm. y [B, C].
 template <class T>
-void run_pool(const Images& x, const Layer& of, const float* stats, T* y) {
+void run_pool(const Images& x, const Layer& layer, const float* stats, T* y) {
   const int64_t channels = x.channels;
-  Arena arena(2 * channels);
-  float *gamma = arena.take(channels), *beta = arena.take(channels);
-  read_vector(of.weight, "norm.weight", gamma, channels, 1);
-  read_vector(of.bias, "norm.bias", beta, channels, 0);
-  torch::stable::parallel_for(0, x.batch, 1 + 65536 / (channels * x.height * x.width), [&](int64_t begin, int64_t end) {
-    std::vector<double> mean(channels);
-    for (int64_t b = begin; b < end; ++b) {
-      pool_sample<T>(x, b, mean.data());
-      double shift = 0, variance = 0;
-      for (int64_t c = 0; c < channels; ++c) shift += mean[c] / channels;
-      if (of.kind == Kind::pool_official)  // GroupNorm of x, of which only the mean over pixels is needed
-        variance = double(stats[3 * b + 2]) / stats[3 * b];
-      else  // LayerNorm of the mean
-        for (int64_t c = 0; c < channels; ++c) variance += (mean[c] - shift) * (mean[c] - shift) / channels;
-      const double rstd = 1.0 / std::sqrt(variance + of.eps);
-      for (int64_t c = 0; c < channels; ++c)
-        y[b * channels + c] = T(float((mean[c] - shift) * rstd * gamma[c] + beta[c]));
-    }
-  });
+  ScratchArena arena(call_scratch(2 * ScratchArena::whole_lines(channels)));
+  float *gamma = arena.floats(channels), *beta = arena.floats(channels);
+  read_vector(layer.weight, "norm.weight", gamma, channels, 1);
+  read_vector(layer.bias, "norm.bias", beta, channels, 0);
+  torch::stable::parallel_for(
+      0, x.batch, 1 + kGrainElements / (channels * x.height * x.width), [&](int64_t begin, int64_t end) {
+        std::vector<double> mean(channels);
+        for (int64_t b = begin; b < end; ++b) {
+          pool_sample<T>(x, b, mean.data());
+          double shift = 0, variance = 0;
+          for (int64_t c = 0; c < channels; ++c) shift += mean[c] / channels;
+          if (layer.kind == Kind::pool_official)  // the mean over pixels commutes with GroupNorm
+            variance = double(stats[3 * b + 2]) / stats[3 * b];
+          else
+            for (int64_t c = 0; c < channels; ++c) variance += (mean[c] - shift) * (mean[c] - shift) / channels;
+          const double rstd = 1.0 / std::sqrt(variance + layer.eps);
+          for (int64_t c = 0; c < channels; ++c)
+            y[b * channels + c] = T(float((mean[c] - shift) * rstd * gamma[c] + beta[c]));
+        }
+      });
 }
 
 // ---- the chain
 
-// Checks a layer on x, brings its weights into the kernels' layout, and returns what it makes of x's shape: what
-// follows runs on other threads, where nothing may fail.
+// Checks a layer on x, brings its weights into the kernels' layout, and returns its output's shape. All checks are made
+// here, as the layers run on other threads, where nothing may throw.
 Images prepare(Layer& layer, Images x) {
   const int64_t c = x.channels;
   switch (layer.kind) {
@@ -183,16 +189,16 @@ Images prepare(Layer& layer, Images x) {
       check_vector(layer.mixer.layer_scale, "layer_scale_1", c);
       return x;
     case Kind::mlp: {
-      MlpArguments& of = *layer.mlp;
-      of.w1 = checked_weight(of.w1, "fc1.weight", c);
-      of.w2 = checked_weight(of.w2, "fc2.weight", of.w1.size(0));
-      STD_TORCH_CHECK(of.w2.size(0) == c && of.w1.scalar_type() == of.w2.scalar_type(),
+      MlpArguments& args = *layer.mlp;
+      args.w1 = checked_weight(args.w1, "fc1.weight", c);
+      args.w2 = checked_weight(args.w2, "fc2.weight", args.w1.size(0));
+      STD_TORCH_CHECK(args.w2.size(0) == c && args.w1.scalar_type() == args.w2.scalar_type(),
                       "chain_cpp: fc2.weight must have ", c, " rows and fc1.weight's dtype");
-      check_vector(of.b1, "fc1.bias", of.w1.size(0));
-      check_vector(of.b2, "fc2.bias", c);
-      check_vector(of.norm_weight, "norm2.weight", c);
-      check_vector(of.norm_bias, "norm2.bias", c);
-      check_vector(of.layer_scale, "layer_scale_2", c);
+      check_vector(args.b1, "fc1.bias", args.w1.size(0));
+      check_vector(args.b2, "fc2.bias", c);
+      check_vector(args.norm_weight, "norm2.weight", c);
+      check_vector(args.norm_bias, "norm2.bias", c);
+      check_vector(args.layer_scale, "layer_scale_2", c);
       return x;
     }
     case Kind::pool_official:
@@ -229,14 +235,15 @@ Images samples(Images x, int64_t first, int64_t count) {
   return x;
 }
 
-// Layers from one convolution to the next, or to the end: no statistics are needed beyond.
+// Layers from one convolution to the next, or to the end. No statistics are handed from one segment to another.
 struct Segment {
   const Layer* begin;
   const Layer* end;
-  const Images* in;  // of every layer, and one more
-  int64_t room;      // bytes a sample of the largest activation between its layers
+  const Images* in;  // the input of each layer, and the last one's output; without data
+  int64_t room;      // bytes of the largest activation between its layers, for one sample
 
-  // Through two buffers to y; one is enough for the MLP, whose tiles are read before they are written.
+  // Layers write to the two buffers in turn, the last one to y. The MLP may write to its own input, whose tiles it
+  // reads before it writes them.
   void run(const Images& x, void* y, char* const buffers[2]) const {
     std::vector<float> partials(6 * x.batch);
     float* const sums[] = {partials.data(), partials.data() + 3 * x.batch};
@@ -253,8 +260,6 @@ struct Segment {
     }
   }
 };
-
-constexpr int64_t kCacheBytes = 512 << 10;  // of the activations that a thread takes through a segment at once
 
 Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> steps, std::vector<double> epsilons,
              bool channels_last) {
@@ -307,9 +312,9 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
   }
 
   // Where samples can be shared out evenly, each thread takes its own through the whole chain, as many at a time as its
-  // caches hold: no thread waits for another between layers. Otherwise the threads share every layer.
+  // cache holds: no thread waits for another between layers. Otherwise the threads share every layer.
   const int64_t threads = torch::stable::get_num_threads();
-  const bool share_samples = threads == 1 || b % threads == 0 || b >= 4 * threads;
+  const bool share_samples = threads == 1 || b % threads == 0 || b >= kSamplesPerThread * threads;
   const int64_t parts = share_samples ? std::min(threads, b) : 1, most = (b + parts - 1) / parts;
   const auto at_once = [&](const Segment& s) {
     return share_samples ? std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(1, s.room), 1, most) : b;

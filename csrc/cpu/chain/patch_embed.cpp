@@ -1,16 +1,12 @@
-// The convolution between stages on the CPU: the plan of the work over torch's threads.
+// The convolution between stages on the CPU: how torch's threads share the work.
 #include "patch_embed.h"
 
 #include "../isa/isa.h"
+#include "../tuning.h"
 #include "../core/tensors.h"
 
 namespace pk {
 namespace {
-
-constexpr int64_t kTileTokens = 208;       // of a tile at most,
-constexpr int64_t kTileBytes = 512 << 10;  // and its taps
-constexpr int64_t kGroupRows = 64;         // of a work item
-constexpr int64_t kSerialWork = 1 << 18;   // multiply-adds below which a second thread does not pay
 
 const PatchEmbedKernels& kernels_for(ScalarType dtype) {
   const int index = dtype_index(dtype);
@@ -28,30 +24,30 @@ const PatchEmbedKernels& kernels_for(ScalarType dtype) {
 
 }  // namespace
 
-void run_patch_embed(const Images& x, const PatchEmbedArguments& of, void* y, float* y_stats) {
+void run_patch_embed(const Images& x, const PatchEmbedArguments& args, void* y, float* y_stats) {
   const PatchEmbedKernels& kernels = kernels_for(x.dtype);
-  const Tensor& w = of.weight;
+  const Tensor& w = args.weight;
   PatchEmbedParams p{};
   p.x = x.data;
   p.y = y;
   p.batch = x.batch, p.channels = x.channels, p.height = x.height, p.width = x.width;
   p.out = w.size(0), p.kernel_h = kernel_size(w, 2), p.kernel_w = kernel_size(w, 3);
-  p.stride = of.stride, p.padding = of.padding;
-  p.out_h = embedded_size(p.height, p.kernel_h, of), p.out_w = embedded_size(p.width, p.kernel_w, of);
-  p.w = {w.data_ptr(), p.taps(), dtype_index(x.dtype)};
+  p.stride = args.stride, p.padding = args.padding;
+  p.out_h = embedded_size(p.height, p.kernel_h, args), p.out_w = embedded_size(p.width, p.kernel_w, args);
+  p.w = {w.data_ptr(), p.patch_size(), dtype_index(x.dtype)};
   p.tokens = p.batch * p.out_h * p.out_w;
   if (p.tokens == 0) return;
 
-  Arena arena(padded(p.out));
-  p.bias = padded_vector(arena, of.bias, "a convolution's bias", p.out, 0);
+  ScratchArena arena(call_scratch(padded(p.out)));
+  p.bias = padded_vector(arena, args.bias, "a convolution's bias", p.out, 0);
 
-  // Groups of w's rows are shared out where there are too few tokens for the threads. They are of one size, so
-  // that a sample's statistics are the same for any number of threads.
+  // Work items are pairs of a tile of tokens and a group of w's rows. Groups are of one size, so that statistics are
+  // the same for any number of threads.
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax;
   const int64_t most =
-      std::clamp<int64_t>(kTileBytes / (x.element_size() * p.taps()) / kLanesMax, 3, kTileTokens / kLanesMax);
-  p.group = kGroupRows;
-  const bool serial = double(p.tokens) * p.out * p.taps() < kSerialWork;
+      std::clamp<int64_t>(kCacheBytes / (x.element_size() * p.patch_size()) / kLanesMax, 3, kTileTokens / kLanesMax);
+  p.group = kEmbedRows;
+  const bool serial = double(p.tokens) * p.out * p.patch_size() < kSerialWork;
   const int64_t round = most * (vectors <= most || serial ? 1 : torch::stable::get_num_threads());
   const int64_t tiles = (vectors + round - 1) / round * (round / most);
   p.lanes = (vectors + tiles - 1) / tiles * kLanesMax;

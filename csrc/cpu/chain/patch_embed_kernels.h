@@ -1,7 +1,9 @@
-// The convolution between stages for one instruction-set level: the taps of a tile of tokens (im2col) are transposed to
-// run along vectors, and multiplied by weights that are read where they lie.
+// The convolution between stages for one instruction-set level. A token is computed from a patch of x, the pixels under
+// the kernel. The patches of a tile of tokens (im2col) are transposed, so that tokens run along vectors, and multiplied
+// by weights that are read where they lie.
 #pragma once
 
+#include "../core/scratch.h"
 #include "../isa/vec.h"
 #include "../product/gemm.h"
 #include "../product/operands.h"
@@ -13,33 +15,35 @@ namespace {
 
 template <class E, class Op>
 struct PatchScratch {
-  E* rows;  // [16, k]: the taps of 16 tokens, zero beyond the last
-  int64_t k;
-  packed32 *taps, *y, *panel;
-  float* o;
-  packed32* end;
+  E* rows;            // [16, k] the patches of 16 tokens, with zeros behind each
+  int64_t k;          // elements of a patch, rounded up to whole blocks of the transposition
+  packed32* patches;  // [k in words, lanes] the tile's patches
+  packed32* y;        // the tile of y's channels of one group
+  packed32* panel;    // rows of weights that had to be converted
+  float* o;           // [rows of a product, lanes]
+  int64_t size;       // words of all of them
 
   PatchScratch(const PatchEmbedParams& p, packed32* base) {
-    Cut cut{base};
-    const int64_t words = rounded_up(words_of<Op>(p.taps()), 16);  // whole blocks of the transposition
+    ScratchArena arena(base);
+    const int64_t words = rounded_up(words_of<Op>(p.patch_size()), 16);
     k = words * Op::kPer;
-    rows = reinterpret_cast<E*>(cut.words(16 * words));
-    taps = cut.words(words * p.lanes);
-    y = cut.words((p.group + 1) * p.lanes);
-    panel = cut.words(Op::kRows * words);
-    o = cut.floats(Op::kRows * p.lanes);
-    end = cut.next;
+    rows = reinterpret_cast<E*>(arena.words(16 * words));
+    patches = arena.words(words * p.lanes);
+    y = arena.words((p.group + 1) * p.lanes);
+    panel = arena.words(Op::kRows * words);
+    o = arena.floats(Op::kRows * p.lanes);
+    size = arena.taken();
   }
 };
 
-// Where the taps of up to 16 tokens in a row begin.
+// Where the patches of up to 16 consecutive tokens begin.
 template <class T>
-struct Windows {
+struct Patches {
   const PatchEmbedParams& p;
-  const T* image[16];
-  int64_t top[16], left[16];
+  const T* image[16];         // the token's sample
+  int64_t top[16], left[16];  // the patch's first pixel, which may be outside of the image
 
-  Windows(const PatchEmbedParams& p, int64_t token, int64_t tokens) : p(p) {
+  Patches(const PatchEmbedParams& p, int64_t token, int64_t tokens) : p(p) {
     int64_t w = token % p.out_w, h = token / p.out_w % p.out_h;
     const int64_t size = p.height * p.width * p.channels;
     const T* at = static_cast<const T*>(p.x) + token / p.out_w / p.out_h * size;
@@ -55,9 +59,9 @@ struct Windows {
   PK_INLINE const T* at(int64_t i, int64_t h, int64_t w) const { return image[i] + (h * p.width + w) * p.channels; }
 };
 
-// The taps of each token as a row in the order of the weights, with zeros for those outside of the image.
+// Copies each patch to a row of `out`, in the order of the weights, with zeros for pixels outside of the image.
 template <class T, class E>
-__attribute__((noinline)) void gather_taps(const Windows<T>& from, int64_t tokens, E* out, int64_t step) {
+__attribute__((noinline)) void gather_patches(const Patches<T>& from, int64_t tokens, E* out, int64_t step) {
   const PatchEmbedParams& p = from.p;
   const int64_t c = p.channels, row = p.kernel_w * c;
   for (int64_t i = 0; i < tokens; ++i, out += step) {
@@ -72,10 +76,11 @@ __attribute__((noinline)) void gather_taps(const Windows<T>& from, int64_t token
   }
 }
 
-// Taps of whole blocks of channels are transposed from where they lie; `zeros` stands for those outside of the image.
+// The same for pixels that are whole blocks of the transposition, which reads them where they lie. `zeros` is read in
+// place of pixels outside of the image.
 template <class T>
-__attribute__((noinline)) void transpose_taps(const Windows<T>& from, int64_t tokens, const char* zeros, packed32* out,
-                                              int64_t lanes) {
+__attribute__((noinline)) void transpose_patches(const Patches<T>& from, int64_t tokens, const char* zeros,
+                                                 packed32* out, int64_t lanes) {
   const PatchEmbedParams& p = from.p;
   const int64_t bytes = p.channels * sizeof(T);
   for (int64_t kh = 0; kh < p.kernel_h; ++kh)
@@ -92,6 +97,7 @@ __attribute__((noinline)) void transpose_taps(const Windows<T>& from, int64_t to
     }
 }
 
+// The rows o of a product, with the bias added, into the tile's rows from `row` on.
 template <class T>
 __attribute__((noinline)) void add_bias(const float* o, const float* bias, int64_t rows, int64_t lanes,
                                         const Tile<T>& y, int64_t row) {
@@ -110,28 +116,29 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
   constexpr int64_t kRows = Op::kRows;
   [[maybe_unused]] const MatrixUnit unit;
   const PatchScratch<E, Op> s(p, scratch);
-  const int64_t lanes = rounded_up(count, kLanes), words = s.k / Op::kPer, k = p.taps();
+  const int64_t lanes = rounded_up(count, kLanes), words = s.k / Op::kPer, k = p.patch_size();
   __builtin_memset(s.rows, 0, 16 * words * sizeof(packed32));
   for (int64_t t = 0; t < lanes; t += 16) {
     const int64_t tokens = least(16, count - t);
-    const Windows<T> from(p, first + t, tokens);
+    const Patches<T> from(p, first + t, tokens);
     if (__is_same(T, E) && p.channels * sizeof(T) % 64 == 0 && lanes - t >= 16) {
-      transpose_taps(from, tokens, reinterpret_cast<const char*>(s.rows), s.taps + t, lanes);
+      transpose_patches(from, tokens, reinterpret_cast<const char*>(s.rows), s.patches + t, lanes);
       continue;
     }
-    gather_taps(from, tokens, s.rows, s.k);
-    transpose_words(s.rows, words * sizeof(packed32), s.taps + t, lanes * sizeof(packed32), least(16, lanes - t),
+    gather_patches(from, tokens, s.rows, s.k);
+    transpose_words(s.rows, words * sizeof(packed32), s.patches + t, lanes * sizeof(packed32), least(16, lanes - t),
                     words);
   }
   const int64_t image = p.height * p.width * p.channels, begin = (first + count) * image / (p.out_h * p.out_w);
-  const int64_t ahead = least(p.batch * image - begin, count * image / (p.out_h * p.out_w));  // of the next tile
-  prefetch<0>(static_cast<const T*>(p.x) + begin, ahead * sizeof(T));
+  const int64_t next =
+      least(p.batch * image - begin, count * image / (p.out_h * p.out_w));  // elements of the next tile
+  prefetch<0>(static_cast<const T*>(p.x) + begin, next * sizeof(T));
   const Tile<T> y{s.y, lanes};
   for (int64_t g = first_group; g < last_group; ++g) {
     const int64_t at = g * p.group, rows = least(p.group, p.out - at);
     for (int64_t r = 0; r < rows; r += kRows) {
       const Panel a = rows_panel<Op>(p.w, at + r, kRows, rows - r, 0, k, s.panel);
-      multiply<Op>(a.data, a.row, kRows, s.taps, lanes, lanes, words_of<Op>(k), s.o, lanes, false,
+      multiply<Op>(a.data, a.row, kRows, s.patches, lanes, lanes, words_of<Op>(k), s.o, lanes, false,
                    prefetch_rows(p.w, at + r + kRows < p.out ? at + r + kRows : 0, 0));
       add_bias(s.o, p.bias + at + r, least(kRows, rows - r), lanes, y, r);
     }
@@ -143,7 +150,7 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
 template <class T>
 int64_t patch_embed_scratch(const PatchEmbedParams& p) {
   using Op = typename OperandOf<T>::Op;
-  return reinterpret_cast<uintptr_t>(PatchScratch<typename Op::Element, Op>(p, nullptr).end) / sizeof(packed32);
+  return PatchScratch<typename Op::Element, Op>(p, nullptr).size;
 }
 
 template <class T>

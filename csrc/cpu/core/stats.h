@@ -1,4 +1,4 @@
-// The statistics kernel every operator starts with where it is not given its input's.
+// The statistics kernel: an operator starts with it where it is not given its input's statistics.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace pk {
 
 constexpr int64_t kStatsChunk = 8192;  // elements of one partial
 
-// Partials (count, mean, M2) of chunks first .. last - 1 of a sample of `size` elements, one contiguous run in both
-// layouts; partials + 3 * chunk is written.
+// Writes (count, mean, M2) of chunks first .. last - 1 of a sample to partials[chunk][3]. The sample is one contiguous
+// run of `size` elements in both layouts.
 using StatsKernel = void (*)(const void* sample, int64_t size, int64_t first, int64_t last, float* partials);
 
 }  // namespace pk

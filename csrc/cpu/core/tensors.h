@@ -11,7 +11,9 @@
 
 #include "../../common/chan.h"
 #include "../../common/tensors.h"
+#include "../tuning.h"
 #include "operators.h"
+#include "scratch.h"
 #include "../product/weight.h"
 
 namespace pk {
@@ -20,7 +22,7 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int64_t kLanesMax = 16;
+constexpr int64_t kLanesMax = 16;  // floats of a vector at any level
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int32_t dtype) {
   AtenTensorHandle handle;
@@ -33,7 +35,7 @@ inline Images images_of(const Tensor& x, bool channels_last) {
   return {x.data_ptr(), x.size(0), x.size(1), x.size(2), x.size(3), channels_last, x.scalar_type()};
 }
 
-// The statistics given to an operator, as dense memory that `kept` owns.
+// The statistics given to an operator, as dense memory; `kept` owns it where a copy is needed.
 inline Partials partials_of(const OptionalTensor& stats, const char* name, int64_t batch, Tensor& kept) {
   if (!stats.has_value()) return {};
   kept = in_layout(*stats, false);
@@ -45,7 +47,7 @@ inline Partials partials_of(const OptionalTensor& stats, const char* name, int64
 
 inline float to_float(float value) { return value; }
 inline float to_float(Half value) { return static_cast<float>(value); }
-inline float to_float(BFloat16 value) {  // by hand, so that the loop over it is vectorised
+inline float to_float(BFloat16 value) {  // written out so that the compiler vectorises loops over it
   const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
   float out;
   std::memcpy(&out, &bits, sizeof out);
@@ -62,7 +64,7 @@ void copy_floats(const Tensor& t, float* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = to_float(data[i * stride]);
 }
 
-// The parameter's values, or `absent` n times.
+// Writes the parameter's n values to `out`, or `absent` n times where it is None.
 inline void read_vector(const OptionalTensor& t, const char* name, float* out, int64_t n, float absent) {
   if (!t.has_value()) {
     std::fill(out, out + n, absent);
@@ -78,40 +80,29 @@ inline void read_vector(const OptionalTensor& t, const char* name, float* out, i
   }
 }
 
-// ---- scratch memory: grows to the largest call of a thread and is kept
+// ---- scratch memory: a buffer grows to the largest call of its thread and is kept
 
+// The first address of a cache line in `buffer`, with room for n floats and a vector more.
 inline float* grown(std::vector<float>& buffer, int64_t n) {
   if (static_cast<int64_t>(buffer.size()) < n + kLanesMax) buffer.resize(n + kLanesMax);
   const auto address = reinterpret_cast<uintptr_t>(buffer.data());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
-// One call's tables, cut from one buffer of the calling thread.
-class Arena {
- public:
-  explicit Arena(int64_t n) : next_(grown(buffer(), n)) {}
-  float* take(int64_t n) {
-    float* p = next_;
-    next_ += n;
-    return p;
-  }
-
- private:
-  static std::vector<float>& buffer() {
-    thread_local std::vector<float> kept;
-    return kept;
-  }
-  float* next_;
-};
-
-// Of a kernel that one of torch's threads runs, in words of 32 bits.
-inline uint32_t* worker_scratch(int64_t words) {
+// Where the tables of one call lie, n words of 32 bits: a buffer of the calling thread.
+inline float* call_scratch(int64_t n) {
   thread_local std::vector<float> buffer;
-  return reinterpret_cast<uint32_t*>(grown(buffer, words));
+  return grown(buffer, n);
 }
 
-// f(i) for the items 0 .. count - 1, at least `grain` to a thread. A thread takes its own share from the first on, as
-// parallel_for would, and then what is left of the others': items are few and their times differ.
+// Where a kernel works that one of torch's threads runs, n words of 32 bits.
+inline uint32_t* worker_scratch(int64_t n) {
+  thread_local std::vector<float> buffer;
+  return reinterpret_cast<uint32_t*>(grown(buffer, n));
+}
+
+// Calls f(i) for the items 0 .. count - 1, at least `grain` of them on a thread. A thread works off its own share
+// first, as with parallel_for, and then takes what is left of the others': items are few and their times differ.
 template <class F>
 void each_item(int64_t count, int64_t grain, const F& f) {
   struct alignas(64) Share {
@@ -134,11 +125,11 @@ void each_item(int64_t count, int64_t grain, const F& f) {
   });
 }
 
-// Vectors of parameters are read kRowsMax elements at a time: zeros follow them.
+// Floats of a vector of n parameters with the zeros behind it: kernels read kRowsMax elements at a time.
 inline int64_t padded(int64_t n) { return (n + kRowsMax + 15) / 16 * 16; }
 
-inline float* padded_vector(Arena& arena, const OptionalTensor& t, const char* name, int64_t n, float absent) {
-  float* out = arena.take(padded(n));
+inline float* padded_vector(ScratchArena& arena, const OptionalTensor& t, const char* name, int64_t n, float absent) {
+  float* out = arena.floats(padded(n));
   read_vector(t, name, out, n, absent);
   std::fill(out + n, out + padded(n), 0.0f);
   return out;
@@ -150,11 +141,11 @@ inline Moments<double> merged(const float* partials, int64_t n) {
   return m;
 }
 
-// Each sample's partial [B, 3] from mean and M2 of every token's channels, [groups, tokens, 2], `group` channels in
-// each group but the last.
+// Writes each sample's statistics (count, mean, M2) to out [B, 3]. `moments` [groups, tokens, 2] has the mean and M2 of
+// every token's channels, `group` channels in each group but the last.
 inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, int64_t channels, int64_t group,
                          float* out) {
-  torch::stable::parallel_for(0, batch, 1 + 16384 / pixels, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, 1 + kGrainTokens / pixels, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const double shift = moments[2 * b * pixels];  // some token's mean: no digits are lost in what follows
       double sum = 0, squares = 0, m2 = 0;

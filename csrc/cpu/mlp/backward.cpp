@@ -1,4 +1,5 @@
-// The MLP's backward on the CPU: gradients, scratch, and the plan of the work over torch's threads (backward.h).
+// The MLP's backward on the CPU: gradients, workspace, and how torch's threads share the work. The kernels and the
+// order they are called in are described in backward.h.
 #include <tuple>
 
 #include "call.h"
@@ -6,83 +7,73 @@
 namespace pk {
 namespace {
 
-// Whole samples whose gradient waits for GroupNorm's sums are a group, one sample at least; its tokens are worked on in
-// blocks, whose operands stay in the caches.
-constexpr int64_t kGroupTokens = 3136, kGroupElements = 1 << 19;
-constexpr int64_t kBlockTokens = 1600, kBlockElements = 1 << 18;
-
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What the backward needs beyond the gradients it returns: one tensor, cut into arrays of whole cache lines.
-struct Workspace {
-  float* g_sums;  // [tiles of a block, out]: sum d g
-  double* sums;   // [chunks of a group, 2]
+// The arrays that the backward needs beyond the gradients it returns: one tensor, cut up.
+class Workspace {
+ public:
+  float* g_sums;  // [tiles of a block, out]: sum of d g over a tile's tokens
+  double* sums;   // [chunks of a group, 2]: what `reduce` writes
 
-  Workspace(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks)
-      : tensor_(empty({measure(p, per, group, chunks) + 16}, {1}, aoti_torch_dtype_float32())) {
+  // `per`: elements of an operand word. `group_tokens`, `group_chunks`: tokens and chunks of a group of samples.
+  Workspace(MlpBackwardParams& p, int64_t per, int64_t group_tokens, int64_t group_chunks) {
+    ScratchArena measured(nullptr);
+    take(measured, p, per, group_tokens, group_chunks);
+    tensor_ = empty({measured.taken() + ScratchArena::kLine}, {1}, aoti_torch_dtype_float32());
     const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
-    float* next = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    each(p, per, group, chunks, [&](auto*& array, int64_t n) {
-      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
-      next += rounded_up(n, 16);
-    });
+    ScratchArena arena(reinterpret_cast<void*>((address + 63) / 64 * 64));
+    take(arena, p, per, group_tokens, group_chunks);
   }
 
  private:
   Tensor tensor_;
 
-  int64_t measure(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks) {
-    int64_t words = 0;
-    each(p, per, group, chunks, [&](auto*&, int64_t n) { words += rounded_up(n, 16); });
-    return words;
-  }
-
-  // f(array, words) for each; `per` elements make an operand word.
-  template <class F>
-  void each(MlpBackwardParams& p, int64_t per, int64_t group, int64_t chunks, const F& f) {
-    constexpr int64_t kSlack = 16;  // products read whole vectors, and whole steps of k
+  void take(ScratchArena& arena, MlpBackwardParams& p, int64_t per, int64_t group_tokens, int64_t group_chunks) {
+    constexpr int64_t kSlack = 16;  // words: products read whole vectors, and whole steps of the sum's dimension
     const int64_t block = p.block_lanes, rows = rounded_up(p.hidden, kRowsMax);
     const int64_t in = rounded_up(p.channels, kRowsMax), out = rounded_up(p.out, kRowsMax);
-    const int64_t tokens = p.parameter_grads ? block / per : 0;
-    f(p.n, (in / per + kSlack) * block);
-    f(p.g, (out / per + kSlack) * block);
-    f(p.dh, (rows / per + kSlack) * block);
-    f(p.x_tokens, tokens * p.channels + kSlack);
-    f(p.g_tokens, tokens * p.out + kSlack);
-    f(p.w1t, in * (rows / per + kSlack));
-    f(p.drop_lanes, block);
-    f(p.drop_rows, p.drop_grad ? (1 + rows / kRowsMax) * block : 0);
-    f(p.e, group * p.channels);
-    f(p.g_p, p.parameter_grads ? rows * out : 0);
-    f(p.x_dh, p.parameter_grads ? rows * in : 0);
-    f(p.db1, rows);
-    f(p.t, out);
-    f(g_sums, (block / p.lanes + 1) * p.out);
-    f(sums, 4 * chunks);
+    const int64_t token_words = p.parameter_grads ? block / per : 0;
+    p.n = arena.words((in / per + kSlack) * block);
+    p.g = arena.words((out / per + kSlack) * block);
+    p.dh = arena.words((rows / per + kSlack) * block);
+    p.x_tokens = arena.words(token_words * p.channels + kSlack);
+    p.g_tokens = arena.words(token_words * p.out + kSlack);
+    p.w1t = arena.words(in * (rows / per + kSlack));
+    p.drop_lanes = arena.floats(block);
+    p.drop_rows = arena.floats(p.drop_grad ? (1 + rows / kRowsMax) * block : 0);
+    p.e = arena.floats(group_tokens * p.channels);
+    p.g_p = arena.floats(p.parameter_grads ? rows * out : 0);
+    p.x_dh = arena.floats(p.parameter_grads ? rows * in : 0);
+    p.db1 = arena.floats(rows);
+    p.t = arena.floats(out);
+    g_sums = arena.floats((block / p.lanes + 1) * p.out);
+    sums = reinterpret_cast<double*>(arena.words(2 * 2 * group_chunks));
   }
 };
 
-// One call. The plan depends on shapes alone, so that sums are the same for any number of threads.
+// One call. How it is cut up depends on shapes alone, so that sums are the same for any number of threads.
 struct Backward {
-  const Call& call;
+  const MlpCall& call;
   const MlpKernels& kernels;
   MlpBackwardParams& p;
-  int64_t element;                // bytes of x's
-  std::vector<double> t, drops;   // sum d g [out], drop_scale's gradient [B]
-  int64_t sample, chunks, group;  // elements, chunks of a sample; samples of a group
-  int64_t block_tokens;           // at most
+  int64_t element;            // bytes of an element of x
+  std::vector<double> t;      // [out] sum of d g over tokens
+  std::vector<double> drops;  // [B] drop_scale's gradient
+  int64_t sample, chunks;     // elements of a sample, and its chunks of kStatsChunk elements
+  int64_t group;              // samples of a group
+  int64_t block_tokens;       // tokens of a block at most
 
-  Backward(const Call& call, const MlpKernels& kernels, MlpBackwardParams& p, int64_t element)
+  Backward(const MlpCall& call, const MlpKernels& kernels, MlpBackwardParams& p, int64_t element)
       : call(call), kernels(kernels), p(p), element(element), t(p.out), drops(p.batch) {
     sample = p.channels * p.pixels;
     chunks = (sample + kStatsChunk - 1) / kStatsChunk;
     const int64_t wide = std::max(p.channels, p.out);
     group = std::max<int64_t>(1, std::min(p.batch, std::min(kGroupTokens, kGroupElements / wide) / p.pixels));
     const int64_t tokens = group * p.pixels;
-    const int64_t most = std::max<int64_t>(96, std::min(kBlockTokens, kBlockElements / wide));
+    const int64_t most = std::max(kBackwardTileTokens, std::min(kBlockTokens, kBlockElements / wide));
     const int64_t blocks = (tokens + most - 1) / most;
-    p.lanes = 96;
-    p.input_lanes = 208;
+    p.lanes = kBackwardTileTokens;
+    p.input_lanes = kTileTokens;
     p.block_lanes = block_tokens = rounded_up((tokens + blocks - 1) / blocks, 32);
   }
 
@@ -90,7 +81,7 @@ struct Backward {
     Workspace own(p, kernels.operand_per, group * p.pixels, group * chunks);
     const int64_t scratch = kernels.backward_scratch(p), weight_rows = rounded_up(p.hidden, kRowsMax);
     std::fill(p.db1, p.db1 + weight_rows, 0.0f);
-    torch::stable::parallel_for(0, (p.channels + kRowsMax - 1) / kRowsMax, 1 + 65536 / (p.hidden * kRowsMax),
+    torch::stable::parallel_for(0, (p.channels + kRowsMax - 1) / kRowsMax, 1 + kGrainElements / (p.hidden * kRowsMax),
                                 [&](int64_t begin, int64_t end) {
                                   kernels.pack_input(p, begin * kRowsMax, std::min(p.channels, end * kRowsMax));
                                 });
@@ -101,13 +92,13 @@ struct Backward {
       group_norm(own, b, samples);
     }
     if (!p.parameter_grads) return;
-    if (!p.add) {  // no tokens
+    if (!p.add) {  // there were no tokens
       std::fill(p.g_p, p.g_p + weight_rows * rounded_up(p.out, kRowsMax), 0.0f);
       std::fill(p.x_dh, p.x_dh + weight_rows * rounded_up(p.channels, kRowsMax), 0.0f);
     }
     std::copy(t.begin(), t.end(), p.t);
     std::copy(p.db1, p.db1 + p.hidden, p.db1_out);
-    each_item(kernels.weight_items(p), 1 + 4096 / p.hidden, [&](int64_t i) { kernels.weights(p, i); });
+    each_item(kernels.weight_items(p), 1 + kGrainHidden / p.hidden, [&](int64_t i) { kernels.weights(p, i); });
   }
 
   // Tokens at .. at + count - 1 of the group that starts at token `first`.
@@ -123,7 +114,7 @@ struct Backward {
     const int64_t items = (p.hidden + kRowsMax - 1) / kRowsMax;
     call.over(items, [&](int64_t i) { kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(scratch)); });
     p.add = true;
-    // Tokens of dx are independent of each other, so here the tiles may follow the number of threads.
+    // A token's e does not depend on other tokens, so here tiles may depend on the number of threads.
     const int64_t vectors = (count + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, p.input_lanes);
     call.over(tiles, [&](int64_t i) {
       const int64_t lane = i * vectors / tiles * kLanesMax, next = (i + 1) * vectors / tiles * kLanesMax;
@@ -134,10 +125,10 @@ struct Backward {
       for (int64_t l = 0; l < count; ++l) drops[(first + at + l) / p.pixels] += p.drop_rows[i * p.block_lanes + l];
   }
 
-  // dx of samples b .. b + samples - 1 from e, with GroupNorm's sums over each sample.
+  // dx of samples b .. b + samples - 1 from e and GroupNorm's sums over each sample (docs/algebra.md, "MLP").
   void group_norm(const Workspace& own, int64_t b, int64_t samples) const {
     const auto each_chunk = [&](const auto& f) {
-      torch::stable::parallel_for(0, samples * chunks, 2, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, samples * chunks, kGrainNormChunks, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t local = i / chunks, offset = i % chunks * kStatsChunk;
           f(i, local, (b + local) * sample + offset, p.e + local * sample + offset,
@@ -178,17 +169,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), grad = in_layout(gradient, channels_last);
-  const Parameters of{dense_rows(w1, "w1", x.size(1)),
-                      dense_rows(w2, "w2", w1.size(0)),
-                      b1,
-                      b2,
-                      norm_weight,
-                      norm_bias,
-                      layer_scale,
-                      drop_scale};
+  const MlpArguments args{dense_rows(w1, "w1", x.size(1)),
+                          dense_rows(w2, "w2", w1.size(0)),
+                          b1,
+                          b2,
+                          norm_weight,
+                          norm_bias,
+                          layer_scale,
+                          drop_scale,
+                          activation,
+                          0,
+                          norm,
+                          residual};
   const Images images = images_of(x, channels_last);
-  Arena arena(Call::tables(images, of));
-  Call call(images, of, activation, norm, residual, arena);
+  ScratchArena arena(call_scratch(MlpCall::tables(images, args)));
+  MlpCall call(images, args, arena);
   MlpBackwardParams p{call.p};
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 &&
                       grad.size(0) == p.batch && grad.size(1) == p.out && grad.size(2) == x.size(2) &&

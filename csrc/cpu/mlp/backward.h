@@ -1,16 +1,22 @@
-// The MLP's backward for one instruction-set level (README, "Algebra"), tokens along vectors as in the forward.
+// The MLP's backward for one instruction-set level (docs/algebra.md, "MLP"), tokens along vectors as in the forward.
 //
-// A block of tokens at a time, whose operands are prepared once: `prepare` (by tiles of tokens) writes them, `hidden`
-// (by kItemRows hidden channels) computes h again, its gradient and the products that become weight gradients, `input`
-// (by tiles of tokens) the gradient of the normalised input. Each gradient has one owner and a fixed order of sums.
-// `reduce` and `finish` then go through GroupNorm's backward once the sums over whole samples are known, and `weights`
-// turns the products into gradients (by channels).
+// It works on a block of tokens at a time:
+// - `prepare`, by tiles of tokens, writes the block's operands;
+// - `hidden`, by kItemRows hidden channels, computes h again, its gradient, and the block's part of the products that
+// the
+//   weights' gradients are made from;
+// - `input`, by tiles of tokens, computes the gradient of the normalised input.
+// When a group of samples is done, `reduce` and `finish` go through GroupNorm's backward, which needs sums over whole
+// samples. At last `weights`, by channels, turns the products into the parameters' gradients. Each gradient is written
+// by one thread, in a fixed order of sums.
 #pragma once
 
+#include "../core/scratch.h"
 #include "../isa/vec.h"
 #include "../product/gemm.h"
 #include "../product/operands.h"
 #include "../product/token_tile.h"
+#include "../tuning.h"
 #include "activations.h"
 #include "forward.h"
 #include "mlp.h"
@@ -18,7 +24,8 @@
 namespace pk {
 namespace {
 
-// Words of w^T: panel[i] = column row + i of w, in operand words along w's rows; zeros beyond `cols` and k.
+// Rows of w^T in operand words: panel[i] is column row + i of w, for i < rows, with k elements in words along w's rows.
+// There are zeros where w has no such column (it has `cols`), and behind the k elements.
 template <class Op>
 void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int64_t k, packed32* panel) {
   using E = typename Op::Element;
@@ -51,7 +58,8 @@ void columns_panel(const Weight& w, int64_t row, int64_t rows, int64_t cols, int
 
 // ---- prepare
 
-// rows[t / kPer][c]: words along tokens, of a tile whose words are along channels.
+// Turns a tile, whose words hold neighbouring channels, into `out` [out_tokens / kPer, channels], whose words hold
+// neighbouring tokens. `rows` [count, channels] is scratch. There are zeros from token `count` on.
 template <class E>
 void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows, packed32* out, int64_t out_tokens) {
   store_tile(tile, {channels, count, true}, 0, count, rows);
@@ -73,22 +81,24 @@ void along_tokens(const Tile<E>& tile, int64_t channels, int64_t count, E* rows,
 
 template <class T, class Op>
 struct PrepareScratch {
-  packed32 *tile, *operand, *rows;
-  Lanes of;
-  packed32* end;
+  packed32* tile;     // of x, then of dL/dy
+  packed32* operand;  // a tile of the operands' elements
+  packed32* rows;     // tokens as rows of channels
+  LaneValues values;
+  int64_t size;  // words of all of them
 
   PrepareScratch(const MlpBackwardParams& q, packed32* base) {
-    Cut cut{base};
+    ScratchArena arena(base);
     const int64_t wide = (q.channels > q.out ? q.channels : q.out) + 1;
-    tile = cut.words(Tile<T>::rows(wide) * q.lanes);
-    operand = cut.words(Tile<typename Op::Element>::rows(wide) * q.lanes);
-    rows = cut.words((wide * (q.lanes + 1) + Op::kPer - 1) / Op::kPer);
-    of = {cut.floats(q.lanes), cut.floats(q.lanes), cut.floats(q.lanes)};
-    end = cut.next;
+    tile = arena.words(Tile<T>::rows(wide) * q.lanes);
+    operand = arena.words(Tile<typename Op::Element>::rows(wide) * q.lanes);
+    rows = arena.words((wide * (q.lanes + 1) + Op::kPer - 1) / Op::kPer);
+    values = {arena.floats(q.lanes), arena.floats(q.lanes), arena.floats(q.lanes)};
+    size = arena.taken();
   }
 };
 
-// Tokens first .. first + count - 1, lanes lane .. lane + lanes - 1 of the block; g_sums [out]: sum d g.
+// See MlpKernels::prepare.
 template <class T, class S>
 void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64_t lane, int64_t lanes, float* g_sums,
                  packed32* scratch) {
@@ -99,15 +109,15 @@ void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64
   const Tile<E> operand{s.operand, lanes};
   E* rows = reinterpret_cast<E*>(s.rows);
   const int64_t block = p.block_lanes, words = lanes / Op::kPer;
-  s.of.fill(p, first, count, lanes);
-  __builtin_memcpy(p.drop_lanes + lane, s.of.drop, lanes * sizeof(float));
+  s.values.fill(p, first, count, lanes);
+  __builtin_memcpy(p.drop_lanes + lane, s.values.drop, lanes * sizeof(float));
 
   load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, raw);
-  normalise(p, raw, s.of, lanes, Tile<E>{p.n + lane, block});
+  normalise(p, raw, s.values, lanes, Tile<E>{p.n + lane, block});
   if (p.parameter_grads) {
     for (int64_t i = 0; i < (p.channels + 1) / 2; ++i)
       for (int64_t l = 0; l < lanes; l += kLanes) {
-        const vf mean = load(s.of.mean + l), rstd = load(s.of.rstd + l);
+        const vf mean = load(s.values.mean + l), rstd = load(s.values.rstd + l);
         const Pair v = raw.get(i, l);
         operand.put(i, l, {(v.a - mean) * rstd, (v.b - mean) * rstd});
       }
@@ -123,7 +133,7 @@ void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64
     const vf bias_a = splat(p.b2[2 * i]), bias_b = splat(p.b2[2 * i + 1]);
     Pair sum{};
     for (int64_t l = 0; l < lanes; l += kLanes) {
-      const vf d = load(s.of.drop + l);
+      const vf d = load(s.values.drop + l);
       const Pair v = raw.get(i, l), scaled = {v.a * scale_a, v.b * scale_b}, dropped = {v.a * d, v.b * d};
       g.put(i, l, scaled);
       operand.put(i, l, dropped);
@@ -142,27 +152,31 @@ void mlp_prepare(const MlpBackwardParams& p, int64_t first, int64_t count, int64
 
 // ---- hidden
 
-constexpr int64_t kItemRows = kRowsMax;
+constexpr int64_t kItemRows = kRowsMax;  // hidden channels of a work item
 
 template <class Op>
 struct HiddenScratch {
-  packed32 *a1, *a2, *p, *dh;
-  float *h, *dp;
-  packed32* end;
+  packed32* a1;   // the item's rows of W1, where they had to be converted
+  packed32* a2;   // the item's columns of W2
+  packed32* p;    // [kItemRows, block] activations, in words along tokens
+  packed32* dh;   // [kItemRows, block] gradient of h, in words along tokens
+  float *h, *dp;  // [kItemRows, lanes] of one tile
+  int64_t size;   // words of all of them
 
   HiddenScratch(const MlpBackwardParams& q, packed32* base) {
-    Cut cut{base};
-    a1 = cut.words(kItemRows * words_of<Op>(q.channels));
-    a2 = cut.words(kItemRows * words_of<Op>(q.out));
-    p = cut.words(kItemRows * (q.block_lanes / Op::kPer));
-    dh = cut.words(kItemRows * (q.block_lanes / Op::kPer));
-    h = cut.floats(kItemRows * q.lanes);
-    dp = cut.floats(kItemRows * q.lanes);
-    end = cut.next;
+    ScratchArena arena(base);
+    a1 = arena.words(kItemRows * words_of<Op>(q.channels));
+    a2 = arena.words(kItemRows * words_of<Op>(q.out));
+    p = arena.words(kItemRows * (q.block_lanes / Op::kPer));
+    dh = arena.words(kItemRows * (q.block_lanes / Op::kPer));
+    h = arena.floats(kItemRows * q.lanes);
+    dp = arena.floats(kItemRows * q.lanes);
+    size = arena.taken();
   }
 };
 
-// From h and dp = W2^T s g: p, dh = d dp act'(h), in rows of the item and dh as the operand of `input`.
+// From h and dp = W2^T s g of a tile: p = act(h) and dh = d dp act'(h), in the item's rows; dh as `input`'s operand,
+// too.
 template <Activation A, bool EXACT, class Op>
 __attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const HiddenScratch<Op>& s, int64_t row,
                                                int64_t lane, int64_t lanes) {
@@ -213,7 +227,7 @@ PK_INLINE void hidden_gradient(Activation activation, const Args&... args) {
   }
 }
 
-// Hidden channels row .. row + kItemRows - 1 (zeros beyond the last) over the block's tokens, `first` the first.
+// See MlpKernels::hidden. There are zeros in rows beyond the last hidden channel.
 template <class T, class S>
 void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t tokens, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
@@ -249,6 +263,7 @@ void mlp_hidden(const MlpBackwardParams& p, int64_t row, int64_t first, int64_t 
 
 // ---- input
 
+// See MlpKernels::pack_input.
 template <class T, class S>
 void mlp_pack_input(const MlpBackwardParams& p, int64_t first_row, int64_t last_row) {
   using Op = typename OperandOf<S>::Op;
@@ -256,7 +271,7 @@ void mlp_pack_input(const MlpBackwardParams& p, int64_t first_row, int64_t last_
     columns_panel<Op>(p.w1, c, kItemRows, p.channels, p.hidden, p.w1t + c * words_of<Op>(p.hidden));
 }
 
-// gamma W1^T dh of a tile's tokens, the first of them token `at` of the group.
+// See MlpKernels::input; `at` is the tile's first token in the group.
 template <class T, class S>
 void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t lane, int64_t lanes, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
@@ -277,7 +292,7 @@ void mlp_input(const MlpBackwardParams& p, int64_t at, int64_t count, int64_t la
 
 // ---- GroupNorm's backward, over elements of a sample as they lie in memory
 
-// Sums of e and of e (x - mean) over n elements.
+// See MlpKernels::reduce.
 template <class T>
 void mlp_reduce(const void* x, const float* e, float mean, int64_t n, double* sums) {
   const T* in = static_cast<const T*>(x);
@@ -297,7 +312,7 @@ void mlp_reduce(const void* x, const float* e, float mean, int64_t n, double* su
   sums[1] = hsum(second);
 }
 
-// dx = r e - k0 - (x - mean) k1, without a norm (no x) e, plus g where it is given.
+// See MlpKernels::finish.
 template <class T>
 void mlp_finish(const void* x, const void* grad, const float* e, float mean, float rstd, float k0, float k1, int64_t n,
                 void* dx) {
@@ -317,9 +332,8 @@ void mlp_finish(const void* x, const void* grad, const float* e, float mean, flo
 
 // ---- weights
 
-constexpr int64_t kInputChannels = 64, kOutputChannels = 32;  // of an item
-
-// Channels c .. c + n - 1 of the input: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M, dbeta = W1^T db1.
+// Input channels c .. c + n - 1, where M = x_dh: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M, dbeta = W1^T
+// db1.
 template <class W>
 void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   constexpr int kVecs = kInputChannels / kLanes;
@@ -349,19 +363,19 @@ void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   }
 }
 
-// Channels c .. c + n - 1 of the output: dW2 = diag(s) G2, ds = sum_j W2 G2 + b2 t, db2 = s t.
+// Output channels c .. c + n - 1, where G = g_p: dW2 = diag(s) G, ds = sum_j W2 G + b2 t, db2 = s t.
 template <class W>
 void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
-  constexpr int64_t kSpan = 256;
   const int64_t wide = rounded_up(p.out, kLanes);
-  float rows[kOutputChannels * kSpan];
+  float rows[kOutputChannels * kTransposedHidden];
   vf sum[kOutputChannels] = {};
-  for (int64_t j = 0; j < p.hidden; j += kSpan) {
-    const int64_t size = p.hidden - j < kSpan ? p.hidden - j : kSpan, whole = size / kLanes * kLanes;
-    transpose_words(p.g_p + j * wide + c, wide * 4, rows, kSpan * 4, size, n);
+  for (int64_t j = 0; j < p.hidden; j += kTransposedHidden) {
+    const int64_t size = p.hidden - j < kTransposedHidden ? p.hidden - j : kTransposedHidden,
+                  whole = size / kLanes * kLanes;
+    transpose_words(p.g_p + j * wide + c, wide * 4, rows, kTransposedHidden * 4, size, n);
     for (int64_t i = 0; i < n; ++i) {
       const vf scale = splat(p.scale[c + i]);
-      const float* row = rows + i * kSpan;
+      const float* row = rows + i * kTransposedHidden;
       const W* weights = static_cast<const W*>(p.w2.data) + (c + i) * p.w2.step + j;
       W* out = static_cast<W*>(p.dw2) + (c + i) * p.hidden + j;
       for (int64_t l = 0; l < whole; l += kLanes) {
@@ -382,7 +396,7 @@ void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   }
 }
 
-// An item: those of the input's channels come first, then those of the output's.
+// Work items of the input's channels come first, then those of the output's.
 template <class W>
 void weight_gradients(const MlpBackwardParams& p, int64_t item) {
   const int64_t inputs = (p.channels + kInputChannels - 1) / kInputChannels;
@@ -405,12 +419,12 @@ PK_INLINE void mlp_weights(const MlpBackwardParams& p, int64_t item) {
   weight_gradients<fp16>(p, item);
 }
 
-// Words of the largest scratch of `prepare`, `hidden` and `input`.
+// See MlpKernels::backward_scratch.
 template <class T, class S>
 int64_t mlp_backward_scratch(const MlpBackwardParams& p) {
   using Op = typename OperandOf<S>::Op;
-  const int64_t prepare = reinterpret_cast<uintptr_t>(PrepareScratch<T, Op>(p, nullptr).end) / sizeof(packed32);
-  const int64_t hidden = reinterpret_cast<uintptr_t>(HiddenScratch<Op>(p, nullptr).end) / sizeof(packed32);
+  const int64_t prepare = PrepareScratch<T, Op>(p, nullptr).size;
+  const int64_t hidden = HiddenScratch<Op>(p, nullptr).size;
   const int64_t input = rounded_up(p.channels, kItemRows) * p.input_lanes;
   const int64_t most = prepare > hidden ? prepare : hidden;
   return most > input ? most : input;

@@ -1,16 +1,15 @@
-// What the MLP's forward and backward operators share: checks, the kernels of a call, its parameters.
+// What the MLP's forward and backward operators share: checks, and a call's kernels and arguments.
 #pragma once
 
 #include <string>
 
 #include "../isa/isa.h"
+#include "../tuning.h"
 #include "mlp.h"
 #include "../core/tensors.h"
 
 namespace pk {
 namespace {
-
-constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread does not pay
 
 inline const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
   const int io = dtype_index(x), weights = dtype_index(w), index = io == 0 && weights > 0 ? 2 + weights : io;
@@ -36,52 +35,50 @@ inline Tensor dense_rows(const Tensor& w, const char* name, int64_t cols) {
 
 inline Weight weight(const Tensor& w) { return {w.data_ptr(), w.stride(0), dtype_index(w.scalar_type())}; }
 
-struct Parameters {
-  const Tensor w1, w2;
-  OptionalTensor b1, b2, norm_weight, norm_bias, layer_scale, drop_scale;
-};
-
-// The call's shapes and its parameters as padded float vectors.
-struct Call {
+// The kernels' arguments that forward and backward share. args.w1 and args.w2 have dense rows.
+struct MlpCall {
   MlpParams p{};
-  float *mean, *rstd;
+  float *mean, *rstd;  // [B] what p.mean and p.rstd show, to be filled in
 
-  static int64_t tables(const Images& x, const Parameters& of) {
-    return padded(of.w1.size(0)) + 2 * padded(of.w2.size(0)) + 2 * padded(x.channels) + 3 * padded(x.batch);
+  // Words of the vectors that the constructor takes.
+  static int64_t tables(const Images& x, const MlpArguments& args) {
+    return padded(args.w1.size(0)) + 2 * padded(args.w2.size(0)) + 2 * padded(x.channels) + 3 * padded(x.batch);
   }
 
-  Call(const Images& x, const Parameters& of, const std::string& activation, bool norm, bool residual, Arena& arena) {
-    p.batch = x.batch, p.channels = x.channels, p.hidden = of.w1.size(0), p.out = of.w2.size(0);
+  MlpCall(const Images& x, const MlpArguments& args, ScratchArena& arena) {
+    p.batch = x.batch, p.channels = x.channels, p.hidden = args.w1.size(0), p.out = args.w2.size(0);
     p.pixels = x.height * x.width;
     p.tokens = p.batch * p.pixels;
     p.channels_last = x.channels_last || p.pixels == 1;
-    p.residual = residual;
-    p.norm = norm;
-    p.activation = activation_named(activation);
-    p.w1 = weight(of.w1);
-    p.w2 = weight(of.w2);
+    p.residual = args.residual;
+    p.norm = args.norm;
+    p.activation = activation_named(args.activation);
+    p.w1 = weight(args.w1);
+    p.w2 = weight(args.w2);
     p.x = x.data;
-    STD_TORCH_CHECK(of.w1.scalar_type() == of.w2.scalar_type(), "mlp_cpp: w1 and w2 must have one dtype");
-    STD_TORCH_CHECK(!residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
-    p.b1 = padded_vector(arena, of.b1, "b1", p.hidden, 0);
-    p.b2 = padded_vector(arena, of.b2, "b2", p.out, 0);
-    p.gamma = padded_vector(arena, of.norm_weight, "norm_weight", p.channels, 1);
-    p.beta = padded_vector(arena, of.norm_bias, "norm_bias", p.channels, 0);
-    p.scale = padded_vector(arena, of.layer_scale, "layer_scale", p.out, 1);
-    p.drop = padded_vector(arena, of.drop_scale, "drop_scale", p.batch, 1);
-    p.mean = mean = arena.take(padded(p.batch));
-    p.rstd = rstd = arena.take(padded(p.batch));
+    STD_TORCH_CHECK(args.w1.scalar_type() == args.w2.scalar_type(), "mlp_cpp: w1 and w2 must have one dtype");
+    STD_TORCH_CHECK(!p.residual || p.out == p.channels, "mlp_cpp: with a residual w2 must have C rows");
+    p.b1 = padded_vector(arena, args.b1, "b1", p.hidden, 0);
+    p.b2 = padded_vector(arena, args.b2, "b2", p.out, 0);
+    p.gamma = padded_vector(arena, args.norm_weight, "norm_weight", p.channels, 1);
+    p.beta = padded_vector(arena, args.norm_bias, "norm_bias", p.channels, 0);
+    p.scale = padded_vector(arena, args.layer_scale, "layer_scale", p.out, 1);
+    p.drop = padded_vector(arena, args.drop_scale, "drop_scale", p.batch, 1);
+    p.mean = mean = arena.floats(padded(p.batch));
+    p.rstd = rstd = arena.floats(padded(p.batch));
   }
 
-  // How many tiles of `most` tokens at most share so many vectors of tokens: as many for each thread.
+  // The number of tiles that `vectors` vectors of tokens are cut into, with `most` tokens in each at most: the same
+  // number for each thread.
   int64_t tiles(int64_t vectors, int64_t most) const {
     const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads(), round = threads * most;
     return std::min(vectors, threads * ((vectors * kLanesMax + round - 1) / round));
   }
 
+  // Multiply-adds of the forward.
   double work() const { return double(p.tokens) * p.hidden * (p.channels + p.out); }
 
-  // f(i) over `count` items that share `work()`
+  // Calls f(i) for `count` items, on as many threads as their work pays for.
   template <class F>
   void over(int64_t count, const F& f) const {
     each_item(count, std::max<int64_t>(1, int64_t(kSerialWork / (work() / count + 1))), f);
@@ -94,7 +91,7 @@ inline void check(const Tensor& x, double eps) {
   STD_TORCH_CHECK(eps >= 0, "mlp_cpp: eps must not be negative, got ", eps);
 }
 
-// The tensor that has the dtype of the products' operands, and of the hidden activations that are saved.
+// The one of x and w1 that has the dtype of the products' operands and of the saved fc1 output.
 inline const Tensor& operand_of(const Tensor& x, const Tensor& w1) {
   return x.scalar_type() == ScalarType::Float ? w1 : x;
 }

@@ -1,4 +1,4 @@
-// The MLP's forward on the CPU: output tensors, and the plan of the work over torch's threads.
+// The MLP's forward on the CPU: output tensors, and how torch's threads share the work.
 #include <cmath>
 #include <tuple>
 
@@ -7,13 +7,10 @@
 namespace pk {
 namespace {
 
-constexpr int64_t kTileTokens = 208;  // of a forward tile at most
-// With no more tokens than a tile's, threads share wide weights instead of tokens. It depends on shapes alone, so that
-// sums are the same for any number of threads.
-constexpr int64_t kParts = 4, kPartsHidden = 1024;
-
-// Mean and rstd of x's samples, from the statistics given or from x.
-void fill_statistics(Call& call, const MlpKernels& kernels, Partials stats, double eps, int64_t element, float* saved) {
+// Fills in the call's mean and rstd, from `stats` or else from x, whose elements have `element` bytes. `saved` [B, 2]
+// gets both, too, where it is not null.
+void fill_statistics(MlpCall& call, const MlpKernels& kernels, Partials stats, double eps, int64_t element,
+                     float* saved) {
   const MlpParams& p = call.p;
   const int64_t sample = p.channels * p.pixels;
   std::vector<float> own;
@@ -21,7 +18,7 @@ void fill_statistics(Call& call, const MlpKernels& kernels, Partials stats, doub
     const int64_t tiles = (sample + kStatsChunk - 1) / kStatsChunk;
     own.resize(3 * p.batch * tiles);
     stats = {own.data(), tiles};
-    torch::stable::parallel_for(0, p.batch * tiles, 4, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.batch * tiles, kGrainChunks, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t b = begin / tiles, stop = std::min(end, (b + 1) * tiles);
         kernels.stats(static_cast<const char*>(p.x) + b * sample * element, sample, begin - b * tiles, stop - b * tiles,
@@ -67,29 +64,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
 
 }  // namespace
 
-void run_mlp(const Images& x, const MlpArguments& given, const Partials& stats, void* y, float* mean_rstd,
+void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, void* y, float* mean_rstd,
              float* y_stats, void* hidden) {
-  const MlpKernels& kernels = kernels_for(x.dtype, given.w1.scalar_type());
-  const Parameters of{dense_rows(given.w1, "w1", x.channels),
-                      dense_rows(given.w2, "w2", given.w1.size(0)),
-                      given.b1,
-                      given.b2,
-                      given.norm_weight,
-                      given.norm_bias,
-                      given.layer_scale,
-                      given.drop_scale};
-  Arena arena(Call::tables(x, of));
-  Call call(x, of, given.activation, given.norm, given.residual, arena);
+  const MlpKernels& kernels = kernels_for(x.dtype, args.w1.scalar_type());
+  MlpArguments dense = args;
+  dense.w1 = dense_rows(args.w1, "w1", x.channels);
+  dense.w2 = dense_rows(args.w2, "w2", args.w1.size(0));
+  ScratchArena arena(call_scratch(MlpCall::tables(x, dense)));
+  MlpCall call(x, dense, arena);
   MlpParams& p = call.p;
   if (p.batch == 0) return;
 
   p.y = y;
   p.saved = hidden;
-  if (given.norm) fill_statistics(call, kernels, stats, given.eps, x.element_size(), mean_rstd);
+  if (args.norm) fill_statistics(call, kernels, stats, args.eps, x.element_size(), mean_rstd);
   std::vector<float> moments(y_stats ? 2 * p.tokens : 0);
   p.token_moments = y_stats ? moments.data() : nullptr;
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, kTileTokens);
-  const bool few = std::max(x.batch, given.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
+  // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
+  // the same for any number of threads.
+  const bool few = std::max(x.batch, args.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
   p.parts = few ? kParts : 1;
   p.lanes = few ? vectors * kLanesMax : (vectors + tiles - 1) / tiles * kLanesMax;
   const int64_t words = kernels.forward_scratch(p);

@@ -1,21 +1,24 @@
-// The MLP's forward for one instruction-set level (README, "Algebra"): a tile of tokens goes through fc1, activation
-// and fc2 by chunks of the hidden channels, which stay in the caches.
+// The MLP's forward for one instruction-set level (docs/algebra.md, "MLP"). A tile of tokens goes through fc1, the
+// activation and fc2 by chunks of the hidden channels, whose activations stay in the cache.
 #pragma once
 
+#include "../core/scratch.h"
 #include "../isa/vec.h"
 #include "../product/gemm.h"
 #include "../product/operands.h"
 #include "../product/token_tile.h"
+#include "../tuning.h"
 #include "activations.h"
 #include "mlp.h"
 
 namespace pk {
 namespace {
 
-// ---- what a tile needs to know of its tokens
+// ---- the tile's tokens and fc1's operand
 
-struct Lanes {
-  float *mean, *rstd, *drop;  // zero where there is no token
+// What each lane's token takes from its sample; zero in lanes without a token.
+struct LaneValues {
+  float *mean, *rstd, *drop;  // [lanes]
 
   void fill(const MlpParams& p, int64_t first, int64_t count, int64_t lanes) const {
     __builtin_memset(mean, 0, lanes * sizeof(float));
@@ -31,7 +34,7 @@ struct Lanes {
   }
 };
 
-// Zeros from the last channels to the end of a product's k.
+// Clears the rows between the last channel and the end of a product's sum, which is rounded up to whole steps.
 template <class E>
 PK_INLINE void clear_rows(const Tile<E>& tile, int64_t channels, int64_t lanes) {
   using Op = typename OperandOf<E>::Op;
@@ -41,7 +44,7 @@ PK_INLINE void clear_rows(const Tile<E>& tile, int64_t channels, int64_t lanes) 
 
 // n = (x - mean) rstd gamma + beta, rounded to the operand's elements.
 template <class T, class E>
-__attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, const Lanes& of, int64_t lanes,
+__attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, const LaneValues& values, int64_t lanes,
                                          const Tile<E>& n) {
   clear_rows(n, p.channels, lanes);
   for (int64_t i = 0; i < (p.channels + 1) / 2; ++i) {
@@ -53,7 +56,7 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
     const vf beta_a = splat(p.beta[2 * i]), beta_b = splat(p.beta[2 * i + 1]);
     for (int64_t l = 0; l < lanes; l += kLanes) {
       const Pair v = x.get(i, l);
-      const vf mean = load(of.mean + l), rstd = load(of.rstd + l);
+      const vf mean = load(values.mean + l), rstd = load(values.rstd + l);
       n.put(i, l, {(v.a - mean) * rstd * gamma_a + beta_a, (v.b - mean) * rstd * gamma_b + beta_b});
     }
   }
@@ -61,8 +64,8 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 
 // ---- fc1's epilogue
 
-// p = act(h + bias) over `rows` rows of h, zero from row `valid` on: where x is infinite, h is not. With SAVED, h +
-// bias is left in h.
+// p = act(h + bias) over `rows` rows of h, with p's rows from `row` on. Rows from `valid` on are beyond the last hidden
+// channel; they are cleared first, since an infinite x leaves NaN in them. With SAVED, h + bias is left in h.
 template <Activation A, bool EXACT, bool SAVED, class E>
 __attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lanes, const float* bias, int64_t valid,
                                              const Tile<E>& p, int64_t row) {
@@ -94,7 +97,7 @@ PK_INLINE void activate_rows(Activation activation, const Args&... args) {
 
 // ---- fc2's epilogue
 
-// Rows c .. c + rows - 1: y = x + d s (o + b2), rounded, over x's words where there is a residual.
+// y = x + d s (o + b2) for output channels c .. c + rows - 1. With a residual y's tile holds x, which is overwritten.
 template <class T>
 __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, int64_t rows, int64_t lanes,
                                           const float* drop, int64_t c, const Tile<T>& y) {
@@ -117,39 +120,43 @@ __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, in
 
 // ---- the tile
 
-// Of n hidden channels, so many at a time.
-PK_INLINE int64_t hidden_chunk(int64_t n) { return n <= 320 ? n : 256; }
+// How many of n hidden channels are computed and used at a time.
+PK_INLINE int64_t hidden_chunk(int64_t n) { return n <= kHiddenAtOnce ? n : kHiddenChunk; }
 
-// Hidden channels of a part but the last, which has the rest.
-PK_INLINE int64_t part_of(const MlpParams& p) {
+// Hidden channels of a part. The last part has the rest.
+PK_INLINE int64_t part_channels(const MlpParams& p) {
   return p.parts == 1 ? p.hidden : rounded_up((p.hidden + p.parts - 1) / p.parts, kRowsMax);
 }
 
 template <class T, class Op>
 struct ForwardScratch {
-  packed32 *x, *n, *p, *panel;
-  float *h, *o;
-  Lanes of;
-  packed32* end;
+  packed32* x;      // the tile of x, and then of y
+  packed32* n;      // the normalised tile, fc1's operand
+  packed32* p;      // a chunk's activations, fc2's operand
+  packed32* panel;  // rows of weights that had to be converted
+  float* h;         // [rows of a product, lanes] fc1
+  float* o;         // [rows, lanes] fc2: of one product, or of all output channels where there are several chunks
+  LaneValues values;
+  int64_t size;  // words of all of them
 
   ForwardScratch(const MlpParams& q, packed32* base) {
-    Cut cut{base};
+    ScratchArena arena(base);
     const int64_t lanes = q.lanes, wide = q.channels > q.out ? q.channels : q.out;
-    const int64_t chunk = hidden_chunk(part_of(q));
+    const int64_t chunk = hidden_chunk(part_channels(q));
     const int64_t k1 = words_of<Op>(q.channels), k2 = words_of<Op>(chunk);
-    x = cut.words(Tile<T>::rows(wide) * lanes);
-    n = cut.words((k1 + 1) * lanes);  // a last pair of rows may reach one beyond
-    p = cut.words((k2 + Op::kRows) * lanes);
-    panel = cut.words(Op::kRows * (k1 > k2 ? k1 : k2));
-    h = cut.floats(Op::kRows * lanes);
-    o = cut.floats((q.parts == 1 && q.hidden > chunk ? rounded_up(q.out, Op::kRows) : Op::kRows) * lanes);
-    of = {cut.floats(lanes), cut.floats(lanes), cut.floats(lanes)};
-    end = cut.next;
+    x = arena.words(Tile<T>::rows(wide) * lanes);
+    n = arena.words((k1 + 1) * lanes);  // channels are written in pairs: one more where their number is odd
+    p = arena.words((k2 + Op::kRows) * lanes);
+    panel = arena.words(Op::kRows * (k1 > k2 ? k1 : k2));
+    h = arena.floats(Op::kRows * lanes);
+    o = arena.floats((q.parts == 1 && q.hidden > chunk ? rounded_up(q.out, Op::kRows) : Op::kRows) * lanes);
+    values = {arena.floats(lanes), arena.floats(lanes), arena.floats(lanes)};
+    size = arena.taken();
   }
 };
 
-// Rows of fc1's output, with its bias, for the backward. What is finite stays so in float16, if the slope is 0 or 1 out
-// there; that of relu_squared is 2 h above, so h becomes infinite, as it is in eager float16.
+// Saves rows of fc1's output, with its bias, for the backward. In float16 values that are too large are clamped, which
+// changes no slope: it is 0 or 1 out there. That of relu_squared is 2 h, so its h becomes infinite as in eager mode.
 template <class S>
 void save_rows(const MlpParams& p, float* h, int64_t rows, int64_t lanes, int64_t row, int64_t first, int64_t count) {
   [[maybe_unused]] const vf most = splat(p.activation == Activation::relu_squared ? __builtin_inff() : 65504.0f);
@@ -157,14 +164,15 @@ void save_rows(const MlpParams& p, float* h, int64_t rows, int64_t lanes, int64_
     float* in = h + r * lanes;
     if constexpr (__is_same(S, fp16))
       for (int64_t l = 0; l < lanes; l += kLanes) {
-        const vf v = load(in + l), cut = lesser(most, larger(splat(-65504), v));
-        store(in + l, v - v == 0.0f ? cut : v);
+        const vf v = load(in + l), clamped = lesser(most, larger(splat(-65504), v));
+        store(in + l, v - v == 0.0f ? clamped : v);  // infinities and NaN stay
       }
     convert_row(in, static_cast<S*>(p.saved) + (row + r) * p.tokens + first, count);
   }
 }
 
-// Sums of fc2 over hidden channels begin .. end - 1: rows c .. c + kRows - 1 at sums(c), then done(c) with the last.
+// fc2's sums over hidden channels begin .. end - 1, of a tile whose first token is `first`. Output channels c ..
+// c + kRows - 1 are summed at sums(c); done(c) is called once they are complete.
 template <class T, class S, class Sums, class Done>
 PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename OperandOf<S>::Op>& s, int64_t first,
                         int64_t count, int64_t begin, int64_t end, const Sums& sums, const Done& done) {
@@ -197,18 +205,18 @@ PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename Ope
   }
 }
 
-// The normalised tile, for products.
+// Loads the tile of x and normalises it to fc1's operand.
 template <class T, class S>
 void load_normalised(const MlpParams& p, const ForwardScratch<T, typename OperandOf<S>::Op>& s, int64_t first,
                      int64_t count) {
   const int64_t lanes = rounded_up(count, kLanes);
   const Tile<T> x{s.x, lanes};
   load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, x);
-  s.of.fill(p, first, count, lanes);
-  normalise(p, x, s.of, lanes, Tile<typename OperandOf<S>::Op::Element>{s.n, lanes});
+  s.values.fill(p, first, count, lanes);
+  normalise(p, x, s.values, lanes, Tile<typename OperandOf<S>::Op::Element>{s.n, lanes});
 }
 
-// From y's tile to the tensor.
+// Stores y's tile, and the moments of its tokens where they are asked for.
 template <class T>
 PK_INLINE void write_tile(const MlpParams& p, const Tile<T>& y, int64_t first, int64_t count) {
   if (p.token_moments) token_moments(y, p.out, count, p.token_moments + 2 * first);
@@ -223,7 +231,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, packed32* scr
   const int64_t lanes = rounded_up(count, kLanes);
   const Tile<T> x{s.x, lanes};
   load_normalised<T, S>(p, s, first, count);
-  if (p.channels_last) {  // the caches fetch the next tile and y's lines meanwhile
+  if (p.channels_last) {  // the products take long enough for the next tile and y's lines to be fetched
     const int64_t bytes = p.channels * sizeof(T), next = least(p.tokens - first - count, count);
     prefetch<0>(static_cast<const T*>(p.x) + (first + count) * p.channels, next * bytes);
     prefetch<1>(static_cast<T*>(p.y) + first * p.out, count * p.out * sizeof(T));
@@ -231,11 +239,12 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, packed32* scr
   const bool chunked = p.hidden > hidden_chunk(p.hidden);
   const auto sums = [&](int64_t c) PK_FORCED { return chunked ? s.o + c * lanes : s.o; };
   products<T, S>(p, s, first, count, 0, p.hidden, sums,
-                 [&](int64_t c) PK_FORCED { write_rows(p, sums(c), Op::kRows, lanes, s.of.drop, c, x); });
+                 [&](int64_t c) PK_FORCED { write_rows(p, sums(c), Op::kRows, lanes, s.values.drop, c, x); });
   write_tile(p, x, first, count);
 }
 
-// For few tokens, one tile of them all: the sums of one part of the hidden channels, so that threads share the weights,
+// For few tokens, which are all in one tile: fc2's sums over one part of the hidden channels, so that threads share the
+// weights. mlp_forward_join then adds up the parts.
 template <class T, class S>
 void mlp_forward_part(const MlpParams& p, int64_t part, packed32* scratch) {
   using Op = typename OperandOf<S>::Op;
@@ -244,13 +253,13 @@ void mlp_forward_part(const MlpParams& p, int64_t part, packed32* scratch) {
   load_normalised<T, S>(p, s, 0, p.tokens);
   const int64_t lanes = rounded_up(p.tokens, kLanes), size = rounded_up(p.out, kRowsMax) * lanes;
   float* sums = p.part_sums + part * size;
-  const int64_t begin = part * part_of(p), end = least(p.hidden, begin + part_of(p));
+  const int64_t begin = part * part_channels(p), end = least(p.hidden, begin + part_channels(p));
   if (begin >= end) return __builtin_memset(sums, 0, size * sizeof(float)), void();
   products<T, S>(
       p, s, 0, p.tokens, begin, end, [&](int64_t c) PK_FORCED { return sums + c * lanes; }, [](int64_t) PK_FORCED {});
 }
 
-// and then y's tokens first .. first + count - 1 from the parts, in their order.
+// y of tokens first .. first + count - 1, from the sums over the parts, which are added in the order of the parts.
 template <class T, class S>
 void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32* scratch) {
   constexpr int64_t kRows = OperandOf<S>::Op::kRows;
@@ -258,7 +267,7 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32
   const int64_t lanes = rounded_up(count, kLanes), all = rounded_up(p.tokens, kLanes);
   const Tile<T> y{s.x, lanes};
   if (p.residual) load_tile(static_cast<const T*>(p.x), {p.channels, p.pixels, p.channels_last}, first, count, y);
-  s.of.fill(p, first, count, lanes);
+  s.values.fill(p, first, count, lanes);
   for (int64_t c = 0; c < p.out; c += kRows) {
     for (int64_t r = 0; r < kRows; ++r)
       for (int64_t l = 0; l < lanes; l += kLanes) {
@@ -267,7 +276,7 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32
         for (int64_t part = 1; part < p.parts; ++part) sum += load(at += rounded_up(p.out, kRowsMax) * all);
         store(s.o + r * lanes + l, sum);
       }
-    write_rows(p, s.o, kRows, lanes, s.of.drop, c, y);
+    write_rows(p, s.o, kRows, lanes, s.values.drop, c, y);
   }
   write_tile(p, y, first, count);
 }
@@ -275,7 +284,7 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32
 template <class T, class S>
 int64_t mlp_forward_scratch(const MlpParams& p) {
   const ForwardScratch<T, typename OperandOf<S>::Op> s(p, nullptr);
-  return reinterpret_cast<uintptr_t>(s.end) / sizeof(packed32);
+  return s.size;
 }
 
 }  // namespace

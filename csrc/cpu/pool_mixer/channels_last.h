@@ -1,4 +1,4 @@
-// The token mixer's kernels in channels_last, for one instruction-set level: an item is a strip of rows.
+// The token mixer's kernels in channels_last, for one instruction-set level: a work item is a strip of rows.
 #pragma once
 
 #include "../../common/window_count.h"
@@ -9,31 +9,34 @@
 namespace pk {
 namespace {
 
-// The rows h .. h + ROWS - 1 of the output, for a pool of 3: ABOVE and BELOW say whether their neighbours exist.
-// ROWS == 0 is one row of any other pool.
-template <int ROWS_, bool ABOVE_, bool BELOW_>
-struct Window {
-  static constexpr int ROWS = ROWS_ ? ROWS_ : 1;
-  static constexpr bool ABOVE = ABOVE_, BELOW = BELOW_, ANY = ROWS_ == 0;
-  static constexpr int taps(int row) { return 1 + (row > 0 || ABOVE) + (row < ROWS - 1 || BELOW); }
+// The output rows that one sweep computes. For a pool of 3: SWEEP_ROWS of them; ABOVE and BELOW say whether the image
+// has a row before and behind them. SWEEP_ROWS == 0 stands for one row with any other pool (ANY).
+template <int SWEEP_ROWS, bool HAS_ABOVE, bool HAS_BELOW>
+struct SweptRows {
+  static constexpr int ROWS = SWEEP_ROWS ? SWEEP_ROWS : 1;
+  static constexpr bool ABOVE = HAS_ABOVE, BELOW = HAS_BELOW, ANY = SWEEP_ROWS == 0;
+  // Rows of the window around swept row `row` that are inside the image, for a pool of 3.
+  static constexpr int window_rows(int row) { return 1 + (row > 0 || ABOVE) + (row < ROWS - 1 || BELOW); }
 };
 
+// One column of a sweep: a pair of vectors of channels for each row.
 template <int ROWS>
-struct Block {
+struct ColumnRows {
   Pair row[ROWS];
 };
 
 #define PK_EACH_ROW _Pragma("GCC unroll 2") for (int r = 0; r < ROWS; ++r)
 
-// Vertical sums of one column, and the column itself: at(row) is a Pair, row from h - half to h + ROWS - 1 + half.
+// The windows' vertical sums in one column, and the column itself. at(row) loads a Pair, for row from h - half to
+// h + ROWS - 1 + half as far as they are inside the image.
 template <class W, class At>
-PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Block<W::ROWS>& sum,
-                           Block<W::ROWS>& center) {
+PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, ColumnRows<W::ROWS>& sum,
+                           ColumnRows<W::ROWS>& center) {
   if constexpr (W::ANY) {
-    const int64_t half = p.half_h, first = h > half ? h - half : 0, taps = window_count(h, p.height, p.pool);
+    const int64_t half = p.half_h, first = h > half ? h - half : 0, count = window_count(h, p.height, p.pool);
     Pair total = at(first);
     if (first == h) center.row[0] = total;
-    for (int64_t row = first + 1; row < first + taps; ++row) {
+    for (int64_t row = first + 1; row < first + count; ++row) {
       const Pair v = at(row);
       if (row == h) center.row[0] = v;
       total.a += v.a;
@@ -63,12 +66,14 @@ PK_INLINE void column_sums(const PoolMixerParams& p, int64_t h, const At& at, Bl
   }
 }
 
-// Horizontal sums: emit(w, sum, center, True or False) for each w, from column(w, sum, center). True: w may lack taps.
+// Adds up columns to windows: calls emit(w, sum, center, border) for each w, from what column(w, sum, center) writes.
+// `border` is True where the window may reach beyond the image, else False. `half`: columns left and right of w, and
+// `scratch` is used by pools other than 3 only.
 template <class W, class Column, class Emit>
 PK_INLINE void sweep(int64_t width, int64_t half, float* scratch, const Column& column, const Emit& emit) {
   constexpr int ROWS = W::ROWS;
   if constexpr (!W::ANY) {
-    Block<ROWS> center{}, next_center{}, previous{}, current{}, next{}, sum;
+    ColumnRows<ROWS> center{}, next_center{}, previous{}, current{}, next{}, sum;
     column(0, current, center);
     if (width == 1) return emit(0, current, center, True{});
     column(1, next, next_center);
@@ -87,11 +92,11 @@ PK_INLINE void sweep(int64_t width, int64_t half, float* scratch, const Column& 
     emit(width - 1, sum, next_center, True{});
   } else {
     constexpr int64_t kPair = 2 * kLanes;
-    float* columns = scratch;  // [half + width + half] pairs, zero outside the row
+    float* columns = scratch;  // [half + width + half] pairs of vectors, zero outside the image
     float* centers = scratch + (width + 2 * half) * kPair;
     __builtin_memset(columns, 0, half * kPair * sizeof(float));
     __builtin_memset(columns + (half + width) * kPair, 0, half * kPair * sizeof(float));
-    Block<1> sum{}, center{};
+    ColumnRows<1> sum{}, center{};
     for (int64_t w = 0; w < width; ++w) {
       column(w, sum, center);
       write(columns + (half + w) * kPair, sum.row[0]);
@@ -132,47 +137,48 @@ PK_INLINE void put_pair(T* p, Pair v, int64_t n) {
     store_pair(p, v);
 }
 
-constexpr int kSweepRows = PK_LEVEL >= 2 ? 2 : 1;  // two rows share a sum; with 16 registers they would spill
+// Two rows share the sum of what both windows contain; with only 16 registers they would spill.
+constexpr int kSweepRows = PK_LEVEL >= 2 ? 2 : 1;
 
-// Runs kernel.rows<Window>(h) over the strip's rows.
+// Calls kernel.rows<SweptRows<...>>(h) until all of the strip's rows are swept.
 template <class Kernel>
 PK_INLINE void for_rows(const PoolMixerParams& p, int64_t strip, Kernel& kernel) {
   const int64_t begin = strip * p.strip_rows, end = begin + p.strip_rows < p.height ? begin + p.strip_rows : p.height;
   int64_t h = begin;
   if (p.pool != 3) {
-    for (; h < end; ++h) kernel.template rows<Window<0, false, false>>(h);
+    for (; h < end; ++h) kernel.template rows<SweptRows<0, false, false>>(h);
     return;
   }
   if constexpr (kSweepRows == 2)
     for (; h + 2 <= end; h += 2) {
       const bool above = h > 0, below = h + 2 < p.height;
       if (above && below)
-        kernel.template rows<Window<2, true, true>>(h);
+        kernel.template rows<SweptRows<2, true, true>>(h);
       else if (below)
-        kernel.template rows<Window<2, false, true>>(h);
+        kernel.template rows<SweptRows<2, false, true>>(h);
       else if (above)
-        kernel.template rows<Window<2, true, false>>(h);
+        kernel.template rows<SweptRows<2, true, false>>(h);
       else
-        kernel.template rows<Window<2, false, false>>(h);
+        kernel.template rows<SweptRows<2, false, false>>(h);
     }
   for (; h < end; ++h) {
     const bool above = h > 0, below = h + 1 < p.height;
     if (above && below)
-      kernel.template rows<Window<1, true, true>>(h);
+      kernel.template rows<SweptRows<1, true, true>>(h);
     else if (below)
-      kernel.template rows<Window<1, false, true>>(h);
+      kernel.template rows<SweptRows<1, false, true>>(h);
     else if (above)
-      kernel.template rows<Window<1, true, false>>(h);
+      kernel.template rows<SweptRows<1, true, false>>(h);
     else
-      kernel.template rows<Window<1, false, false>>(h);
+      kernel.template rows<SweptRows<1, false, false>>(h);
   }
 }
 
 template <class T, Task TASK, bool PARTIAL>
 struct PoolChannelsLast {
   const PoolMixerParams& p;
-  const T* x;     // of the sample, at the block's first channel
-  const T* grad;  // reduce
+  const T* x;     // the sample, from the block's first channel on
+  const T* grad;  // for Task::reduce
   T* y;
   int64_t n;  // channels of the block
   Pair coef;  // gamma * layer_scale * drop_scale * rstd
@@ -189,23 +195,23 @@ struct PoolChannelsLast {
     const int64_t channels = p.channels, row = p.width * channels, lanes = n;
     const T *in = x, *gradient = grad + h * row;
     T* out = y + h * row;
-    const float* count = p.col_counts;
+    const float* col_count = p.col_counts;
     const vf around = splat(y_shift), sub = shift;
     const vu mask = vu{} + (residual ? 0xffffffffu : 0u);
     const Pair scale = coef;
     const float* inv[ROWS];
-    vf taps[ROWS];
-    Block<ROWS> inner;
+    vf row_count[ROWS];
+    ColumnRows<ROWS> inner;
     PK_EACH_ROW {
-      const int64_t valid = W::ANY ? window_count(h, p.height, p.pool) : W::taps(r);
-      inv[r] = p.inv + valid * p.width;
-      taps[r] = splat(float(valid));
+      const int64_t count = W::ANY ? window_count(h, p.height, p.pool) : W::window_rows(r);
+      inv[r] = p.inv + count * p.width;
+      row_count[r] = splat(float(count));
       const vf whole = splat(p.width > 2 ? inv[r][1] : 0);
       inner.row[r] = {scale.a * whole, scale.b * whole};
     }
     YMoments local;
     Pair total{};
-    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
+    const auto column = [&](int64_t w, ColumnRows<ROWS>& sum, ColumnRows<ROWS>& center) PK_FORCED {
       const T* here = in + w * channels;
       column_sums<W>(
           p, h,
@@ -216,39 +222,41 @@ struct PoolChannelsLast {
           },
           sum, center);
     };
-    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>& center, auto border) PK_FORCED {
-      PK_EACH_ROW {
-        Pair c = inner.row[r];
-        vf full = taps[r] * 3.0f;
-        if constexpr (decltype(border)::value) {
-          const vf here = splat(inv[r][w]);
-          c = {scale.a * here, scale.b * here};
-          full = taps[r] * splat(count[w]);
-        }
-        const Pair s = sum.row[r], m = center.row[r];
-        const Pair difference = {s.a - full * m.a, s.b - full * m.b};
-        if constexpr (TASK == Task::reduce) {
-          const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
-          total.a += (c.a * difference.a) * g.a;
-          total.b += (c.b * difference.b) * g.b;
-        } else {
-          Pair base = m;
-          if constexpr (kShifted<T>) base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
-          const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
-                              c.b * difference.b + (vf)((vu)base.b & mask)};
-          put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
-          if constexpr (TASK == Task::forward_stats) {
-            Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
-            if constexpr (PARTIAL) {
-              const Pair used = lanes_pair(lanes, out);
-              d = {d.a * used.a, d.b * used.b};
-            }
-            local.add(d.a);
-            local.add(d.b);
-          }
-        }
-      }
-    };
+    const auto emit = [&](int64_t w, const ColumnRows<ROWS>& sum, const ColumnRows<ROWS>& center, auto border)
+                          PK_FORCED {
+                            PK_EACH_ROW {
+                              Pair c = inner.row[r];
+                              vf full = row_count[r] * 3.0f;
+                              if constexpr (decltype(border)::value) {
+                                const vf here = splat(inv[r][w]);
+                                c = {scale.a * here, scale.b * here};
+                                full = row_count[r] * splat(col_count[w]);
+                              }
+                              const Pair s = sum.row[r], m = center.row[r];
+                              const Pair difference = {s.a - full * m.a, s.b - full * m.b};
+                              if constexpr (TASK == Task::reduce) {
+                                const Pair g = get_pair<PARTIAL>(gradient + r * row + w * channels, lanes);
+                                total.a += (c.a * difference.a) * g.a;
+                                total.b += (c.b * difference.b) * g.b;
+                              } else {
+                                Pair base = m;
+                                if constexpr (kShifted<T>)
+                                  base = get_pair<PARTIAL>(in + (h + r) * row + w * channels, lanes);
+                                const Pair value = {c.a * difference.a + (vf)((vu)base.a & mask),
+                                                    c.b * difference.b + (vf)((vu)base.b & mask)};
+                                put_pair<PARTIAL>(out + r * row + w * channels, value, lanes);
+                                if constexpr (TASK == Task::forward_stats) {
+                                  Pair d = {rounded(value.a, out) - around, rounded(value.b, out) - around};
+                                  if constexpr (PARTIAL) {
+                                    const Pair used = lanes_pair(lanes, out);
+                                    d = {d.a * used.a, d.b * used.b};
+                                  }
+                                  local.add(d.a);
+                                  local.add(d.b);
+                                }
+                              }
+                            }
+                          };
     sweep<W>(p.width, p.half_w, scratch, column, emit);
     if constexpr (TASK == Task::forward_stats) moments.add(local);
     if constexpr (TASK == Task::reduce) q = {q.a + total.a, q.b + total.b};
@@ -296,11 +304,11 @@ void pool_channels_last(const PoolMixerParams& p, int64_t b, int64_t first, int6
   }
 }
 
-// dx, from e = P^T g - g at every element.
+// dx = g + scale e - (x - mean) correct, where e = P^T g - g (without a residual there is no g).
 template <class T, bool PARTIAL>
 struct BackwardChannelsLast {
   const PoolMixerParams& p;
-  const T* x;  // of the sample, at the block's first channel
+  const T* x;  // the sample, from the block's first channel on
   const T* grad;
   T* dx;
   int64_t n;
@@ -319,7 +327,7 @@ struct BackwardChannelsLast {
     const Pair scale = coef;
     const vf center_x = mean, k = correct, area = splat(p.area);
     const vf kept = splat(residual);
-    const auto column = [&](int64_t w, Block<ROWS>& sum, Block<ROWS>& center) PK_FORCED {
+    const auto column = [&](int64_t w, ColumnRows<ROWS>& sum, ColumnRows<ROWS>& center) PK_FORCED {
       const T* here = gradient + w * channels;
       const vf across = splat(col_weight[w]);
       column_sums<W>(
@@ -331,7 +339,7 @@ struct BackwardChannelsLast {
           },
           sum, center);
     };
-    const auto emit = [&](int64_t w, const Block<ROWS>& sum, const Block<ROWS>&, auto) PK_FORCED {
+    const auto emit = [&](int64_t w, const ColumnRows<ROWS>& sum, const ColumnRows<ROWS>&, auto) PK_FORCED {
       PK_EACH_ROW {
         const int64_t here = r * row + w * channels;
         const Pair g = get_pair<PARTIAL>(gradient + h * row + here, lanes), in = get_pair<PARTIAL>(input + here, lanes);

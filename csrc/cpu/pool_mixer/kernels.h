@@ -1,10 +1,11 @@
-// The token mixer's kernels for one instruction-set level (README, "Algebra").
+// The token mixer's kernels for one instruction-set level (docs/algebra.md, "Token mixer").
 //
-// The pool is separable. In channels_last two rows are swept along w with a block of channels: the vertical sums of the
-// next column are loaded, those of the last three stay in registers. In NCHW a strip of a plane is widened into
-// zero-padded float rows first. Both pool differences, sum - count * x: exact for half inputs, and for float inputs a
-// shift is subtracted on load (the sample's mean; in NCHW that of the strip), so a large mean costs no
-// digits.
+// The pool is separable: windows are summed along one direction, then along the other. In channels_last (by blocks of
+// channels) a sweep along w adds up the rows of each new column and keeps the sums of the last three columns in
+// registers. In NCHW a strip of rows is first widened to float and padded with zeros.
+//
+// Both compute the difference sum - count * x. It is exact for half-precision inputs. From float32 inputs a shift is
+// subtracted on load (the sample's mean; in NCHW the strip's), so that a large mean costs no digits.
 #pragma once
 
 #include "../core/sample_stats.h"

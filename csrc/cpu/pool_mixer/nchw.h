@@ -1,4 +1,5 @@
-// The token mixer's kernels in NCHW, for one instruction-set level: item = channel * strips + strip.
+// The token mixer's kernels in NCHW, for one instruction-set level: work item i is strip i % strips of channel i /
+// strips.
 #pragma once
 
 #include "../../common/window_count.h"
@@ -9,12 +10,14 @@
 namespace pk {
 namespace {
 
-// A strip of planes in `scratch`: float rows with zeros around them. The space behind a row is also that before the
-// next.
+// A strip of one channel's plane, copied into `scratch` as rows of floats with zeros around them. The zeros behind a
+// row are those in front of the next.
 struct Strip {
   const PoolMixerParams& p;
-  int64_t half_w, stride, begin, end, first, last;  // rows [first, last) are read for rows [begin, end) of the output
-  float *rows, *sums;
+  int64_t half_w, stride;  // stride: floats from a row to the next
+  int64_t begin, end;      // rows of the output
+  int64_t first, last;     // rows of the input that their windows need
+  float *rows, *sums;      // the copied rows; sums of pools other than 3, a vector for each row
 
   Strip(const PoolMixerParams& params, int64_t strip, float* scratch) : p(params), half_w(params.half_w) {
     const int64_t half = p.half_h, pad = (half_w + kLanes - 1) / kLanes * kLanes;
@@ -30,7 +33,8 @@ struct Strip {
   }
   PK_INLINE float* row(int64_t h) const { return rows + (h - first) * stride; }
 
-  // Fills the rows with value(pointer, w, lanes), which is zero beyond `lanes`.
+  // Fills the rows with value(v, w, partial) for each vector v of columns from w on. `partial` is True for the last
+  // vector of a row that is not full; the value must then be zero beyond the row.
   template <class T, class Value>
   PK_INLINE void fill(const T* plane, const Value& value) const {
     for (int64_t h = first; h < last; ++h) {
@@ -42,8 +46,8 @@ struct Strip {
     }
   }
 
-  // The pool's sums: use(h, sum, center) for each row of the output, at the vector of columns from w on.
-  // WEIGHTED: row h counts row_weight[h] times.
+  // Calls use(h, sum, center) with the window's sum for each row of the output, at the vector of columns from w on.
+  // WEIGHTED: row h is multiplied by row_weight[h].
   template <int POOL, bool WEIGHTED, class Use>
   PK_INLINE void pool(int64_t w, const Use& use) const {
     if constexpr (POOL == 3) {
@@ -72,9 +76,9 @@ struct Strip {
         write(sums + (h - first) * kLanes, WEIGHTED ? sum * splat(p.row_weight[h]) : sum);
       }
       for (int64_t h = begin; h < end; ++h) {
-        const int64_t above = h > p.half_h ? h - p.half_h : 0, taps = window_count(h, p.height, p.pool);
+        const int64_t above = h > p.half_h ? h - p.half_h : 0, count = window_count(h, p.height, p.pool);
         vf sum{};
-        for (int64_t r = above; r < above + taps; ++r) sum += read<vf>(sums + (r - first) * kLanes);
+        for (int64_t r = above; r < above + count; ++r) sum += read<vf>(sums + (r - first) * kLanes);
         use(h, sum, read<vf>(row(h) + w));
       }
     }
@@ -93,7 +97,7 @@ struct PoolNchw {
   const PoolMixerParams& p;
   const Strip& strip;
   const T* x;
-  const T* grad;  // reduce
+  const T* grad;  // for Task::reduce
   T* y;
   vf coef;
   float mean;
@@ -112,11 +116,11 @@ struct PoolNchw {
     YMoments local;
     vf sums{};
     strip.template pool<POOL, false>(w, [&](int64_t h, vf sum, vf center) PK_FORCED {
-      const int64_t taps = window_count(h, p.height, p.pool);
+      const int64_t rows = window_count(h, p.height, p.pool);
       vf c = whole_coef, all = whole_count;
-      if (taps != p.pool) {
-        c = scale * get<PARTIAL>(p.inv + taps * p.width + w, n);
-        all = count * splat(float(taps));
+      if (rows != p.pool) {
+        c = scale * get<PARTIAL>(p.inv + rows * p.width + w, n);
+        all = count * splat(float(rows));
       }
       const vf difference = sum - all * center;
       if constexpr (TASK == Task::reduce) {

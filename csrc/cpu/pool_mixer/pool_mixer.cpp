@@ -1,4 +1,4 @@
-// The token mixer's CPU operators: checks, output tensors, the plan of the work over torch's threads.
+// The token mixer's CPU operators: checks, output tensors, and how torch's threads share the work.
 #include "pool_mixer.h"
 
 #include <algorithm>
@@ -9,13 +9,10 @@
 #include "../isa/isa.h"
 #include "../core/operators.h"
 #include "../core/tensors.h"
+#include "../tuning.h"
 
 namespace pk {
 namespace {
-
-constexpr int64_t kSerial = 32768;         // elements below which a second thread does not pay
-constexpr int64_t kStripElements = 32768;  // of one channels_last work item
-constexpr int64_t kPlaneElements = 4096;   // of one NCHW work item: its two float copies stay in the L1 cache
 
 const PoolMixerKernels& kernels_for(ScalarType dtype) {
   static const PoolMixerKernels* table = [] {
@@ -31,23 +28,25 @@ const PoolMixerKernels& kernels_for(ScalarType dtype) {
 
 float* worker_scratch(const PoolMixerParams& p) {
   thread_local std::vector<float> buffer;
-  const int64_t columns = 4 * (p.width + p.half_w) * kLanesMax;  // sweep: pairs of vectors, with and without borders
-  const int64_t rows = std::min(p.height, p.strip_rows + 2 * p.half_h);  // Strip: padded rows, then a vector each
+  // channels_last, `sweep`: a pair of vectors for each column, once with and once without borders
+  const int64_t columns = 4 * (p.width + p.half_w) * kLanesMax;
+  // NCHW, `Strip`: padded rows, then a vector for each
+  const int64_t rows = std::min(p.height, p.strip_rows + 2 * p.half_h);
   const int64_t planes = (rows + 1) * (p.width + p.half_w + 3 * kLanesMax);
   return grown(buffer, p.channels_last ? (p.pool == 3 ? 0 : columns) : planes);
 }
 
-// ---- the plan
-
-struct Call {
+// The arguments of the kernels, and how the work is cut into items.
+struct PoolMixerCall {
   PoolMixerParams p{};
-  int64_t items = 0;  // of one sample
-  float *coef, *gamma, *layer, *mean, *scale, *correct;
+  int64_t items = 0;                     // work items of one sample
+  float *coef, *mean, *scale, *correct;  // what p's pointers of these names show
+  float *gamma, *layer;                  // [C] norm weight and LayerScale
 
-  Call(const Images& x, int64_t pool, bool residual) {
+  PoolMixerCall(const Images& x, int64_t pool, bool residual) {
     const bool channels_last = x.channels_last;
     p.batch = x.batch, p.channels = x.channels, p.height = x.height, p.width = x.width;
-    p.pool = pool = std::min(pool, 2 * std::max(p.height, p.width) - 1);  // a wider one covers nothing more
+    p.pool = pool = std::min(pool, 2 * std::max(p.height, p.width) - 1);  // a larger one covers nothing more
     p.residual = residual;
     p.channels_last = channels_last;
     p.chunks = (sample() + kStatsChunk - 1) / kStatsChunk;
@@ -56,39 +55,45 @@ struct Call {
     p.strip_rows = channels_last ? kStripElements / (p.width * p.channels)
                                  : std::max(kPlaneElements / (p.width + kLanesMax), p.half_h);
     p.strip_rows = std::min(p.height, std::max<int64_t>(1, p.strip_rows));
-    p.strip_rows += channels_last && p.strip_rows % 2;  // rows are swept in twos
+    p.strip_rows += channels_last && p.strip_rows % 2;  // rows are swept two at a time
     p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
     items = channels_last ? p.strips : p.channels * p.strips;
   }
 
   int64_t sample() const { return p.channels * p.height * p.width; }
+  // Words of what `fill` takes.
   int64_t tables() const {
-    return 3 * p.channels + 3 * p.batch + 2 * (p.height + p.width) + (std::min(p.pool, p.height) + 1) * p.width +
-           8 * kLanesMax;
+    const auto array = ScratchArena::whole_lines;
+    return array(p.channels + kLanesMax) + 2 * array(p.channels) + 3 * array(p.batch) + array(p.height) +
+           array(p.height + kLanesMax) + array(p.width) + array(p.width + kLanesMax) +
+           array((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
   }
 
-  void fill(Arena& arena, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale) {
-    p.coef = coef = arena.take(p.channels + kLanesMax);
-    p.mean = mean = arena.take(p.batch);
-    p.scale = scale = arena.take(p.batch);
-    p.correct = correct = arena.take(p.batch);
-    gamma = arena.take(p.channels);
-    layer = arena.take(p.channels);
+  void fill(ScratchArena& arena, const OptionalTensor& weight, const OptionalTensor& bias,
+            const OptionalTensor& layer_scale) {
+    p.coef = coef = arena.floats(p.channels + kLanesMax);
+    p.mean = mean = arena.floats(p.batch);
+    p.scale = scale = arena.floats(p.batch);
+    p.correct = correct = arena.floats(p.batch);
+    gamma = arena.floats(p.channels);
+    layer = arena.floats(p.channels);
     read_vector(weight, "weight", gamma, p.channels, 1);
     read_vector(bias, "bias", coef, p.channels, 0);
     read_vector(layer_scale, "layer_scale", layer, p.channels, 1);
     // Where gamma or beta is infinite, eager subtracts infinities: 0 * inf carries the NaN over.
     for (int64_t c = 0; c < p.channels; ++c) coef[c] = (gamma[c] + 0.0f * (gamma[c] + coef[c])) * layer[c];
-    p.area = taps(arena, p.height, &p.row_counts, &p.row_weight) * taps(arena, p.width, &p.col_counts, &p.col_weight);
-    float* inv = arena.take((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
+    p.area = fill_counts(arena, p.height, &p.row_counts, &p.row_weight) *
+             fill_counts(arena, p.width, &p.col_counts, &p.col_weight);
+    float* inv = arena.floats((std::min(p.pool, p.height) + 1) * p.width + kLanesMax);
     p.inv = inv;
     for (int64_t rows = 1; rows <= std::min(p.pool, p.height); ++rows)
       for (int64_t w = 0; w < p.width; ++w) inv[rows * p.width + w] = 1.0f / (rows * p.col_counts[w]);
   }
 
-  // Returns the weights' common factor: the most taps of a position, less a power of two that keeps sums in range.
-  float taps(Arena& arena, int64_t size, const float** count, const float** weight) const {
-    float *n = arena.take(size), *relative = arena.take(size + kLanesMax);  // read a vector at a time
+  // Along one direction of `size` pixels: the windows' counts, and the backward's weights, which are a common factor
+  // divided by the count. Returns that factor: the largest count, times a power of two that keeps sums in range.
+  float fill_counts(ScratchArena& arena, int64_t size, const float** count, const float** weight) const {
+    float *n = arena.floats(size), *relative = arena.floats(size + kLanesMax);  // weights are read a vector at a time
     const float most = window_count(size / 2, size, p.pool), part = std::exp2(-std::ceil(std::log2(most)));
     for (int64_t i = 0; i < size; ++i) {
       n[i] = window_count(i, size, p.pool);
@@ -100,16 +105,18 @@ struct Call {
     return most * part;
   }
 
-  // Whole samples per thread where that balances: the second pass over a sample then finds it in the cache.
+  // Whether a thread works on whole samples: where the shares are even enough, as its second pass over a sample then
+  // finds it in the cache.
   bool by_sample() const {
     const int64_t threads = torch::stable::get_num_threads();
-    return threads == 1 || p.batch * sample() < kSerial || p.batch % threads == 0 || p.batch >= 4 * threads;
+    return threads == 1 || p.batch * sample() < kSerialElements || p.batch % threads == 0 ||
+           p.batch >= kSamplesPerThread * threads;
   }
 
-  // f(b, first, last) over `count` items of each sample, on torch's threads.
+  // Calls f(b, first, last) for runs of the `count` items of each sample, on torch's threads.
   template <class F>
   void over(int64_t count, const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, sample() / count));
+    const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, sample() / count));
     torch::stable::parallel_for(0, p.batch * count, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t b = begin / count, stop = std::min(end, (b + 1) * count);
@@ -160,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
                   "pool_mixer_cpp_backward: grad must have x's device, dtype and shape");
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), g = in_layout(grad, channels_last);
-  Call call(images_of(x, channels_last), pool_size, residual);
+  PoolMixerCall call(images_of(x, channels_last), pool_size, residual);
   PoolMixerParams& p = call.p;
   const int64_t batch = p.batch, channels = p.channels;
   const Tensor saved = in_layout(mean_rstd, false);
@@ -173,14 +180,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
   Tensor dweight = empty({channels}, {1}, f32), dlayer_scale = empty({channels}, {1}, f32);
   Tensor ddrop_scale = empty({batch}, {1}, f32);
 
-  Arena arena(call.tables() + batch * (call.items * (channels_last ? channels : 1) + channels + 1));
+  // q per (strip, channel) in channels_last and per (channel, strip) in NCHW
+  const auto array = ScratchArena::whole_lines;
+  const int64_t partials = batch * call.items * (channels_last ? channels : 1);
+  ScratchArena arena(call_scratch(call.tables() + array(partials) + array(batch * channels) + array(batch)));
   call.fill(arena, weight, std::nullopt, layer_scale);
   p.x = x.data_ptr();
   p.grad = g.data_ptr();
   p.out = dx.mutable_data_ptr();
-  // q per (strip, channel) in channels_last and per (channel, strip) in NCHW
-  p.q_partials = arena.take(batch * call.items * (channels_last ? channels : 1));
-  float *q = arena.take(batch * channels), *drop = arena.take(batch);
+  p.q_partials = arena.floats(partials);
+  float *q = arena.floats(batch * channels), *drop = arena.floats(batch);
   read_vector(drop_scale, "drop_scale", drop, batch, 1);
   const float* mr = static_cast<const float*>(saved.data_ptr());
   float* drop_out = static_cast<float*>(ddrop_scale.mutable_data_ptr());
@@ -189,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
     call.scale[b] = drop[b] * mr[2 * b + 1];
   }
 
-  // The partials are sum g (P x - x) = sum (x - mean) e: pooling x instead of g costs no digits where channels have
-  // means of their own. Then q and k of the token mixer's backward.
+  // q and k of docs/algebra.md, "Token mixer". The partials are sum g (P x - x), which equals sum (x - mean) e; pooling
+  // x instead of g costs no digits where a channel's mean is large.
   const auto reduce_sample = [&](int64_t b) {
     const double rstd = mr[2 * b + 1];
     double projected = 0;
@@ -235,21 +244,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
 
 }  // namespace
 
-void run_pool_mixer(const Images& x, const PoolMixerArguments& of, const Partials& stats, void* y, float* mean_rstd,
+void run_pool_mixer(const Images& x, const PoolMixerArguments& args, const Partials& stats, void* y, float* mean_rstd,
                     float* y_stats) {
   const PoolMixerKernels& kernels = kernels_for(x.dtype);
-  Call call(x, of.pool_size, of.residual);
+  PoolMixerCall call(x, args.pool_size, args.residual);
   PoolMixerParams& p = call.p;
   const int64_t batch = p.batch;
   if (batch == 0) return;
 
-  Arena arena(call.tables() + 3 * batch * (p.chunks + call.items));
-  call.fill(arena, of.weight, of.bias, of.layer_scale);
+  const auto array = ScratchArena::whole_lines;
+  ScratchArena arena(call_scratch(call.tables() + array(3 * batch * p.chunks) + array(3 * batch * call.items)));
+  call.fill(arena, args.weight, args.bias, args.layer_scale);
   p.x = x.data;
   p.out = y;
-  p.x_partials = arena.take(3 * batch * p.chunks);
-  p.y_partials = y_stats ? arena.take(3 * batch * call.items) : nullptr;
-  read_vector(of.drop_scale, "drop_scale", call.scale, batch, 1);
+  p.x_partials = arena.floats(3 * batch * p.chunks);
+  p.y_partials = y_stats ? arena.floats(3 * batch * call.items) : nullptr;
+  read_vector(args.drop_scale, "drop_scale", call.scale, batch, 1);
 
   const auto stats_of = [&](int64_t b, int64_t first, int64_t last) {
     const char* sample = static_cast<const char*>(p.x) + b * call.sample() * x.element_size();
@@ -258,7 +268,7 @@ void run_pool_mixer(const Images& x, const PoolMixerArguments& of, const Partial
   const auto begin_sample = [&](int64_t b) {
     const auto m = stats.data ? merged(stats.data + b * stats.tiles * 3, stats.tiles)
                               : merged(p.x_partials + b * p.chunks * 3, p.chunks);
-    const float rstd = 1.0 / std::sqrt(m.m2 / m.count + of.eps);
+    const float rstd = 1.0 / std::sqrt(m.m2 / m.count + args.eps);
     call.mean[b] = m.mean;
     call.scale[b] *= rstd;
     if (!mean_rstd) return;

@@ -7,10 +7,11 @@
 namespace pk {
 namespace {
 
+// Whether a shift is subtracted from x on load.
 template <class T>
 constexpr bool kShifted = sizeof(T) == 4;
 
-// What a sweep that pools x is for: y, y with its statistics, or the backward's q.
+// What x is pooled for: y, y with its statistics, or the backward's sums q.
 enum class Task { forward, forward_stats, reduce };
 
 struct True {
@@ -20,7 +21,8 @@ struct False {
   static constexpr bool value = false;
 };
 
-struct YMoments {  // of the rounded output, around a shift
+// Sums of y - shift and of its square over the lanes of the rounded output.
+struct YMoments {
   vf first{}, second{};
   PK_INLINE void add(vf deviation) {
     first += deviation;
@@ -35,6 +37,7 @@ struct YMoments {  // of the rounded output, around a shift
   }
 };
 
+// Vectors of which all lanes are in use, or with PARTIAL the first n.
 template <bool PARTIAL, class T>
 PK_INLINE vf get(const T* p, int64_t n) {
   if constexpr (PARTIAL) return load(p, n);
@@ -47,7 +50,7 @@ PK_INLINE void put(T* p, vf v, int64_t n) {
   else
     store(p, v);
 }
-// `a` in the lanes in use, zero in the others.
+// `a` in the first n lanes, zero in the others.
 template <bool PARTIAL>
 PK_INLINE vf splat_lanes(float a, int64_t n) {
   if constexpr (!PARTIAL) return splat(a);

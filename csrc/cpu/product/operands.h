@@ -39,17 +39,6 @@ PK_INLINE int64_t words_of(int64_t elements) {
   return (elements + Op::kPer * Op::kStep - 1) / (Op::kPer * Op::kStep) * Op::kStep;
 }
 
-// Cuts scratch memory into arrays of whole cache lines; from a null pointer it measures.
-struct Cut {
-  packed32* next;
-  packed32* words(int64_t n) {
-    packed32* p = next;
-    next = reinterpret_cast<packed32*>(reinterpret_cast<uintptr_t>(next) + rounded_up(n, 16) * sizeof(packed32));
-    return p;
-  }
-  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
-};
-
 template <int N>
 PK_INLINE void copy_ends(const char* from, char* to, int64_t n) {
   char head[N], tail[N];

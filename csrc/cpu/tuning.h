@@ -1,0 +1,82 @@
+// The numbers of the CPU kernels that were chosen by measurement, each with the benchmark that decides it. Any value
+// gives right results. Those that set the order of sums depend on nothing but shapes, so that results are the same for
+// any number of threads; a change of them changes last digits.
+#pragma once
+
+#include <stdint.h>
+
+namespace pk {
+
+// ---- shared by the operators
+
+// Multiply-adds of a product below which a second thread costs more than it brings.
+// `poolformer-kernels bench mlp`, `bench model`
+constexpr int64_t kSerialWork = 1 << 18;
+
+// Tokens that go through a product together, at most: more reuse each weight oftener, until the tile's activations no
+// longer fit into the L2 cache. `poolformer-kernels bench mlp`
+constexpr int64_t kTileTokens = 208;
+
+// Bytes of activations that a thread keeps in its core's L2 cache: a convolution's windows of one tile, and what the
+// layers of a chain hand on. `poolformer-kernels bench model`
+constexpr int64_t kCacheBytes = 512 << 10;
+
+// Elements that each thread has at least, in passes that do little more than read them: packing weights, the mean over
+// pixels. `poolformer-kernels bench model`, `bench training`
+constexpr int64_t kGrainElements = 65536;
+
+// Tokens that each thread has at least, where moments of tokens are merged to those of samples.
+// `poolformer-kernels bench model`
+constexpr int64_t kGrainTokens = 16384;
+
+// Work is shared out by whole samples from so many for each thread on, though one thread may then get one more.
+// `poolformer-kernels bench pool-mixer`, `bench model`
+constexpr int64_t kSamplesPerThread = 4;
+
+// ---- the token mixer: `poolformer-kernels bench pool-mixer`
+
+constexpr int64_t kSerialElements = 32768;  // elements below which a second thread costs more than it brings
+constexpr int64_t kStripElements = 32768;   // elements of a channels_last work item
+constexpr int64_t kPlaneElements = 4096;  // elements of an NCHW work item, whose two float copies stay in the L1 cache
+
+// ---- the MLP's forward: `poolformer-kernels bench mlp`
+
+// Hidden channels are computed and used a chunk at a time, whose activations stay in the cache: all of them at once up
+// to kHiddenAtOnce, else kHiddenChunk of them.
+constexpr int64_t kHiddenAtOnce = 320, kHiddenChunk = 256;
+
+// With at most kTileTokens tokens and at least so many hidden channels, threads share the weights instead of the
+// tokens: they compute so many parts of the hidden channels.
+constexpr int64_t kPartsHidden = 1024, kParts = 4;
+
+// Chunks of statistics (core/stats.h) that each thread has at least.
+constexpr int64_t kGrainChunks = 4;
+
+// ---- the MLP's backward: `poolformer-kernels bench training`
+
+// Whole samples whose gradient waits for GroupNorm's sums are a group: so many tokens and elements of the wider of
+// input and output at most, but one sample at least.
+constexpr int64_t kGroupTokens = 3136, kGroupElements = 1 << 19;
+
+// A group's tokens are worked on in blocks, whose operands stay in the caches: so many tokens and elements at most.
+constexpr int64_t kBlockTokens = 1600, kBlockElements = 1 << 18;
+
+// Tokens of a tile of `prepare` and `hidden`, and of a block at least.
+constexpr int64_t kBackwardTileTokens = 96;
+
+// Chunks of a sample (core/stats.h) that each thread has at least in GroupNorm's backward.
+constexpr int64_t kGrainNormChunks = 2;
+
+// Hidden channels that each thread sums over at least, where products become the gradients of parameters.
+constexpr int64_t kGrainHidden = 4096;
+
+// Channels of the input, and of the output, whose parameters' gradients are one work item; hidden channels of the
+// output's products that are transposed at a time.
+constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden = 256;
+
+// ---- the convolution between stages: `poolformer-kernels bench model`
+
+// Rows of the weight that a work item multiplies: they are shared out where tokens are too few for the threads.
+constexpr int64_t kEmbedRows = 64;
+
+}  // namespace pk
