@@ -17,6 +17,7 @@
 
 #include "../csrc/cpu/mlp/mlp.h"
 #include "../csrc/cpu/chain/patch_embed.h"
+#include "../csrc/cpu/tuning.h"
 
 namespace {
 
@@ -153,7 +154,7 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   std::vector<float> moments = unwritten<float>(2 * p.tokens);
   p.y = y.data();
   p.token_moments = moments.data();
-  const int64_t vectors = (p.tokens + 15) / 16, tiles = (vectors * 16 + 207) / 208;
+  const int64_t vectors = (p.tokens + 15) / 16, tiles = (vectors * 16 + pk::kTileTokens - 1) / pk::kTileTokens;
   p.lanes = (vectors + tiles - 1) / tiles * 16;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = i * vectors / tiles * 16, last = (i + 1) * vectors / tiles * 16;
@@ -163,7 +164,7 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   Results results{{"y", floats(y)}, {"saved", floats(in.saved)}, {"token_moments", moments}};
 
   // And as it is done where tokens are few: one tile, the hidden channels in parts.
-  p.parts = 4;
+  p.parts = pk::kParts;
   p.lanes = vectors * 16;
   auto sums = unwritten<float>(p.parts * rounded_up(p.out, kRowsMax) * p.lanes);
   p.part_sums = sums.data();
@@ -196,7 +197,7 @@ Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   pk::MlpBackwardParams p{in.params(q)};
   p.grad = in.grad.data();
   p.parameter_grads = p.drop_grad = true;
-  p.lanes = 96, p.input_lanes = 192;
+  p.lanes = pk::kBackwardTileTokens, p.input_lanes = 192;
   p.block_lanes = q.block_lanes;
   const int64_t block = p.block_lanes, per = kernels.operand_per, slack = 64, rows = rounded_up(p.hidden, kRowsMax);
   const int64_t wide_in = rounded_up(p.channels, kRowsMax), wide_out = rounded_up(p.out, kRowsMax);
@@ -283,12 +284,13 @@ Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, Co
   p.x = in.x.data();
   p.w = {in.w.data(), p.patch_size(), 1};
   p.bias = in.bias.data();
-  p.group = 64;
+  p.group = pk::kEmbedRows;
   Array y(1, p.tokens * p.out);
   std::vector<float> moments = unwritten<float>(2 * p.tokens * p.groups());
   p.y = y.data();
   p.token_moments = moments.data();
-  const int64_t vectors = (p.tokens + 15) / 16, most = std::clamp<int64_t>((256 << 10) / p.patch_size() / 16, 3, 13);
+  const int64_t vectors = (p.tokens + 15) / 16,
+                most = std::clamp<int64_t>(pk::kCacheBytes / (2 * p.patch_size()) / 16, 3, pk::kTileTokens / 16);
   const int64_t tiles = (vectors + most - 1) / most;
   p.lanes = (vectors + tiles - 1) / tiles * 16;
   for (int64_t i = 0; i < tiles; ++i)

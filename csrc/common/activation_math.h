@@ -7,20 +7,22 @@
 
 namespace pk {
 
-// The bound or x, which may be a NaN. isa/vec.h of the CPU has those of vectors.
+// max(bound, x) and min(bound, x), which are x where x is a NaN. Those of vectors must be declared before this header:
+// csrc/cpu/mlp/activations.h does so.
 PK_HOST_DEVICE static inline float larger(float bound, float x) { return bound > x ? bound : x; }
 PK_HOST_DEVICE static inline float lesser(float bound, float x) { return bound < x ? bound : x; }
 
-// x cut to [0, 1]; a NaN stays one or becomes 0.
+// x clamped to [0, 1]; a NaN stays one or becomes 0.
 template <class V>
 PK_HOST_DEVICE static inline V unit_interval(V x) {
 #if defined(__CUDA_ARCH__)
-  return __saturatef(x);  // a modifier of the instruction before it
+  return __saturatef(x);  // costs nothing: a modifier of the instruction that computes x
 #else
   return lesser(V{} + 1.0f, larger(V{}, x));
 #endif
 }
 
+// 1 / x.
 template <class V>
 PK_HOST_DEVICE static inline V inverse(V x) {
 #if defined(__CUDA_ARCH__)
@@ -30,13 +32,14 @@ PK_HOST_DEVICE static inline V inverse(V x) {
 #endif
 }
 
+// act(x) and act'(x).
 template <class V>
 struct Activated {
   V value, slope;
 };
 
-// gelu(x) = x Phi(x). Phi(x) is 0.5 + x Q(x^2) cut to [0, 1]: minimax for |x| times the error, which is below 1.9e-4,
-// with Q so that beyond 4.3 the cut gives exactly 0 and 1. As exact as bfloat16 can show, in ten instructions.
+// Phi of gelu(x) = x Phi(x), as 0.5 + x Q(x^2) clamped to [0, 1]. Q minimises the largest |x| times the error, which is
+// below 1.9e-4 (finer than bfloat16), and beyond |x| = 4.3 the clamp gives exactly 0 and 1. Ten instructions.
 template <class V>
 PK_HOST_DEVICE static inline V gelu_phi(V x) {
   const V t = x * x;
@@ -49,7 +52,7 @@ PK_HOST_DEVICE static inline V gelu_phi(V x) {
   return unit_interval(x * q + 0.5f);
 }
 
-// gelu'(x) - 0.5 is odd: a polynomial up to |x| = 4.4, error below 2.1e-4, then exactly 0 and 1.
+// gelu'(x): 0.5 plus an odd polynomial up to |x| = 4.4, with an error below 2.1e-4; beyond that exactly 0 or 1.
 template <class V>
 PK_HOST_DEVICE static inline V gelu_slope(V x) {
   const V t = x * x;
@@ -65,7 +68,7 @@ PK_HOST_DEVICE static inline V gelu_slope(V x) {
   return x < -4.4f ? V{} : above;
 }
 
-// EXACT: to about an ulp of float32. `exp` is that of V.
+// The activation A of x. EXACT: to about an ulp of float32, else as exact as bfloat16 needs. exp(V) computes e^x.
 template <Activation A, bool EXACT, class V, class Exp>
 PK_HOST_DEVICE static inline Activated<V> activate(V x, const Exp& exp) {
   const V one = V{} + 1.0f;

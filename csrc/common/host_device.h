@@ -1,4 +1,4 @@
-// Functions shared by host and device code.
+// Marks functions that host and device code share.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -18,6 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Where the tables of kernels have a dtype.
 inline int dtype_index(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
@@ -39,19 +40,21 @@ inline Activation activation_named(const std::string& name) {
 // The output's layout (poolformer_kernels.reference.memory_format_of).
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
+// Whether t is contiguous, or in channels_last without gaps.
 inline bool is_dense(const Tensor& t, bool channels_last) {
   if (!channels_last) return t.is_contiguous();
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
 }
 
+// t itself where it is dense in that layout, else a copy.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   if (is_dense(t, channels_last)) return t;
   if (!channels_last) return torch::stable::contiguous(t);
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// A tensor on the device of `like`.
+// A new tensor on the device of `like`.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                        int32_t dtype) {
   const bool cpu = like.is_cpu();

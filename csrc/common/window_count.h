@@ -1,4 +1,5 @@
-// Border counts of the pool, for host and device. Internal linkage: each instruction-set level keeps its own copy.
+// Border counts of the pool, for host and device. The function has internal linkage, so that each of the CPU's
+// instruction-set levels keeps its own.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +8,8 @@
 
 namespace pk {
 
-// How many of the pool's taps around position i fall inside [0, size): the divisor of count_include_pad=False.
+// The number of positions of the pool's window around i that are inside [0, size), along one direction. The product of
+// both directions' is the divisor of count_include_pad=False.
 PK_HOST_DEVICE static inline int64_t window_count(int64_t i, int64_t size, int64_t pool) {
   const int64_t half = pool / 2;
   const int64_t first = i > half ? i - half : 0, last = i + half < size - 1 ? i + half : size - 1;

@@ -1,5 +1,4 @@
-// The convolution between stages: its kernels' arguments, and one table of functions per instruction-set level
-// and dtype.
+// The convolution between stages: its kernels' arguments, and one table of functions per level and dtype.
 #pragma once
 
 #include <cstdint>

@@ -74,8 +74,7 @@ inline int64_t embedded_size(int64_t size, int64_t kernel, const PatchEmbedArgum
   return room < 0 ? 0 : room / args.stride + 1;
 }
 
-// Writes y [B, out, out_h, out_w] in channels_last, as x must be, and where it is not null the statistics of y [B, 1,
-// 3].
+// Writes y [B, out, out_h, out_w] in channels_last, as x must be, and the statistics of y [B, 1, 3] where not null.
 void run_patch_embed(const Images& x, const PatchEmbedArguments& args, void* y, float* y_stats);
 
 }  // namespace pk

@@ -1,4 +1,4 @@
-// Partials of the input's statistics, for one instruction-set level: a sample is one contiguous run in both layouts.
+// The statistics kernel for one instruction-set level, see stats.h.
 #pragma once
 
 #include "../isa/vec.h"
@@ -21,7 +21,8 @@ PK_INLINE void write_moments(float* out, int64_t n, float shift, float sum, floa
 }
 
 #if PK_LEVEL >= 3
-// Sums by bfloat16 dot products, a third of the instructions, and no shift: false where the mean costs digits.
+// Sums by bfloat16 dot products, which takes a third of the instructions. No shift is subtracted; returns false where
+// the mean is so large that this costs digits.
 PK_INLINE bool quick_moments(const bf16* x, int64_t n, float* out) {
   constexpr int kWays = 4, kWords = 2 * kLanes;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -52,7 +53,7 @@ void sample_stats(const void* sample, int64_t size, int64_t first_chunk, int64_t
     if constexpr (__is_same(T, bf16))
       if (quick_moments(x, n, out)) continue;
 #endif
-    // Deviations from the mean of the first elements: a difference of sums then loses at most log2(n / head) bits.
+    // The mean of the first elements is subtracted: squares - sum^2 / n then loses at most log2(n / head) bits.
     const int64_t head = n < 256 ? n : 256, whole = n / kLanes * kLanes;
     vf sum{};
     int64_t i = 0;

@@ -147,7 +147,7 @@ inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, in
                          float* out) {
   torch::stable::parallel_for(0, batch, 1 + kGrainTokens / pixels, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const double shift = moments[2 * b * pixels];  // some token's mean: no digits are lost in what follows
+      const double shift = moments[2 * b * pixels];  // some token's mean, so that a large mean costs no digits below
       double sum = 0, squares = 0, m2 = 0;
       for (int64_t c = 0; c < channels; c += group) {
         const float* at = moments + 2 * (c / group * batch + b) * pixels;

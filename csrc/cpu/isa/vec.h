@@ -1,5 +1,5 @@
-// One vector of floats per instruction-set level, by the compiler's vector extensions, and what little of the
-// standard library the kernels need: that itself may not be used behind level.h.
+// One vector of floats per instruction-set level, by the compiler's vector extensions, and the few helpers that
+// take the place of the standard library's, which may not be used behind level.h.
 #pragma once
 
 #include "level.h"
@@ -7,6 +7,7 @@
 namespace pk {
 namespace {
 
+// Floats, integers and half-precision elements of one vector.
 template <int kBytes>
 struct Types {
   typedef float F __attribute__((vector_size(kBytes)));
@@ -34,7 +35,7 @@ struct fp16 {
 using packed32 = uint32_t;  // a float, or two elements of half precision
 
 #define PK_INLINE inline __attribute__((always_inline))
-#define PK_FORCED __attribute__((always_inline))  // of a lambda
+#define PK_FORCED __attribute__((always_inline))  // the same for a lambda, behind its parameters
 
 PK_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,6 +55,7 @@ PK_INLINE void write(void* p, V v) {
 
 PK_INLINE void clear_words(packed32* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(packed32)); }
 
+// The sum of the lanes.
 PK_INLINE float hsum(vf v) {
   float sum[kLanes];
   write(sum, v);
@@ -62,7 +64,7 @@ PK_INLINE float hsum(vf v) {
   return sum[0];
 }
 
-// The bound or x, which may be a NaN.
+// max(bound, x) and min(bound, x), which are x where x is a NaN.
 #if PK_LEVEL >= 2
 PK_INLINE vf larger(vf bound, vf x) { return (vf)_mm512_max_ps((__m512)bound, (__m512)x); }
 PK_INLINE vf lesser(vf bound, vf x) { return (vf)_mm512_min_ps((__m512)bound, (__m512)x); }
@@ -88,7 +90,7 @@ PK_INLINE vf exponential(vf x) {
   return p * (vf)(((vu)shifted + 127u) << 23);
 }
 
-// As an object: a pointer to the function is not inlined without optimisation.
+// `exponential` as an object, whose calls are inlined even without optimisation.
 struct Exponential {
   PK_INLINE vf operator()(vf x) const { return exponential(x); }
 };
@@ -243,7 +245,7 @@ PK_INLINE void store_pair(T* p, Pair v, int64_t n) {
   __builtin_memcpy(p, whole, n * sizeof(T));
 }
 
-// Floats [p, p + n) in the order of load_pair(T*), and back.
+// Loads n floats in the order that load_pair has for elements of the tag's type, and stores them from that order.
 PK_INLINE Pair floats_pair(const float* p, int64_t n, const void*) { return load_pair(p, n); }
 PK_INLINE Pair floats_pair(const float* p, int64_t n, const bf16*) {
   float even[kLanes] = {}, odd[kLanes] = {};

@@ -3,8 +3,7 @@
 // It works on a block of tokens at a time:
 // - `prepare`, by tiles of tokens, writes the block's operands;
 // - `hidden`, by kItemRows hidden channels, computes h again, its gradient, and the block's part of the products that
-// the
-//   weights' gradients are made from;
+//   the weights' gradients are made from;
 // - `input`, by tiles of tokens, computes the gradient of the normalised input.
 // When a group of samples is done, `reduce` and `finish` go through GroupNorm's backward, which needs sums over whole
 // samples. At last `weights`, by channels, turns the products into the parameters' gradients. Each gradient is written
@@ -175,8 +174,7 @@ struct HiddenScratch {
   }
 };
 
-// From h and dp = W2^T s g of a tile: p = act(h) and dh = d dp act'(h), in the item's rows; dh as `input`'s operand,
-// too.
+// From h and dp = W2^T s g of a tile: p = act(h) and dh = d dp act'(h), in the item's rows, and dh as an operand.
 template <Activation A, bool EXACT, class Op>
 __attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const HiddenScratch<Op>& s, int64_t row,
                                                int64_t lane, int64_t lanes) {
@@ -332,8 +330,8 @@ void mlp_finish(const void* x, const void* grad, const float* e, float mean, flo
 
 // ---- weights
 
-// Input channels c .. c + n - 1, where M = x_dh: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M, dbeta = W1^T
-// db1.
+// Input channels c .. c + n - 1. With M = x_dh: dW1 = M diag(gamma) + db1 beta^T, dgamma = sum_j W1 M,
+// dbeta = W1^T db1.
 template <class W>
 void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   constexpr int kVecs = kInputChannels / kLanes;
@@ -363,7 +361,7 @@ void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   }
 }
 
-// Output channels c .. c + n - 1, where G = g_p: dW2 = diag(s) G, ds = sum_j W2 G + b2 t, db2 = s t.
+// Output channels c .. c + n - 1. With G = g_p: dW2 = diag(s) G, ds = sum_j W2 G + b2 t, db2 = s t.
 template <class W>
 void output_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   const int64_t wide = rounded_up(p.out, kLanes);

@@ -27,21 +27,20 @@ struct MlpParams {
   const float* scale;               // [out] LayerScale
   const float *mean, *rstd, *drop;  // [B] statistics of x, stochastic depth
 
-  int64_t lanes;         // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
-  int64_t parts = 1;     // parts of the hidden channels, which threads share where tokens are few
-  float* part_sums;      // [parts, out, tokens] fc2's sums over each part, where there are parts; out is rounded up to
-                         // kRowsMax and tokens to whole vectors
+  int64_t lanes;      // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
+  int64_t parts = 1;  // parts of the hidden channels, which threads share where tokens are few
+  float*
+      part_sums;  // [parts, out, tokens] fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 
-// An operand word has 32 bits: a float, or two bfloat16 that are neighbours along the dimension that is summed over
-// (the innermost below where the arrays are of words). Arrays have room for kRowsMax channels and for kLanesMax tokens
-// more.
+// Operands of products are arrays of words of 32 bits: a float, or two bfloat16 that are neighbours along the dimension
+// marked "in words", over which the product sums. Arrays have room for more: kRowsMax channels and kLanesMax tokens.
 struct MlpBackwardParams : MlpParams {
   const void* grad;      // dL/dy [B, out, H, W] in x's layout
   void* dx;              // [B, C, H, W]
-  bool parameter_grads;  // whether the parameters' gradients are computed,
-  bool drop_grad;        // and drop_scale's
+  bool parameter_grads;  // whether the gradients of weights, biases, norm and LayerScale are computed
+  bool drop_grad;        // whether drop_scale's is
 
   // The block of tokens at work
   int64_t block_lanes;  // its tokens, rounded up to a multiple of 32

@@ -1,5 +1,5 @@
-// The token mixer's kernels in NCHW, for one instruction-set level: work item i is strip i % strips of channel i /
-// strips.
+// The token mixer's kernels in NCHW, for one instruction-set level: work item i is strip i % strips of channel
+// i / strips.
 #pragma once
 
 #include "../../common/window_count.h"

@@ -17,7 +17,7 @@ struct TileConfig {
 };
 
 #if !defined(PK_EMULATE_TILES)
-// Tiles are there while this lives: one in each kernel.
+// Configures the tile registers, and releases them when it is destroyed. Every kernel that multiplies has one.
 struct MatrixUnit {
   PK_INLINE MatrixUnit() {
     const TileConfig config;
@@ -73,10 +73,10 @@ void tile_multiply_add() {
 }
 #endif
 
-// 32 rows of 16 * COLUMNS lanes: two tiles of a, COLUMNS of b, a step of k is 16 words.
+// 32 rows of `out`, 16 * COLUMNS lanes wide: a step of k, 16 words, takes two tiles of a and COLUMNS of b.
 template <int COLUMNS>
 PK_INLINE void multiply_tiles(const packed32* a, int64_t a_row, const packed32* b, int64_t b_row, int64_t k, float* out,
-                              int64_t out_row, bool add, const PrefetchRows& ahead) {
+                              int64_t out_row, bool add, const PrefetchRows& next) {
   const int64_t out_step = out_row * sizeof(float), a_step = a_row * sizeof(packed32),
                 b_step = b_row * sizeof(packed32);
   if (add) {
@@ -95,7 +95,7 @@ PK_INLINE void multiply_tiles(const packed32* a, int64_t a_row, const packed32* 
     }
   }
   for (int64_t i = 0; i < k; i += 16) {
-    ahead.fetch(i, 32);
+    next.fetch(i, 32);
     tile_load<4>(a + i, a_step);
     tile_load<5>(a + 16 * a_row + i, a_step);
     tile_load<6>(b + i * b_row, b_step);
@@ -125,15 +125,15 @@ struct Bf16Pairs {
 // See the general `multiply` in gemm.h.
 template <class Op>
 void multiply(const packed32* a, int64_t a_row, int64_t rows, const packed32* b, int64_t b_row, int64_t lanes,
-              int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& ahead = {}) {
+              int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& next = {}) {
   static_assert(__is_same(Op, Bf16Pairs));
   for (int64_t l = 0; l < lanes; l += 32)
     for (int64_t r = 0; r < rows; r += 32) {
-      const PrefetchRows next = l == 0 ? ahead : PrefetchRows{};
+      const PrefetchRows now = l == 0 ? next : PrefetchRows{};
       if (lanes - l >= 32)
-        multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
+        multiply_tiles<2>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, now);
       else
-        multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, next);
+        multiply_tiles<1>(a + r * a_row, a_row, b + l, b_row, k, out + r * out_row + l, out_row, add, now);
     }
 }
 

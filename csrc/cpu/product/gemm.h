@@ -1,7 +1,8 @@
-// Matrix products for one instruction-set level, out[r][l] (+)= sum_k a[r][k] b[k][l], of operands in words of 32 bits:
-// a word is a float, or a pair of bfloat16 that are neighbours along k.
+// Matrix products for one instruction-set level: out[r][l] = sum_k a[r][k] b[k][l], or that added to out. Operands are
+// words of 32 bits: a float, or a pair of bfloat16 that are neighbours along k.
 //
-// l runs along vectors, r over scalars that are broadcast: with tokens along l, weights are read as they lie in memory.
+// Vectors run along l, and a's words are broadcast. So with tokens along l, the rows of a are rows of a weight, which
+// are read as they lie in memory.
 #pragma once
 
 #include "../isa/vec.h"
@@ -14,15 +15,16 @@
 namespace pk {
 namespace {
 
-struct MatrixUnit {};  // nothing to set up at the other levels
+struct MatrixUnit {};  // there is nothing to set up (amx.h has more)
 
-constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4;  // kBlockRows * kBlockVecs sums and kBlockVecs vectors of b are
-constexpr int kBlockVecs = 3;                      // in registers
+// A block of `out` as large as the registers allow: they hold kBlockRows * kBlockVecs sums and kBlockVecs vectors of b.
+constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4, kBlockVecs = 3;
 
+// What a product's operands are: this or Bf16Pairs.
 struct Floats {
   static constexpr int kPer = 1;            // elements of a word
-  static constexpr int kStep = 1;           // k is a multiple of it,
-  static constexpr int kRows = kBlockRows;  // and the rows of that
+  static constexpr int kStep = 1;           // the words of a row of a are a multiple of it
+  static constexpr int kRows = kBlockRows;  // the rows of a are a multiple of it
   using Element = float;
   static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
@@ -44,14 +46,14 @@ struct Bf16Pairs {
 template <class Op, int VECS>
 __attribute__((noinline)) void multiply_block(const packed32* a, int64_t a_row, const packed32* b, int64_t b_row,
                                               int64_t k, float* out, int64_t out_row, bool add,
-                                              const PrefetchRows& ahead) {
+                                              const PrefetchRows& next) {
   vf sum[kBlockRows][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) sum[r][v] = vf{};
   for (int64_t line = 0; line < k; line += 16) {
-    ahead.fetch(line, kBlockRows);
+    next.fetch(line, kBlockRows);
     for (int64_t i = line; i < k && i < line + 16; ++i) {
       vu column[VECS];
 #pragma GCC unroll 4
@@ -73,26 +75,27 @@ __attribute__((noinline)) void multiply_block(const packed32* a, int64_t a_row, 
 
 template <class Op>
 PK_INLINE void multiply_vecs(int64_t vecs, const packed32* a, int64_t a_row, const packed32* b, int64_t b_row,
-                             int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& ahead) {
-  if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add, ahead);
-  if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add, ahead);
-  multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add, ahead);
+                             int64_t k, float* out, int64_t out_row, bool add, const PrefetchRows& next) {
+  if (vecs == 1) return multiply_block<Op, 1>(a, a_row, b, b_row, k, out, out_row, add, next);
+  if (vecs == 2) return multiply_block<Op, 2>(a, a_row, b, b_row, k, out, out_row, add, next);
+  multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add, next);
 }
 
-// A sum of more words is one of sums of so many: float32's rounding errors grow with the longest.
+// Longer sums are made of sums of so many words, since rounding errors grow with the length of a running sum.
 constexpr int64_t kSumWords = 256;
 
-// `rows` (a multiple of Op::kRows) of out, `lanes` (a multiple of kLanes) wide; k counts words. `ahead` are the rows of
-// a that another call will multiply, Op::kRows at the most.
+// a: [rows, k] words, rows `a_row` words apart; rows is a multiple of Op::kRows. b: [k, lanes] words, rows `b_row`
+// apart; lanes is a multiple of kLanes. out: [rows, lanes] floats, rows `out_row` apart; `add` adds to what is there.
+// `next`: rows that another call will multiply, Op::kRows at the most, which are prefetched.
 template <class Op>
 void multiply(const packed32* a, int64_t a_row, int64_t rows, const packed32* b, int64_t b_row, int64_t lanes,
-              int64_t k, float* out, int64_t out_row, bool add, PrefetchRows ahead = {}) {
-  for (int64_t left = lanes / kLanes; left > 0; ahead = {}) {
+              int64_t k, float* out, int64_t out_row, bool add, PrefetchRows next = {}) {
+  for (int64_t left = lanes / kLanes; left > 0; next = {}) {
     const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
     for (int64_t i = 0; i < k; i += kSumWords)
       for (int64_t r = 0; r < rows; r += kBlockRows)
         multiply_vecs<Op>(vecs, a + r * a_row + i, a_row, b + i * b_row, b_row, k - i < kSumWords ? k - i : kSumWords,
-                          out + r * out_row, out_row, add || i > 0, ahead.after(i));
+                          out + r * out_row, out_row, add || i > 0, next.after(i));
     b += vecs * kLanes;
     out += vecs * kLanes;
     left -= vecs;

@@ -12,7 +12,7 @@
 namespace pk {
 namespace {
 
-// Elements S are what the products' operands are rounded to, where the level multiplies them.
+// How the level multiplies operands that are rounded to elements S.
 template <class S>
 struct OperandOf;
 #if PK_LEVEL < 4
@@ -34,11 +34,13 @@ struct OperandOf<bf16> {
 #endif
 };
 
+// The words of a row of so many elements, in whole steps of a product.
 template <class Op>
 PK_INLINE int64_t words_of(int64_t elements) {
   return (elements + Op::kPer * Op::kStep - 1) / (Op::kPer * Op::kStep) * Op::kStep;
 }
 
+// The first and the last N of n bytes, which may overlap.
 template <int N>
 PK_INLINE void copy_ends(const char* from, char* to, int64_t n) {
   char head[N], tail[N];
@@ -48,8 +50,7 @@ PK_INLINE void copy_ends(const char* from, char* to, int64_t n) {
   __builtin_memcpy(to + n - N, tail, N);
 }
 
-// Short runs of any length, by moves that overlap: a call of memcpy costs more than they do, and so does a masked
-// store.
+// Copies short runs of any length by moves that overlap: calling memcpy costs more, and so does a masked store.
 PK_INLINE void copy_bytes(const void* source, void* target, int64_t n) {
   const char* from = static_cast<const char*>(source);
   char* to = static_cast<char*>(target);
@@ -63,6 +64,7 @@ PK_INLINE void copy_bytes(const void* source, void* target, int64_t n) {
   if (n >= 2) return copy_ends<2>(from, to, n);
 }
 
+// Copies n elements, rounded to E.
 template <class Source, class E>
 PK_INLINE void convert_row(const Source* from, E* to, int64_t n) {
   if constexpr (__is_same(Source, E)) {
@@ -74,7 +76,7 @@ PK_INLINE void convert_row(const Source* from, E* to, int64_t n) {
   }
 }
 
-// f(pointer to the element at row, col) with the pointer's type
+// Calls f with a pointer to the element at row, col, of the weight's type.
 template <class F>
 PK_INLINE auto weight_at(const Weight& w, int64_t row, int64_t col, const F& f) {
   const int64_t at = row * w.step + col;
@@ -83,6 +85,7 @@ PK_INLINE auto weight_at(const Weight& w, int64_t row, int64_t col, const F& f) 
   return f(static_cast<const fp16*>(w.data) + at);
 }
 
+// T of a pointer `const T*`.
 template <class T>
 struct Plain;
 template <class T>
@@ -90,13 +93,15 @@ struct Plain<const T*> {
   using Type = T;
 };
 
+// Rows of operand words.
 struct Panel {
   const packed32* data;
-  int64_t row;
+  int64_t row;  // words from a row to the next
 };
 
-// Rows row .. row + rows - 1 of w, columns col .. col + k - 1, in operand words: where they lie if they are such words,
-// else in `copy`, with zeros beyond k and from row `valid` on.
+// Rows row .. row + rows - 1 of w, columns col .. col + k - 1, as operand words. They are read where they lie, if they
+// are such words and whole steps; else they are copied to `copy`, with zeros behind the k columns and in rows from
+// `valid` on.
 template <class Op>
 __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t rows, int64_t valid, int64_t col,
                                            int64_t k, packed32* copy) {

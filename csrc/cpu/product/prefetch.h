@@ -7,20 +7,23 @@
 namespace pk {
 namespace {
 
-// Rows that will be multiplied next, in bytes. They are short and far apart, and the processor's own prefetchers come
-// too late for them: the products ask for them as they go, a cache line of each row at a time.
+// Rows of a matrix that will be multiplied next. They are short and far apart, so the processor's own prefetchers come
+// too late for them: products fetch them as they go, a cache line of each row at a time.
 struct PrefetchRows {
-  const char* rows = nullptr;
-  int64_t step = 0;
+  const char* rows = nullptr;  // null: there are none
+  int64_t step = 0;            // bytes from a row to the next
+  // The rows from word `words` on.
   PK_INLINE PrefetchRows after(int64_t words) const {
     return rows ? PrefetchRows{rows + words * sizeof(packed32), step} : PrefetchRows{};
   }
+  // The cache line at word i of the first `count` rows.
   PK_INLINE void fetch(int64_t i, int64_t count) const {
     if (rows)
       for (int64_t r = 0; r < count; ++r) __builtin_prefetch(rows + r * step + i * sizeof(packed32), 0, 2);
   }
 };
 
+// WRITE: whether the bytes will be written, not read.
 template <int WRITE>
 PK_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, WRITE, 2);

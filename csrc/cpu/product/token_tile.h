@@ -1,5 +1,5 @@
-// Tiles of tokens for one instruction-set level: tile[c][t], tokens along vectors, two half-precision channels to a
-// word of 32 bits.
+// Tiles of tokens for one instruction-set level: tile[c][t], with tokens along vectors. Of half-precision elements a
+// word of 32 bits holds two channels.
 #pragma once
 
 #include "../isa/vec.h"
@@ -7,7 +7,7 @@
 namespace pk {
 namespace {
 
-// dst[c][r] = row(r)[c], 16 x 16 words, dst's rows apart by bytes.
+// dst[c][r] = row(r)[c] for 16 x 16 words; dst's rows are dst_step bytes apart.
 template <class Row>
 PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
 #if PK_LEVEL >= 2
@@ -47,7 +47,7 @@ PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
 #endif
 }
 
-// dst[c][r] = src[r][c] for words in rows `step` bytes apart.
+// dst[c][r] = src[r][c] for words; rows are src_step and dst_step bytes apart.
 __attribute__((noinline)) void transpose_words(const void* from, int64_t src_step, void* to, int64_t dst_step,
                                                int64_t rows, int64_t cols) {
   const char* src = static_cast<const char*>(from);
@@ -62,13 +62,14 @@ __attribute__((noinline)) void transpose_words(const void* from, int64_t src_ste
       __builtin_memcpy(dst + c * dst_step + r * 4, src + r * src_step + c * 4, 4);
 }
 
-// Channels 2 i and 2 i + 1 of tokens l .. l + kLanes - 1, from and to a tile of elements T.
+// A tile of elements T. `get` and `put` read and write channels 2 i and 2 i + 1 of tokens l .. l + kLanes - 1.
 template <class T>
 struct Tile {
   packed32* data;
-  int64_t row;  // words
-  static constexpr int kPer = 4 / sizeof(T);
+  int64_t row;                                // words from a row to the next
+  static constexpr int kPer = 4 / sizeof(T);  // channels of a word
 
+  // Rows of a tile of so many channels, which are counted in pairs.
   static int64_t rows(int64_t channels) { return (channels + 1) / 2 * (2 / kPer); }
 
   PK_INLINE Pair get(int64_t i, int64_t l) const {
@@ -105,13 +106,14 @@ struct Tile {
 #endif
 };
 
-// Where a tensor [B, C, H, W] has its tokens: `pixels` a sample.
+// How the tokens of a tensor [B, C, H, W] lie in memory; `pixels` is H * W.
 struct Place {
   int64_t channels, pixels;
   bool channels_last;
 };
 
-// f(sample, pixel, lane, count) for the runs of tokens first .. first + count - 1 that share a sample.
+// Cuts tokens first .. first + count - 1 into runs of one sample, and calls f(sample, pixel, lane, run) for each: the
+// first token's pixel and its place among the tokens, and the number of tokens.
 template <class F>
 PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F& f) {
   for (int64_t lane = 0; lane < count;) {
@@ -122,7 +124,7 @@ PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F
   }
 }
 
-// Tokens first .. first + count - 1 of x into a tile; the lanes from count to the row's end are zero.
+// Loads tokens first .. first + count - 1 of x into a tile, with zeros in the lanes behind them.
 template <class T>
 void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const Tile<T>& tile) {
   constexpr int kPer = Tile<T>::kPer;
@@ -159,7 +161,7 @@ void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const 
   clear_words(tile.data + used * tile.row, (rows - used) * tile.row);
 }
 
-// The first `count` tokens of a tile into rows of channels, `step` elements apart.
+// Stores the first `count` tokens of a tile as rows of channels, which are `step` elements apart.
 template <class T>
 void store_rows(const Tile<T>& tile, int64_t channels, int64_t count, T* rows, int64_t step) {
   constexpr int kPer = Tile<T>::kPer;
@@ -170,7 +172,7 @@ void store_rows(const Tile<T>& tile, int64_t channels, int64_t count, T* rows, i
       __builtin_memcpy(rows + t * step + channels - 1, tile.data + whole * tile.row + t, sizeof(T));
 }
 
-// And into a tensor, as load_tile takes them from one.
+// Stores the first `count` tokens of a tile as tokens first .. first + count - 1 of y.
 template <class T>
 void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t count, T* y) {
   constexpr int kPer = Tile<T>::kPer;
@@ -192,7 +194,8 @@ void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t cou
   });
 }
 
-// Mean and M2 of every token's channels, around the mean of the first ones.
+// Mean and M2 of every token's channels, out [count, 2]. Sums are taken around the mean of the first channels, so that
+// a large mean costs no digits.
 template <class T>
 __attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels, int64_t count, float* out) {
   const float size = channels;

@@ -1,11 +1,12 @@
-// A weight matrix as the kernels read it.
+// A weight matrix as the kernels read it, in place.
 #pragma once
 
 #include <cstdint>
 
 namespace pk {
 
-constexpr int64_t kRowsMax = 32;  // rows of one product at any level, and of a work item
+// Rows of one product at any level, at most, and of a work item that is a number of rows.
+constexpr int64_t kRowsMax = 32;
 
 struct Weight {
   const void* data;  // [rows, cols], rows `step` elements apart
