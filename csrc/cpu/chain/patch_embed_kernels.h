@@ -61,17 +61,17 @@ struct Patches {
 
 // Copies each patch to a row of `out`, in the order of the weights, with zeros for pixels outside of the image.
 template <class T, class E>
-__attribute__((noinline)) void gather_patches(const Patches<T>& from, int64_t tokens, E* out, int64_t step) {
-  const PatchEmbedParams& p = from.p;
+__attribute__((noinline)) void gather_patches(const Patches<T>& patches, int64_t tokens, E* out, int64_t step) {
+  const PatchEmbedParams& p = patches.p;
   const int64_t c = p.channels, row = p.kernel_w * c;
   for (int64_t i = 0; i < tokens; ++i, out += step) {
-    const int64_t left = from.left[i], begin = left < 0 ? -left : 0, end = least(p.kernel_w, p.width - left);
+    const int64_t left = patches.left[i], begin = left < 0 ? -left : 0, end = least(p.kernel_w, p.width - left);
     for (int64_t k = 0; k < p.kernel_h; ++k) {
       E* at = out + k * row;
-      const int64_t h = from.top[i] + k;
+      const int64_t h = patches.top[i] + k;
       const bool inside = h >= 0 && h < p.height && begin < end;
       if (!inside || begin > 0 || end < p.kernel_w) __builtin_memset(at, 0, row * sizeof(E));
-      if (inside) convert_row(from.at(i, h, left + begin), at + begin * c, (end - begin) * c);
+      if (inside) convert_row(patches.at(i, h, left + begin), at + begin * c, (end - begin) * c);
     }
   }
 }
@@ -79,17 +79,17 @@ __attribute__((noinline)) void gather_patches(const Patches<T>& from, int64_t to
 // The same for pixels that are whole blocks of the transposition, which reads them where they lie. `zeros` is read in
 // place of pixels outside of the image.
 template <class T>
-__attribute__((noinline)) void transpose_patches(const Patches<T>& from, int64_t tokens, const char* zeros,
+__attribute__((noinline)) void transpose_patches(const Patches<T>& patches, int64_t tokens, const char* zeros,
                                                  packed32* out, int64_t lanes) {
-  const PatchEmbedParams& p = from.p;
+  const PatchEmbedParams& p = patches.p;
   const int64_t bytes = p.channels * sizeof(T);
   for (int64_t kh = 0; kh < p.kernel_h; ++kh)
     for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
       const char* rows[16];
       for (int64_t i = 0; i < 16; ++i) {
-        const int64_t h = from.top[i] + kh, w = from.left[i] + kw;
+        const int64_t h = patches.top[i] + kh, w = patches.left[i] + kw;
         const bool inside = i < tokens && h >= 0 && h < p.height && w >= 0 && w < p.width;
-        rows[i] = inside ? reinterpret_cast<const char*>(from.at(i, h, w)) : zeros;
+        rows[i] = inside ? reinterpret_cast<const char*>(patches.at(i, h, w)) : zeros;
       }
       for (int64_t c = 0; c < bytes; c += 64, out += 16 * lanes)
         transpose_block([&](int64_t i) PK_FORCED { return rows[i] + c; }, reinterpret_cast<char*>(out),
@@ -120,12 +120,12 @@ void patch_embed_forward(const PatchEmbedParams& p, int64_t first, int64_t count
   __builtin_memset(s.rows, 0, 16 * words * sizeof(packed32));
   for (int64_t t = 0; t < lanes; t += 16) {
     const int64_t tokens = least(16, count - t);
-    const Patches<T> from(p, first + t, tokens);
+    const Patches<T> patches(p, first + t, tokens);
     if (__is_same(T, E) && p.channels * sizeof(T) % 64 == 0 && lanes - t >= 16) {
-      transpose_patches(from, tokens, reinterpret_cast<const char*>(s.rows), s.patches + t, lanes);
+      transpose_patches(patches, tokens, reinterpret_cast<const char*>(s.rows), s.patches + t, lanes);
       continue;
     }
-    gather_patches(from, tokens, s.rows, s.k);
+    gather_patches(patches, tokens, s.rows, s.k);
     transpose_words(s.rows, words * sizeof(packed32), s.patches + t, lanes * sizeof(packed32), least(16, lanes - t),
                     words);
   }

@@ -104,7 +104,7 @@ struct Backward {
   // Tokens at .. at + count - 1 of the group that starts at token `first`.
   void block(const Workspace& own, int64_t first, int64_t at, int64_t count, int64_t scratch) {
     p.block_lanes = rounded_up(count, 32);
-    call.over((count + p.lanes - 1) / p.lanes, [&](int64_t i) {
+    call.for_items((count + p.lanes - 1) / p.lanes, [&](int64_t i) {
       const int64_t lane = i * p.lanes, lanes = std::min(p.lanes, p.block_lanes - lane);
       kernels.prepare(p, first + at + lane, std::min(lanes, count - lane), lane, lanes, own.g_sums + i * p.out,
                       worker_scratch(scratch));
@@ -112,11 +112,12 @@ struct Backward {
     for (int64_t i = 0; i * p.lanes < count; ++i)
       for (int64_t c = 0; c < p.out; ++c) t[c] += own.g_sums[i * p.out + c];
     const int64_t items = (p.hidden + kRowsMax - 1) / kRowsMax;
-    call.over(items, [&](int64_t i) { kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(scratch)); });
+    call.for_items(items,
+                   [&](int64_t i) { kernels.hidden(p, i * kRowsMax, first + at, count, worker_scratch(scratch)); });
     p.add = true;
     // A token's e does not depend on other tokens, so here tiles may depend on the number of threads.
     const int64_t vectors = (count + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, p.input_lanes);
-    call.over(tiles, [&](int64_t i) {
+    call.for_items(tiles, [&](int64_t i) {
       const int64_t lane = i * vectors / tiles * kLanesMax, next = (i + 1) * vectors / tiles * kLanesMax;
       kernels.input(p, at + lane, std::min(next, count) - lane, lane, next - lane, worker_scratch(scratch));
     });

@@ -80,7 +80,7 @@ struct MlpCall {
 
   // Calls f(i) for `count` items, on as many threads as their work pays for.
   template <class F>
-  void over(int64_t count, const F& f) const {
+  void for_items(int64_t count, const F& f) const {
     each_item(count, std::max<int64_t>(1, int64_t(kSerialWork / (work() / count + 1))), f);
   }
 };

@@ -88,7 +88,7 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   p.lanes = few ? vectors * kLanesMax : (vectors + tiles - 1) / tiles * kLanesMax;
   const int64_t words = kernels.forward_scratch(p);
   const auto each_tile = [&](const auto& kernel) {
-    call.over(tiles, [&](int64_t i) {
+    call.for_items(tiles, [&](int64_t i) {
       const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
       kernel(p, first, std::min(last, p.tokens) - first, worker_scratch(words));
     });
@@ -96,7 +96,7 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   if (few) {
     thread_local std::vector<float> kept;
     p.part_sums = grown(kept, kParts * ((p.out + kRowsMax - 1) / kRowsMax * kRowsMax) * p.lanes);
-    call.over(kParts, [&](int64_t part) { kernels.forward_part(p, part, worker_scratch(words)); });
+    call.for_items(kParts, [&](int64_t part) { kernels.forward_part(p, part, worker_scratch(words)); });
     each_tile(kernels.forward_join);
   } else {
     each_tile(kernels.forward);

@@ -107,7 +107,7 @@ struct PoolMixerCall {
 
   // Whether a thread works on whole samples: where the shares are even enough, as its second pass over a sample then
   // finds it in the cache.
-  bool by_sample() const {
+  bool whole_samples() const {
     const int64_t threads = torch::stable::get_num_threads();
     return threads == 1 || p.batch * sample() < kSerialElements || p.batch % threads == 0 ||
            p.batch >= kSamplesPerThread * threads;
@@ -115,7 +115,7 @@ struct PoolMixerCall {
 
   // Calls f(b, first, last) for runs of the `count` items of each sample, on torch's threads.
   template <class F>
-  void over(int64_t count, const F& f) const {
+  void for_items(int64_t count, const F& f) const {
     const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, sample() / count));
     torch::stable::parallel_for(0, p.batch * count, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
@@ -215,19 +215,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_mixer_backward(Tensor grad, Tens
     drop_out[b] = projected;
     call.correct[b] = rstd * rstd * (projected * drop[b] / call.sample());
   };
-  if (call.by_sample()) {
-    call.over(1, [&](int64_t b, int64_t, int64_t) {
+  if (call.whole_samples()) {
+    call.for_items(1, [&](int64_t b, int64_t, int64_t) {
       float* scratch = worker_scratch(p);
       kernels.backward_reduce(p, b, 0, call.items, scratch);
       reduce_sample(b);
       kernels.backward_apply(p, b, 0, call.items, scratch);
     });
   } else {
-    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
+    call.for_items(call.items, [&](int64_t b, int64_t first, int64_t last) {
       kernels.backward_reduce(p, b, first, last, worker_scratch(p));
     });
     for (int64_t b = 0; b < batch; ++b) reduce_sample(b);
-    call.over(call.items, [&](int64_t b, int64_t first, int64_t last) {
+    call.for_items(call.items, [&](int64_t b, int64_t first, int64_t last) {
       kernels.backward_apply(p, b, first, last, worker_scratch(p));
     });
   }
@@ -282,18 +282,19 @@ void run_pool_mixer(const Images& x, const PoolMixerArguments& args, const Parti
     y_stats[3 * b + 1] = m.mean;
     y_stats[3 * b + 2] = m.m2;
   };
-  if (call.by_sample()) {
-    call.over(1, [&](int64_t b, int64_t, int64_t) {
+  if (call.whole_samples()) {
+    call.for_items(1, [&](int64_t b, int64_t, int64_t) {
       if (!stats.data) stats_of(b, 0, p.chunks);
       begin_sample(b);
       kernels.forward(p, b, 0, call.items, worker_scratch(p));
       end_sample(b);
     });
   } else {
-    if (!stats.data) call.over(p.chunks, stats_of);
+    if (!stats.data) call.for_items(p.chunks, stats_of);
     for (int64_t b = 0; b < batch; ++b) begin_sample(b);
-    call.over(call.items,
-              [&](int64_t b, int64_t first, int64_t last) { kernels.forward(p, b, first, last, worker_scratch(p)); });
+    call.for_items(call.items, [&](int64_t b, int64_t first, int64_t last) {
+      kernels.forward(p, b, first, last, worker_scratch(p));
+    });
     for (int64_t b = 0; b < batch; ++b) end_sample(b);
   }
 }

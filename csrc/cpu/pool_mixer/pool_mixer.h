@@ -26,8 +26,8 @@ struct PoolMixerParams {
   const float* correct;     // [B] backward: rstd^2 k (docs/algebra.md, "Token mixer")
   const float* row_counts;  // [H] rows of a window around row h that are inside the image
   const float* col_counts;  // [W] columns of a window around column w that are inside the image
-  // The backward weighs each gradient by 1 / (row_counts * col_counts). Those weights would be rounded, and e = P^T g -
-  // g would keep the rounding error of P^T g in full where the two nearly cancel. So all weights are `area` times as
+  // The backward weighs each gradient by 1 / (row_counts * col_counts). Those weights would be rounded, and the error
+  // of P^T g would stay in e = P^T g - g, in full where the two nearly cancel. So all weights are `area` times as
   // large, which makes those of inner pixels a power of two and thus exact, and e is (sum - area * g) / area.
   const float* row_weight;  // [H] a common factor / row_counts
   const float* col_weight;  // [W] a common factor / col_counts
@@ -42,11 +42,10 @@ struct PoolMixerParams {
 struct PoolMixerKernels {
   StatsKernel stats;
   // Each works on items first .. last - 1 of sample b: strips in channels_last, (channel, strip) in NCHW. `scratch` has
-  // the size that worker_scratch in pool_mixer.cpp gives it.
-  void (*forward)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);  // out
-  void (*backward_reduce)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last,
-                          float* scratch);                                                                 // q_partials
-  void (*backward_apply)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);  // out
+  // the size that worker_scratch in pool_mixer.cpp gives it. The first and the last write `out`, the second q_partials.
+  void (*forward)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
+  void (*backward_reduce)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
+  void (*backward_apply)(const PoolMixerParams&, int64_t b, int64_t first, int64_t last, float* scratch);
 };
 
 // Elements of x: float32, bfloat16, float16

@@ -107,7 +107,7 @@ struct Tile {
 };
 
 // How the tokens of a tensor [B, C, H, W] lie in memory; `pixels` is H * W.
-struct Place {
+struct TokenLayout {
   int64_t channels, pixels;
   bool channels_last;
 };
@@ -126,10 +126,10 @@ PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F
 
 // Loads tokens first .. first + count - 1 of x into a tile, with zeros in the lanes behind them.
 template <class T>
-void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const Tile<T>& tile) {
+void load_tile(const T* x, const TokenLayout& layout, int64_t first, int64_t count, const Tile<T>& tile) {
   constexpr int kPer = Tile<T>::kPer;
-  const int64_t channels = at.channels, whole = channels / kPer;
-  if (at.channels_last) {
+  const int64_t channels = layout.channels, whole = channels / kPer;
+  if (layout.channels_last) {
     const T* rows = x + first * channels;
     transpose_words(rows, channels * sizeof(T), tile.data, tile.row * 4, count, whole);
     if (whole * kPer < channels)
@@ -139,14 +139,14 @@ void load_tile(const T* x, const Place& at, int64_t first, int64_t count, const 
         tile.data[whole * tile.row + t] = last;
       }
   } else {
-    each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
-      const T* plane = x + b * channels * at.pixels + pixel;
-      for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
+    each_sample(layout.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
+      const T* plane = x + b * channels * layout.pixels + pixel;
+      for (int64_t c = 0; c < channels; c += kPer, plane += kPer * layout.pixels) {
         packed32* out = tile.data + c / kPer * tile.row + lane;
         if constexpr (kPer == 1) {
           __builtin_memcpy(out, plane, run * sizeof(packed32));
         } else {
-          const uint16_t *low = &plane->bits, *high = c + 1 < channels ? low + at.pixels : nullptr;
+          const uint16_t *low = &plane->bits, *high = c + 1 < channels ? low + layout.pixels : nullptr;
           if (high)
             for (int64_t t = 0; t < run; ++t) out[t] = low[t] | packed32{high[t]} << 16;
           else
@@ -174,13 +174,13 @@ void store_rows(const Tile<T>& tile, int64_t channels, int64_t count, T* rows, i
 
 // Stores the first `count` tokens of a tile as tokens first .. first + count - 1 of y.
 template <class T>
-void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t count, T* y) {
+void store_tile(const Tile<T>& tile, const TokenLayout& layout, int64_t first, int64_t count, T* y) {
   constexpr int kPer = Tile<T>::kPer;
-  const int64_t channels = at.channels;
-  if (at.channels_last) return store_rows(tile, channels, count, y + first * channels, channels);
-  each_sample(at.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
-    T* plane = y + b * channels * at.pixels + pixel;
-    for (int64_t c = 0; c < channels; c += kPer, plane += kPer * at.pixels) {
+  const int64_t channels = layout.channels;
+  if (layout.channels_last) return store_rows(tile, channels, count, y + first * channels, channels);
+  each_sample(layout.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
+    T* plane = y + b * channels * layout.pixels + pixel;
+    for (int64_t c = 0; c < channels; c += kPer, plane += kPer * layout.pixels) {
       const packed32* in = tile.data + c / kPer * tile.row + lane;
       if constexpr (kPer == 1) {
         __builtin_memcpy(plane, in, run * sizeof(packed32));
@@ -188,7 +188,7 @@ void store_tile(const Tile<T>& tile, const Place& at, int64_t first, int64_t cou
         uint16_t* low = &plane->bits;
         for (int64_t t = 0; t < run; ++t) low[t] = uint16_t(in[t]);
         if (c + 1 < channels)
-          for (int64_t t = 0; t < run; ++t) low[at.pixels + t] = in[t] >> 16;
+          for (int64_t t = 0; t < run; ++t) low[layout.pixels + t] = in[t] >> 16;
       }
     }
   });
