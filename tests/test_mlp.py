@@ -48,7 +48,7 @@ def assert_formats(actual: dict, layout: str) -> None:
     """y is dense in x's memory format whatever x's strides, one channel in NCHW; so is dx from a kernel."""
     several = actual["dx"].shape[1] > 1
     wanted = torch.channels_last if layout in CHANNELS_LAST and several else torch.contiguous_format
-    on_reference = pk.ops.backend.select_backend("cpu", actual["y"].dtype) == "reference"
+    on_reference = pk.ops.dispatch.select_backend("cpu", actual["y"].dtype) == "reference"
     for name in ("y",) if on_reference else ("y", "dx"):
         t = actual[name]
         if t.numel() > 0:

@@ -34,7 +34,7 @@ def assert_formats(actual: dict, layout: str) -> None:
     """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
     wanted = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
     for name in (
-        ("y",) if pk.ops.backend.select_backend("cpu", actual["y"].dtype) == "reference" else ("y", "dx")
+        ("y",) if pk.ops.dispatch.select_backend("cpu", actual["y"].dtype) == "reference" else ("y", "dx")
     ):
         t = actual[name]
         if t.numel() > 0:
