@@ -36,7 +36,7 @@ from charts import (
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from roofline import roofline
+from plot_roofline import roofline
 
 from poolformer_kernels.cli.errors import CommandError, report_errors
 
