@@ -38,7 +38,7 @@ test-long: $(VENV)/.extra-test $(VENV)/.extension
 
 bench: $(VENV)/.extra-bench $(VENV)/.extension
 	for name in pool-mixer mlp block model training; do $(BIN)/poolformer-kernels bench $$name $(ARGS) || exit; done
-	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python -m benchmarks.plots
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -13,12 +13,13 @@ import argparse
 import itertools
 
 import torch
-from harness import BATCH, Case, Names, arguments, finish, image, record, run, start, steps
-from parts import NAMES, parts
-from providers import PROVIDERS, compare, make_pair
-from records import Results
 
 from poolformer_kernels.cli.options import image_size
+
+from .harness import BATCH, Case, Names, arguments, finish, image, record, start, steps
+from .parts import NAMES, parts
+from .providers import PROVIDERS, compare, make_pair
+from .records import Results
 
 BUDGET_S = 3.0  # of one case's rounds
 
@@ -53,7 +54,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     results = record("block", args)
     measure_all(args, results)
     return finish("Blocks, stages and what is between them", results, args)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -20,7 +20,13 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
-from harness import (
+from torch import Tensor, nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.ops.dispatch import mlp_backend
+from poolformer_kernels.ops.mlp import mlp_with_stats
+
+from .harness import (
     BATCH,
     Case,
     Names,
@@ -32,18 +38,12 @@ from harness import (
     on_backend,
     record,
     require_backend,
-    run,
     stages,
     start,
     steps,
     working,
 )
-from records import UnavailableError
-from torch import Tensor, nn
-
-import poolformer_kernels as pk
-from poolformer_kernels.ops.dispatch import mlp_backend
-from poolformer_kernels.ops.mlp import mlp_with_stats
+from .records import UnavailableError
 
 PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least
 TRAFFIC = {"forward": 2, "backward": 3}  # of x's size: x in, y out; x and the gradients of both
@@ -181,7 +181,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             if calls := working(built, results, case, args.device):
                 results.add(measure(case, calls, x, rounds=args.rounds))
     return finish("MLP sub-block", results, args)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from harness import Case, Names, arguments, finish, image, record, run, start, steps
-from parts import cost
-from providers import PROVIDERS, compare, default_providers, make_pair
-from records import Results
 
 from poolformer_kernels.cli.options import image_size
 from poolformer_kernels.models import list_models, model_config
+
+from .harness import Case, Names, arguments, finish, image, record, start, steps
+from .parts import cost
+from .providers import PROVIDERS, compare, default_providers, make_pair
+from .records import Results
 
 BUDGET_S = 10.0  # of one case's rounds
 BATCH = {"cpu": (8, 1), "cuda": (256, 1)}
@@ -136,7 +137,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     for line in exponents(results, args) if args.scaling else []:
         print(line)
     return code
-
-
-if __name__ == "__main__":
-    run(main)

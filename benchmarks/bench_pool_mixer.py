@@ -17,7 +17,13 @@ from functools import partial
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from harness import (
+from torch import Tensor
+
+import poolformer_kernels as pk
+from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
+from poolformer_kernels.profiling import time_interleaved
+
+from .harness import (
     BATCH,
     LAYOUTS,
     Case,
@@ -30,17 +36,11 @@ from harness import (
     on_backend,
     record,
     require_backend,
-    run,
     stages,
     start,
     steps,
     working,
 )
-from torch import Tensor
-
-import poolformer_kernels as pk
-from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
-from poolformer_kernels.profiling import time_interleaved
 
 # Per element of x, README, "Algebra". Forward: separable sums (4), their mean, the centre off, scaled, added.
 # Backward: the pool's adjoint (6), the reduction q (4), dx (4).
@@ -136,7 +136,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         overhead = ", ".join(f"{name} {us:.1f} us" for name, us in call_overhead(args.rounds).items())
         print(f"one call on 1x64x7x7: {overhead}")
     return code
-
-
-if __name__ == "__main__":
-    run(main)

@@ -28,10 +28,6 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Names, arguments, finish, image, measure, record, run, start, steps
-from parts import cost
-from providers import _quiet, make_pair
-from records import Results, Row
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -39,6 +35,11 @@ import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.cli.options import image_size
+
+from .harness import Case, Names, arguments, finish, image, measure, record, start, steps
+from .parts import cost
+from .providers import _quiet, make_pair
+from .records import Results, Row
 
 BUDGET_S = 30.0  # of one case's rounds
 STEPS = 3
@@ -299,7 +300,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     for line in memory_lines(results.groups):
         print(line)
     return code
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,8 +4,9 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from matplotlib.figure import Figure
-from records import LIMITS
-from rows import Row, read_results
+
+from .records import LIMITS
+from .rows import Row, read_results
 
 __all__ = [
     "MissingRowsError",

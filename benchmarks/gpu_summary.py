@@ -1,6 +1,6 @@
 """Writes summary.md beside a device's CSV files: what was measured, beside the fastest peer and the limits.
 
-    python benchmarks/gpu_summary.py [--results benchmarks/results/nvidia-h200]
+    python -m benchmarks.gpu_summary [--results benchmarks/results/nvidia-h200]
 
 First images per second of whole models and training steps, beside eager and torch.compile. Then one table
 per benchmark, a line per case. A cell of ours says how many times faster than the fastest peer it is, and
@@ -11,17 +11,19 @@ multiprocessor.
 
 import argparse
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
-import harness
-import records
 import torch
-from records import LIMITS
-from rows import Row, read_results
 
 from poolformer_kernels.backends import cpp
+from poolformer_kernels.cli.errors import report_errors
 from poolformer_kernels.cli.kernels import LEGEND, kernels, table
+
+from . import records
+from .records import LIMITS
+from .rows import Row, read_results
 
 __all__ = ["benchmark_table", "main", "summary", "throughput_table"]
 
@@ -151,9 +153,8 @@ def _versions() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the file; the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="gpu_summary", description=__doc__, formatter_class=raw)
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: those of this machine's GPU")
     args = parser.parse_args(argv)
     folder = args.results
@@ -166,4 +167,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    harness.run(main)
+    sys.exit(report_errors("gpu_summary", main))

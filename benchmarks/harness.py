@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from records import (
+from torch import Tensor
+
+import poolformer_kernels as pk
+from poolformer_kernels.cli.errors import CommandError, check_writable
+from poolformer_kernels.cli.options import Parser, positive
+from poolformer_kernels.models import list_models, model_config
+from poolformer_kernels.profiling import time_interleaved
+
+from .records import (
     LIMITS,
     Results,
     Row,
@@ -26,13 +33,6 @@ from records import (
     facts_of,
     results_folder,
 )
-from torch import Tensor
-
-import poolformer_kernels as pk
-from poolformer_kernels.cli.errors import CommandError, check_writable, report_errors
-from poolformer_kernels.cli.options import Parser, positive
-from poolformer_kernels.models import list_models, model_config
-from poolformer_kernels.profiling import time_interleaved
 
 __all__ = [
     "BATCH",
@@ -49,7 +49,6 @@ __all__ = [
     "record",
     "require",
     "require_backend",
-    "run",
     "settle",
     "stages",
     "start",
@@ -134,11 +133,6 @@ def arguments(
     add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
     add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
     return parser
-
-
-def run(command: Callable[[], int]) -> NoReturn:
-    """A benchmark as a script: what the user can mend is one line on stderr and exit code 2."""
-    sys.exit(report_errors(Path(sys.argv[0]).name, command))
 
 
 def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -344,7 +338,7 @@ def steps(cases: Iterable, describe: Callable[[object], str] = str) -> Iterator:
 
 def finish(title: str, results: Results, args: argparse.Namespace) -> int:
     """Print the cases and what is missing. 1 where a result was wrong or one of ours failed, else 0."""
-    from summary import print_summary
+    from .summary import print_summary
 
     machine = f"{device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print_summary(results.groups, title, machine, results.missing)

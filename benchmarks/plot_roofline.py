@@ -5,7 +5,12 @@ import statistics
 from collections.abc import Sequence
 
 import matplotlib
-from charts import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+from .charts import (
     COLOURS,
     GRID,
     INK,
@@ -19,10 +24,6 @@ from charts import (
     select,
     short_number,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
 
 __all__ = ["roofline"]
 

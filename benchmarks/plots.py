@@ -1,6 +1,6 @@
 """What do the benchmarks say? Plots from their CSV files, as PNG and SVG.
 
-    python benchmarks/plots.py [--results DIR] [--out DIR] [--relative] [--dtype bfloat16]
+    python -m benchmarks.plots [--results DIR] [--out DIR] [--relative] [--dtype bfloat16]
 
 `throughput` compares providers on whole models, `stages` shows where a model's time goes, `roofline` places
 every kernel below the limits measured beside it, `scaling` fits the cost of larger inputs and models.
@@ -17,7 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-from charts import (
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from poolformer_kernels.cli.errors import CommandError, report_errors
+
+from .charts import (
     COLOURS,
     INK,
     SEGMENTS,
@@ -33,12 +39,7 @@ from charts import (
     select,
     short_number,
 )
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from plot_roofline import roofline
-
-from poolformer_kernels.cli.errors import CommandError, report_errors
+from .plot_roofline import roofline
 
 __all__ = [
     "MissingRowsError",

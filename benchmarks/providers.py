@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-from harness import Case, measure, require
-from records import Results, UnavailableError
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
@@ -29,6 +27,9 @@ from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.numerics import errors
 from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
+
+from .harness import Case, measure, require
+from .records import Results, UnavailableError
 
 __all__ = [
     "LAYOUTS",

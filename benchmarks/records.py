@@ -27,11 +27,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from commit import commit_of
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.errors import CommandError, check_writable
 from poolformer_kernels.cli.info import _cpu_name
+
+from .commit import commit_of
 
 __all__ = [
     "LIMITS",

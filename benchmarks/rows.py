@@ -4,10 +4,10 @@ import csv
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
-import records
-from records import LIMITS
-
 from poolformer_kernels.cli.errors import CommandError
+
+from . import records
+from .records import LIMITS
 
 __all__ = ["Row", "read_results"]
 

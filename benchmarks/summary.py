@@ -3,10 +3,11 @@
 import os
 import sys
 
-from records import LIMITS, Row
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from .records import LIMITS, Row
 
 __all__ = ["print_summary"]
 

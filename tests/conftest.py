@@ -10,7 +10,7 @@ from helpers import BACKENDS, require_backend
 from peers import require
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli import main as cli
+from poolformer_kernels.cli.main import load_benchmarks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,9 +78,8 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
     """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
     for package in ("PIL", "rich", "sklearn", "timm"):
         require(package)
-    monkeypatch.syspath_prepend(str(cli._benchmarks()))
-    import harness
-    import records
+    load_benchmarks()
+    from poolformer_kernels.benchmarks import harness, records
 
     for name, value in harness._WARM_HEAP.items():
         monkeypatch.setenv(name, value)

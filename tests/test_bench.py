@@ -13,6 +13,7 @@ import torch
 from accelerate_helpers import blocks_of
 from chain_helpers import Calls
 
+import poolformer_kernels as pk
 from poolformer_kernels.accelerate import unfused_reasons
 from poolformer_kernels.cli import main as cli
 from poolformer_kernels.cli.errors import CommandError
@@ -97,7 +98,7 @@ def test_model(tmp_path, capsys) -> None:
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch) -> None:
-    import providers
+    from poolformer_kernels.benchmarks import providers
 
     def wrong(peer, ours, x):
         return lambda: ours(x) * torch.where(torch.arange(1000) == 7, 3.0, 1.2)
@@ -110,9 +111,7 @@ def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_half_precision_errors_are_those_of_rounding() -> None:
-    import harness
-    import providers
-    import records
+    from poolformer_kernels.benchmarks import harness, providers, records
 
     peer, ours = providers.make_pair("poolformer_s12", torch.bfloat16, "cpu")
     x = harness.image(2, (3, 32, 32), "cpu", torch.bfloat16, "channels_last")
@@ -126,9 +125,7 @@ def test_half_precision_errors_are_those_of_rounding() -> None:
 
 
 def test_accelerate_runs_a_copy_by_kernels(kernels) -> None:
-    import harness
-    import providers
-    import records
+    from poolformer_kernels.benchmarks import harness, providers, records
 
     peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
     results = records.Results()
@@ -180,8 +177,7 @@ def test_missing_extras_are_one_line(monkeypatch, capsys) -> None:
 
 
 def test_parts_add_up_to_the_model() -> None:
-    import parts
-    import providers
+    from poolformer_kernels.benchmarks import parts, providers
 
     peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
     made = parts.parts(peer, ours, 64)
@@ -201,7 +197,7 @@ def test_parts_add_up_to_the_model() -> None:
 
 
 def test_small_batches_by_default_of_the_first_model_only() -> None:
-    import bench_model
+    from poolformer_kernels.benchmarks import bench_model
 
     options = {"scaling": False, "device": "cpu", "dtype": ["float32"], "image_size": [224]}
     args = argparse.Namespace(models=["poolformer_s12", "poolformer_m48"], batch=None, **options)
@@ -213,8 +209,7 @@ def test_small_batches_by_default_of_the_first_model_only() -> None:
 
 
 def test_scaling_points_and_exponents() -> None:
-    import bench_model
-    import records
+    from poolformer_kernels.benchmarks import bench_model, records
 
     args = argparse.Namespace(
         scaling=True,
@@ -246,16 +241,62 @@ def test_scaling_points_and_exponents() -> None:
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_benchmarks_are_found(installed, tmp_path, monkeypatch) -> None:
-    package = tmp_path / "poolformer_kernels"
+    name, package = "poolformer_kernels.benchmarks", tmp_path / "poolformer_kernels"
     folder = (package if installed else tmp_path) / "benchmarks"
     folder.mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir(exist_ok=True)  # of another package, beside an installed one
-    (folder / "harness.py").touch()
+    for file in ("__init__.py", "harness.py"):
+        (folder / file).touch()
     monkeypatch.setattr(cli, "__file__", str(package / "cli" / "main.py"))
-    assert cli._benchmarks() == folder
+    monkeypatch.setattr(pk, "benchmarks", None)
+    monkeypatch.setitem(sys.modules, name, sys.modules[name])  # put back afterwards
+    del sys.modules[name]
+    found = cli.load_benchmarks()
+    assert found is sys.modules[name] is pk.benchmarks is cli.load_benchmarks()
+    assert found.__path__ == [str(folder)]
     (folder / "harness.py").unlink()
+    del sys.modules[name]
     with pytest.raises(CommandError, match="the benchmarks are missing"):
-        cli._benchmarks()
+        cli.load_benchmarks()
+
+
+# Ends without the modules that a finder of an editable install would lend
+FROM_A_FOLDER = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]
+before = list(sys.path)
+from poolformer_kernels.cli.main import main
+try:
+    main(['bench', 'block', '--help'])
+except SystemExit as end:
+    assert end.code == 0
+assert sys.path == before
+files = {n: m.__file__ for n, m in sys.modules.items() if getattr(m, '__file__', None)}
+print(*{n for n, file in files.items() if file.startswith(sys.argv[1])})
+"""
+
+
+def run_from(folder: Path, benchmarks: Path, cwd: Path) -> tuple[str, set[str]]:
+    """The help of a benchmark, and which modules came from the folder of the benchmarks."""
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_A_FOLDER, str(benchmarks)],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    return " ".join(text.split()), set(last.split())
+
+
+def test_a_source_tree_has_the_benchmarks(tmp_path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    text, modules = run_from(root, root / "benchmarks", tmp_path)
+    assert "results/<device>/<name>.csv" in text
+    name = "poolformer_kernels.benchmarks"
+    assert {name, f"{name}.bench_block", f"{name}.harness"} <= modules
+    assert all(module.startswith(name) for module in modules)
 
 
 def test_a_wheel_holds_the_benchmarks(tmp_path) -> None:
@@ -271,18 +312,12 @@ def test_a_wheel_holds_the_benchmarks(tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    held = {path.name for path in (tmp_path / "lib" / "poolformer_kernels" / "benchmarks").glob("*.py")}
+    folder = tmp_path / "lib" / "poolformer_kernels" / "benchmarks"
+    held = {path.name for path in folder.glob("*.py")}
     assert held == {path.name for path in (root / "benchmarks").glob("*.py")}
     assert (tmp_path / "lib" / "poolformer_kernels" / "backends" / "triton" / "mlp" / "tile.py").is_file()
-    help_text = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from poolformer_kernels.cli.main import main; main(['bench', 'block', '--help'])",
-        ],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert "results/<device>/<name>.csv" in " ".join(help_text.stdout.split())
+    text, modules = run_from(tmp_path / "lib", folder, tmp_path)
+    assert "default: results/<device>/<name>.csv" in text
+    name = "poolformer_kernels.benchmarks"
+    assert {name, f"{name}.bench_block", f"{name}.harness"} <= modules
+    assert all(module.startswith(name) for module in modules)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("benchmark_process")
 
 
 def test_default_file_and_six_digits(tmp_path) -> None:
-    import records
+    from poolformer_kernels.benchmarks import records
 
     values = dict.fromkeys(MEASURED, "x") | {"median_s": 1 / 3, "batch": 8, "error_l2": None}
     path = records.csv_path("mlp", "cpu")
@@ -30,8 +30,7 @@ def test_default_file_and_six_digits(tmp_path) -> None:
 
 
 def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch) -> None:
-    import harness
-    import providers
+    from poolformer_kernels.benchmarks import harness, providers
 
     file = tmp_path / "m.csv"
     seen = []  # lines of the file when a case begins
@@ -69,8 +68,7 @@ def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys
 
 def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch) -> None:
     """After an illegal access every call of the process fails: no provider behind it is to blame."""
-    import harness
-    import records
+    from poolformer_kernels.benchmarks import harness, records
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     results, reached = records.Results(tmp_path / "m.csv"), []
@@ -91,9 +89,7 @@ def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch
 
 
 def test_graphs_of_each_backend_run_on_cuda_only() -> None:
-    import harness
-    import providers
-    import records
+    from poolformer_kernels.benchmarks import harness, providers, records
 
     names = ["ours graphed", "ours triton graphed", "ours cuda graphed"]
     results = records.Results()
@@ -108,7 +104,7 @@ def test_operators_without_ours_are_measured_all_the_same(name, tmp_path, monkey
     def broken(*args, **options):
         raise RuntimeError("no kernel image")
 
-    module = importlib.import_module(f"bench_{name.replace('-', '_')}")
+    module = importlib.import_module(f"poolformer_kernels.benchmarks.bench_{name.replace('-', '_')}")
     monkeypatch.setattr(module, "ours", broken)
     monkeypatch.setattr(module, "call_overhead", lambda rounds: {}, raising=False)
     monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
@@ -125,7 +121,7 @@ def test_operators_without_ours_are_measured_all_the_same(name, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["pool-mixer", "mlp"])
 def test_operators(name, tmp_path, monkeypatch) -> None:
-    module = importlib.import_module(f"bench_{name.replace('-', '_')}")
+    module = importlib.import_module(f"poolformer_kernels.benchmarks.bench_{name.replace('-', '_')}")
     monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
     options = ["--batch", "2", "--dtype", "float32", "--csv", str(tmp_path / "o.csv")]
     assert bench(name, *options, *(["--layout", "NCHW"] if name == "pool-mixer" else [])) == 0

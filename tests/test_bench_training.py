@@ -26,7 +26,7 @@ def bench(*arguments: str) -> int:
 
 
 def test_saved_bytes_of_a_case_counted_by_hand() -> None:
-    import bench_training
+    from poolformer_kernels.benchmarks import bench_training
 
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)), torch.randn(2, 3)
     target = torch.tensor([1, 4])
@@ -36,7 +36,7 @@ def test_saved_bytes_of_a_case_counted_by_hand() -> None:
 
 
 def test_saved_fraction_of_a_block_counted_by_hand(kernels) -> None:
-    import bench_training
+    from poolformer_kernels.benchmarks import bench_training
 
     block = PoolFormerBlock(16)
     x = torch.randn(4, 16, 7, 7).contiguous(memory_format=torch.channels_last)
@@ -88,7 +88,7 @@ def wrong_gradient(model: nn.Module) -> nn.Module:
     ],
 )
 def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, capsys, monkeypatch) -> None:
-    import bench_training
+    from poolformer_kernels.benchmarks import bench_training
 
     lax = 2.0 if other_rule == "WRONG_LOSS" else (2.0, 2.0)
     monkeypatch.setitem(getattr(bench_training, other_rule), "float32", lax)  # each rule alone finds it
@@ -104,7 +104,7 @@ def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, caps
 
 
 def test_bfloat16_gradients_off_by_a_factor_are_wrong(tmp_path, capsys, monkeypatch) -> None:
-    import bench_training
+    from poolformer_kernels.benchmarks import bench_training
 
     def scaled(model: nn.Module, factor: float) -> nn.Module:
         for name, p in model.named_parameters():
@@ -124,7 +124,7 @@ def test_bfloat16_gradients_off_by_a_factor_are_wrong(tmp_path, capsys, monkeypa
 
 
 def test_gradient_errors_by_hand() -> None:
-    import bench_training
+    from poolformer_kernels.benchmarks import bench_training
 
     exact = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.0]), "a.1.b": torch.tensor([1e-10])}
     found = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.5]), "a.1.b": torch.tensor([1.0])}

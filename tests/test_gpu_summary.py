@@ -1,7 +1,6 @@
 """The GPU check's summary: ratios to the fastest peer and fractions of the limits, from known CSV files."""
 
 import csv
-import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -10,15 +9,14 @@ from types import ModuleType
 import pytest
 from peers import require
 
+from poolformer_kernels.cli.main import load_benchmarks
+
 
 @pytest.fixture(scope="module")
 def gpu_summary() -> ModuleType:
     for package in ("matplotlib", "rich"):
         require(package)
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return import_module("gpu_summary")
+    return import_module(".gpu_summary", load_benchmarks().__name__)
 
 
 def case(benchmark: str, times: dict[str, tuple[float, float]], **other: str) -> list[dict[str, str]]:
@@ -48,7 +46,7 @@ def case(benchmark: str, times: dict[str, tuple[float, float]], **other: str) ->
 
 
 def write(path: Path, *cases: list[dict[str, str]]) -> None:
-    from charts import Row
+    from poolformer_kernels.benchmarks.charts import Row
 
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [column.name for column in fields(Row)], restval="")

@@ -1,7 +1,6 @@
 """The plots of the benchmarks: what is drawn from known rows, not how it looks."""
 
 import csv
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -12,16 +11,15 @@ from types import ModuleType
 import pytest
 from peers import require
 
+from poolformer_kernels.cli.main import load_benchmarks
+
 SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
 
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
     require("matplotlib")
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return import_module("plots")
+    return import_module(".plots", load_benchmarks().__name__)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 import argparse
 import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from ..ops.dispatch import BACKENDS
 from .errors import CommandError, report_errors
 from .options import DTYPES, Parser, dtypes, image_size, positive
 
-__all__ = ["main"]
+__all__ = ["load_benchmarks", "main"]
 
 _BENCHMARKS = ("model", "block", "mlp", "pool-mixer", "training")
 
@@ -136,13 +138,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(_benchmarks()))  # they are scripts too, and import each other by name
-    benchmark = import_module(f"bench_{args.benchmark.replace('-', '_')}")
+    package = load_benchmarks()
+    benchmark = import_module(f".bench_{args.benchmark.replace('-', '_')}", package.__name__)
     return benchmark.main(args.arguments, prog=f"poolformer-kernels bench {args.benchmark}")
 
 
-def _benchmarks() -> Path:
-    """The folder of the benchmarks: inside an installed package, beside the package in a source tree."""
+def load_benchmarks() -> ModuleType:
+    """The package ``poolformer_kernels.benchmarks``, which can be imported by this name afterwards.
+
+    Its folder lies inside an installed package, but beside the package in a source tree. There the import
+    system would not find it, or it would find the folder of another tree that is installed.
+
+    Raises:
+        CommandError: there is no such folder.
+    """
+    parent = __package__.partition(".")[0]
+    name = f"{parent}.benchmarks"
+    if name not in sys.modules:
+        folder = _benchmarks_folder()
+        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        sys.modules[name] = package = module_from_spec(spec)
+        spec.loader.exec_module(package)
+        sys.modules[parent].benchmarks = package
+    return sys.modules[name]
+
+
+def _benchmarks_folder() -> Path:
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "benchmarks", package.parent / "benchmarks"):
         if (folder / "harness.py").is_file():

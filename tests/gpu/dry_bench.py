@@ -8,21 +8,21 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT / "benchmarks")
 sys.path.append(str(ROOT))  # where PYTHONPATH has no package
 
 
 def main() -> int:
-    import bench_training
-    import providers
-
     from poolformer_kernels.cli.errors import report_errors
+    from poolformer_kernels.cli.main import load_benchmarks
+
+    package = load_benchmarks()
+    from poolformer_kernels.benchmarks import bench_training, providers
 
     providers.errors = lambda *tensors: (0.0, 0.0)
     bench_training.loss_error = lambda losses, exact: 0.0
     bench_training.gradient_errors = lambda gradients, exact: {}
     bench_training.wrong_gradient = lambda errors, eager, dtype: None
-    benchmark = import_module(f"bench_{sys.argv[1].replace('-', '_')}")
+    benchmark = import_module(f".bench_{sys.argv[1].replace('-', '_')}", package.__name__)
     return report_errors(sys.argv[1], lambda: benchmark.main(sys.argv[2:]))
 
 
