@@ -16,10 +16,10 @@ import torch
 
 from poolformer_kernels.cli.options import image_size
 
-from .harness import BATCH, Case, Names, arguments, finish, image, record, start, steps
+from .harness import BATCH, Names, arguments, finish, image, record, start, steps
 from .parts import NAMES, parts
 from .providers import PROVIDERS, compare, make_pair
-from .records import Results
+from .rows import Case, Results
 
 BUDGET_S = 3.0  # of one case's rounds
 

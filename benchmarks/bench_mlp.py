@@ -28,7 +28,6 @@ from poolformer_kernels.ops.mlp import mlp_with_stats
 
 from .harness import (
     BATCH,
-    Case,
     Names,
     arguments,
     default_providers,
@@ -43,7 +42,7 @@ from .harness import (
     steps,
     working,
 )
-from .records import UnavailableError
+from .rows import Case, UnavailableError
 
 PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least
 TRAFFIC = {"forward": 2, "backward": 3}  # of x's size: x in, y out; x and the gradients of both

@@ -23,10 +23,10 @@ import torch
 from poolformer_kernels.cli.options import image_size
 from poolformer_kernels.models import list_models, model_config
 
-from .harness import Case, Names, arguments, finish, image, record, start, steps
+from .harness import Names, arguments, finish, image, record, start, steps
 from .parts import cost
 from .providers import PROVIDERS, compare, default_providers, make_pair
-from .records import Results
+from .rows import Case, Results
 
 BUDGET_S = 10.0  # of one case's rounds
 BATCH = {"cpu": (8, 1), "cuda": (256, 1)}

@@ -26,7 +26,6 @@ from poolformer_kernels.profiling import time_interleaved
 from .harness import (
     BATCH,
     LAYOUTS,
-    Case,
     Names,
     arguments,
     default_providers,
@@ -41,6 +40,7 @@ from .harness import (
     steps,
     working,
 )
+from .rows import Case
 
 # Per element of x, README, "Algebra". Forward: separable sums (4), their mean, the centre off, scaled, added.
 # Backward: the pool's adjoint (6), the reduction q (4), dx (4).

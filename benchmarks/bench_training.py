@@ -36,10 +36,10 @@ from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.cli.options import image_size
 
-from .harness import Case, Names, arguments, finish, image, measure, record, start, steps
+from .harness import Names, arguments, finish, image, measure, record, start, steps
 from .parts import cost
-from .providers import _quiet, make_pair
-from .records import Results, Row
+from .providers import make_pair, quiet
+from .rows import Case, Results, Row
 
 BUDGET_S = 30.0  # of one case's rounds
 STEPS = 3
@@ -214,7 +214,7 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
     calls, errors, saved = {}, {}, {}
     for name in args.providers:
         try:
-            with _quiet():
+            with quiet():
                 model = PROVIDERS[name](*(copy.deepcopy(model).train() for model in (peer, ours)))
                 training = Training(model, x, target, dtype)
                 losses, found = training.trajectory()

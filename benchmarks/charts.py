@@ -5,17 +5,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from matplotlib.figure import Figure
 
-from .records import LIMITS
-from .rows import Row, read_results
+from .rows import LIMITS, RecordedRow
 
 __all__ = [
     "MissingRowsError",
-    "Row",
     "empty_figure",
     "group_by",
     "long_name",
     "model_size",
-    "read_results",
     "select",
     "short_number",
 ]
@@ -55,7 +52,7 @@ class MissingRowsError(LookupError):
     """The results hold too little for a plot; the message says which rows it needs."""
 
 
-def select(rows: Iterable[Row], *benchmarks: str) -> list[Row]:
+def select(rows: Iterable[RecordedRow], *benchmarks: str) -> list[RecordedRow]:
     """The forward rows of these benchmarks without the limits, one for each measurement, ours first."""
     chosen, order = {}, list(COLOURS)
     for r in sorted(rows, key=lambda r: r.layout == "channels_last"):
@@ -67,8 +64,10 @@ def select(rows: Iterable[Row], *benchmarks: str) -> list[Row]:
     return sorted(chosen.values(), key=lambda r: order.index(r.provider))
 
 
-def group_by(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, list[Row]]:
-    groups: dict[Hashable, list[Row]] = {}
+def group_by(
+    rows: Iterable[RecordedRow], key: Callable[[RecordedRow], Hashable]
+) -> dict[Hashable, list[RecordedRow]]:
+    groups: dict[Hashable, list[RecordedRow]] = {}
     for r in sorted(rows, key=key):
         groups.setdefault(key(r), []).append(r)
     return groups
@@ -88,7 +87,9 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def empty_figure(rows: Sequence[Row], title: str, subtitle: str, height: float, top: float = 0.58) -> Figure:
+def empty_figure(
+    rows: Sequence[RecordedRow], title: str, subtitle: str, height: float, top: float = 0.58
+) -> Figure:
     """A figure 8 inches wide: ``top`` inches of titles, ``height`` for axes, the facts of the rows below."""
     names = ("device", "threads", "torch", "commit", "dtype")
     device, threads, torch, commit, dtype = (

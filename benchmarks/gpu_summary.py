@@ -21,9 +21,8 @@ from poolformer_kernels.backends import cpp
 from poolformer_kernels.cli.errors import report_errors
 from poolformer_kernels.cli.kernels import LEGEND, kernels, table
 
-from . import records
-from .records import LIMITS
-from .rows import Row, read_results
+from .facts import commit, device_folder, results_folder
+from .rows import LIMITS, RecordedRow, read_results
 
 __all__ = ["benchmark_table", "main", "summary", "throughput_table"]
 
@@ -37,7 +36,7 @@ BENCHMARKS = {
 _CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
 
 
-def summary(rows: list[Row], versions: dict[str, str], kernel_lines: list[str]) -> str:
+def summary(rows: list[RecordedRow], versions: dict[str, str], kernel_lines: list[str]) -> str:
     """The Markdown of one device's rows, in the order of the files."""
     lines = [f"# {rows[0].device}", "", *(f"- {name}: {version}" for name, version in versions.items())]
     lines += ["", "## Images per second", "", *throughput_table(rows)]
@@ -53,7 +52,7 @@ def summary(rows: list[Row], versions: dict[str, str], kernel_lines: list[str]) 
     return "\n".join([*lines, "", "## CUDA kernels", "", LEGEND, "", "```", *kernel_lines, "```", ""])
 
 
-def throughput_table(rows: list[Row]) -> list[str]:
+def throughput_table(rows: list[RecordedRow]) -> list[str]:
     """Markdown of whole models and training steps: a line per case and provider, the fastest first."""
     lines = []
     for case in _cases([row for row in rows if row.benchmark in ("model", "training")]):
@@ -69,7 +68,7 @@ def throughput_table(rows: list[Row]) -> list[str]:
     return [_line(heading), _line(["---"] * 4 + ["---:"] * 3), *lines]
 
 
-def benchmark_table(rows: list[Row]) -> list[str]:
+def benchmark_table(rows: list[RecordedRow]) -> list[str]:
     """A Markdown table of one benchmark; what is the same in every case stands above it."""
     cases = _cases(rows)
     providers = {row.provider: None for row in rows if row.provider not in LIMITS}
@@ -97,9 +96,9 @@ def benchmark_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _cases(rows: list[Row]) -> list[dict[str, Row]]:
+def _cases(rows: list[RecordedRow]) -> list[dict[str, RecordedRow]]:
     """By case the providers' rows: a case's limits are its last two."""
-    cases: list[dict[str, Row]] = [{}]
+    cases: list[dict[str, RecordedRow]] = [{}]
     for row in rows:
         cases[-1][row.provider] = row
         if row.provider == "matmul":
@@ -111,22 +110,22 @@ def _is_peer(provider: str) -> bool:
     return not (provider in LIMITS or provider.startswith("ours") or provider.endswith(" linear"))
 
 
-def _cell(row: Row | None, peer: Row | None) -> str:
+def _cell(row: RecordedRow | None, peer: RecordedRow | None) -> str:
     if row is None:
         return "-"
     return f"{_time(row) if peer is None else _ratio(row, peer)}, {_share(row)}"
 
 
-def _ratio(row: Row, peer: Row) -> str:
+def _ratio(row: RecordedRow, peer: RecordedRow) -> str:
     noisy = any(r.p80_s > 2 * r.p20_s for r in (row, peer))
     return f"{'~' if noisy else ''}{peer.median_s / row.median_s:.2f}×"
 
 
-def _time(row: Row) -> str:
+def _time(row: RecordedRow) -> str:
     return f"{row.median_s * 1e3:.3g} ms" if row.median_s >= 1e-3 else f"{row.median_s * 1e6:.3g} us"
 
 
-def _share(row: Row) -> str:
+def _share(row: RecordedRow) -> str:
     return f"{row.fraction:.0%}"
 
 
@@ -148,7 +147,7 @@ def _versions() -> dict[str, str]:
     if build := cpp.build_info():
         archs = ", ".join(build["cuda_archs"]) or "no architecture"
         found["CUDA of the extension"] = f"{build['cuda_built_with'] or 'none'}, for {archs}"
-    return found | {"commit": records.commit()}
+    return found | {"commit": commit()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.results
     if folder is None:
-        folder = records.results_folder() / records.device_folder("cuda")
+        folder = results_folder() / device_folder("cuda")
     text = summary(read_results(folder), _versions(), table(kernels()))
     (folder / "summary.md").write_text(text, encoding="utf-8")
     print(f"written to {folder / 'summary.md'}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, a settled process, cases, limits, tables and files (see `records`).
+"""What the benchmarks share: options, a settled process, limits, tables and files.
 
 A case is one operation on one input. Its providers, a copy and a large matrix product are timed in the same
 interleaved rounds, so every figure has its limits beside it.
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -23,22 +23,13 @@ from poolformer_kernels.cli.options import Parser, positive
 from poolformer_kernels.models import list_models, model_config
 from poolformer_kernels.profiling import time_interleaved
 
-from .records import (
-    LIMITS,
-    Results,
-    Row,
-    UnavailableError,
-    csv_path,
-    device_name,
-    facts_of,
-    results_folder,
-)
+from .facts import csv_path, facts_of, processor_name, results_folder
+from .rows import LIMITS, Case, Results, Row, UnavailableError
 
 __all__ = [
     "BATCH",
     "DTYPES",
     "LAYOUTS",
-    "Case",
     "Names",
     "arguments",
     "default_providers",
@@ -166,34 +157,6 @@ def stages(models: Iterable[str]) -> list[tuple[str, str, tuple[int, int, int]]]
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one input. ``least`` are (bytes, FLOPs) that it takes at the least."""
-
-    benchmark: str
-    shape: tuple[int, ...]
-    dtype: str
-    batch: int
-    least: tuple[int, int]
-    direction: str = "forward"
-    model: str = ""
-    stage: str = ""
-    layout: str = "channels_last"
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        parts = (
-            self.direction,
-            self.model,
-            self.stage,
-            self.dtype,
-            self.layout,
-            f"batch {self.batch}",
-            shape,
-        )
-        return f"{self.benchmark.replace('_', ' ')}: {', '.join(part for part in parts if part)}"
 
 
 def image(batch: int, shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: str) -> Tensor:
@@ -340,7 +303,7 @@ def finish(title: str, results: Results, args: argparse.Namespace) -> int:
     """Print the cases and what is missing. 1 where a result was wrong or one of ours failed, else 0."""
     from .summary import print_summary
 
-    machine = f"{device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{processor_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print_summary(results.groups, title, machine, results.missing)
     rows = [row for group in results.groups for row in group]
     if not rows:

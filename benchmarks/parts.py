@@ -23,7 +23,7 @@ NAMES += tuple(f"a block of stage {i}" for i in range(1, 5))
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model. ``stage`` as in `harness`; ``moved`` are elements per sample."""
+    """One part of a model. ``stage`` as in `rows`; ``moved`` are elements per sample."""
 
     stage: str
     peer: nn.Module

@@ -17,13 +17,13 @@ from .charts import (
     SOFT,
     STYLE,
     MissingRowsError,
-    Row,
     empty_figure,
     long_name,
     model_size,
     select,
     short_number,
 )
+from .rows import RecordedRow
 
 __all__ = ["roofline"]
 
@@ -37,13 +37,15 @@ KINDS = {  # marker and size
 }
 
 
-def _kind(r: Row) -> str:
+def _kind(r: RecordedRow) -> str:
     if r.benchmark != "block":
         return {"pool_mixer": "mixer", "mlp": "MLP"}.get(r.benchmark, r.benchmark)
     return "head" if r.stage == "head" else "stem, downsample" if r.stage[:1] in ("s", "d") else "block"
 
 
-def _kernels(rows: Sequence[Row]) -> dict[bool, dict[tuple[str, str], dict[str, tuple[float, float]]]]:
+def _kernels(
+    rows: Sequence[RecordedRow],
+) -> dict[bool, dict[tuple[str, str], dict[str, tuple[float, float]]]]:
     """By width (S, M), then (kind, name): FLOP / byte and TFLOP/s of ours, compile and eager.
 
     A single block goes before a whole stage.
@@ -62,7 +64,7 @@ def _kernels(rows: Sequence[Row]) -> dict[bool, dict[tuple[str, str], dict[str, 
 
 
 @matplotlib.rc_context(STYLE)
-def roofline(rows: Sequence[Row], relative: bool = False) -> Figure:
+def roofline(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Every kernel's arithmetic intensity and rate, below the copy bandwidth and matrix rate of the same run.
 
     Relative rates are fractions of the median matrix rate. Drawn is the batch that most rows have.

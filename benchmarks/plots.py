@@ -30,22 +30,19 @@ from .charts import (
     SOFT,
     STYLE,
     MissingRowsError,
-    Row,
     empty_figure,
     group_by,
     long_name,
     model_size,
-    read_results,
     select,
     short_number,
 )
 from .plot_roofline import roofline
+from .rows import RecordedRow, read_results
 
 __all__ = [
     "MissingRowsError",
-    "Row",
     "fit_power",
-    "read_results",
     "roofline",
     "scaling",
     "stages",
@@ -59,7 +56,7 @@ def fit_power(n: Sequence[float], time: Sequence[float]) -> tuple[float, float]:
     return math.exp(log_a), k
 
 
-def _reference(groups: Iterable[Iterable[Row]]) -> str:
+def _reference(groups: Iterable[Iterable[RecordedRow]]) -> str:
     """What every group can be divided by: compile, else eager."""
     shared = set.intersection(*({r.provider for r in group} for group in groups))
     for provider in ("compile", "eager"):
@@ -84,7 +81,7 @@ def _name_bars(ax: Axes, names: dict[float, str]) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def throughput(rows: Sequence[Row], relative: bool = False) -> Figure:
+def throughput(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Images per second of models and providers, or times as fast as the reference, by dtype and batch."""
     rows = select(rows, "model")
     groups = group_by(rows, lambda r: (r.dtype, r.batch, r.shape, model_size(r.model)))
@@ -124,7 +121,7 @@ def throughput(rows: Sequence[Row], relative: bool = False) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def stages(rows: Sequence[Row], relative: bool = False) -> Figure:
+def stages(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Time from stem to head, stacked per provider, or as shares of the reference's total."""
     rows = [r for r in select(rows, "block") if r.stage in SEGMENTS]
     panels = group_by(rows, lambda r: (model_size(r.model), r.batch))
@@ -178,7 +175,7 @@ def stages(rows: Sequence[Row], relative: bool = False) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def scaling(rows: Sequence[Row], relative: bool = False) -> Figure:
+def scaling(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Time against batch (at 224 x 224), pixels (at batch 1) and depth, with the fitted time = a * n^k.
 
     Relative times are divided by ours at the smallest n.
@@ -230,7 +227,7 @@ def scaling(rows: Sequence[Row], relative: bool = False) -> Figure:
     return figure
 
 
-def _pixels(r: Row) -> int:
+def _pixels(r: RecordedRow) -> int:
     return math.prod(map(int, r.shape.split("x")[1:]))
 
 

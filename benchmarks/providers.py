@@ -28,8 +28,8 @@ from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.numerics import errors
 from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
 
-from .harness import Case, measure, require
-from .records import Results, UnavailableError
+from .harness import measure, require
+from .rows import Case, Results, UnavailableError
 
 __all__ = [
     "LAYOUTS",
@@ -224,7 +224,7 @@ def prepare(
         prepared = Prepared()
         for name in names:
             try:
-                with _quiet():
+                with quiet():
                     call = PROVIDERS[name](peer, ours, x)
                     error = errors(torch.as_tensor(call())[samples], exact).relative_l2(exact)
             except Exception as failure:  # the others go on
@@ -264,7 +264,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Exporters and tracers warn by the page."""
     logger, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     logger.setLevel(logging.ERROR)

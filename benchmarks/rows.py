@@ -1,20 +1,193 @@
-"""Rows read back from the CSV files that `records` writes."""
+"""Cases, rows and results of the benchmarks, and their CSV files, written row by row and read back.
+
+Rows of the CSV, in this order::
+
+    benchmark     pool_mixer | mlp | block | model | scaling | training
+    direction     forward | backward | step
+    model         for example poolformer_s12
+    shape         CxHxW of what is fed
+    stage         1 to 4; stem, down1 to down3, head; empty for a single block and a whole model
+    dtype, layout, batch, provider
+    median_s, p20_s, p80_s     seconds per call
+    img_per_s     samples per second
+    gb_per_s, tflop_per_s      of the operation's least bytes and FLOPs, the same for every provider
+    fraction      max(bytes / copy rate, FLOPs / matrix rate) / time
+    error_l2      of the logits against float64, relative (whole models)
+    device, threads, torch, commit
+
+The limits are rows of their own, with provider "copy" (its gb_per_s) and "matmul" (its tflop_per_s); they end
+a case. Providers that are not timed have no row: beside ``model.csv`` they are in ``model.missing.txt``, a
+line each with the reason. That file exists only where a provider is missing.
+"""
 
 import csv
-from dataclasses import Field, dataclass, fields
+import io
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
-from poolformer_kernels.cli.errors import CommandError
+import torch
 
-from . import records
-from .records import LIMITS
+from poolformer_kernels.cli.errors import CommandError, check_writable
 
-__all__ = ["Row", "read_results"]
+__all__ = ["LIMITS", "Case", "RecordedRow", "Results", "Row", "UnavailableError", "is_ours", "read_results"]
+
+LIMITS = ("copy", "matmul")
+
+
+class UnavailableError(Exception):
+    """Why a provider cannot run here."""
 
 
 @dataclass(frozen=True)
-class Row(records.Row):
-    """One measurement and where it was taken; a limit (copy, matmul) may have its rate alone."""
+class Case:
+    """One operation on one input. ``least`` are (bytes, FLOPs) that it takes at the least."""
+
+    benchmark: str
+    shape: tuple[int, ...]
+    dtype: str
+    batch: int
+    least: tuple[int, int]
+    direction: str = "forward"
+    model: str = ""
+    stage: str = ""
+    layout: str = "channels_last"
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        parts = (
+            self.direction,
+            self.model,
+            self.stage,
+            self.dtype,
+            self.layout,
+            f"batch {self.batch}",
+            shape,
+        )
+        return f"{self.benchmark.replace('_', ' ')}: {', '.join(part for part in parts if part)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: see the module. None is an empty field."""
+
+    benchmark: str
+    direction: str
+    model: str
+    shape: str
+    stage: str
+    dtype: str
+    layout: str
+    batch: int
+    provider: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    img_per_s: float | None
+    gb_per_s: float | None
+    tflop_per_s: float | None
+    fraction: float | None
+    error_l2: float | None
+
+
+@dataclass
+class Results:
+    """What a benchmark has measured: rows by case, and by provider why it is not timed.
+
+    A provider is unavailable (it cannot run here, or another's compiler failed), wrong (its result is) or
+    failed (one of ours raised). With a ``path`` each case's rows are appended to that CSV file when they are
+    added, in one write: whoever reads it sees whole cases.
+    """
+
+    path: Path | None = None
+    facts: dict[str, str | int] = field(default_factory=dict)
+    groups: list[list[Row]] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            check_writable(str(self.path))
+            _missing_path(self.path).unlink(missing_ok=True)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Every provider that is not timed in one case at the least, and why."""
+        return self.unavailable | self.wrong | self.failed
+
+    def add(self, rows: list[Row]) -> None:
+        """The rows of one case."""
+        self.groups.append(rows)
+        if self.path is None:
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*(column.name for column in fields(rows[0])), *self.facts])
+        first = len(self.groups) == 1
+        if first:
+            writer.writeheader()
+        for row in rows:
+            values = asdict(row) | self.facts
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        with self.path.open("wb" if first else "ab", buffering=0) as file:
+            file.write(text.getvalue().encode())
+
+    def miss(self, provider: str, error: Exception, case: object) -> None:
+        """A provider that raised. One of ours has failed unless it said that it cannot run here."""
+        if isinstance(error, UnavailableError) or not is_ours(provider):
+            self._note(self.unavailable, provider, _reason(error))
+        else:
+            self._note(self.failed, provider, f"failed: {_reason(error)}, {case}")
+
+    def reject(self, provider: str, reason: str, case: object) -> None:
+        """A provider whose result is wrong."""
+        self._note(self.wrong, provider, f"wrong: {reason}, {case}")
+
+    def _note(self, notes: dict[str, str], provider: str, reason: str) -> None:
+        if notes.get(provider) == reason:
+            return
+        notes[provider] = reason
+        if self.path is not None:
+            with _missing_path(self.path).open("a", encoding="utf-8") as file:
+                file.write(f"{provider}: {reason}\n")
+
+    def require_device(self, device: str, after: str) -> None:
+        """Raise `CommandError` where a CUDA device no longer answers: all that follows would fail, too."""
+        if device == "cuda" and (reason := device_error()):
+            raise CommandError(f"after {after!r} the CUDA device is lost to this process: {reason}")
+
+
+def _missing_path(path: Path) -> Path:
+    """Where the providers are that have no rows in this CSV file."""
+    return path.with_suffix(".missing.txt")
+
+
+def device_error() -> str | None:
+    """Why CUDA no longer works in this process, as after an illegal access, or None."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return _reason(error)
+    return None
+
+
+def is_ours(provider: str) -> bool:
+    """Whether a failure of this provider is one of this package."""
+    return provider.startswith(("ours", "accelerate")) and "compile" not in provider
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"[:200]
+
+
+# ---- read back ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecordedRow(Row):
+    """A row of a CSV file: a measurement and where it was taken. A limit may have its rate alone."""
 
     device: str
     threads: str
@@ -22,7 +195,7 @@ class Row(records.Row):
     commit: str
 
 
-def read_results(folder: Path) -> list[Row]:
+def read_results(folder: Path) -> list[RecordedRow]:
     """Every row of the folder's CSV files, None for an absent number.
 
     Raises:
@@ -34,12 +207,16 @@ def read_results(folder: Path) -> list[Row]:
             continue
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            columns = [column.name for column in fields(Row)]
+            columns = [column.name for column in fields(RecordedRow)]
             if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
                 raise CommandError(f"{path}: missing columns: {', '.join(missing)}")
             for line in reader:
                 where = f"{path}, line {reader.line_num}"
-                rows.append(Row(**{column.name: _value(line, column, where) for column in fields(Row)}))
+                rows.append(
+                    RecordedRow(
+                        **{column.name: _value(line, column, where) for column in fields(RecordedRow)}
+                    )
+                )
     if not rows:
         raise CommandError(f"--results {folder}: no CSV file with rows in it; `make bench` writes them")
     if len(devices := {row.device for row in rows}) > 1:

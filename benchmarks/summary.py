@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .records import LIMITS, Row
+from .rows import LIMITS, Row
 
 __all__ = ["print_summary"]
 

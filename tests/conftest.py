@@ -79,11 +79,11 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
     for package in ("PIL", "rich", "sklearn", "timm"):
         require(package)
     load_benchmarks()
-    from poolformer_kernels.benchmarks import harness, records
+    from poolformer_kernels.benchmarks import facts, harness
 
     for name, value in harness._WARM_HEAP.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "results")
+    monkeypatch.setattr(facts, "results_folder", lambda: tmp_path / "results")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

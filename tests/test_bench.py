@@ -111,11 +111,12 @@ def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_half_precision_errors_are_those_of_rounding() -> None:
-    from poolformer_kernels.benchmarks import harness, providers, records
+    from poolformer_kernels.benchmarks import harness, providers
+    from poolformer_kernels.benchmarks.rows import Results
 
     peer, ours = providers.make_pair("poolformer_s12", torch.bfloat16, "cpu")
     x = harness.image(2, (3, 32, 32), "cpu", torch.bfloat16, "channels_last")
-    results = records.Results()
+    results = Results()
     prepared = providers.prepare(["ours", "accelerate", "eager NCHW", "onnxruntime"], peer, ours, x, results)
     assert results.unavailable == {"onnxruntime": "it is measured in float32 only"}
     for error in prepared.errors.values():
@@ -125,10 +126,11 @@ def test_half_precision_errors_are_those_of_rounding() -> None:
 
 
 def test_accelerate_runs_a_copy_by_kernels(kernels) -> None:
-    from poolformer_kernels.benchmarks import harness, providers, records
+    from poolformer_kernels.benchmarks import harness, providers
+    from poolformer_kernels.benchmarks.rows import Results
 
     peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
-    results = records.Results()
+    results = Results()
     x = harness.image(2, (3, 32, 32), "cpu", torch.float32, "channels_last")
     call = providers.prepare(["accelerate"], peer, ours, x, results).calls["accelerate"]
     with torch.inference_mode(), Calls() as counted:
@@ -209,7 +211,8 @@ def test_small_batches_by_default_of_the_first_model_only() -> None:
 
 
 def test_scaling_points_and_exponents() -> None:
-    from poolformer_kernels.benchmarks import bench_model, records
+    from poolformer_kernels.benchmarks import bench_model
+    from poolformer_kernels.benchmarks.rows import Results, Row
 
     args = argparse.Namespace(
         scaling=True,
@@ -222,7 +225,7 @@ def test_scaling_points_and_exponents() -> None:
     assert chosen == [
         *[("s12", 1, 64), ("s12", 2, 64), ("s12", 4, 64), ("s12", 1, 128), ("s24", 4, 64)],
     ]
-    results = records.Results()
+    results = Results()
     for point in bench_model.points(args):
         seconds = point.batch**0.9 * point.size**2.2 * (1 if point.model == "poolformer_s12" else 9)
         row = dict.fromkeys(MEASURED, "") | {
@@ -232,7 +235,7 @@ def test_scaling_points_and_exponents() -> None:
             "provider": "ours",
             "median_s": seconds,
         }
-        results.groups.append([records.Row(**row)])
+        results.groups.append([Row(**row)])
     assert bench_model.exponents(results, args) == [
         "ours, poolformer_s12: time ~ batch^0.90, 3 points",
         "ours, poolformer_s12: time ~ pixels^1.10, 2 points",

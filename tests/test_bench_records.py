@@ -17,16 +17,17 @@ pytestmark = pytest.mark.usefixtures("benchmark_process")
 
 
 def test_default_file_and_six_digits(tmp_path) -> None:
-    from poolformer_kernels.benchmarks import records
+    from poolformer_kernels.benchmarks import facts
+    from poolformer_kernels.benchmarks.rows import Results, Row
 
     values = dict.fromkeys(MEASURED, "x") | {"median_s": 1 / 3, "batch": 8, "error_l2": None}
-    path = records.csv_path("mlp", "cpu")
-    records.Results(path, records.facts_of("cpu")).add([records.Row(**values)])
+    path = facts.csv_path("mlp", "cpu")
+    Results(path, facts.facts_of("cpu")).add([Row(**values)])
     assert path.parent.parent == tmp_path / "results"
     with path.open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["median_s"], row["batch"], row["error_l2"]) == ("0.333333", "8", "")
-    assert row["device"] == records.device_name("cpu")
+    assert row["device"] == facts.processor_name("cpu")
 
 
 def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch) -> None:
@@ -68,10 +69,11 @@ def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys
 
 def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch) -> None:
     """After an illegal access every call of the process fails: no provider behind it is to blame."""
-    from poolformer_kernels.benchmarks import harness, records
+    from poolformer_kernels.benchmarks import harness
+    from poolformer_kernels.benchmarks.rows import Results
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    results, reached = records.Results(tmp_path / "m.csv"), []
+    results, reached = Results(tmp_path / "m.csv"), []
 
     def broken():
         monkeypatch.setattr(torch.cuda, "synchronize", lost)
@@ -89,10 +91,11 @@ def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch
 
 
 def test_graphs_of_each_backend_run_on_cuda_only() -> None:
-    from poolformer_kernels.benchmarks import harness, providers, records
+    from poolformer_kernels.benchmarks import harness, providers
+    from poolformer_kernels.benchmarks.rows import Results
 
     names = ["ours graphed", "ours triton graphed", "ours cuda graphed"]
-    results = records.Results()
+    results = Results()
     peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
     x = harness.image(1, (3, 32, 32), "cpu", torch.float32, "channels_last")
     assert providers.prepare(names, peer, ours, x, results).calls == {}

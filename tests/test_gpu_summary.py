@@ -46,10 +46,10 @@ def case(benchmark: str, times: dict[str, tuple[float, float]], **other: str) ->
 
 
 def write(path: Path, *cases: list[dict[str, str]]) -> None:
-    from poolformer_kernels.benchmarks.charts import Row
+    from poolformer_kernels.benchmarks.rows import RecordedRow
 
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(Row)], restval="")
+        writer = csv.DictWriter(file, [column.name for column in fields(RecordedRow)], restval="")
         writer.writeheader()
         writer.writerows(row for rows in cases for row in rows)
 

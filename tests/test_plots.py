@@ -25,6 +25,8 @@ def plots() -> ModuleType:
 @pytest.fixture(scope="module")
 def row(plots: ModuleType) -> Callable:
     """A measurement of one second, by default of poolformer_s12 at batch 8."""
+    from poolformer_kernels.benchmarks.rows import RecordedRow
+
     facts = {"device": "Some CPU", "threads": "2", "torch": "2.13.0", "commit": "abc1234"}
     default = {"benchmark": "model", "direction": "forward", "model": "poolformer_s12", "shape": "3x224x224"}
     default |= {"stage": "", "dtype": "bfloat16", "layout": "channels_last", "batch": 8, "provider": "ours"}
@@ -32,7 +34,7 @@ def row(plots: ModuleType) -> Callable:
 
     def make(median_s: float = 1.0, **fields):
         times = {"median_s": median_s, "p20_s": 0.8 * median_s, "p80_s": 1.25 * median_s}
-        return plots.Row(**(default | times | fields))
+        return RecordedRow(**(default | times | fields))
 
     return make
 
@@ -206,9 +208,11 @@ def write(path: Path, rows: list, drop: str = "", **changes: str) -> None:
 
 
 def test_rows_survive_the_file(plots: ModuleType, row: Callable, tmp_path: Path) -> None:
+    from poolformer_kernels.benchmarks.rows import read_results
+
     rows = [row(0.25, img_per_s=32.0), row(provider="copy", gb_per_s=3.5)]
     write(tmp_path / "a.csv", rows)
-    assert plots.read_results(tmp_path) == rows
+    assert read_results(tmp_path) == rows
 
 
 def test_files_of_one_run_and_of_the_next_are_the_same(

@@ -16,7 +16,7 @@ from ..ops.dispatch import available_backends, explain_selection
 from .errors import CommandError
 from .kernels import LEGEND, kernels, table
 
-__all__ = ["collect"]
+__all__ = ["collect", "cpu_name", "device_name"]
 
 
 def _version(package: str) -> str:
@@ -26,7 +26,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's own name."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -41,7 +42,7 @@ def device_name(device: str) -> str:
     """The name of a device that torch calls ``"cpu"`` or ``"cuda"``."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_cpu_name()}, torch threads: {torch.get_num_threads()}"
+    return f"{cpu_name()}, torch threads: {torch.get_num_threads()}"
 
 
 def collect() -> dict[str, dict[str, str]]:
