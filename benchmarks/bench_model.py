@@ -85,7 +85,7 @@ def measure_all(args: argparse.Namespace, results: Results) -> None:
         )
         with torch.inference_mode():
             largest = ours.patch_embed(x)
-        compare(results, case, peer, ours, x, args, BUDGET_S, like=largest)
+        compare(results, case, peer, ours, x, args, BUDGET_S, largest)
 
 
 def exponents(results: Results, args: argparse.Namespace) -> list[str]:

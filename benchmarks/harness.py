@@ -14,14 +14,13 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.errors import CommandError, check_writable
 from poolformer_kernels.cli.options import Parser, positive
 from poolformer_kernels.models import list_models, model_config
-from poolformer_kernels.profiling import time_interleaved
+from poolformer_kernels.profiling import LimitProbes, time_interleaved
 
 from .facts import csv_path, facts_of, processor_name, results_folder
 from .rows import LIMITS, Case, Results, Row, UnavailableError
@@ -49,7 +48,6 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
-_COPY_BYTES = {"cpu": 2**21, "cuda": 2**28}  # at the least: a smaller copy shows the cost of a call
 BATCH = {"cpu": [8], "cuda": [256]}
 
 # glibc returns large blocks to the system at once, so that every output would be paged in anew: up to half
@@ -168,39 +166,31 @@ def image(batch: int, shape: tuple[int, ...], device: str, dtype: torch.dtype, l
 def measure(
     case: Case,
     calls: dict[str, Callable[[], object]],
-    like: Tensor,
+    largest: Tensor,
     *,
     rounds: int,
     budget_s: float = float("inf"),
     errors: dict[str, float] | None = None,
     layouts: dict[str, str] | None = None,
 ) -> list[Row]:
-    """Time the providers, a copy and a matrix product in the same dtype, interleaved; a row each.
+    """Time the providers and the limits (see `LimitProbes`) of the same dtype, interleaved; a row each.
 
     Args:
         calls: provider -> call.
-        like: what the copy is as large as: the input, or the largest activation.
+        largest: the input, or the largest activation: the limits are taken for its size, dtype and device.
         errors: provider -> relative error of its result.
         layouts: provider -> its layout, where that is not the case's.
     """
-    source = torch.randn(
-        max(like.numel(), _COPY_BYTES[like.device.type] // like.itemsize), device=like.device
-    )
-    source = source.to(like.dtype)
-    out = torch.empty_like(source)
-    products, flops = _products(like)
     with torch.no_grad():  # a backward's calls differentiate graphs that exist
-        limits = {"copy": lambda: out.copy_(source), **products}
-        times = time_interleaved({**calls, **limits}, device=like.device, rounds=rounds, budget_s=budget_s)
-    times["matmul"] = min((times.pop(name) for name in products), key=lambda t: t.median)
-    copied = 2 * source.nbytes
-    least = case.least
-    best = max(least[0] * times["copy"].median / copied, least[1] * times["matmul"].median / flops)
+        probes = LimitProbes(largest.device, largest.dtype, largest.nbytes)
+        every_call = {**calls, **probes.calls}
+        times = time_interleaved(every_call, device=largest.device, rounds=rounds, budget_s=budget_s)
+    limit_s = probes.limits(times).seconds(*case.least)
     measured = []
     for provider, t in times.items():
         limit = provider in LIMITS
-        moved = {"copy": copied, "matmul": None}.get(provider, least[0])
-        done = {"copy": None, "matmul": flops}.get(provider, least[1])
+        moved = {"copy": probes.copied, "matmul": None}.get(provider, case.least[0])
+        done = {"copy": None, "matmul": probes.flops}.get(provider, case.least[1])
         measured.append(
             Row(
                 benchmark=case.benchmark,
@@ -218,7 +208,7 @@ def measure(
                 img_per_s=None if limit else case.batch / t.median,
                 gb_per_s=moved and moved / t.median / 1e9,
                 tflop_per_s=done and done / t.median / 1e12,
-                fraction=1.0 if limit else best / t.median,
+                fraction=1.0 if limit else limit_s / t.median,
                 error_l2=(errors or {}).get(provider),
             )
         )
@@ -266,19 +256,6 @@ def on_backend(backend: str, function: Callable) -> Callable:
             return function(*args)
 
     return call
-
-
-def _products(like: Tensor) -> tuple[dict[str, Callable[[], Tensor]], int]:
-    """(large matrix products, the FLOPs of each): a CPU's libraries for them differ twofold in rate."""
-    device, dtype = like.device, like.dtype
-    if like.is_cuda:
-        a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
-        return {"matmul": lambda: a @ b}, 2 * 8192**3
-    n, threads = 1024, torch.get_num_threads()
-    a, b = (torch.randn(rows, n).to(dtype) for rows in (n * threads, n))
-    tokens = a.view(threads, 32, 32, n).permute(0, 3, 1, 2)
-    kernel = b.view(n, n, 1, 1)
-    return {"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(tokens, kernel)}, 2 * threads * n**3
 
 
 def steps(cases: Iterable, describe: Callable[[object], str] = str) -> Iterator:

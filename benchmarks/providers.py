@@ -246,9 +246,9 @@ def compare(
     x: Tensor,
     args: argparse.Namespace,
     budget_s: float,
-    like: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> None:
-    """Check and time the providers of ``args`` on one case; the copy copies ``like``, by default x."""
+    """Check and time the providers of ``args`` on one case, whose largest activation is x by default."""
     prepared = prepare(args.providers, peer, ours, x, results, case)
     if prepared.calls:
         options = {
@@ -258,7 +258,7 @@ def compare(
             "layouts": LAYOUTS,
         }
         with torch.inference_mode():
-            results.add(measure(case, prepared.calls, x if like is None else like, **options))
+            results.add(measure(case, prepared.calls, x if largest is None else largest, **options))
     del prepared
     gc.collect()  # compiled models hold copies of the weights
 

@@ -17,7 +17,8 @@ import poolformer_kernels as pk
 from poolformer_kernels.accelerate import unfused_reasons
 from poolformer_kernels.cli import main as cli
 from poolformer_kernels.cli.errors import CommandError
-from poolformer_kernels.profiling import count_macs
+from poolformer_kernels.profiling import LimitProbes, Timing, count_macs
+from poolformer_kernels.profiling import limits as limits_module
 
 HEADER = (
     "benchmark,direction,model,shape,stage,dtype,layout,batch,provider,median_s,p20_s,p80_s,img_per_s,"
@@ -167,6 +168,25 @@ def test_requests_that_cannot_be_met(name, arguments, message, capsys) -> None:
     lines = captured.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"poolformer-kernels: error: {message}")
+
+
+def test_the_limits_are_those_of_the_profile(monkeypatch) -> None:
+    from poolformer_kernels.benchmarks import harness
+    from poolformer_kernels.benchmarks.rows import Case
+
+    monkeypatch.setitem(limits_module._LARGEST_SIDE, "cpu", 256)  # both choose one side
+    seconds = {"ours": 3.0, "copy": 2.0, "matmul": 4.0}
+    timed = {name: Timing(s, s, s, 1) for name, s in seconds.items()}
+    monkeypatch.setattr(harness, "time_interleaved", lambda calls, **options: {n: timed[n] for n in calls})
+    for shape in ((16, 8, 8), (16, 256, 256)):  # below the least copy, and above it
+        x = harness.image(2, shape, "cpu", torch.bfloat16, "channels_last")
+        case = Case("mlp", shape, "bfloat16", 2, (x.nbytes, 10**6))
+        ours, copy, product = harness.measure(case, {"ours": int}, x, rounds=1)
+        probes = LimitProbes("cpu", torch.bfloat16, x.nbytes)
+        limits = probes.limits(timed)
+        assert 1e9 * copy.gb_per_s == pytest.approx(limits.copy) == pytest.approx(max(x.nbytes, 2**21))
+        assert 1e12 * product.tflop_per_s == pytest.approx(limits.matmul)
+        assert ours.fraction == pytest.approx(limits.seconds(*case.least) / 3)
 
 
 def test_missing_extras_are_one_line(monkeypatch, capsys) -> None:

@@ -255,17 +255,51 @@ def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
         assert probes.calls["matmul"].args[0].dtype == chosen
         copied = profiling.Timing(2.0, 2.0, 2.0, 1)
         limits = probes.limits({"copy": copied, "matmul": profiling.Timing(4.0, 4.0, 4.0, 1)})
-        assert (limits.copy, limits.matmul) == (2**21, 2 * 256**3 / 4)  # 2 MiB read, 2 MiB written in 2 s
+        flops = 2 * 256**3 * torch.get_num_threads()  # each thread has a product
+        assert (limits.copy, limits.matmul) == (2**21, flops / 4)  # 2 MiB read, 2 MiB written in 2 s
         assert limits.seconds(2**22, 2**22) == 2.0
-        assert limits.seconds(2, 256**3) == 2.0
+        assert limits.seconds(2, flops // 2) == 2.0
 
 
 @pytest.mark.parametrize("faster", [torch.mm, torch.nn.functional.conv2d])
 def test_the_products_rate_is_that_of_the_faster_library(faster, monkeypatch):
     monkeypatch.setattr(limits_module, "_seconds", lambda call, _: 1.0 if call.func is faster else 2.0)
-    product = limits_module.LimitProbes("cpu", torch.float32).calls["matmul"]
+    probes = limits_module.LimitProbes("cpu", torch.float32)
+    product = probes.calls["matmul"]
     assert product.func is faster
-    assert 2 * product.args[1].numel() * product().numel() // 256 == 2 * 256**3
+    flops = 2 * product.args[1].numel() * product().numel() // 256
+    assert flops == probes.flops == 2 * 256**3 * torch.get_num_threads()
+
+
+def test_both_libraries_compute_the_same_product(monkeypatch):
+    monkeypatch.setattr(limits_module, "_seconds", lambda call, _: 1.0)
+    product = limits_module.LimitProbes("cpu", torch.float32).calls["matmul"]
+    tokens = limits_module._as_convolution(product)().permute(0, 2, 3, 1).reshape(product.args[0].shape)
+    torch.testing.assert_close(tokens, product.args[0] @ product.args[1].T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("tensor_bytes", "copied"), [(0, 2**21), (2**20, 2**21), (3 * 2**20, 3 * 2**20)])
+def test_the_copy_is_as_large_as_the_tensor(tensor_bytes, copied, monkeypatch):
+    monkeypatch.setattr(limits_module, "_seconds", lambda call, _: 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        probes = limits_module.LimitProbes("cpu", dtype, tensor_bytes)
+        assert probes.copied == 2 * copied
+        assert probes.calls["copy"]().nbytes == copied
+
+
+def test_the_profiles_copy_is_as_large_as_the_stems_result(monkeypatch):
+    made = []
+
+    class Probes(limits_module.LimitProbes):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    # the package has a function of the module's name
+    monkeypatch.setattr(sys.modules["poolformer_kernels.profiling.profile"], "LimitProbes", Probes)
+    model = tiny()
+    profile(model, 32, batch=2, dtype=torch.bfloat16, rounds=1)
+    assert made == [(torch.device("cpu"), torch.bfloat16, 2 * 2 * model.config.dims[0] * 8 * 8)]
 
 
 def test_unfused_blocks_run_module_by_module():

@@ -1,4 +1,22 @@
-"""The two limits of a layer's time: how fast this device copies, and how fast it multiplies matrices."""
+"""The two limits of a layer's time: how fast this device copies, and how fast it multiplies matrices.
+
+`poolformer_kernels.profiling.profile` and the benchmarks both measure them here, so that their fractions of
+the limit compare. The limits are rates that PyTorch reaches on this device, not its peaks, and they are timed
+in the same rounds as the calls that they limit.
+
+The copy is ``out.copy_(x)``; its bytes are those read and those written. Its x is as large as the tensor that
+the limited calls read: a call that reads a tensor and writes another of that size can at best do what this
+copy does, as both find their data in the same cache or memory. A copy of one fixed size would not do: on a
+CPU one of 2 MiB may be three times as fast as one of 8 MiB. There is a least size: 2 MiB on the CPU, where a
+smaller copy would show what a call costs, and 256 MiB on CUDA, where a smaller one might stay in the L2.
+
+The product is `torch.mm` of random matrices. On CUDA they are square, of side 8192. On the CPU each thread
+has a product of side 1024: one such product for all of them would be too small for many threads. The side is
+less where that is slow, since a longer product shows no higher rate and is disturbed more often. On the CPU
+the product is computed as a 1x1 convolution where that is faster: the two come from different libraries whose
+rates may differ twofold. It is in float32 where the CPU emulates the dtype (float16, mostly), because our
+kernels compute in float32, too; a dtype counts as emulated below a fourth of float32's rate.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +29,11 @@ from .throughput import Timing, time_interleaved
 
 __all__ = ["LimitProbes", "Limits", "measure_limits"]
 
-# On the CPU a layer's activations stay in the caches, so the copy's do too; on CUDA the copy exceeds the L2.
-_COPY_BYTES = {"cpu": 2**21, "cuda": 2**29}
+_LEAST_COPY_BYTES = {"cpu": 2**21, "cuda": 2**28}
+_SMALLEST_SIDE = 256
 _LARGEST_SIDE = {"cpu": 1024, "cuda": 8192}
-_LONG_S = (
-    2.5e-3  # a product that lasts this long shows the rate; one of twice the side may last 8 times as long
-)
+# A product that lasts this long shows the rate. One of twice the side lasts up to 8 times as long.
+_LONG_S = 2.5e-3
 
 
 @dataclass(frozen=True)
@@ -32,56 +49,66 @@ class Limits:
 
 
 class LimitProbes:
-    """A copy and a matrix product, to be timed in the same rounds as what they are the limits of.
-
-    The copy is ``out.copy_(x)``, whose bytes are those read and those written: of 2 MiB on the CPU, which
-    stay in the caches, of 512 MiB on CUDA, which do not. The product is ``torch.mm`` of two square matrices
-    of random numbers, of a side up to 1024 on the CPU and 8192 on CUDA, less where that is slow. On the CPU
-    it is a 1x1 convolution of the same size where that is faster: the two come from different libraries;
-    and in float32 where dtype is emulated (float16, mostly), which shows in a fourth of the rate. Both are
-    rates that PyTorch reaches, not the device's peaks.
+    """The copy and the product of one device and dtype, to be timed beside the calls that they limit.
 
     Args:
         device: a CPU or CUDA device.
         dtype: a floating dtype.
+        tensor_bytes: the size of the tensor that the limited calls read; the copy has its least size without.
+
+    Attributes:
+        calls: the two calls, ``"copy"`` and ``"matmul"``.
+        copied: bytes that a copy reads and writes.
+        flops: FLOPs of a product.
     """
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, tensor_bytes: int = 0) -> None:
         device = torch.device(device)
-        x = torch.randn(_COPY_BYTES[device.type] // dtype.itemsize, device=device).to(dtype)
+        elements = max(tensor_bytes, _LEAST_COPY_BYTES[device.type]) // dtype.itemsize
+        x = torch.randn(elements, device=device, dtype=dtype)
         out = torch.empty_like(x)
-        self._copied = 2 * x.nbytes
-        self._side = 256
-        product = _product(self._side, device, dtype)
-        seconds = _seconds(product, device)
-        if device.type == "cpu" and dtype.itemsize < 4:
-            single = _product(self._side, device, torch.float32)
-            single_seconds = _seconds(single, device)
-            if 4 * single_seconds < seconds:  # an emulated dtype, not a noisy machine
-                seconds, product = single_seconds, single
-        while seconds < _LONG_S and self._side < _LARGEST_SIDE[device.type]:
-            self._side *= 2
-            product = _product(self._side, device, product.args[0].dtype)
-            seconds = _seconds(product, device)
-        if device.type == "cpu":
-            convolution = _convolution(self._side, product.args[0].dtype)
-            product = min(product, convolution, key=lambda call: _seconds(call, device))
+        product = _choose_product(device, dtype)
+        rows, side = product.args[0].shape
+        self.copied = 2 * x.nbytes
+        self.flops = 2 * rows * side**2
         self.calls: dict[str, Callable[[], object]] = {"copy": lambda: out.copy_(x), "matmul": product}
+        if device.type == "cpu":
+            convolution = _as_convolution(product)
+            self.calls["matmul"] = min(product, convolution, key=lambda call: _seconds(call, device))
 
     def limits(self, times: dict[str, Timing]) -> Limits:
         """The rates, from the times of `calls`."""
-        return Limits(self._copied / times["copy"].median, 2 * self._side**3 / times["matmul"].median)
+        return Limits(self.copied / times["copy"].median, self.flops / times["matmul"].median)
+
+
+def _choose_product(device: torch.device, dtype: torch.dtype) -> partial[torch.Tensor]:
+    side = _SMALLEST_SIDE
+    product = _product(side, device, dtype)
+    seconds = _seconds(product, device)
+    if device.type == "cpu" and dtype.itemsize < 4:
+        single = _product(side, device, torch.float32)
+        single_seconds = _seconds(single, device)
+        if 4 * single_seconds < seconds:  # an emulated dtype, not a noisy machine
+            seconds, product, dtype = single_seconds, single, torch.float32
+    while seconds < _LONG_S and side < _LARGEST_SIDE[device.type]:
+        side *= 2
+        product = _product(side, device, dtype)
+        seconds = _seconds(product, device)
+    return product
 
 
 def _product(side: int, device: torch.device, dtype: torch.dtype) -> partial[torch.Tensor]:
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    """A square matrix of this side, or one such for each thread of a CPU, times another one."""
+    rows = side * torch.get_num_threads() if device.type == "cpu" else side
+    a, b = (torch.randn(n, side, device=device, dtype=dtype) for n in (rows, side))
     return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
-def _convolution(side: int, dtype: torch.dtype) -> partial[torch.Tensor]:
-    """The same product, as a 1x1 convolution."""
-    x = torch.randn(1, side, 1, side).to(dtype, memory_format=torch.channels_last)
-    return partial(F.conv2d, x, torch.randn(side, side, 1, 1).to(dtype))
+def _as_convolution(product: partial[torch.Tensor]) -> partial[torch.Tensor]:
+    """The product as a 1x1 convolution, of an image for each thread."""
+    a, b = product.args
+    side = len(b)
+    return partial(F.conv2d, a.view(-1, side // 32, 32, side).permute(0, 3, 1, 2), b[:, :, None, None])
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

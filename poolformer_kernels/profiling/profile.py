@@ -102,9 +102,10 @@ def profile(
       gets the statistics of its input and leaves those of its output. Stages and the model are timed as
       such, not summed;
     - ``limit_s``: ``max(bytes_fused / copy, 2 * macs_flop_counter / matmul)`` with the rates of `Limits`,
-      measured in the same rounds (each the best of the medians beside every layer); for a stage or the model
-      the sum over its layers. ``fraction`` is its share of the time. It exceeds 1 where a layer's data lie
-      nearer than the copy's, or where its product is faster than PyTorch's.
+      measured in the same rounds (each the best of the medians beside every layer) for the largest
+      activation, which the stem returns; for a stage or the model the sum over its layers. ``fraction`` is
+      its share of the time. It exceeds 1 where a layer's data lie nearer than the copy's, or where its
+      product is faster than PyTorch's.
 
     The model is not touched: the work is done on a copy, in eval mode and without hooks.
 
@@ -231,7 +232,8 @@ def _row(
 
 def _time(model: PoolFormer, x: Tensor, rounds: int) -> tuple[Limits, dict[str, Timing]]:
     """The limits, and the times of layers, stages and the model by name: a walk on their own activations."""
-    probes = LimitProbes(x.device, x.dtype)
+    largest = model.patch_embed(x)
+    probes = LimitProbes(x.device, x.dtype, largest.nbytes)
     measured: list[Limits] = []
 
     def timed(call: Callable[[], object], budget_s: float) -> Timing:
