@@ -44,9 +44,12 @@ from .harness import (
 )
 from .rows import Case, UnavailableError
 
-PRODUCTS = {"forward": 2, "backward": 4}  # of fc1's size, at the least
-TRAFFIC = {"forward": 2, "backward": 3}  # of x's size: x in, y out; x and the gradients of both
-WEIGHTS = {"forward": 1, "backward": 2}  # read; read, and their gradients written
+# The least that each direction takes. Matrix products as large as fc1's:
+PRODUCTS = {"forward": 2, "backward": 4}
+# Tensors as large as x that are read or written: x and y; x, y's gradient and x's gradient.
+TRAFFIC = {"forward": 2, "backward": 3}
+# How often a tensor as large as the weights moves: they are read; they are read, and their gradients written.
+WEIGHTS = {"forward": 1, "backward": 2}
 PROVIDERS = (
     *("ours", "ours saved", "eager", "compile", "eager linear", "compile linear"),
     *("ours cuda", "ours triton"),

@@ -15,7 +15,6 @@ Providers: {providers}
 
 import argparse
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,26 +25,13 @@ from poolformer_kernels.models import list_models, model_config
 from .harness import Names, arguments, finish, image, record, start, steps
 from .parts import cost
 from .providers import PROVIDERS, compare, default_providers, make_pair
-from .rows import Case, Results
+from .rows import Case, Point, Results
 
 BUDGET_S = 10.0  # of one case's rounds
 BATCH = {"cpu": (8, 1), "cuda": (256, 1)}
 SCALING_BATCH = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 4, 16, 64, 256]}
 SCALING_SIZES = [224, 288, 384, 512, 768, 1024]
 SCALING_PROVIDERS = {"cpu": ["ours", "compile", "openvino"], "cuda": ["ours", "compile"]}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A case before its tensors exist."""
-
-    model: str
-    dtype: str
-    batch: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.dtype}, batch {self.batch}, {self.size} x {self.size}"
 
 
 def points(args: argparse.Namespace) -> list[Point]:
@@ -91,12 +77,12 @@ def measure_all(args: argparse.Namespace, results: Results) -> None:
 def exponents(results: Results, args: argparse.Namespace) -> list[str]:
     """Lines that say with which power of the batch and of the pixels our time grows (a log-log fit)."""
     lines = []
-    for what, at in (("batch", args.image_size[0]), ("pixels", args.batch[0])):
+    for what, fixed in (("batch", args.image_size[0]), ("pixels", args.batch[0])):
         values, times = [], []
         for row in (row for group in results.groups for row in group):
             side = int(row.shape.split("x")[1])
             value, other = (row.batch, side) if what == "batch" else (side**2, row.batch)
-            if row.provider == "ours" and row.model == args.models[0] and other == at:
+            if row.provider == "ours" and row.model == args.models[0] and other == fixed:
                 values.append(value)
                 times.append(row.median_s)
         if len(set(values)) > 1:

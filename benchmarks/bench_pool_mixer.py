@@ -42,8 +42,9 @@ from .harness import (
 )
 from .rows import Case
 
-# Per element of x, README, "Algebra". Forward: separable sums (4), their mean, the centre off, scaled, added.
-# Backward: the pool's adjoint (6), the reduction q (4), dx (4).
+# Elements that move and FLOPs, for each element of x. FLOPs of the forward: 4 for the sums of rows and
+# columns, and one each to divide by their number, to subtract the centre, to scale and to add. FLOPs of the
+# backward: 6 for the pool's adjoint, 4 for the sum q and 4 for x's gradient (README, "Algebra").
 TRAFFIC = {"forward": 2, "backward": 5}
 FLOPS = {"forward": 8, "backward": 14}
 PROVIDERS = ("ours", "eager", "compile", "ours cuda", "ours triton", "ours given", "ours cuda given")

@@ -8,11 +8,12 @@ steps and the gradients of the first are compared with those of timm's model in 
 eager's errors as the measure; only then are steps timed, with a learning rate of 0, so that each does the
 same work.
 
-The CSV has three columns more: loss_error, the largest error of a loss relative to how much the loss changes;
-saved_bytes, what autograd keeps between forward and backward (each storage once, parameters excluded); and
-saved_fraction of eager's. Of the bytes a step takes at the least, the backward reads an input and a gradient
-and writes one for each input and output of the forward, and AdamW reads 4 and writes 3 floats per parameter;
-its FLOPs are three times the forward's.
+The CSV has three columns more: loss_error, the largest error of a loss relative to how much the loss
+changes; saved_bytes, what autograd keeps between forward and backward (each storage once, parameters
+excluded); and saved_fraction, its fraction of eager's. The least bytes of a step are those of the forward,
+one and a half times as many for the backward, which reads each layer's input and the gradient of its output
+and writes the gradient of its input, and 7 floats per parameter for AdamW, 4 read and 3 written. Its FLOPs
+are three times the forward's.
 
 Providers: {providers}
 """
@@ -39,20 +40,22 @@ from poolformer_kernels.cli.options import image_size
 from .harness import Names, arguments, finish, image, measure, record, start, steps
 from .parts import cost
 from .providers import make_pair, quiet
-from .rows import Case, Results, Row
+from .rows import Case, Point, Results, Row
 
 BUDGET_S = 30.0  # of one case's rounds
 STEPS = 3
 LR = 1e-4
-# The largest error of a loss that is rounding's, ten times an honest one, relative to how much the loss
-# changes. Losses alone hardly show a wrong gradient: AdamW's steps are as large with another one.
+# A provider is wrong if the error of a loss, relative to how much the loss changes, is above this: ten times
+# the error of correct providers. Losses hardly show a wrong gradient, since AdamW's steps have the same size
+# with it.
 WRONG_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-# How far beyond twice eager's a gradient's relative L2 error may be: of a parameter's in all blocks together,
-# where honest ones are at most 1.7 times eager's and 0.025, and of one parameter's, which in bfloat16 may be
-# small beside the rounding of what it sums (honest: 0.11 beyond)
+# It is wrong, too, if a gradient's relative L2 error is above twice eager's plus this. The first number is
+# for one parameter's gradients in all blocks together; correct providers stay below 1.7 times eager's and
+# below 0.025. The second is for the gradient of a single parameter, which in bfloat16 may be small beside the
+# rounding errors of the terms that it sums; correct providers come to 0.11 above twice eager's.
 WRONG_GRADIENT = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 0.2)}
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a module in a list
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # the index of a module in a list: 3 in blocks.3.mlp
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -131,7 +134,7 @@ class Training:
 def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes of the storages that autograd keeps for the backward of ``loss()``, but for the parameters'."""
     excluded = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    kept: dict[int, torch.UntypedStorage] = {}  # alive: the address of a freed one could come again
 
     def keep(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -159,7 +162,7 @@ def gradient_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> d
     """
     if gradients.keys() != exact.keys():
         raise ValueError("gradients must be of the parameters that exact has")
-    squares: dict[str, tuple[float, float]] = {}  # of the error, of the gradient
+    squares: dict[str, tuple[float, float]] = {}  # sums over the error and over the exact gradient
     for name, value in exact.items():
         for key in {name, _INDEX.sub("*", name)}:
             error, size = squares.get(key, (0.0, 0.0))
@@ -181,21 +184,9 @@ def wrong_gradient(errors: dict[str, float], eager: dict[str, float], dtype: str
     return f"error {error:.2g} of the gradient of {key} against float64, more than {limits[key]:.2g}"
 
 
-@dataclass(frozen=True)
-class Point:
-    """A case before its tensors exist."""
-
-    model: str
-    dtype: str
-    batch: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"training of {self.model}, {self.dtype}, batch {self.batch}, {self.size} x {self.size}"
-
-
 def measure_point(point: Point, args: argparse.Namespace, results: Results) -> None:
     """Check and time the providers on one case."""
+    name_of_case = f"training of {point}"
     dtype = getattr(torch, point.dtype)
     peer, ours = make_pair(point.model, torch.float32, args.device)
     shape = (ours.in_chans, point.size, point.size)
@@ -219,7 +210,7 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
                 training = Training(model, x, target, dtype)
                 losses, found = training.trajectory()
         except Exception as failure:  # the others go on
-            results.miss(name, failure, point)
+            results.miss(name, failure, name_of_case)
             results.require_device(args.device, name)
             continue
         named = pk.convert_state_dict if name == "ours" else dict
@@ -228,10 +219,10 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
             gradient_errors(found, exact), gradient_errors(named(rounded), exact), point.dtype
         )
         if error > WRONG_LOSS[point.dtype]:
-            results.reject(name, f"error {error:.2g} of the losses against float64", point)
+            results.reject(name, f"error {error:.2g} of the losses against float64", name_of_case)
             continue
         if wrong is not None:
-            results.reject(name, wrong, point)
+            results.reject(name, wrong, name_of_case)
             continue
         calls[name], errors[name] = training.step, error
         saved[name] = saved_bytes(training.loss, model.parameters())
@@ -294,7 +285,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     batches = args.batch or ([64] if args.device == "cuda" else [8])
     results = record("training", args)
     points = itertools.product(args.models, args.dtype, batches, args.image_size or [224])
-    for point in steps(itertools.starmap(Point, points)):
+    for point in steps(itertools.starmap(Point, points), "training of {}".format):
         measure_point(point, args, results)
     code = finish("Training step", results, args)
     for line in memory_lines(results.groups):

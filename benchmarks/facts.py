@@ -22,6 +22,7 @@ def csv_path(name: str, device: str, file: str | None = None) -> Path:
 
 
 def results_folder() -> Path:
+    """Where results go by default: beside the benchmarks in a source tree, else into the current folder."""
     return _HERE / "results" if _SOURCE_TREE else Path("results")
 
 
@@ -46,5 +47,5 @@ def facts_of(device: str) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """The source tree's; an installed copy has a version."""
+    """The commit of the source tree, or the version of an installed copy."""
     return commit_of(_HERE) if _SOURCE_TREE else pk.__version__

@@ -85,7 +85,7 @@ def benchmark_table(rows: list[RecordedRow]) -> list[str]:
         lines.append(
             _line(
                 [
-                    *(label[i] or "one block" for i in varying),  # only a block has no stage
+                    *(label[i] or "one block" for i in varying),  # the only case without a stage
                     "-" if peer is None else f"{peer.provider}, {_time(peer)}, {_share(peer)}",
                     *(_cell(case.get(provider), peer) for provider in shown),
                     f"{case['copy'].gb_per_s:,.0f}",

@@ -50,9 +50,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH = {"cpu": [8], "cuda": [256]}
 
-# glibc returns large blocks to the system at once, so that every output would be paged in anew: up to half
-# the time of these operators, for every provider that allocates. A long-running process has a warm heap; so
-# have these benchmarks.
+# glibc returns large freed blocks to the system at once, and the next output has to be paged in again. That
+# can be half the time of these operators, for every provider that allocates. The heap of a long-running
+# process keeps such blocks; with these settings that of a benchmark does, too.
 _WARM_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
@@ -106,7 +106,7 @@ def arguments(
     rounds: int,
     batch: str = "8; 256 on CUDA",
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; ``batch`` says what its default is."""
+    """A parser with the options of every benchmark; ``batch`` describes that option's default."""
     require("rich")
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -16,7 +16,7 @@ from poolformer_kernels.profiling import count_macs
 __all__ = ["NAMES", "Part", "cost", "parts"]
 
 Shape = tuple[int, int, int]
-# in the order of `parts`
+# In the order in which `parts` returns them
 NAMES = ("stem", "stage 1", "down1", "stage 2", "down2", "stage 3", "down3", "stage 4", "head")
 NAMES += tuple(f"a block of stage {i}" for i in range(1, 5))
 
@@ -60,7 +60,7 @@ def parts(peer: nn.Module, ours: PoolFormer, size: int) -> list[Part]:
         if i > 0:
             shape = convolution(f"down{i}", peer.stages[i].downsample, ours.network[2 * i - 1])
         stage = ours.network[2 * i]
-        moved = 4 * _elements(shape)  # two sub-blocks a block
+        moved = 4 * _elements(shape)  # a block has two sub-blocks, and each reads and writes a map
         whole.append(Part(str(i + 1), peer.stages[i].blocks, stage, shape, depth * moved))
         blocks.append(Part("", peer.stages[i].blocks[0], stage[0], shape, moved))
     head = _elements(shape) + ours.num_classes

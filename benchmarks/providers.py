@@ -43,9 +43,11 @@ __all__ = [
 
 Call = Callable[[], object]
 Ours = Callable[[Tensor], Tensor]
-# Relative error from which a result is wrong: ten times an honest one, less than a sub-block left out makes
+# A result is wrong if its relative error is larger. Correct results have a tenth of it; one that leaves a
+# sub-block out has more.
 WRONG = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}  # what they are fed
+# The layout of a provider's input, where it is not channels_last
+LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +103,7 @@ def _ours_graphed(backend: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
 def _accelerated(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     try:
         fast = accelerate(peer, inplace=False)
-    except ValueError as error:  # a part without blocks
+    except ValueError as error:  # this part of the model has no blocks
         raise UnavailableError(str(error)) from None
     return lambda: fast(x)
 
@@ -216,7 +218,7 @@ def prepare(
         results: is told which providers are not among the calls, and why.
         case: what x is of, for the messages.
     """
-    torch.compiler.reset()  # earlier graphs must not count as recompilations of these
+    torch.compiler.reset()  # else earlier graphs count as recompilations of these
     samples = sorted({0, len(x) - 1})
     with torch.inference_mode():
         exact = copy.deepcopy(peer).to(torch.float64, memory_format=torch.contiguous_format)
@@ -265,7 +267,7 @@ def compare(
 
 @contextlib.contextmanager
 def quiet():
-    """Exporters and tracers warn by the page."""
+    """Without the many warnings of exporters and tracers."""
     logger, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     logger.setLevel(logging.ERROR)
     try:

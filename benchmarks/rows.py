@@ -29,7 +29,17 @@ import torch
 
 from poolformer_kernels.cli.errors import CommandError, check_writable
 
-__all__ = ["LIMITS", "Case", "RecordedRow", "Results", "Row", "UnavailableError", "is_ours", "read_results"]
+__all__ = [
+    "LIMITS",
+    "Case",
+    "Point",
+    "RecordedRow",
+    "Results",
+    "Row",
+    "UnavailableError",
+    "is_ours",
+    "read_results",
+]
 
 LIMITS = ("copy", "matmul")
 
@@ -39,8 +49,21 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
+class Point:
+    """A model and its input: what a case is made of."""
+
+    model: str
+    dtype: str
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.dtype}, batch {self.batch}, {self.size} x {self.size}"
+
+
+@dataclass(frozen=True)
 class Case:
-    """One operation on one input. ``least`` are (bytes, FLOPs) that it takes at the least."""
+    """One operation on one input. ``least``: the bytes and the FLOPs that it takes at the least."""
 
     benchmark: str
     shape: tuple[int, ...]
@@ -112,11 +135,11 @@ class Results:
 
     @property
     def missing(self) -> dict[str, str]:
-        """Every provider that is not timed in one case at the least, and why."""
+        """The providers that were not timed in at least one case, and why."""
         return self.unavailable | self.wrong | self.failed
 
     def add(self, rows: list[Row]) -> None:
-        """The rows of one case."""
+        """Add the rows of one case, and append them to the file."""
         self.groups.append(rows)
         if self.path is None:
             return
@@ -132,14 +155,14 @@ class Results:
             file.write(text.getvalue().encode())
 
     def miss(self, provider: str, error: Exception, case: object) -> None:
-        """A provider that raised. One of ours has failed unless it said that it cannot run here."""
+        """Record a provider that raised. One of ours has failed, unless it said that it cannot run here."""
         if isinstance(error, UnavailableError) or not is_ours(provider):
             self._note(self.unavailable, provider, _reason(error))
         else:
             self._note(self.failed, provider, f"failed: {_reason(error)}, {case}")
 
     def reject(self, provider: str, reason: str, case: object) -> None:
-        """A provider whose result is wrong."""
+        """Record a provider whose result is wrong."""
         self._note(self.wrong, provider, f"wrong: {reason}, {case}")
 
     def _note(self, notes: dict[str, str], provider: str, reason: str) -> None:
@@ -157,7 +180,7 @@ class Results:
 
 
 def _missing_path(path: Path) -> Path:
-    """Where the providers are that have no rows in this CSV file."""
+    """The file that names the providers without rows in this CSV file."""
     return path.with_suffix(".missing.txt")
 
 
@@ -176,7 +199,7 @@ def is_ours(provider: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """One line."""
+    """What the error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"[:200]
@@ -203,7 +226,7 @@ def read_results(folder: Path) -> list[RecordedRow]:
     """
     rows = []
     for path in sorted(folder.glob("*.csv")):
-        if path.stat().st_size == 0:  # of a benchmark that was stopped before its first case
+        if path.stat().st_size == 0:  # the benchmark was stopped before its first case
             continue
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

@@ -11,9 +11,10 @@ from .rows import LIMITS, Row
 
 __all__ = ["print_summary"]
 
-_WIDTH = 160  # where stdout is no terminal
+_WIDTH = 160  # of the tables, where stdout is no terminal
 _FIELDS = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
-_UNITS = ((1e-3, "us", 1e6), (float("inf"), "ms", 1e3))  # the fastest call takes less than, unit, per second
+# (used where the fastest call takes less than so many seconds, name, how many make a second)
+_UNITS = ((1e-3, "us", 1e6), (float("inf"), "ms", 1e3))
 
 Groups = list[list[Row]]
 
@@ -88,7 +89,7 @@ def _fields(groups: Groups) -> tuple[list[str], list[str]]:
 
 
 def _labels(row: Row, fields: list[str]) -> list[str]:
-    return [str(getattr(row, field)) or "one block" for field in fields]  # only a block has no stage
+    return [str(getattr(row, field)) or "one block" for field in fields]  # the only case without a stage
 
 
 def _providers(groups: Groups) -> list[str]:

@@ -88,7 +88,7 @@ def _choose_product(device: torch.device, dtype: torch.dtype) -> partial[torch.T
     if device.type == "cpu" and dtype.itemsize < 4:
         single = _product(side, device, torch.float32)
         single_seconds = _seconds(single, device)
-        if 4 * single_seconds < seconds:  # an emulated dtype, not a noisy machine
+        if 4 * single_seconds < seconds:  # noise alone does not make such a factor
             seconds, product, dtype = single_seconds, single, torch.float32
     while seconds < _LONG_S and side < _LARGEST_SIDE[device.type]:
         side *= 2

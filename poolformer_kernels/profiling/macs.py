@@ -32,7 +32,7 @@ def _norm(x, affine: bool) -> int:
     return x.numel() * (5 if affine else 4)
 
 
-# aten operator -> (what it is counted as, multiply-accumulates of one call)
+# aten operator -> (the kind that it is counted as, a function that returns one call's multiply-accumulates)
 _COUNTED = {
     _aten.convolution.default: ("convolution", _convolution),
     _aten.linear.default: ("linear", _product),
@@ -45,12 +45,13 @@ _COUNTED = {
 }
 
 
-# A statistic of the whole sample comes before the first element of the result: the input is read twice.
+# These need a statistic of the whole sample before they can write the first element: they read their input
+# twice.
 _READ_TWICE = {_aten.native_group_norm.default, _aten.native_layer_norm.default}
 
 
-# For FlopCounterMode, which counts what is executed, at two flops a multiply-accumulate. Every operator of
-# ours that multiplies matrices or convolves has its formula here.
+# Formulas for FlopCounterMode, which counts what a kernel executes, two FLOPs for a multiply-accumulate. Each
+# of our operators that multiplies matrices or convolves has one.
 
 
 @register_flop_formula([_ours.mlp_cpp, _ours.mlp_triton])
@@ -136,10 +137,10 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     counter = _Counter()
-    # a hook makes an Mlp call the layers that its operator stands for
+    # with a hook on fc1 an Mlp calls its layers one by one instead of its fused operator
     hooks = [m.fc1.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, Mlp)]
     try:
-        # no_grad, not inference_mode: there composite operators would reach the counter undecomposed
+        # no_grad, because in inference_mode composite operators would reach the counter undecomposed
         with torch.no_grad(), use_backend("reference"), counter:
             torch.func.functional_call(model, state, (x,))
     finally:

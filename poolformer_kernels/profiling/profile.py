@@ -17,7 +17,7 @@ from .throughput import Timing, time_interleaved
 
 __all__ = ["Profile", "Row", "profile"]
 
-_LAYER_S, _MODEL_S = 1.0, 4.0  # time limits of one measurement; a slow one ends after three rounds
+_LAYER_S, _MODEL_S = 1.0, 4.0  # seconds after which a measurement ends, but not before 3 rounds
 _FORMATS = (torch.channels_last, torch.contiguous_format)
 
 
@@ -252,7 +252,7 @@ def _time(model: PoolFormer, x: Tensor, rounds: int) -> tuple[Limits, dict[str, 
         times[layer.name] = timed(lambda f=layer.ours, y=y, s=stats: f(y, s), _LAYER_S)
         if not layer.side:
             y, stats = layer.ours(y, stats)
-    # the best median is the device's; the others were disturbed
+    # the highest medians are the device's rates; the others were disturbed
     return Limits(max(m.copy for m in measured), max(m.matmul for m in measured)), times
 
 

@@ -61,7 +61,7 @@ def time_interleaved(
         for _ in range(warmup):
             call()
         fastest = sample(call, 1)
-        if fastest < 0.1:  # short, or a short one preempted: that would ask for too few repeats
+        if fastest < 0.1:  # a short call may have been preempted, and would get too few repeats
             fastest = min(fastest, sample(call, 1), sample(call, 1))
         repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(fastest, 1e-7))))
     names = list(providers)
@@ -69,7 +69,7 @@ def time_interleaved(
     start = time.perf_counter()
     for i in range(rounds):
         order = names[i % len(names) :] + names[: i % len(names)]
-        for name in order[:: -1 if i % 2 else 1]:  # nobody always follows the same one
+        for name in order[:: -1 if i % 2 else 1]:  # no provider always follows the same other one
             samples[name].append(sample(providers[name], repeats[name]))
         if i >= 2 and time.perf_counter() - start > budget_s:
             break
