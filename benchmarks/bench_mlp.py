@@ -17,14 +17,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops.dispatch import mlp_backend
 from poolformer_kernels.ops.mlp import mlp_with_stats
+from poolformer_kernels.ops.torch_private import allow_repeated_backward, frozen_weights
 
 from .harness import (
     BATCH,
@@ -121,7 +120,7 @@ def builders(x: Tensor, direction: str, names: list[str]) -> dict[str, Callable[
             return torch.compile(module, dynamic=False)
         mode = "max-autotune" if x.is_cuda else None
         fast = torch.compile(module.eval(), dynamic=False, mode=mode)
-        with torch._inductor.config.patch(freezing=True):
+        with frozen_weights():
             fast(flat(x) if module is tokens else x)
         return fast
 
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = start(parser, argv)
     args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
-    torch._functorch.config.donated_buffer = False
+    allow_repeated_backward()
     axes = (args.directions, args.dtype, args.batch or BATCH[args.device], stages(args.models))
     cases = []
     for direction, dtype, batch, (model, stage, (channels, height, width)) in itertools.product(*axes):

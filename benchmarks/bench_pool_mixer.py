@@ -15,12 +15,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
+from poolformer_kernels.ops.torch_private import allow_repeated_backward
 from poolformer_kernels.profiling import time_interleaved
 
 from .harness import (
@@ -44,7 +44,7 @@ from .rows import Case
 
 # Elements that move and FLOPs, for each element of x. FLOPs of the forward: 4 for the sums of rows and
 # columns, and one each to divide by their number, to subtract the centre, to scale and to add. FLOPs of the
-# backward: 6 for the pool's adjoint, 4 for the sum q and 4 for x's gradient (README, "Algebra").
+# backward: 6 for the pool's adjoint, 4 for the sum q and 4 for x's gradient (docs/algebra.md, "Token mixer").
 TRAFFIC = {"forward": 2, "backward": 5}
 FLOPS = {"forward": 8, "backward": 14}
 PROVIDERS = ("ours", "eager", "compile", "ours cuda", "ours triton", "ours given", "ours cuda given")
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = start(parser, argv)
     args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
-    torch._functorch.config.donated_buffer = False
+    allow_repeated_backward()
     axes = (args.directions, args.dtype, args.layout, args.batch or BATCH[args.device], stages(args.models))
     cases = []
     for direction, dtype, layout, batch, (model, stage, shape) in itertools.product(*axes):

@@ -19,7 +19,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
@@ -27,6 +26,7 @@ from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.numerics import errors
 from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
+from poolformer_kernels.ops.torch_private import frozen_weights
 
 from .harness import measure, require
 from .rows import Case, Results, UnavailableError
@@ -120,7 +120,7 @@ def _eager_nchw(peer: nn.Module, ours: Ours, x: Tensor) -> Call:
 def _compiled(mode: str, peer: nn.Module, ours: Ours, x: Tensor) -> Call:
     if mode == "reduce-overhead":
         _only("cuda", x)
-    with torch._inductor.config.patch(freezing=True):
+    with frozen_weights():
         compiled = torch.compile(peer, dynamic=False, mode=mode)
         for _ in range(3):  # a graph is captured in the second call
             compiled(x)

@@ -90,7 +90,7 @@ def test_macs_and_parameters_of_each_kind_of_layer(s12):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_in_elements_of_the_residual_stream(dtype):
-    """Eager: 13 E and 26 E, and the parameters; fused: 2 E (README, "Algebra")."""
+    """Eager: 13 E and 26 E, and the parameters; fused: 2 E (docs/algebra.md, "Traffic")."""
     batch, c, pixels = 3, 64, 56 * 56
     result = profile(create(), batch=batch, dtype=dtype, measure=False)
     size, e, statistics = dtype.itemsize, batch * c * pixels, 2 * batch

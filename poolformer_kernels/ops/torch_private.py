@@ -5,7 +5,7 @@ tests/test_torch_private.py says for a newer torch which one has gone.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
@@ -22,12 +22,14 @@ __all__ = [
     "TRACED_PARAMETERS",
     "OpOverload",
     "TorchDispatchMode",
+    "allow_repeated_backward",
     "any_requires_grad",
     "below_autograd",
     "compiled_on_its_own",
     "constant_result",
     "differentiating_transform",
     "forward_mode",
+    "frozen_weights",
     "has_global_hooks",
     "in_transform",
     "outside_transforms_and_modes",
@@ -100,3 +102,20 @@ def outside_transforms_and_modes() -> ExitStack:
     stack.enter_context(_disable_current_modes())
     stack.enter_context(temporarily_clear_interpreter_stack())
     return stack
+
+
+def frozen_weights() -> AbstractContextManager:
+    """A context in which torch.compile makes weights constants of what it compiles, for the benchmarks.
+
+    The compiler is imported here: that takes seconds.
+    """
+    import torch._inductor.config as config
+
+    return config.patch(freezing=True)
+
+
+def allow_repeated_backward() -> None:
+    """Compiled graphs keep their buffers for further backwards (``retain_graph=True``): for benchmarks."""
+    import torch._functorch.config as config
+
+    config.donated_buffer = False
