@@ -4,6 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
+from poolformer_kernels.cli.main import load_benchmarks
+
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".md", ".toml", ".h", ".cpp", ".cu", ".cuh", ".in"}
 FOLDERS = ("poolformer_kernels", "csrc", "benchmarks", "tests", "docs")
@@ -65,6 +67,7 @@ def exists(name: str) -> bool:
 
 
 def test_names():
+    load_benchmarks()
     found = cited(NAME)
     assert len(found) > 40
     assert exists("poolformer_kernels.ops.mlp.mlp_with_stats")
