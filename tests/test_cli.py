@@ -96,7 +96,7 @@ def test_report_is_self_contained(quick, tmp_path) -> None:
 @pytest.mark.parametrize(("operator", "layer"), [("pool_mixer", "mixer"), ("mlp", "mlp")])
 def test_demo_fails_on_a_wrong_operator(operator, layer, quick, tmp_path, capsys, monkeypatch) -> None:
     """Wrong in the operator, and in the chain of layers that inference makes where kernels are built."""
-    right, chained = getattr(pk.nn.block, f"{operator}_with_stats"), getattr(Chain, layer)
+    right, chained = getattr(pk.nn.fusion, f"{operator}_with_stats"), getattr(Chain, layer)
 
     def wrong(x, weight, *args, **options):
         return right(x, weight * 1.001, *args, **options)
@@ -104,7 +104,7 @@ def test_demo_fails_on_a_wrong_operator(operator, layer, quick, tmp_path, capsys
     def wrongly_chained(self, weight, *args):
         return chained(self, weight * 1.001, *args)
 
-    monkeypatch.setattr(pk.nn.block, f"{operator}_with_stats", wrong)
+    monkeypatch.setattr(pk.nn.fusion, f"{operator}_with_stats", wrong)
     monkeypatch.setattr(Chain, layer, wrongly_chained)
     assert main([*quick, "--dtype", "float32"]) == 1
     assert "VERIFICATION FAILED" in capsys.readouterr().out
