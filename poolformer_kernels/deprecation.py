@@ -7,11 +7,12 @@ from types import ModuleType
 __all__ = ["moved"]
 
 
-def moved(old: str, new: ModuleType, names: tuple[str, ...] | None = None) -> Callable[[str], object]:
-    """A module's ``__getattr__`` that finds ``names`` (by default ``new.__all__``) in another module."""
+def moved(old: str, names: dict[str, ModuleType]) -> Callable[[str], object]:
+    """The ``__getattr__`` of a module ``old``, whose ``names`` are now in other modules."""
 
     def find(name: str) -> object:
-        if name not in (new.__all__ if names is None else names):
+        new = names.get(name)
+        if new is None:
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         message = f"{old}.{name} is now {new.__name__}.{name}; the old name goes in 0.3.0"
         warnings.warn(message, DeprecationWarning, stacklevel=2)

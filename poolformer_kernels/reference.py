@@ -147,4 +147,4 @@ def _group_norm_given(
     return normed if bias is None else normed + bias.view(-1, 1, 1)
 
 
-__getattr__ = moved(__name__, layout, ("memory_format_of",))
+__getattr__ = moved(__name__, {"memory_format_of": layout})

@@ -16,7 +16,7 @@ from torch import nn
 
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.models import PoolFormer
-from poolformer_kernels.nn import Mlp, PoolFormerBlock, chain_cache
+from poolformer_kernels.nn import Mlp, PoolFormerBlock, PoolFormerStage, chain_cache
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -427,7 +427,7 @@ def test_a_parameter_that_is_computed_is_never_stale(where):
                 p.mul_(1.5)
 
 
-def test_no_plan_is_seen_half_built(x, monkeypatch):
+def test_no_cache_is_seen_half_built(x, monkeypatch):
     """By another thread's inference."""
     model, seen = make_model(), []
     collect = chain_cache._collect
@@ -436,3 +436,17 @@ def test_no_plan_is_seen_half_built(x, monkeypatch):
     )
     assert calls(model, x) == ONE
     assert seen == [None]
+
+
+def test_a_layer_scale_that_is_a_buffer(x):
+    """It is no parameter, and a chain that has read it must not keep it."""
+    model = PoolFormerStage(PoolFormerBlock(x.shape[1], layer_scale_init_value=1.0)).eval()
+    block = model[0]
+    del block.layer_scale_1
+    block.register_buffer("layer_scale_1", torch.ones(x.shape[1]))
+    with torch.inference_mode():
+        first = model(x)
+        block.layer_scale_1 = torch.zeros(x.shape[1])
+        second, expected = model(x), block(x)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, expected)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 from poolformer_kernels.cli.main import load_benchmarks
@@ -11,7 +12,7 @@ SUFFIXES = {".py", ".md", ".toml", ".h", ".cpp", ".cu", ".cuh", ".in"}
 FOLDERS = ("poolformer_kernels", "csrc", "benchmarks", "tests", "docs")
 HEADING = re.compile(r'([\w/-]+\.md|README|[Aa]lgebra)(?:\'s)?,? "([^"]+)"')
 PATH = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/[\w/-]+(?:\.\w+)+)")
-NAME = re.compile(r"(?<!`)`(poolformer_kernels(?:\.\w+)+)`(?!`)")
+NAME = re.compile(r"(?:(?<!`)`(?=[\w.]+`(?!`))|\((?=[\w.]+\)))(poolformer_kernels(?:\.\w+)+)")
 
 
 def sources() -> list[Path]:
@@ -57,10 +58,12 @@ def exists(name: str) -> bool:
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         try:
-            value = importlib.import_module(".".join(parts[:n]))
-            for attribute in parts[n:]:
-                value = getattr(value, attribute)
-        except (ImportError, AttributeError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", DeprecationWarning)  # an old name is none to cite
+                value = importlib.import_module(".".join(parts[:n]))
+                for attribute in parts[n:]:
+                    value = getattr(value, attribute)
+        except (ImportError, AttributeError, DeprecationWarning):
             continue
         return True
     return False
@@ -72,4 +75,6 @@ def test_names():
     assert len(found) > 40
     assert exists("poolformer_kernels.ops.mlp.mlp_with_stats")
     assert not exists("poolformer_kernels.ops.mlp.nothing")
+    assert not exists("poolformer_kernels.reference.memory_format_of")  # an old name
+    found = [(where, match) for where, match in found if where != "CHANGELOG.md"]
     assert [(where, match[1]) for where, match in found if not exists(match[1])] == []

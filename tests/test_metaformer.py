@@ -253,3 +253,11 @@ def test_profile_takes_plain_poolformers_only():
 def test_bad_parts(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_block_without_an_mlp_hands_its_statistics_on():
+    block, x = pk.nn.MetaFormerBlock(8, mlp=False), torch.randn(1, 8, 5, 5)
+    stats = pk.reference.sample_stats(x)
+    y, handed = block.mlp_with_stats(x, stats, True)
+    assert y is x
+    assert handed is stats

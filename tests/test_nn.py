@@ -358,3 +358,29 @@ def test_bad_arguments(make, error, words):
         make()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_subclass_may_use_any_name():
+    """As ``shortcut``, a common one: no method of ours hides it or takes its place."""
+
+    class Doubled(PoolFormerBlock):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.shortcut = nn.Identity()
+
+        def forward(self, x):
+            return self.shortcut(x) + super().forward(x)
+
+    torch.manual_seed(0)
+    block, x = randomise(Doubled(8)), torch.randn(1, 8, 5, 5)
+    plain = PoolFormerBlock(8)
+    plain.load_state_dict(block.state_dict())
+    torch.testing.assert_close(block(x), x + plain(x))
+
+
+@pytest.mark.parametrize("name", ["token_mixer", "mlp"])
+def test_a_missing_module_is_an_error(name):
+    block = PoolFormerBlock(8)
+    setattr(block, name, None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        block(torch.randn(1, 8, 5, 5))

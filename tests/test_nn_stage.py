@@ -401,3 +401,14 @@ def test_a_stage_is_a_sequential(backend):
 def test_save_hidden_must_be_a_bool_or_none():
     with pytest.raises(TypeError, match="save_hidden must be a bool or None, got int"):
         PoolFormerBlock(4, save_hidden=1)
+
+
+@pytest.mark.parametrize("norm", [GroupNorm, nn.BatchNorm2d])
+def test_a_stage_hands_statistics_to_another_forward_with_stats(norm):
+    """Set on the instance; also where the modules of the block are called one by one."""
+    torch.manual_seed(0)
+    stage = PoolFormerStage(*(PoolFormerBlock(8, norm_layer=norm) for _ in range(2))).train()
+    seen, own = [], stage[1].forward_with_stats
+    stage[1].forward_with_stats = lambda *args: seen.append(len(args)) or own(*args)
+    stage(torch.randn(1, 8, 5, 5))
+    assert seen == [3]

@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Where the tables of kernels have a dtype.
+// The index of a dtype in the tables of kernels.
 inline int dtype_index(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
@@ -37,7 +37,7 @@ inline Activation activation_named(const std::string& name) {
   STD_TORCH_CHECK(false, "mlp: activation must be gelu, gelu_tanh, relu, relu_squared or silu, got ", name);
 }
 
-// The output's layout (poolformer_kernels.reference.memory_format_of).
+// The output's layout (poolformer_kernels.layout.memory_format_of).
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
 // Whether t is contiguous, or in channels_last without gaps.

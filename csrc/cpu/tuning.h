@@ -1,6 +1,7 @@
-// The numbers of the CPU kernels that were chosen by measurement, each with the benchmark that decides it. Any value
-// gives right results. Those that set the order of sums depend on nothing but shapes, so that results are the same for
-// any number of threads; a change of them changes last digits.
+// The numbers of the CPU kernels that were chosen by measurement, each with the benchmark that decides it. The
+// assertions at the end say which values are allowed; with all of them results are right. Those that set the order of
+// sums depend on nothing but shapes, so that results are the same for any number of threads; a change of them changes
+// last digits.
 #pragma once
 
 #include <stdint.h>
@@ -13,8 +14,8 @@ namespace pk {
 // `poolformer-kernels bench mlp`, `bench model`
 constexpr int64_t kSerialWork = 1 << 18;
 
-// Tokens that go through a product together, at most: more reuse each weight oftener, until the tile's activations no
-// longer fit into the L2 cache. `poolformer-kernels bench mlp`
+// Tokens that go through a product together, at most: with more of them each weight is used more often, until the
+// tile's activations no longer fit into the L2 cache. `poolformer-kernels bench mlp`
 constexpr int64_t kTileTokens = 208;
 
 // Bytes of activations that a thread keeps in its core's L2 cache: a convolution's windows of one tile, and what the
@@ -32,6 +33,9 @@ constexpr int64_t kGrainTokens = 16384;
 // Work is shared out by whole samples from so many for each thread on, though one thread may then get one more.
 // `poolformer-kernels bench pool-mixer`, `bench model`
 constexpr int64_t kSamplesPerThread = 4;
+
+// Elements of one partial of a sample's statistics. `poolformer-kernels bench pool-mixer`
+constexpr int64_t kStatsChunk = 8192;
 
 // ---- the token mixer: `poolformer-kernels bench pool-mixer`
 
@@ -78,5 +82,18 @@ constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden =
 
 // Rows of the weight that a work item multiplies: they are shared out where tokens are too few for the threads.
 constexpr int64_t kEmbedRows = 64;
+
+// Vectors of kLanesMax tokens of a tile, at least, however large the windows of the convolution are.
+constexpr int64_t kLeastEmbedVectors = 3;
+
+// ---- allowed values
+
+constexpr int64_t kWidestVector = 16, kMostRows = 32;  // lanes of a vector, rows of a block of a product, at any level
+static_assert(kTileTokens % kWidestVector == 0 && kTileTokens >= kLeastEmbedVectors * kWidestVector);
+static_assert(kBackwardTileTokens % kWidestVector == 0 && kBlockTokens >= kBackwardTileTokens);
+static_assert(kInputChannels % kWidestVector == 0 && kOutputChannels % kWidestVector == 0);
+static_assert(kHiddenAtOnce % kMostRows == 0 && kHiddenChunk % kMostRows == 0 && kPartsHidden >= kParts * kMostRows);
+static_assert(kTransposedHidden % kWidestVector == 0 && kEmbedRows % kMostRows == 0);
+static_assert(kStatsChunk % kWidestVector == 0);
 
 }  // namespace pk

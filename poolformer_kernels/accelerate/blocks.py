@@ -32,9 +32,8 @@ class Recipe:
 
     original: type[nn.Module]
     name: str  # of its BlockLayout
-    types: tuple[
-        tuple[type, ...] | None, tuple[type, ...] | None
-    ]  # the types of a sub-block's parts; None: it runs its modules
+    # The types of the parts of each sub-block; None where it runs its modules.
+    types: tuple[tuple[type, ...] | None, tuple[type, ...] | None]
     activation: str | None
 
     @property
@@ -70,6 +69,8 @@ class Recipe:
         return_stats: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `poolformer_kernels.nn.fusion.BlockParts.run`."""
+        if not any(fused):
+            return block(x), None
         return self.layout.run(block, x, fused, stats, return_stats, self.activation)
 
 

@@ -121,9 +121,8 @@ def _compare(block: nn.Module, recipe: Recipe, layout: BlockLayout) -> str | Non
                 y, given = _run(forward, block, x, layout, recording)
                 ys.append(y)
                 grads.append(given)
-            size = max(
-                [0.0, *(g.abs().max().item() for g in grads[0])]
-            )  # a gradient that is zero in theory is compared with the others' size
+            # The largest of all gradients, because some are zero but for rounding.
+            size = max([0.0, *(g.abs().max().item() for g in grads[0])])
             same = _close(*ys, ys[0].abs().max().item())
             if not same or not all(_close(*pair, size) for pair in zip(*grads, strict=True)):
                 return f"the forward of {name} computes something else than its modules' names say"

@@ -43,7 +43,7 @@ class BlockLayout(BlockParts):
     inner_drop_path: str | None = None  # in the MLP, called after the activation and after the second layer
     residual_scales: tuple[str, str] | None = None  # where there are any, LayerScale is a module, too
     returns_tuple: bool = False
-    widens = True  # their own forwards do, too
+    widens = True  # in these packages a float32 LayerScale makes a half-precision stream float32
 
     def matches(self, block: nn.Module) -> bool:
         """Whether a module has these names; scales that are parameters may be absent where a flag says so."""

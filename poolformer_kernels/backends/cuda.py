@@ -85,7 +85,7 @@ TILE_CELLS = 128  # of a tile, at most: 8 channels x 2 columns in channels_last,
 CELL = 8
 MLP_CHANNELS = (64, 96, 128, 192)  # of the fused forward
 MLP_BACKWARD_CHANNELS = (64, 96, 128)
-HIDDEN_BLOCK, HIDDEN_MAX = 64, 4096  # hidden channels come in multiples of it, and so many at most
+HIDDEN_BLOCK, HIDDEN_MAX = 64, 4096  # hidden channels must be a multiple of 64, and 4096 at most
 STATS_ROWS = 64  # tokens of a tile of the MLP's output, whose statistics are one partial
 _HALVES = (torch.bfloat16, torch.float16)
 

@@ -23,8 +23,8 @@ class Limits:
 
     warps: int
     blocks: int
-    shared: int  # bytes for resident blocks
-    shared_of_block: int  # of which one block may have
+    shared: int  # bytes of shared memory for all resident blocks
+    shared_of_block: int  # bytes that one block may have at most
     registers: int = 65536
 
 

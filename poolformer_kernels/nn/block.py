@@ -124,11 +124,12 @@ class PoolFormerBlock(nn.Module):
         modules = self._modules
         layers = modules["mlp"]._modules
         read = (modules["norm1"], modules["norm2"], layers["fc1"], layers["fc2"])
-        if not all({"weight", "bias"} <= module._parameters.keys() for module in read):
+        own = {"layer_scale_1", "layer_scale_2"} <= self._parameters.keys()
+        if not own or not all({"weight", "bias"} <= module._parameters.keys() for module in read):
             return False  # in replicas of DataParallel, say, parameters are other attributes
         return PARTS.add_to(self, chain)
 
-    def shortcut(self, which: int) -> Tensor | bool:
+    def _shortcut(self, which: int) -> Tensor | bool:
         """See `poolformer_kernels.nn.fusion.BlockParts.shortcut`."""
         return True
 
@@ -179,7 +180,7 @@ class _Parts(BlockParts):
         return getattr(block, _SCALES[which])
 
     def shortcut(self, block: PoolFormerBlock, which: int) -> Tensor | bool:
-        return block.shortcut(which)
+        return block._shortcut(which)
 
     def pool_size(self, block: PoolFormerBlock) -> int:
         return block._modules["token_mixer"].pool_size
@@ -204,10 +205,8 @@ class _Parts(BlockParts):
 
     def run_modules(self, block: PoolFormerBlock, which: int, x: Tensor, shortcut: Tensor | bool) -> Tensor:
         modules = block._modules
-        body = modules[_BODIES[which]]
-        if body is None:  # a MetaFormerBlock without an MLP
-            return x
-        branch, scale = body(self.norm(block, which)(x)), self.layer_scale(block, which)
+        branch = modules[_BODIES[which]](self.norm(block, which)(x))
+        scale = self.layer_scale(block, which)
         dtype = torch.promote_types(x.dtype, branch.dtype)  # float32 parameters do not widen a half stream
         if scale is not None:
             branch = branch * scale.view(-1, 1, 1)

@@ -77,11 +77,13 @@ class _CachedChain:
             self._watch(attributes, [key for key in attributes if key not in _INTERNAL])
             self._watch(module._parameters, list(module._parameters))
             self._watch(module._modules, list(module._modules))
+            self._watch(module._buffers, list(module._buffers))
             if module is not root:  # the call that led here has run root's hooks
                 self._hooks += (attributes[name] for name in HOOKS)
         self._hooked = [*map(bool, self._hooks)]
         self._sized = [place for m in self._modules for place in (m.__dict__, m._parameters, m._modules)]
-        self._sizes = [*map(len, self._sized)]  # a forward that is set on an instance adds to one
+        # A forward that is set on an instance adds an entry, so a size changes.
+        self._sizes = [*map(len, self._sized)]
         self._ordered = [m._modules for m in self._modules if len(m._modules) > 1]
         self._orders = [*map(list, self._ordered)]
         # a parametrization computes its tensor anew in each call

@@ -2,18 +2,14 @@
 
 from torch import nn
 
+from ..ops.torch_private import has_hooks
+
 __all__ = ["boolean", "hooked", "is_number", "not_negative", "number", "odd", "positive_int", "probability"]
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: it has hooks or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return has_hooks(module) or "forward" in module.__dict__
 
 
 def is_number(value: object) -> bool:

@@ -221,7 +221,7 @@ class FusedBlock(Protocol):
     def run(
         self, block: nn.Module, x: Tensor, fused: tuple[bool, bool], stats: Tensor | None, return_stats: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """See `BlockParts.run`."""
+        """See `BlockParts.run`; where neither is an operator call, the block itself may be called."""
 
 
 def run_stage(
@@ -236,7 +236,7 @@ def run_stage(
     fused = [f is not None and f.fused(block) for f, block in zip(fusions, blocks, strict=True)]
     stats = None
     for i, block in enumerate(blocks):
-        if not fused[i] or not any(fused[i]):
+        if fusions[i] is None:
             x, stats = block(x), None
             continue
         following = fused[i + 1] if i + 1 < len(blocks) else False

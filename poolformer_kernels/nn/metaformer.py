@@ -96,10 +96,17 @@ class MetaFormerBlock(PoolFormerBlock):
             self.mlp.fc1.register_parameter("bias", None)
             self.mlp.fc2.register_parameter("bias", None)
 
-    def shortcut(self, which: int) -> Tensor | bool:
+    def _shortcut(self, which: int) -> Tensor | bool:
         # a block without an MLP has no res_scale_2
         scale = getattr(self, "res_scale_1" if which == MIXER else "res_scale_2", None)
         return self.residual if scale is None else scale
+
+    def mlp_with_stats(
+        self, x: Tensor, stats: Tensor | None, return_stats: bool, residual: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._modules["mlp"] is None:
+            return x, stats
+        return super().mlp_with_stats(x, stats, return_stats, residual)
 
     def mlp_unfused_reason(self) -> str | None:
         """Why the MLP sub-block is not one operator call, or None where it is."""

@@ -143,9 +143,8 @@ def mlp_with_stats(
     narrow = None
     if device in _AUTOCAST and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x, (w1, b1, w2, b2), narrow = _autocast(device, x, (w1, b1, w2, b2), norm, residual)
-        return_stats = (
-            return_stats and narrow is None
-        )  # y is rounded once more below, so these would not be its statistics
+        if narrow is not None:
+            return_stats = False  # y is rounded once more below, so these would not be its statistics
     _check(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
         *(layer_scale, drop_scale, residual, save_hidden, stats),

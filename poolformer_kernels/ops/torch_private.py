@@ -1,6 +1,7 @@
 """The parts of PyTorch that are not public API, each with the reason for which nothing public will do.
 
-The rest of the package uses no others. All exist from torch 2.10, the oldest supported, to 2.14;
+The rest of the package uses no others but a module's `_modules`, `_parameters` and `_buffers`: the public
+ways to them copy or search in each call. All exist from torch 2.10, the oldest supported, to 2.14;
 tests/test_torch_private.py says for a newer torch which one has gone.
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "forward_mode",
     "frozen_weights",
     "has_global_hooks",
+    "has_hooks",
     "in_transform",
     "outside_transforms_and_modes",
     "tree_leaves",
@@ -86,6 +88,16 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # Whether hooks are set that every module's call runs (`torch.nn.modules.module.register_module_*_hook`).
 has_global_hooks = _has_any_global_hook
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own; see `HOOKS`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def compiled_on_its_own(module: nn.Module) -> bool:

@@ -3,4 +3,6 @@
 from ..deprecation import moved
 from . import limits
 
-__getattr__ = moved(__name__, limits)
+_MOVED = dict.fromkeys(("LimitProbes", "Limits", "measure_limits"), limits)
+__all__ = [*_MOVED]
+__getattr__ = moved(__name__, _MOVED)

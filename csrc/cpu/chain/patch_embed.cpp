@@ -44,8 +44,8 @@ void run_patch_embed(const Images& x, const PatchEmbedArguments& args, void* y, 
   // Work items are pairs of a tile of tokens and a group of w's rows. Groups are of one size, so that statistics are
   // the same for any number of threads.
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax;
-  const int64_t most =
-      std::clamp<int64_t>(kCacheBytes / (x.element_size() * p.patch_size()) / kLanesMax, 3, kTileTokens / kLanesMax);
+  const int64_t most = std::clamp<int64_t>(kCacheBytes / (x.element_size() * p.patch_size()) / kLanesMax,
+                                           kLeastEmbedVectors, kTileTokens / kLanesMax);
   p.group = kEmbedRows;
   const bool serial = double(p.tokens) * p.out * p.patch_size() < kSerialWork;
   const int64_t round = most * (vectors <= most || serial ? 1 : torch::stable::get_num_threads());

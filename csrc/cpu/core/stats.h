@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace pk {
+#include "../tuning.h"
 
-constexpr int64_t kStatsChunk = 8192;  // elements of one partial
+namespace pk {
 
 // Writes (count, mean, M2) of chunks first .. last - 1 of a sample to partials[chunk][3]. The sample is one contiguous
 // run of `size` elements in both layouts.

@@ -165,7 +165,7 @@ inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, in
       }
       const double count = double(pixels) * channels, mean = shift + sum / count;
       const double rest = squares - sum * (sum / count);
-      m2 += rest < 0 ? 0 : rest;  // which keeps a NaN
+      m2 += rest < 0 ? 0 : rest;  // a NaN is not less than 0, so it stays
       out[3 * b] = count;
       out[3 * b + 1] = mean;
       out[3 * b + 2] = m2;

@@ -68,8 +68,8 @@ struct MlpCall {
     p.rstd = rstd = arena.floats(padded(p.batch));
   }
 
-  // The number of tiles that `vectors` vectors of tokens are cut into, with `most` tokens in each at most: the same
-  // number for each thread.
+  // How many tiles `vectors` vectors of tokens are cut into: none has more than `most` tokens, and each thread gets
+  // equally many.
   int64_t tiles(int64_t vectors, int64_t most) const {
     const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads(), round = threads * most;
     return std::min(vectors, threads * ((vectors * kLanesMax + round - 1) / round));

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-#if !defined(PK_EXECUTOR)  // which has no registers to count
+#if !defined(PK_EXECUTOR)  // the tests' host executor has no registers to report
 
 namespace pk {
 
@@ -24,7 +24,8 @@ KernelUse kernel_use(const KernelFact& kernel) {
   most -= static_cast<int>(found.sharedSizeBytes);
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "cudaFuncSetAttribute");
-  if (kernel.shared <= most)  // else a kernel of other devices, of which no block fits here
+  // A kernel that needs more shared memory than this device has cannot run here: no block fits.
+  if (kernel.shared <= most)
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads,
                                                         static_cast<size_t>(kernel.shared)),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");

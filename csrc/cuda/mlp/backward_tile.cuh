@@ -88,7 +88,8 @@ __device__ inline void load_channels(const void* source, bool is_float, int64_t 
   }
 }
 
-// Stores 8 channels. The first store serves both dtypes: of one in each branch the compiler makes several narrow ones.
+// Stores 8 channels. One store statement serves both dtypes: with one in each branch the compiler emits several
+// narrow stores.
 template <class T>
 __device__ inline void store_channels(void* target, bool is_float, int64_t offset, const float (&v)[8]) {
   const float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};

@@ -203,7 +203,7 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
     release(previous);
 
     store_rows<T, C>(p, table, start, 16 * warp, reinterpret_cast<float (&)[C / 8][4]>(acc));
-    group_barrier(1 + group, 128);  // also: all are done with this tile's tables
+    group_barrier(1 + group, 128);  // after it no thread of the group reads this tile's tables
     if (p.y_stats != nullptr && warp < 2) table.store_stats(p, start, 0, warp);
   }
 }

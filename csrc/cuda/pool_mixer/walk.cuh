@@ -243,7 +243,7 @@ struct SharedWalk {
   }
 };
 
-// The most threads of a block: with loads of 16 bytes, one for each share of a tile.
+// The most threads of a block. With loads of 16 bytes a tile has no more shares than this.
 template <class T, int V>
 constexpr int threads_of = V == 8 ? 128 : 256;
 
