@@ -1,8 +1,8 @@
 """The parts of PyTorch that are not public API, each with the reason for which nothing public will do.
 
 The rest of the package uses no others but a module's `_modules`, `_parameters` and `_buffers`: the public
-ways to them copy or search in each call. All exist from torch 2.10, the oldest supported, to 2.14;
-tests/test_torch_private.py says for a newer torch which one has gone.
+ways to them copy or search in each call. The oldest torch that is supported is 2.10;
+tests/test_torch_private.py says which of these a torch has not, or has otherwise.
 """
 
 from collections.abc import Callable
