@@ -12,16 +12,7 @@ from ..nn.mlp import activation_name, pointwise_reason
 from ..ops.torch_private import TRACED_PARAMETERS
 from ..reference import ACTIVATIONS
 
-__all__ = ["ACT", "BODY", "DROP_PATH", "FC1", "FC2", "NORM", "PLAIN", "POOL"]
-__all__ += [
-    "LAYOUTS",
-    "STAR_RELU",
-    "BlockLayout",
-    "activation_of",
-    "drops_paths",
-    "is_star_relu",
-    "layout_of",
-]
+__all__ = ["ACT", "FC1", "FC2", "LAYOUTS", "PLAIN", "STAR_RELU", "BlockLayout", "activation_of", "layout_of"]
 
 NORM, DROP_PATH, BODY, POOL = range(4)  # indices into what BlockLayout.parts returns
 FC1, ACT, FC2 = range(3, 6)

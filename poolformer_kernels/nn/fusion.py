@@ -5,6 +5,7 @@ the names of their modules and in a few rules. A `BlockParts` answers for one ki
 is called, how statistics travel and what a chain takes is written here, once.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
@@ -31,49 +32,49 @@ class MlpOperands(NamedTuple):
     activation: str
 
 
-class BlockParts:
+class BlockParts(ABC):
     """One kind of block: where it keeps what the operators take, and the rules that it has of its own."""
 
     widens = False  # whether a LayerScale or ResScale of a wider dtype widens the residual stream
 
+    @abstractmethod
     def norm(self, block: nn.Module, which: int) -> nn.GroupNorm:
         """The norm before a sub-block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer_scale(self, block: nn.Module, which: int) -> Tensor | None:
         """The LayerScale vector ``[C]`` of a sub-block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shortcut(self, block: nn.Module, which: int) -> Tensor | bool:
         """What x is multiplied by before the branch is added (ResScale, ``[C]``); True: 1, False: 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool_size(self, block: nn.Module) -> int:
         """The size of the token mixer's pool."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mlp_operands(self, block: nn.Module, activation: str | None) -> MlpOperands:
         """The weights of the MLP, with StarReLU's scalars folded into the second layer's.
 
         ``activation`` is the operator's name for the MLP's activation, where it was found earlier.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def folds_star_relu(self, block: nn.Module) -> bool:
         """Whether `mlp_operands` computes weights anew in each call."""
-        raise NotImplementedError
 
     def save_hidden(self, block: nn.Module) -> bool | None:
         """``save_hidden`` of `poolformer_kernels.ops.mlp`."""
         return None
 
+    @abstractmethod
     def drops(self, block: nn.Module) -> bool:
         """Whether a call drops samples' branches now (stochastic depth in training)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_scale(self, block: nn.Module, which: int, x: Tensor) -> Tensor | None:
         """A draw of what stochastic depth multiplies each sample of a sub-block by, ``[B]``."""
-        raise NotImplementedError
 
     def mlp_drop_scale(
         self, block: nn.Module, x: Tensor, b2: Tensor | None, layer_scale: Tensor | None
@@ -84,9 +85,9 @@ class BlockParts:
         """
         return self.drop_scale(block, MLP, x), b2, None
 
+    @abstractmethod
     def run_modules(self, block: nn.Module, which: int, x: Tensor, shortcut: Tensor | bool) -> Tensor:
         """A sub-block as its modules compute it, operation by operation."""
-        raise NotImplementedError
 
     def run(
         self,
