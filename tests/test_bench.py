@@ -303,7 +303,8 @@ def run_from(folder: Path, benchmarks: Path, cwd: Path) -> tuple[str, set[str]]:
     """The help of a benchmark, and which modules came from the folder of the benchmarks."""
     done = subprocess.run(
         [sys.executable, "-c", FROM_A_FOLDER, str(benchmarks)],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        # so wide that the help does not break the path of the results
+        env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "999"},
         cwd=cwd,
         capture_output=True,
         text=True,
