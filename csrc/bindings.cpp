@@ -8,6 +8,7 @@
 #include "cpu/isa/isa.h"
 #include "cuda/core/kernels.h"
 #include "cuda/core/stream.h"
+#include "launch/launches.h"
 
 #ifndef PK_TORCH_VERSION
 #error "setup.py defines PK_TORCH_VERSION, PK_CUDA_VERSION and PK_CUDA_ARCHS"
@@ -111,4 +112,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_launches", &kernel_launches,
         "How the CUDA kernels are launched: name, threads of a block, bytes of dynamic shared memory.");
   m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
+  pk::add_launching(m);
 }

@@ -1,14 +1,17 @@
 """Layers in a row as one operator, for inference: activations and statistics stay inside it."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .dispatch import select_backend
 from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
-from .torch_private import in_transform
+from .torch_private import forward_mode, in_transform, observed
 
-__all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "chainable"]
+__all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "Layer", "chainable", "register_cuda_chain"]
 
 # Kinds of layers, as csrc/cpu/chain/chain.cpp numbers them
 CONV, MIXER, MLP = range(3)
@@ -17,14 +20,35 @@ _ACTIVATIONS = {name: i for i, name in enumerate(reference.ACTIVATIONS)}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+_cuda_chain: Callable[["Chain", Tensor], Tensor | None] | None = None
+
+
+def register_cuda_chain(run: Callable[["Chain", Tensor], Tensor | None]) -> None:
+    """``run(chain, x)`` computes a chain on a channels_last CUDA tensor, or returns None where it cannot."""
+    global _cuda_chain
+    _cuda_chain = run
+
+
 def chainable(x: Tensor) -> bool:
-    """Whether layers on x may run as a chain: inference by `cpp` without autocast and transforms."""
+    """Whether layers on x may run as a chain: inference by kernels without autocast and transforms.
+
+    On CUDA a chain calls no operator that something else could watch or replace, so nothing may do that.
+    """
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or x.dtype not in _FLOATS or x.dim() != 4:
+        return False
+    if x.is_cuda:
+        return (
+            not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not forward_mode()
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cuda")
+            and not in_transform()
+            and not observed(x)
+            and select_backend(x.device, x.dtype) in ("triton", "cuda")
+        )
     return (
-        isinstance(x, Tensor)
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype in _FLOATS
-        and x.dim() == 4
+        x.is_cpu
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and (torch.compiler.is_compiling() or not in_transform())
@@ -32,10 +56,22 @@ def chainable(x: Tensor) -> bool:
     )
 
 
+class Layer(NamedTuple):
+    """A layer of a chain; its vectors are in the order of `Chain`'s method, None where not given."""
+
+    kind: int  # CONV, MIXER, MLP or one of POOLS
+    weights: tuple[Tensor, ...]
+    vectors: tuple[Tensor | None, ...]
+    numbers: tuple[int, ...]  # stride and padding, the pool size, or the activation's index
+    eps: float | None
+
+
 class Chain:
     """The layers of one call of the operator; each method appends one."""
 
     def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.plans: dict = {}  # what the CUDA backends keep for the calls to come
         self._weights: list[Tensor] = []
         self._vectors: list[Tensor] = []
         self._parameters: list[Tensor] = []  # all of them, in the order of the layers
@@ -44,19 +80,32 @@ class Chain:
         self._convolves = False
         self._in_channels: int | None = None  # of the first layer, if it has a parameter that says so
 
-    def _add(self, kind: int, weights: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> None:
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Of all layers, in their order."""
+        return self._parameters
+
+    def _add(
+        self,
+        kind: int,
+        weights: tuple[Tensor, ...],
+        vectors: tuple[Tensor | None, ...],
+        numbers: tuple[int, ...] = (),
+        eps: float | None = None,
+    ) -> None:
+        self.layers.append(Layer(kind, weights, vectors, numbers, eps))
         given = [vector for vector in vectors if vector is not None]
         if not self._steps and (weights or given):
             self._in_channels = weights[0].shape[1] if weights else given[0].shape[0]
-        self._steps += (kind, sum(1 << i for i, vector in enumerate(vectors) if vector is not None))
+        self._steps += (kind, sum(1 << i for i, vector in enumerate(vectors) if vector is not None), *numbers)
+        self._epsilons += () if eps is None else (eps,)
         self._parameters += (*weights, *given)
         self._weights += weights
         self._vectors += given
 
     def conv(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
         """A convolution ``[out, C, h, w]``, or after `pool` a linear layer ``[out, C]``."""
-        self._add(CONV, (weight,), (bias,))
-        self._steps += (stride, padding)
+        self._add(CONV, (weight,), (bias,), (stride, padding))
         self._convolves = True
 
     def mixer(
@@ -68,38 +117,42 @@ class Chain:
         eps: float,
     ) -> None:
         """`pool_mixer` with the residual."""
-        self._add(MIXER, (), (weight, bias, layer_scale))
-        self._steps.append(pool_size)
-        self._epsilons.append(eps)
+        self._add(MIXER, (), (weight, bias, layer_scale), (pool_size,), eps)
 
     def mlp(
         self, w1: Tensor, w2: Tensor, vectors: tuple[Tensor | None, ...], activation: str, eps: float
     ) -> None:
         """`mlp` with the norm and the residual; vectors: b1, b2, norm_weight, norm_bias, layer_scale."""
-        self._add(MLP, (w1, w2), vectors)
-        self._steps.append(_ACTIVATIONS[activation])
-        self._epsilons.append(eps)
+        self._add(MLP, (w1, w2), vectors, (_ACTIVATIONS[activation],), eps)
 
     def pool(self, mode: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         """The head's norm and mean over pixels, as `PoolFormer`'s head mode says: ``[B, C]``."""
-        self._add(POOLS[mode], (), (weight, bias))
-        self._epsilons.append(eps)
+        self._add(POOLS[mode], (), (weight, bias), (), eps)
 
     def takes(self, x: Tensor, channels_last: bool) -> bool:
         """Whether it computes on x, which must be `chainable`: layout, dtypes, devices and channels fit.
 
-        Otherwise the caller goes layer by layer, which computes or refuses it.
+        Otherwise the caller goes layer by layer, which computes or refuses it. On CUDA the parameters are
+        looked at by `run`.
         """
+        if self._in_channels not in (None, x.shape[1]):
+            return False
+        if x.is_cuda:  # one convolution alone is torch's
+            return channels_last and _cuda_chain is not None and any(la.kind != CONV for la in self.layers)
         dtype = x.dtype
         return (
             (channels_last or not self._convolves)
             and all(w.dtype is dtype and w.is_cpu for w in self._weights)
             and all((v.dtype is dtype or v.dtype is torch.float32) and v.is_cpu for v in self._vectors)
-            and self._in_channels in (None, x.shape[1])
         )
 
-    def run(self, x: Tensor, channels_last: bool) -> Tensor:
-        """The last layer's result: images in this layout, or ``[B, C]`` where there is a `pool`."""
+    def run(self, x: Tensor, channels_last: bool) -> Tensor | None:
+        """The last layer's result: images in this layout, or ``[B, C]`` where there is a `pool`.
+
+        None on CUDA, where the backends have no chain for these tensors.
+        """
+        if x.is_cuda:
+            return _cuda_chain(self, x)
         refuse_forward_derivatives("the inference chain", "cpp", (x, *self._parameters))
         arguments = (x, self._parameters, self._steps, self._epsilons, channels_last)
         return call(torch.ops.poolformer_kernels.chain_cpp.default, *arguments)
@@ -134,6 +187,7 @@ def _fake(
     return torch.empty((batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
+LIBRARY.define("chain_cuda(Tensor x, Tensor[] parameters, int plan) -> Tensor[]")
 LIBRARY.define(
     "chain_cpp(Tensor x, Tensor[] parameters, int[] steps, float[] epsilons, bool channels_last) -> Tensor"
 )

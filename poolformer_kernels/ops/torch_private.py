@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -34,6 +34,8 @@ __all__ = [
     "has_global_hooks",
     "has_hooks",
     "in_transform",
+    "observed",
+    "outside_modes",
     "outside_transforms_and_modes",
     "tree_leaves",
 ]
@@ -100,9 +102,21 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def observed(x: Tensor) -> bool:
+    """Whether something sees, and may replace, the operators that are called on x.
+
+    A dispatch mode (fake tensors, counters of operations), or x itself, if it is of a subclass of Tensor.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter)
+
+
 def compiled_on_its_own(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called; nothing public tells."""
     return module._compiled_call_impl is not None
+
+
+# A context in which no dispatch mode sees what is called.
+outside_modes = _disable_current_modes
 
 
 def outside_transforms_and_modes() -> ExitStack:

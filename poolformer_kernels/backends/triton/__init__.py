@@ -14,6 +14,7 @@ from importlib import import_module
 
 import torch
 
+from ...ops.chain import register_cuda_chain
 from ...ops.dispatch import register
 from ...ops.library import LIBRARY
 from .config import stats_tiles
@@ -97,4 +98,5 @@ for _device in DEVICES:
     for _operator, _module, _function in _KERNELS:
         LIBRARY.impl(_operator, _kernel(_module, _function), _device.upper())
 
+register_cuda_chain(_kernel("chain", "run"))
 register("triton", sys.modules[__name__])

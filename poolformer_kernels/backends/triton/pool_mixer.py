@@ -23,6 +23,7 @@ from .config import (
     next_power_of_2,
 )
 from .device import aligned, on_another_device
+from .launch import kernel
 from .statistics import limit_partials, merge_partials, tensor_partials
 from .tile import (
     advance_window,
@@ -38,7 +39,7 @@ from .tile import (
 __all__ = ["backward", "forward"]
 
 
-@triton.jit(do_not_specialize=["H", "W", "tiles", "T"])
+@kernel(do_not_specialize=["H", "W", "tiles", "T"])
 def pool_mixer_fwd(
     x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr, y_stats_ptr,
     H, W, tiles, T, eps, C: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -124,7 +125,7 @@ def pool_mixer_fwd(
         tl.store(out + 2, tl.where(square < 0.0, 0.0, square))
 
 
-@triton.jit(do_not_specialize=["H", "W", "tiles"])
+@kernel(do_not_specialize=["H", "W", "tiles"])
 def pool_mixer_bwd_reduce(
     grad_ptr, x_ptr, mean_rstd_ptr, partial_ptr, H, W, tiles, C: tl.constexpr, POOL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -167,7 +168,7 @@ def pool_mixer_bwd_reduce(
     tl.store(partial_ptr + row * C + c, tl.sum(q, 0), mask=c_ok)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@kernel(do_not_specialize=["N", "T"])
 def pool_mixer_bwd_sample(
     partial_ptr, mean_rstd_ptr, weight_ptr, scale_ptr, drop_ptr, q_ptr, k_ptr, ddrop_ptr, N, T,
     C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -207,7 +208,7 @@ def pool_mixer_bwd_sample(
     tl.store(k_ptr + b, total * load_scalar_or_one(drop_ptr, b) / N)
 
 
-@triton.jit(do_not_specialize=["B"])
+@kernel(do_not_specialize=["B"])
 def pool_mixer_bwd_params(
     q_ptr, weight_ptr, scale_ptr, drop_ptr, dweight_ptr, dscale_ptr, B, C: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -235,7 +236,7 @@ def pool_mixer_bwd_params(
     tl.store(dscale_ptr + c, total * load_or_one(weight_ptr, c, c < C), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["H", "W", "tiles"])
+@kernel(do_not_specialize=["H", "W", "tiles"])
 def pool_mixer_bwd_dx(
     grad_ptr, x_ptr, mean_rstd_ptr, k_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr,
     H, W, tiles, C: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import MAX_PARTIALS, OPTIONS, stats_block
+from .launch import kernel
 
 __all__ = ["limit_partials", "merge_partials", "merge_stats", "sample_stats", "tensor_partials"]
 
@@ -31,7 +32,7 @@ def merge_partials(stats_ptr, b, T, MERGE: tl.constexpr):
     return origin + offset, tl.sum(m2 + count * (mean - offset) * (mean - offset)) / total
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@kernel(do_not_specialize=["tiles"])
 def sample_stats(x_ptr, stats_ptr, N, tiles, BLOCK: tl.constexpr):
     """The partial of BLOCK elements of a sample, which is one contiguous run in either layout.
 
@@ -59,7 +60,7 @@ def sample_stats(x_ptr, stats_ptr, N, tiles, BLOCK: tl.constexpr):
     tl.store(out + 2, m2)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def merge_stats(stats_ptr, merged_ptr, T, BLOCK: tl.constexpr):
     """Merges all partials of a sample into one: each lane merges its own, then the lanes are merged.
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from ..activation import activate_with_derivative
 from ..config import OPTIONS, power_of_2_parts
 from ..device import aligned
+from ..launch import kernel
 from ..tile import dot, load_or_one, round_to
 from .backward_shared import Partials, Problem, is_operand, sample_sums, write_tokens
 from .config import FusedBackward
@@ -71,7 +72,7 @@ def _zeros(ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["HW", "T", "tiles", "per_split"])
+@kernel(do_not_specialize=["HW", "T", "tiles", "per_split"])
 def mlp_bwd_wgrad(
     n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, token_sums_ptr, dw1_ptr, dw2_ptr,
     db1_ptr, HW, T, tiles, per_split,
@@ -160,7 +161,7 @@ def mlp_bwd_wgrad(
             tl.store(ptrs, dw2[k], mask=j_ok[:, None] & (o < O)[None, :])
 
 
-@triton.jit(do_not_specialize=["HW", "T"])
+@kernel(do_not_specialize=["HW", "T"])
 def mlp_bwd_dx(
     n_ptr, g_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr,
     table_ptr, k_ptr, dx_ptr, norm_sums_ptr, grad_sums_ptr, HW, T,

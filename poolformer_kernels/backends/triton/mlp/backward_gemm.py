@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..activation import activate_with_derivative
 from ..config import OPTIONS
+from ..launch import kernel
 from ..tile import dot, load_or_one, round_to
 from .backward_shared import Partials, Problem, is_operand, sample_sums, write_tokens
 from .config import IMAGE_TOKENS, WORKSPACE, BackwardGemms
@@ -31,7 +32,7 @@ def _load_tile(ptr, rows, columns, WIDTH: tl.constexpr, ok, EVEN: tl.constexpr):
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["HW", "T"])
+@kernel(do_not_specialize=["HW", "T"])
 def mlp_bwd_hidden(
     n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
     token_sums_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
@@ -109,7 +110,7 @@ def mlp_bwd_hidden(
         tl.store(db1_ptr + tile.to(tl.int64) * J + j, tl.sum(dh, 0), mask=j_ok)
 
 
-@triton.jit(do_not_specialize=["T", "per_split"])
+@kernel(do_not_specialize=["T", "per_split"])
 def mlp_bwd_outer(
     a_ptr, b_ptr, partial_ptr, T, per_split, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -142,7 +143,7 @@ def mlp_bwd_outer(
     tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["HW", "T"])
+@kernel(do_not_specialize=["HW", "T"])
 def mlp_bwd_dn(
     dh_ptr, w1_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, k_ptr, dx_ptr, sums_ptr, HW, T,
     C: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import OPTIONS, next_power_of_2
+from ..launch import kernel
 from ..tile import load_or_one, load_or_zero, round_to
 from .config import (
     IMAGE_CHANNELS,
@@ -92,7 +93,7 @@ class Partials(NamedTuple):
     ddrop: Tensor | None  # [B], complete
 
 
-@triton.jit
+@kernel
 def mlp_bwd_prepare(
     w1_ptr, b1_ptr, w2_ptr, gamma_ptr, beta_ptr, scale_ptr, operand_ptr, w2t_ptr, table_ptr,
     C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,  # noqa: E741
@@ -152,7 +153,7 @@ def mlp_bwd_prepare(
     tl.store(table_ptr + 3 * J + j, b1 + v, mask=j_ok)
 
 
-@triton.jit(do_not_specialize=["HW", "T"])
+@kernel(do_not_specialize=["HW", "T"])
 def mlp_bwd_tokens(
     x_ptr, mean_rstd_ptr, gamma_ptr, beta_ptr, drop_ptr, tokens_ptr, sums_ptr, HW, T,
     C: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -205,7 +206,7 @@ def _sample_total(token_sums_ptr, first, HW, plane, PARTS: tl.constexpr, BLOCK: 
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize=["HW", "T"])
+@kernel(do_not_specialize=["HW", "T"])
 def mlp_bwd_sample(
     token_sums_ptr, g_ptr, scale_ptr, b2_ptr, k_ptr, ddrop_ptr, HW, T, C: tl.constexpr, O: tl.constexpr,  # noqa: E741
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NORM: tl.constexpr,
@@ -248,7 +249,7 @@ def mlp_bwd_sample(
         tl.store(ddrop_ptr + b, total)
 
 
-@triton.jit(do_not_specialize=["P"])
+@kernel(do_not_specialize=["P"])
 def mlp_bwd_columns(
     partial_ptr, sums_ptr, P, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -272,7 +273,7 @@ def mlp_bwd_columns(
     tl.store(sums_ptr + group * WIDTH + c, tl.sum(total, 0), mask=c < WIDTH)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@kernel(do_not_specialize=["SPLITS"])
 def mlp_bwd_weight(
     partial_ptr, dw_ptr, w_ptr, scale_ptr, b2_ptr, total_ptr, dscale_ptr, db2_ptr, SPLITS,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,

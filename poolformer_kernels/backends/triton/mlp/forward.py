@@ -17,6 +17,7 @@ from ....layout import memory_format_of
 from ..activation import activate
 from ..config import OPTIONS, next_power_of_2, power_of_2_parts
 from ..device import device_of, on_another_device
+from ..launch import kernel
 from ..statistics import limit_partials, merge_partials, tensor_partials
 from ..tile import dot, load_or_one, load_or_zero, round_to
 from .config import (
@@ -34,7 +35,7 @@ from .tile import load_operand, round_hidden, row_stats, store_output, store_sta
 __all__ = ["forward"]
 
 
-@triton.jit(do_not_specialize=["batch", "HW", "T", "slots"])
+@kernel(do_not_specialize=["batch", "HW", "T", "slots"])
 def mlp_fwd(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
     y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
@@ -134,7 +135,7 @@ def mlp_fwd(
         store_stats(y_stats_ptr, y_mean, m2, C, sample, ok, start, first, 0, HW, slots, 1, BM, SAMPLES)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def mlp_prepare(
     stats_ptr, mean_rstd_ptr, w1_ptr, b1_ptr, gamma_ptr, beta_ptr, folded_ptr, u_ptr, v_ptr, T, eps,
     C: tl.constexpr, HIDDEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FOLDS: tl.constexpr,
@@ -183,7 +184,7 @@ def mlp_prepare(
         tl.store(v_ptr + j, v, mask=j < HIDDEN)
 
 
-@triton.jit(do_not_specialize=["batch", "HW"])
+@kernel(do_not_specialize=["batch", "HW"])
 def mlp_fc1(
     x_ptr, w1_ptr, b1_ptr, u_ptr, gamma_ptr, beta_ptr, mean_rstd_ptr, p_ptr, hidden_ptr, batch, HW,
     C: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -238,7 +239,7 @@ def mlp_fc1(
     tl.store(p_ptr + offsets, round_to(activate(h, ACTIVATION, EXACT), OPERAND), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "HW", "slots"])
+@kernel(do_not_specialize=["batch", "HW", "slots"])
 def mlp_fc2(
     p_ptr, w2_ptr, b2_ptr, scale_ptr, drop_ptr, x_ptr, y_ptr, y_stats_ptr, batch, HW, slots,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
