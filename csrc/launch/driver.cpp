@@ -5,12 +5,13 @@
 namespace pk::driver {
 namespace {
 
-constexpr int kSuccess = 0, kInvalidContext = 201;  // CUresult
+constexpr int kSuccess = 0;  // CUresult
 
 // CUDA Driver API: module and execution control, primary contexts, stream capture.
 struct Driver {
   int (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**);
   int (*error_name)(int, const char**);
+  int (*get_context)(void**);
   int (*retain_context)(void**, int);
   int (*set_context)(void*);
   int (*exchange_mode)(int*);
@@ -24,6 +25,7 @@ struct Driver {
     }
     find(library, "cuLaunchKernel", launch);
     find(library, "cuGetErrorName", error_name);
+    find(library, "cuCtxGetCurrent", get_context);
     find(library, "cuDevicePrimaryCtxRetain", retain_context);
     find(library, "cuCtxSetCurrent", set_context);
     find(library, "cuThreadExchangeStreamCaptureMode", exchange_mode);
@@ -47,16 +49,14 @@ const char* unavailable() { return driver().unavailable; }
 
 const char* launch(const Kernel& kernel, unsigned blocks, int device, Stream stream, void** parameters) {
   const Driver& d = driver();
-  const auto call = [&] {
-    return d.launch(kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, parameters, nullptr);
-  };
-  int error = call();
-  if (error == kInvalidContext) {  // a thread that has not used CUDA yet
-    void* context = nullptr;
+  void* context = nullptr;
+  int error = d.get_context(&context);
+  if (error == kSuccess && context == nullptr) {  // a thread that has not used CUDA yet
     error = d.retain_context(&context, device);
     if (error == kSuccess) error = d.set_context(context);
-    if (error == kSuccess) error = call();
   }
+  if (error == kSuccess)
+    error = d.launch(kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, parameters, nullptr);
   if (error == kSuccess) return nullptr;
   const char* name = nullptr;
   d.error_name(error, &name);

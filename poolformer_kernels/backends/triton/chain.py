@@ -105,6 +105,7 @@ def pool_head(
         mean, variance = merge_partials(stats_ptr, b, T, MERGE)
         centred = pooled - mean
     else:
+        pooled -= tl.sum(tl.where(c == 0, pooled, 0.0))
         centred = tl.where(c_ok, pooled - tl.sum(tl.where(c_ok, pooled, 0.0)) / C, 0.0)
         variance = tl.sum(centred * centred) / C
     y = centred / tl.sqrt_rn(variance + eps) * load_or_one(weight_ptr, c, c_ok) + load_or_zero(

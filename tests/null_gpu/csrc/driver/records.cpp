@@ -80,15 +80,20 @@ CUresult record(const Launch& launch) {
 
 using namespace null_gpu;
 
-// A call of cuBLAS or cuDNN, which are not there either: a launch of that name.
-API null_gpu_library_call(const char* name, CUstream stream) {
+// A call of cuBLAS or cuDNN, which are not there either: a launch of that name on these addresses.
+API null_gpu_library_call_on(const char* name, CUstream stream, void* const* addresses, int count) {
   ENTER;
   Launch launch;
   launch.kernel = name;
   launch.library = true;
   launch.device = current_device();
   launch.stream = reinterpret_cast<uint64_t>(stream);
+  for (int i = 0; i < count; ++i) launch.arguments.push_back(reinterpret_cast<uint64_t>(addresses[i]));
   return record(launch);
+}
+
+API null_gpu_library_call(const char* name, CUstream stream) {
+  return null_gpu_library_call_on(name, stream, nullptr, 0);
 }
 
 extern "C" EXPORTED void null_gpu_complain(const char* text) { add_complaint(text); }

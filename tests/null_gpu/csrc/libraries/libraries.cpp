@@ -23,6 +23,7 @@ struct __nv_bfloat16;
 
 // libcuda.so.1's
 extern "C" CUresult null_gpu_library_call(const char* name, CUstream stream);
+extern "C" CUresult null_gpu_library_call_on(const char* name, CUstream stream, void* const* addresses, int count);
 extern "C" void null_gpu_complain(const char* text);
 
 namespace {
@@ -34,9 +35,11 @@ struct Handle {  // of cuBLAS and of cuDNN
 };
 Handle& of(void* handle) { return *static_cast<Handle*>(handle); }
 
-// cuBLASLt's descriptors and cuDNN's of a backend: nobody reads what they hold.
+// cuBLASLt's descriptors and cuDNN's of a backend. Of what they hold, only the addresses of a call are kept.
 struct Descriptor {
   char content[256];
+  void* addresses[4];
+  int count;
 };
 
 template <class T>
@@ -161,10 +164,11 @@ BLAS cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cubl
   return CUBLAS_STATUS_SUCCESS;
 }
 
-BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void*, const void*, cublasLtMatrixLayout_t,
-                    const void*, cublasLtMatrixLayout_t, const void*, const void*, cublasLtMatrixLayout_t, void*,
+BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void*, const void* a, cublasLtMatrixLayout_t,
+                    const void* b, cublasLtMatrixLayout_t, const void*, const void*, cublasLtMatrixLayout_t, void* d,
                     cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t stream) {
-  return static_cast<cublasStatus_t>(null_gpu_library_call("cublasLtMatmul", stream));
+  void* const addresses[] = {const_cast<void*>(a), const_cast<void*>(b), d};
+  return static_cast<cublasStatus_t>(null_gpu_library_call_on("cublasLtMatmul", stream, addresses, 3));
 }
 
 REFUSED(cublasLtMatmulAlgoCheck, CUBLAS_STATUS_NOT_SUPPORTED)
@@ -320,8 +324,13 @@ DNN cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t descriptor) {
   return CUDNN_STATUS_SUCCESS;
 }
 
-DNN cudnnBackendSetAttribute(cudnnBackendDescriptor_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t,
-                             int64_t, const void*) {
+DNN cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor, cudnnBackendAttributeName_t name,
+                             cudnnBackendAttributeType_t, int64_t count, const void* values) {
+  auto* pack = reinterpret_cast<Descriptor*>(descriptor);
+  if (name == CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS && count <= 4) {
+    pack->count = static_cast<int>(count);
+    std::memcpy(pack->addresses, values, count * sizeof(void*));
+  }
   return CUDNN_STATUS_SUCCESS;
 }
 
@@ -345,4 +354,8 @@ DNN cudnnBackendGetAttribute(cudnnBackendDescriptor_t, cudnnBackendAttributeName
   return CUDNN_STATUS_SUCCESS;
 }
 
-RECORDED(cudnnBackendExecute)
+DNN cudnnBackendExecute(cudnnHandle_t handle, cudnnBackendDescriptor_t, cudnnBackendDescriptor_t pack) {
+  const auto* of_pack = reinterpret_cast<const Descriptor*>(pack);
+  return static_cast<cudnnStatus_t>(
+      null_gpu_library_call_on("cudnnBackendExecute", of(handle).stream, of_pack->addresses, of_pack->count));
+}

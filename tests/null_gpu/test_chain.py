@@ -1,0 +1,333 @@
+"""Inference as one operator call: it launches what the layers do, on the right memory, whatever changes."""
+
+import copy
+import gc
+import threading
+import weakref
+from collections import Counter
+
+import pytest
+import test_chain_cache
+import torch
+from chain_helpers import make_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import poolformer_kernels as pk
+from poolformer_kernels.backends.triton import chain as cuda_chain
+from poolformer_kernels.nn import chain_cache
+
+from .dataflow import dataflow
+from .null_gpu import complaints, recorded
+
+pytestmark = pytest.mark.host
+LAST = torch.channels_last
+
+
+@pytest.fixture(params=["triton", "cuda", "auto"])
+def backend(request: pytest.FixtureRequest):
+    with pk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton():
+    with pk.use_backend("triton"):
+        yield
+
+
+def small(seed: int = 0, device: str = "cuda:0", **options) -> torch.nn.Module:
+    return make_model(seed=seed, **options).to(device, memory_format=LAST)
+
+
+def images(*shape: int, device: str = "cuda:0", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=LAST)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return images(2, 3, 41, 33)
+
+
+def run(model: torch.nn.Module, x: torch.Tensor) -> tuple[list[tuple], torch.Tensor]:
+    """(the dataflow of an inference, its result)"""
+    with torch.inference_mode(), recorded() as launches:
+        y = model(x)
+    return dataflow(launches, {"x": x, **dict(model.named_parameters()), **dict(model.named_buffers())}), y
+
+
+def forget(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        chain_cache.forget_chain(module)
+
+
+def plans(model: torch.nn.Module) -> list:
+    cached = model.__dict__.get(chain_cache.PLACE)
+    return [] if cached is None or cached.chain is None else [*cached.chain.plans.values()]
+
+
+def assert_replays(model: torch.nn.Module, x: torch.Tensor) -> None:
+    """The first call of a kind goes layer by layer, the next ones are what it has written down."""
+    forget(model)
+    first, y = run(model, x)
+    assert [type(plan) for plan in plans(model)] == [cuda_chain._Plan]
+    for _ in range(2):
+        again, z = run(model, x)
+        assert again == first
+        assert (z.shape, z.stride(), z.dtype, z.device) == (y.shape, y.stride(), y.dtype, y.device)
+        assert z.data_ptr() != y.data_ptr()
+        assert z.is_inference()
+    assert not [step for step in first if "nowhere" in str(step)]
+
+
+@pytest.mark.parametrize("head", ["official", "timm"])
+def test_a_replay_launches_what_the_layers_do(backend, head, x) -> None:
+    assert_replays(small(head=head), x)
+
+
+def test_whole_s12(backend) -> None:
+    model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()
+    assert_replays(model, images(2, 3, 224, 224, dtype=torch.bfloat16))
+
+
+def test_parts_of_a_model(triton) -> None:
+    """A stage gives images, so its result is no operator's."""
+    stage = small().network[2]
+    assert_replays(stage, images(2, 33, 9, 7))
+    assert_replays(stage, images(3, 33, 30, 31))
+
+
+def test_a_half_model_with_float_vectors(triton) -> None:
+    model = small().bfloat16()
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data = p.data.float()
+    model.head.bias.data = model.head.bias.data.bfloat16()
+    assert_replays(model, images(2, 3, 41, 33, dtype=torch.bfloat16))
+
+
+def on_the_device(model: torch.nn.Module) -> None:
+    """What a change has put on the CPU."""
+    model.to("cuda:0")
+
+
+@pytest.mark.parametrize("function", map(test_chain_cache.change, test_chain_cache.CHANGES))
+def test_a_change_is_seen(function, x, triton) -> None:
+    if function is test_chain_cache.optimizer_step:
+        pytest.skip("it makes its images on the CPU; a step changes weights in place, as another change does")
+    model = small()
+    before, _ = run(model, x)
+    assert run(model, x)[0] == before
+    function(model)
+    on_the_device(model)
+    after, y = run(model, x)
+    forget(model)
+    fresh, z = run(model, x)
+    assert after == fresh
+    assert y.shape == z.shape
+
+
+def test_weights_that_move_are_followed(x, triton) -> None:
+    """Their addresses are asked for in each call."""
+    model = small()
+    flow, _ = run(model, x)
+    cached = model.__dict__[chain_cache.PLACE]
+    for p in model.parameters():
+        p.data = p.data.clone(memory_format=torch.preserve_format)
+    assert run(model, x)[0] == flow
+    assert model.__dict__[chain_cache.PLACE] is cached
+    assert len(plans(model)) == 1
+
+
+def test_a_weight_that_loses_its_alignment(triton) -> None:
+    """Kernels that were compiled for addresses of 16 bytes are not launched on others."""
+    model, x = small().bfloat16(), images(2, 3, 41, 33, dtype=torch.bfloat16)
+    run(model, x)
+    for name in ("network.2.0.mlp.fc1.weight", "network.0.0.norm1.weight"):
+        p = model.get_parameter(name)
+        memory = torch.empty(p.numel() + 1, dtype=p.dtype, device=p.device)
+        p.data = memory[1:].view(p.shape)
+        shifted, _ = run(model, x)
+        forget(model)
+        assert run(model, x)[0] == shifted
+    assert not complaints()
+
+
+def test_another_dtype_layout_and_device_of_weights(x, triton) -> None:
+    model = small()
+    flow, _ = run(model, x)
+    half = x.bfloat16()
+    assert run(model.bfloat16(), half)[0] != flow
+    assert run(model.float(), x)[0] == flow
+    with pytest.raises(RuntimeError):  # torch's own error
+        run(model.bfloat16(), x)
+    model.float()
+    model.patch_embed.proj.weight.data = model.patch_embed.proj.weight.data.contiguous()
+    relaid = run(model, x)[0]
+    assert run(model, x)[0] == relaid
+    forget(model)
+    assert run(model, x)[0] == relaid
+    other = model.to("cuda:1")
+    moved, y = run(other, x.to("cuda:1"))
+    assert y.device == torch.device("cuda:1")
+    assert [step[0] for step in moved] == [step[0] for step in relaid]
+
+
+def test_a_copy_is_a_model_of_its_own(x, triton) -> None:
+    model = small()
+    flow, _ = run(model, x)
+    twin = copy.deepcopy(model)
+    assert not plans(twin)
+    assert run(twin, x)[0] == run(twin, x)[0] == flow
+    assert run(model, x)[0] == flow
+
+
+def test_shapes_are_kept_apart_and_are_not_kept_for_ever(triton, monkeypatch) -> None:
+    monkeypatch.setattr(cuda_chain, "PLANS", 2)
+    model = small()
+    flows = []
+    for batch in (1, 2, 3, 1):
+        x = images(batch, 3, 41, 33)
+        flows.append(run(model, x)[0])
+        assert run(model, x)[0] == flows[-1]
+    assert flows[0] == flows[3] != flows[1]
+    assert len(plans(model)) == 2
+
+
+def test_plans_die_with_the_model(x, triton) -> None:
+    model = small()
+    run(model, x)
+    (plan,) = plans(model)
+    number, dead = plan.number, weakref.ref(plan)
+    parameters = [p.detach() for p in model.parameters()]
+    del plan, model
+    gc.collect()
+    assert dead() is None
+    with pytest.raises(RuntimeError, match=f"there is no plan {number}"):
+        torch.ops.poolformer_kernels.chain_cuda(x, parameters, number)
+
+
+def test_two_threads_on_two_streams(backend, x) -> None:
+    """Each thread's launches are on its stream, in the order and of the memory of its own call."""
+    model = small()
+    flow, _ = run(model, x)
+    run(model, x)
+    tensors = {"x": x, **dict(model.named_parameters())}
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def work(stream: torch.cuda.Stream) -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            for _ in range(20):
+                model(x)
+
+    with recorded() as launches:
+        threads = [threading.Thread(target=work, args=(stream,)) for stream in streams]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for stream in streams:
+        own = [launch for launch in launches if launch.stream == stream.cuda_stream]
+        assert len(own) == 20 * len(flow)
+        for i in range(20):
+            assert dataflow(own[i * len(flow) : (i + 1) * len(flow)], tensors) == flow
+    assert len(launches) == 40 * len(flow)
+
+
+def test_a_thread_that_never_used_cuda(x, triton) -> None:
+    """A new thread has no context; the launch makes the device's current."""
+    model, failed = small(), []
+    run(model, x)
+
+    def work() -> None:
+        try:
+            for _ in range(2):
+                run(model, x)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+
+
+def test_another_device_than_the_current_one(backend) -> None:
+    model, x = small(device="cuda:1"), images(2, 3, 41, 33, device="cuda:1")
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.inference_mode(), torch.cuda.stream(stream), torch.cuda.device(0), recorded() as launches:
+        for _ in range(3):
+            model(x)
+    assert {(launch.device, launch.stream) for launch in launches} == {(1, stream.cuda_stream)}
+    assert plans(model)
+
+
+def test_the_first_call_inside_a_capture(backend, x) -> None:
+    """Compiled, loaded and written down while a graph is captured; the graph has what the layers launch."""
+    model = small(seed=3)
+    with torch.inference_mode():
+        torch.nn.functional.conv2d(x, model.patch_embed.proj.weight, stride=4)  # cuDNN starts outside
+        model.head.weight @ model.head.weight.T
+        graph = torch.cuda.CUDAGraph()
+        with recorded() as launches, torch.cuda.graph(graph):
+            model(x)
+            model(x)
+    names = [launch.name for launch in launches if launch.captured]
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
+    assert names
+
+
+def test_what_watches_operators_sees_them(x, triton) -> None:
+    """Under a dispatch mode layers are called one by one."""
+    model = small()
+    run(model, x)
+    with torch.inference_mode(), FlopCounterMode(display=False) as flops:
+        model(x)
+    assert flops.get_total_flops() > 0
+    seen = Counter()
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen[op._schema.name] += 1
+            return op(*args, **(kwargs or {}))
+
+    with torch.inference_mode(), Count():
+        model(x)
+    assert seen["poolformer_kernels::pool_mixer_triton"] == 5
+    assert "poolformer_kernels::chain_cuda" not in seen
+
+
+def test_no_chain_where_gradients_or_autocast_are_on(x, triton) -> None:
+    model = small()
+    model(x).sum().backward()
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        model(x)
+    assert not plans(model)
+
+
+def test_memory_of_a_replay(triton) -> None:
+    """The workspace is used again by later layers, as torch's allocator does it for the layers one by one."""
+    model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()
+    x = images(16, 3, 224, 224, dtype=torch.bfloat16)
+
+    def peak() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode():
+            model(x)
+        return torch.cuda.max_memory_allocated() - before
+
+    layers, replay = peak(), peak()
+    assert replay <= 1.02 * layers
+
+
+def test_weights_that_share_memory_have_no_plan(x, triton, caplog) -> None:
+    """One of them could be replaced without the other."""
+    model = small()
+    blocks = model.network[2]
+    with torch.no_grad():
+        blocks[1].mlp.fc1.weight.data = blocks[0].mlp.fc1.weight.data
+    with caplog.at_level("INFO", "poolformer_kernels"):
+        run(model, x)
+    assert "two of the parameters share memory" in caplog.text
+    assert set(plans(model)) == {None}
+    assert run(model, x)[0] == run(model, x)[0]
