@@ -32,6 +32,8 @@ USUAL = [  # on one; 384 and 512 have the tiles of 768
     case(torch.float32, 192, 28),
     case(torch.float32, 64, 56, weight_dtype=torch.bfloat16),
     case(torch.float32, 320, 14, weight_dtype=torch.bfloat16),
+    case(torch.float32, 64, 56, autocast=True),
+    case(torch.float32, 320, 14, autocast=True, save_hidden=True),
     case(torch.bfloat16, 96, 56, save_hidden=True),
     case(torch.bfloat16, 192, 28, activation="gelu_tanh"),
     case(torch.float16, 96, 56, activation="relu_squared", save_hidden=True),
@@ -93,6 +95,8 @@ def test_launches_are_recorded_from_the_launchers() -> None:
         (BF16[192], ["mlp_fwd"]),
         (BF16[320], pair),
         (case(torch.float32, 96, 56), ["mlp_fwd"]),
+        (case(torch.float32, 96, 56, autocast=True), ["mlp_prepare", "mlp_fwd"]),
+        (case(torch.float32, 320, 14, autocast=True), pair),
         (case(torch.float32, 128, 28), pair),
     ):
         assert [launch.kernel for launch in aot.launches(found)] == kernels

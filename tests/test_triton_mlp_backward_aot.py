@@ -32,6 +32,7 @@ class Case(NamedTuple):
     save_hidden: bool = False
     drop_grad: bool = False
     offset: int = 0  # elements before each of the caller's tensors in its memory
+    autocast: bool = False  # the products' operands are bfloat16
 
     def __str__(self) -> str:
         flags = (name for name in self._fields[3:] if getattr(self, name))
@@ -47,9 +48,12 @@ class Case(NamedTuple):
             aot.meta(self.dtype, *sizes, offset=self.offset)
             for sizes in ((hidden, channels), (channels, hidden), (hidden,), *[(channels,)] * 4, (batch,))
         )
-        saved = aot.meta(self.dtype, x.numel() * 4) if self.save_hidden else None
+        saved_dtype = torch.bfloat16 if self.autocast else self.dtype
+        saved = aot.meta(saved_dtype, x.numel() * 4) if self.save_hidden else None
         parameters = (w1, b1, w2, b2, gamma, beta, scale, drop)
-        backward.backward(x, x, mean_rstd, *parameters, saved, "gelu", True, True, True, self.drop_grad)
+        operand = torch.bfloat16 if self.autocast else self.dtype
+        flags = (True, True, True, self.drop_grad, operand)
+        backward.backward(x, x, mean_rstd, *parameters, saved, "gelu", *flags)
 
 
 class Allocated(TorchDispatchMode):
@@ -79,6 +83,8 @@ USUAL = [  # on one
     *(Case(*SHAPES[i], drop_grad=True) for i in (0, 5)),
     *(Case(*SHAPES[i], offset=1) for i in (0, 5)),  # slices of larger tensors
     Case(*SHAPES[0], torch.float32),
+    *(Case(*SHAPES[i], torch.float32, save_hidden=i == 4, autocast=True) for i in (0, 2, 4)),
+    Case(*SHAPES[4], torch.float32),
 ]
 REST = [
     *(Case(*shape, drop_grad=drop, save_hidden=True) for shape in SHAPES for drop in (False, True)),

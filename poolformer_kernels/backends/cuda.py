@@ -135,7 +135,7 @@ def mlp_unsupported(
 
 
 def hidden_kept_from() -> float:
-    """Infinite: it is kept only where the caller asks for it."""
+    """Infinite: a wide MLP is Triton's, and that backend is asked then."""
     return math.inf
 
 

@@ -82,7 +82,7 @@ def register(
 
     names = (f"{operator}_{backend}", f"{operator}_{backend}_backward")
     for name, schema, fake in zip(names, schemas, fakes, strict=True):
-        LIBRARY.define(schema.format(backend))
+        LIBRARY.define(schema)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     forward, derivative = (f"{NAMESPACE}::{name}" for name in names)
     torch.library.register_autograd(forward, backward, setup_context=setup_context, lib=LIBRARY)

@@ -20,12 +20,12 @@ _PARAMETERS = (
 )
 _FORWARD = (
     f"mlp_{{}}(Tensor x, {_PARAMETERS}, Tensor? stats, str activation, float eps, bool norm, bool residual,"
-    " bool return_stats, bool save_hidden)"
+    " bool return_stats, bool save_hidden{})"
     " -> (Tensor y, Tensor mean_rstd, Tensor y_stats, Tensor hidden)"
 )
 _BACKWARD = (
     f"mlp_{{}}_backward(Tensor grad, Tensor x, Tensor mean_rstd, {_PARAMETERS}, Tensor? hidden,"
-    " str activation, bool norm, bool residual, bool parameter_grads, bool drop_grad)"
+    " str activation, bool norm, bool residual, bool parameter_grads, bool drop_grad{})"
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight,"
     " Tensor dnorm_bias, Tensor dlayer_scale, Tensor ddrop_scale)"
 )
@@ -73,8 +73,9 @@ def mlp(
         drop_scale: ``[B]`` (stochastic depth: 0 or 1/keep per sample), or None for 1.
         residual: add x; ``out`` is then C.
         save_hidden: keep fc1's output for the backward instead of computing it again from x: faster where
-            memory is plenty, ``hidden / C`` times the memory of x. None: where that is faster and x is small,
-            on CPUs without a matrix unit from 256 channels on.
+            memory is plenty. It takes ``hidden / C`` times the memory of x in the operands' dtype, which is
+            less than half of what eager PyTorch keeps. None: where that is faster and x is small: on CPUs
+            without a matrix unit from 256 channels on, on GPUs from 320 on. False: never.
 
     Returns:
         y ``[B, out, H, W]``, of x's dtype; channels_last if x's channels are innermost, else contiguous.
@@ -82,7 +83,8 @@ def mlp(
         products are of the half dtype among x's and the weights'. Gradients have the dtype of what they
         belong to.
 
-    Under autocast the weights are cast to its dtype. The plain form then returns that dtype; with
+    Under autocast the weights are cast to its dtype, by Triton's kernels where these run: their gradients are
+    then float32 throughout. The plain form then returns that dtype; with
     ``residual`` the stream keeps x's, and on CUDA a half x is computed in, and returned as, float32.
 
     Raises:
@@ -140,19 +142,22 @@ def mlp_with_stats(
         norm = norm_weight is not None or norm_bias is not None
     check_input(x)
     device = x.device.type
-    narrow = None
+    narrow = cast_to = None
     if device in _AUTOCAST and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        x, (w1, b1, w2, b2), narrow = _autocast(device, x, (w1, b1, w2, b2), norm, residual)
+        x, (w1, b1, w2, b2), cast_to, narrow = _autocast(device, x, (w1, b1, w2, b2), norm, residual)
         if narrow is not None:
             return_stats = False  # y is rounded once more below, so these would not be its statistics
-    _check(
+    operand = _check(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
-        *(layer_scale, drop_scale, residual, save_hidden, stats),
+        *(layer_scale, drop_scale, residual, save_hidden, stats, cast_to),
     )
     tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
     backend = select_backend(x.device, x.dtype)
     if backend == "cuda":
-        backend = mlp_of_cuda(x.device, *_sizes(x, w1, w2), _differentiates(tensors))
+        backend = mlp_of_cuda(x.device, _sizes(x, w1, w2), operand, _differentiates(tensors))
+    if cast_to is not None and backend != "triton" and w1.dtype != cast_to:  # Triton's kernels cast
+        w1, w2 = w1.to(cast_to), w2.to(cast_to)
+        tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
     if backend == "reference":
         y = reference.mlp(
             x,
@@ -180,6 +185,7 @@ def mlp_with_stats(
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
+            *((operand,) if backend == "triton" else ()),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
@@ -194,15 +200,19 @@ def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[tuple[int, int, int], torch.dtype]:
-    """((C, hidden, out), the dtype of the products' operands)."""
-    return (x.shape[1], w1.shape[0], w2.shape[0]), w1.dtype if x.dtype == torch.float32 else x.dtype
+def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, int, int]:
+    """(C, hidden, out)."""
+    return x.shape[1], w1.shape[0], w2.shape[0]
 
 
 def _autocast(
     device: str, x: Tensor, layers: tuple[Tensor | None, ...], norm: bool, residual: bool
-) -> tuple[Tensor, tuple[Tensor | None, ...], torch.dtype | None]:
-    """x and (w1, b1, w2, b2) as eager AMP computes them, and the dtype of the result where it is not x's."""
+) -> tuple[Tensor, tuple[Tensor | None, ...], torch.dtype, torch.dtype | None]:
+    """x and (w1, b1, w2, b2) as eager AMP computes them, with two dtypes.
+
+    The first is that of the products' operands: float32 weights are left as they are, for the kernel that
+    reads them, or for `mlp_with_stats`, to cast. The second is that of the result where it is not x's.
+    """
     half = torch.get_autocast_dtype(device)
     if not (norm or residual):
         x = x.to(half)
@@ -215,21 +225,27 @@ def _autocast(
         return p.to(operand) if narrow else p
 
     w1, b1, w2, b2 = layers
-    layers = cast(w1, None), cast(b1, torch.float32), cast(w2, None), cast(b2, torch.float32)
-    return x, layers, None if residual or x.dtype != torch.float32 else half
+    both = (isinstance(w, Tensor) and w.dtype == torch.float32 for w in (w1, w2))
+    kept = torch.float32 if all(both) else None
+    layers = cast(w1, kept), cast(b1, torch.float32), cast(w2, kept), cast(b2, torch.float32)
+    return x, layers, operand, None if residual or x.dtype != torch.float32 else half
 
 
 def _check(
     x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps, layer_scale, drop_scale, residual,
-    save_hidden, stats,
-) -> None:  # fmt: skip
+    save_hidden, stats, cast_to,
+) -> torch.dtype:  # fmt: skip
+    """Returns the dtype of the products' operands: ``cast_to`` under autocast."""
     batch, channels = x.shape[:2]
     dtype = x.dtype
     hidden = _check_weight("w1", w1, x, "hidden, C", None, channels)
     out = _check_weight("w2", w2, x, "out, hidden", channels if residual is True else None, hidden)
     if w2.dtype != w1.dtype:
         raise TypeError(f"w2 must be of w1's dtype {w1.dtype}, got {w2.dtype}")
-    vectors = (dtype,) if dtype == torch.float64 else (dtype, w1.dtype, torch.float32)
+    operand = cast_to
+    if operand is None:
+        operand = w1.dtype if dtype == torch.float32 else dtype
+    vectors = (dtype,) if dtype == torch.float64 else (dtype, w1.dtype, operand, torch.float32)
     check_vectors(
         x,
         (
@@ -254,6 +270,7 @@ def _check(
     check_eps(eps)
     check_bool("residual", residual)
     check_bool("save_hidden", save_hidden, optional=True)
+    return operand
 
 
 def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, columns: int) -> int:
@@ -278,11 +295,17 @@ def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, 
 
 
 def _register(backend: str) -> None:
-    """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels."""
+    """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels.
+
+    Triton's have one argument more, the dtype of the products' operands. They cast weights themselves, so
+    that autograd need not cast their gradients back, and write each gradient in its parameter's dtype.
+    """
+    casts = backend == "triton"
+    more = ", ScalarType operand" if casts else ""
 
     def forward_fake(
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps, norm,
-        residual, return_stats, save_hidden,
+        residual, return_stats, save_hidden, operand=None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, _, height, width = x.shape
         hidden, out = w1.shape[0], w2.shape[0]
@@ -292,7 +315,8 @@ def _register(backend: str) -> None:
         if return_stats:
             tiles = registered(backend).mlp_stats_tiles(y.shape, fmt == torch.channels_last, hidden)
             shape = (batch, tiles, 3)
-        operand = w1.dtype if x.dtype == torch.float32 else x.dtype
+        if operand is None:
+            operand = w1.dtype if x.dtype == torch.float32 else x.dtype
         saved = (batch * height * width * hidden,) if save_hidden else (0,)
         return (
             y,
@@ -303,37 +327,42 @@ def _register(backend: str) -> None:
 
     def backward_fake(
         grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
-        activation, norm, residual, parameter_grads, drop_grad,
+        activation, norm, residual, parameter_grads, drop_grad, operand=None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dx = torch.empty_like(x, memory_format=memory_format_of(x))
         channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
         dw1, dw2 = (w.new_empty(w.shape if parameter_grads else (0,)) for w in (w1, w2))
+        vectors = (b1, width), (b2, out), (norm_weight, channels), (norm_bias, channels), (layer_scale, out)
         db1, db2, dnorm_weight, dnorm_bias, dlayer_scale = (
-            x.new_empty((size if parameter_grads else 0,), dtype=torch.float32)
-            for size in (width, out, channels, channels, out)
+            x.new_empty((size if parameter_grads else 0,), dtype=dtype_of_gradient(p)) for p, size in vectors
         )
-        ddrop_scale = x.new_empty((x.shape[0] if drop_grad else 0,), dtype=torch.float32)
+        ddrop_scale = x.new_empty((x.shape[0] if drop_grad else 0,), dtype=dtype_of_gradient(drop_scale))
         return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale
+
+    def dtype_of_gradient(p: Tensor | None) -> torch.dtype:
+        return p.dtype if casts and p is not None else torch.float32
 
     def setup_context(ctx, inputs, output) -> None:
         x, *parameters = inputs[:9]
-        ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:]
+        ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:16]
+        ctx.operand = inputs[16] if casts else parameters[0].dtype if x.dtype == torch.float32 else x.dtype
         _, mean_rstd, y_stats, hidden = output
         ctx.mark_non_differentiable(mean_rstd, y_stats, hidden)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean_rstd, *parameters, hidden if saved else None)
 
     def backward(ctx, grad, *_):
-        grads: list[Tensor | None] = [None] * 16
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(grads)
         needed = ctx.needs_input_grad[:9]
         saved = ctx.saved_tensors
         x, w1, w2 = saved[0], saved[2], saved[4]
-        runs, _ = mlp_backend(backend, x.device, *_sizes(x, w1, w2), backward=True)
+        runs, _ = mlp_backend(backend, x.device, _sizes(x, w1, w2), ctx.operand, backward=True)
         computed = call(
             _BACKWARD_OPS[runs],
             *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),
+            *((ctx.operand,) if runs == "triton" else ()),
         )
         for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
             if needed[i]:
@@ -343,7 +372,7 @@ def _register(backend: str) -> None:
     _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(
         "mlp",
         backend,
-        (_FORWARD, _BACKWARD),
+        tuple(schema.format(backend, more) for schema in (_FORWARD, _BACKWARD)),
         (forward_fake, backward_fake),
         setup_context,
         backward,

@@ -19,7 +19,7 @@ _FORWARD = (
 _BACKWARD = (
     "pool_mixer_{}_backward(Tensor grad, Tensor x, Tensor mean_rstd, Tensor? weight, Tensor? bias,"
     " Tensor? layer_scale, Tensor? drop_scale, int pool_size, bool residual)"
-    " -> (Tensor dx, Tensor dweight, Tensor dlayer_scale, Tensor ddrop_scale)"
+    " -> (Tensor dx, Tensor dweight,{} Tensor dlayer_scale, Tensor ddrop_scale)"
 )
 
 
@@ -156,7 +156,12 @@ def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, resi
 
 
 def _register(backend: str) -> None:
-    """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels."""
+    """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels.
+
+    Triton's backward writes every gradient in the dtype of its parameter, and bias's zeros, too. For the
+    others autograd casts and fills.
+    """
+    complete = backend == "triton"
 
     def forward_fake(
         x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual, return_stats
@@ -171,10 +176,15 @@ def _register(backend: str) -> None:
 
     def backward_fake(
         grad, x, mean_rstd, weight, bias, layer_scale, drop_scale, pool_size, residual
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         batch, channels = x.shape[:2]
-        vectors = (x.new_empty((size,), dtype=torch.float32) for size in (channels, channels, batch))
-        return empty_output(x), *vectors
+        if complete:
+            belong = (weight, channels), (bias, channels), (layer_scale, channels), (drop_scale, batch)
+        else:
+            belong = (None, channels), (None, channels), (None, batch)
+        return empty_output(x), *(
+            x.new_empty((size,), dtype=torch.float32 if p is None else p.dtype) for p, size in belong
+        )
 
     def setup_context(ctx, inputs, output) -> None:
         x, weight, bias, layer_scale, drop_scale, _, ctx.pool_size, _, ctx.residual, _ = inputs
@@ -188,28 +198,24 @@ def _register(backend: str) -> None:
         grads: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(grads)
-        dx, dweight, dlayer_scale, ddrop_scale = call(
+        computed = call(
             _BACKWARD_OPS[backend],
             *(grad, x, mean_rstd, weight, bias, layer_scale, drop_scale),
             *(ctx.pool_size, ctx.residual),
         )
         needed = ctx.needs_input_grad
-        if needed[0]:
-            grads[0] = dx
-        if needed[1]:
-            grads[1] = dweight.to(weight.dtype)
-        if needed[2]:
-            grads[2] = torch.zeros_like(bias)  # (P - I) cancels constants
-        if needed[3]:
-            grads[3] = dlayer_scale.to(layer_scale.dtype)
-        if needed[4]:
-            grads[4] = ddrop_scale.to(drop_scale.dtype)
+        if not complete:
+            dbias = torch.zeros_like(bias) if needed[2] else None  # (P - I) cancels constants
+            computed = (*computed[:2], dbias, *computed[2:])
+        for i, of in enumerate((x, weight, bias, layer_scale, drop_scale)):
+            if needed[i]:
+                grads[i] = computed[i].to(of.dtype)
         return tuple(grads)
 
     _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(
         "pool_mixer",
         backend,
-        (_FORWARD, _BACKWARD),
+        (_FORWARD.format(backend), _BACKWARD.format(backend, " Tensor dbias," if complete else "")),
         (forward_fake, backward_fake),
         setup_context,
         backward,

@@ -324,10 +324,12 @@ def test_statistics_of_the_rounded_y(shape, hidden, dtype, layout) -> None:
 
 
 def arguments(
-    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True
+    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True, operand=None
 ) -> tuple:
-    given = (inputs[name] for name in ORDER)
-    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden)
+    given = [inputs[name] for name in ORDER]
+    if operand is None:
+        operand = given[1].dtype if given[0].dtype == torch.float32 else given[0].dtype
+    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden, operand)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
@@ -380,6 +382,22 @@ def test_nothing_to_compute(shape) -> None:
     assert mean_rstd.shape == (shape[0], 2)
     assert stats.shape[::2] == (shape[0], 3)
     assert saved.shape == (0,)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden"), ONE_OF_EACH, ids=str)
+def test_weights_are_cast_by_the_kernels(shape, hidden, dtype, norm) -> None:
+    """float32 weights as bfloat16 operands: the values of weights that were cast before, bit for bit."""
+    inputs = make_inputs(
+        shape, hidden, dtype, weight_dtype=torch.float32, parameters=VECTORS if norm else PLAIN
+    )
+    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    cast = {**inputs, **{name: inputs[name].bfloat16() for name in ("w1", "w2")}}
+    options = {"norm": norm, "operand": torch.bfloat16}
+    ours, theirs = (FORWARD(*arguments(each, **options)) for each in (inputs, cast))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -17,7 +17,7 @@ from mlp_helpers import (
 )
 
 from poolformer_kernels import reference
-from poolformer_kernels.backends.triton.mlp import backward, backward_gemm, backward_shared, config
+from poolformer_kernels.backends.triton.mlp import backward, backward_finish, backward_gemm, chunks, config
 from poolformer_kernels.layout import memory_format_of
 
 pytestmark = pytest.mark.sampled(4)
@@ -54,36 +54,37 @@ def fc1(inputs, norm):
 
 def gradients(
     inputs, grad, *, activation="gelu", norm=None, residual=False, save_hidden=False, parameters=True,
-    drop=True,
+    drop=True, operand=None,
 ):  # fmt: skip
     x, *given = (inputs[name] for name in NAMES)
     norm = normed(inputs, norm)
     mean_rstd = statistics(x) if norm else torch.empty(0)
     saved = fc1(inputs, norm) if save_hidden else None
+    operand = operand or (inputs["w1"].dtype if x.dtype == torch.float32 else x.dtype)
     result = backward.backward(
-        grad, x, mean_rstd, *given, saved, activation, norm, residual, parameters, drop
+        grad, x, mean_rstd, *given, saved, activation, norm, residual, parameters, drop, operand
     )
     return {f"d{name}": t for name, t in zip(NAMES, result, strict=True)}
 
 
-def check(inputs, grad=None, *, save_hidden=False, ulps=4, **options):
+def check(inputs, grad=None, *, save_hidden=False, ulps=4, operand=None, **options):
     grad = make_grad(inputs) if grad is None else grad
     before = {name: t.clone() for name, t in inputs.items() if t is not None} | {"grad": grad.clone()}
-    actual = gradients(inputs, grad, save_hidden=save_hidden, **options)
+    actual = gradients(inputs, grad, save_hidden=save_hidden, operand=operand, **options)
     assert_same({n: grad if n == "grad" else inputs[n] for n in before}, before)  # nothing was written to
     plain = {name: None if t is None else t.detach().contiguous().clone() for name, t in inputs.items()}
+    if operand is not None:
+        plain |= {name: plain[name].to(operand) for name in WEIGHTS}
     theirs = run(eager, plain, grad.contiguous(), **options)
     right = truth(inputs, grad, **options)
     x = inputs["x"]
-    operands = inputs["w1"].dtype if x.dtype == torch.float32 else x.dtype
+    operands = operand or (inputs["w1"].dtype if x.dtype == torch.float32 else x.dtype)
     assert actual["dx"].is_contiguous(memory_format=memory_format_of(x))
     for name, value in actual.items():
         source = inputs[name[1:]]
         if source is None:
             continue
-        tensor = name in ("dx", "dw1", "dw2")
-        assert value.dtype == (source.dtype if tensor else torch.float32)
-        value = value.to(source.dtype)
+        assert value.dtype == source.dtype
         exact, scale = right.values[name], right.scales[name]
         floor = ulps_of(value.dtype, operands, ulps)
         assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=floor, what=name)
@@ -154,6 +155,16 @@ def test_other_weights(shape, hidden, dtype, weight_dtype) -> None:
 
 
 @pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
+def test_weights_that_are_cast(shape, hidden) -> None:
+    """As under autocast: float32 all over, bfloat16 operands, and so float32 gradients of the weights."""
+    inputs = make_inputs(shape, hidden)
+    for name in WEIGHTS:
+        inputs[name] = inputs[name].bfloat16().float()
+    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    check(inputs, residual=True, operand=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
 def test_small_layer_scale_in_fp16(shape, hidden) -> None:
     inputs = make_inputs(shape, hidden, torch.float16, vector_dtype=torch.float32)
     inputs["layer_scale"] *= 1e-6  # times a weight it is below fp16's smallest number
@@ -201,9 +212,7 @@ def test_empty_batch(shape, hidden) -> None:
     inputs = make_inputs((0, *shape[1:]), hidden, torch.bfloat16)
     result = gradients(inputs, make_grad(inputs))
     for name, value in result.items():
-        source = inputs[name[1:]]
-        dtype = source.dtype if name in ("dx", "dw1", "dw2") else torch.float32
-        assert_same({name: value}, {name: torch.zeros(source.shape, dtype=dtype)})
+        assert_same({name: value}, {name: torch.zeros_like(inputs[name[1:]])})
     result = gradients(inputs, make_grad(inputs), parameters=False, drop=False)
     assert all(value.numel() == 0 for value in result.values())
 
@@ -218,12 +227,79 @@ def test_runs_are_bitwise_equal(shape, hidden) -> None:
         assert_same(gradients(inputs, grad, residual=True), first)
 
 
+def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):
+    """A call with five blocks of 8 samples, the last of 4, and what sets the workspace, in blocks."""
+    inputs = make_inputs((36, 136, 4, 4), 24, dtype)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 9 * 16 * 24)
+    chunk = chunks.divide((36, 16, 136, 136, 24), inputs["w1"].element_size(), 1)
+    assert chunk == (8, 8)
+    token = inputs["w1"].element_size() * (2 * 136 + 2 * 24) + 12
+
+    def set_workspace(blocks: float) -> None:
+        memory = int(config.WORKSPACE_SHARE * blocks * 8 * 16 * token)
+        monkeypatch.setattr(backward_gemm, "memory_of", lambda x: memory)
+
+    return inputs, set_workspace
+
+
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
+def test_the_workspace_does_not_change_a_bit(dtype, layout, monkeypatch) -> None:
+    inputs, set_workspace = blocks_of_eight(monkeypatch, dtype, layout)
+    grad, results, calls = make_grad(inputs), [], []
+    hidden = backward_gemm.mlp_bwd_hidden
+
+    class Counted:
+        def __getitem__(self, grid):
+            calls[-1] += 1
+            return hidden[grid]
+
+    monkeypatch.setattr(backward_gemm, "mlp_bwd_hidden", Counted())
+    for blocks in (0, 1, 2.5, 4, 5):
+        set_workspace(blocks)
+        calls.append(0)
+        results.append(gradients(inputs, grad, residual=True, save_hidden=layout == "nchw"))
+    assert calls == [5, 5, 3, 2, 1]
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
 @pytest.mark.parametrize(("save_hidden", "layout"), [(False, "channels_last"), (True, "nchw")])
 def test_chunks_of_samples(save_hidden, layout, monkeypatch) -> None:
-    inputs = make_inputs((19, 132, 2, 3), 20, torch.bfloat16)
-    inputs["x"] = as_layout(inputs["x"], layout)
-    monkeypatch.setattr(backward_gemm, "WORKSPACE", 8 * 6 * 20)  # 8 samples, then 8, then 3
+    inputs, set_workspace = blocks_of_eight(monkeypatch, torch.bfloat16, layout)
+    set_workspace(2)
     check(inputs, residual=True, save_hidden=save_hidden)
+
+
+@pytest.mark.parametrize("shape", [(5, 132, 2, 3), (5, 136, 3, 3)], ids=str)
+def test_blocks_that_start_anywhere(shape, monkeypatch) -> None:
+    """Each is a chunk: its rows start at no multiple of 16 bytes, or inside a tile of tokens."""
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 2 * shape[2] * shape[3] * 20)
+    assert chunks.divide((5, shape[2] * shape[3], shape[1], shape[1], 20), 2, 2**40) == (2, 2)
+    check(make_inputs(shape, 20, torch.bfloat16), residual=True)
+
+
+def test_a_workspace_that_cannot_be_allocated(monkeypatch) -> None:
+    """It is halved until it can, to one block; no bit of the result changes."""
+    inputs, set_workspace = blocks_of_eight(monkeypatch, torch.bfloat16)
+    set_workspace(5)
+    grad = make_grad(inputs)
+    expected = gradients(inputs, grad, residual=True)
+    allocate, asked = backward_gemm.allocate_buffers, []
+
+    def limited(problem, launch, tokens):
+        asked.append(tokens // 16)
+        if tokens > free * 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return allocate(problem, launch, tokens)
+
+    monkeypatch.setattr(backward_gemm, "allocate_buffers", limited)
+    free = 8
+    assert_same(gradients(inputs, grad, residual=True), expected)
+    assert asked == [36, 24, 16, 8]
+    free = 7
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(inputs, grad, residual=True)
 
 
 def test_several_splits_of_the_tokens(monkeypatch) -> None:
@@ -237,10 +313,15 @@ def test_several_splits_of_the_tokens(monkeypatch) -> None:
         check(make_inputs((2, 132, 8, 9), 20), residual=True, save_hidden=save_hidden)
 
 
-@pytest.mark.parametrize("rows", [1, 256, 257, 70000])
+@pytest.mark.parametrize("rows", [1, 256, 1025, 270000])
 def test_sums_of_partials(rows) -> None:
-    partial = randn(rows, 3, mean=1.0)
-    assert_close_to_fp64(backward_shared.sum_rows(partial), None, partial.double().sum(0), ulps=2)
+    """Of up to three matrices, two of which are here."""
+    partials = [randn(rows, 3, mean=1.0), None, randn(1024, 40, mean=1.0)]
+    sums = backward_finish.group_rows(*partials)
+    assert sums[1] is None
+    assert sums[2] is partials[2]
+    assert len(sums[0]) <= 1024
+    assert_close_to_fp64(sums[0].sum(0), None, partials[0].double().sum(0), ulps=2)
 
 
 def test_power_of_2_parts_cover() -> None:
@@ -252,9 +333,23 @@ def test_power_of_2_parts_cover() -> None:
         assert all(p & (p - 1) == 0 for p in (first, second))
 
 
-def test_chunks_bound_the_workspace() -> None:
-    samples = backward_gemm._samples_per_chunk
-    assert samples(256, 14 * 14, 1280) % 8 == 0
-    assert samples(256, 14 * 14, 1280) * 14 * 14 * 1280 <= config.WORKSPACE
-    assert samples(3, 14 * 14, 1280) == 3
-    assert samples(5, 2**20, 1280) == 1
+def test_chunks_of_models_at_224() -> None:
+    h200, small = 141 * 10**9 // config.WORKSPACE_SHARE, 24 * 10**9 // config.WORKSPACE_SHARE
+    for pixels, channels in ((14 * 14, 320), (7 * 7, 512)):  # S12: one block, and so one chunk
+        shape = (256, pixels, channels, channels, 4 * channels)
+        assert chunks.divide(shape, 2, 0) == chunks.divide(shape, 2, h200) == (256, 256)
+    shape = (256, 28 * 28, 192, 192, 768)  # M48's second stage
+    assert chunks.divide(shape, 2, 0) == (88, 88)
+    assert chunks.divide(shape, 2, small) == (88, 176)
+    assert chunks.divide(shape, 2, h200) == (88, 256)
+    assert chunks.divide((5, 2**20, 320, 320, 1280), 2, 2**50) == (1, 1)
+    assert chunks.divide((3, 14 * 14, 320, 320, 1280), 2, 0) == (3, 3)
+
+
+def test_blocks_start_with_a_tile() -> None:
+    for pixels in (1, 7, 49, 100, 196, 3136):
+        for hidden in (512, 1280, 4096):
+            samples = 2**27 // (pixels * hidden)
+            block, chunk = chunks.divide((samples, pixels, 512, 512, hidden), 2, 2**40)
+            assert block * pixels * hidden <= config.BLOCK_ELEMENTS
+            assert chunk == block or (block * pixels % 128 == block % 8 == 0 and chunk == samples)

@@ -135,7 +135,7 @@ def test_nothing_outside_the_outputs_is_written(monkeypatch) -> None:
         _, mean_rstd, _ = FORWARD(x, *vectors, None, 3, 1e-5, True, True)
         BACKWARD(x, x, mean_rstd, *vectors, 3, True)
         monkeypatch.undo()
-    assert len(blocks) == 2 * 11
+    assert len(blocks) == 2 * 12
     for block, numel in blocks:
         assert (block[:guard] == 123).all()
         assert (block[guard + numel :] == 123).all()

@@ -97,12 +97,14 @@ class MlpCase(NamedTuple):
     save_hidden: bool = False
     backward: bool = True
     offset: int = 0  # elements before each of the caller's tensors in its memory
+    autocast: bool = False  # the products' operands are bfloat16, whatever x and the weights are
 
     def __str__(self) -> str:
         name = f"{_TYPES[self.dtype]} {self.channels}x{self.size}"
         name += f" {self.activation}" if self.activation != "gelu" else ""
         name += f" {_TYPES[self.weight_dtype]} weights" if self.weight_dtype else ""
         name += ", saved" if self.save_hidden else ""
+        name += ", autocast" if self.autocast else ""
         return name + (f", offset {self.offset}" if self.offset else "")
 
     def call(self) -> None:
@@ -115,12 +117,15 @@ class MlpCase(NamedTuple):
         )
         parameters = (w1, b1, w2, b2, gamma, beta, scale, meta(self.dtype, 2, offset=self.offset))
         stats = meta(torch.float32, 2, mlp_stats_tiles(shape, True, width), 3)
+        operand = w1.dtype if x.dtype == torch.float32 else x.dtype
+        operand = torch.bfloat16 if self.autocast else operand
         _, mean_rstd, _, hidden = forward.forward(
-            x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden
+            x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden, operand
         )
         if self.backward:
             saved = hidden if self.save_hidden else None
-            backward.backward(grad, x, mean_rstd, *parameters, saved, self.activation, True, True, True, True)
+            flags = (True, True, True, True, operand)
+            backward.backward(grad, x, mean_rstd, *parameters, saved, self.activation, *flags)
 
 
 @dataclass(frozen=True)

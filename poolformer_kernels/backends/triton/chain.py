@@ -214,7 +214,7 @@ def _mlp(
     if backend == "cuda" and mlp_backend(backend, x.device, sizes, x.dtype)[0] == "cuda":
         y, _, y_stats, _ = call(_ours.mlp_cuda.default, *arguments)
     else:
-        y, _, y_stats, _ = mlp.forward(*arguments)
+        y, _, y_stats, _ = mlp.forward(*arguments, w1.dtype if x.dtype == torch.float32 else x.dtype)
     return y, y_stats if wanted else None
 
 

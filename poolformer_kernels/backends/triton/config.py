@@ -21,6 +21,7 @@ __all__ = [
     "SAMPLE_PARTIALS",
     "STATS_BLOCK",
     "MixerLaunch",
+    "ceil_div",
     "mixer_launch",
     "next_power_of_2",
     "power_of_2_parts",
@@ -34,7 +35,8 @@ MAX_PARTIALS = 256  # partials of a sample that a kernel merges itself; if there
 # Options of every launch. Newer versions of Triton fuse multiply and add only on request.
 OPTIONS = {"enable_fp_fusion": True}
 SAMPLE_CHANNELS, SAMPLE_PARTIALS = 128, 16  # that `pool_mixer_bwd_sample` adds at a time, at most
-PARAMS_CHANNELS, PARAMS_SAMPLES = 32, 64  # that `pool_mixer_bwd_params` adds at a time (channels: at most)
+# Of a program of `pool_mixer_bwd_dx` for parameters: channels, at most; samples that a warp adds at a time.
+PARAMS_CHANNELS, PARAMS_SAMPLES = 32, 8
 MAX_ROLLED_POOL = 9  # the largest pool whose window is unrolled; a larger one is looped over
 
 
@@ -52,6 +54,11 @@ class MixerLaunch(NamedTuple):
     reduce_columns: int  # columns of a tile of `pool_mixer_bwd_reduce`
     reduce_column_tiles: int  # how many of them cover a sample's columns
     reduce_warps: int  # of one of its programs
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes longer than an allocation."""
+    return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:

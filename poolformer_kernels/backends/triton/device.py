@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of", "on_another_device"]
+__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of", "memory_of", "on_another_device"]
 
 
 class Device(NamedTuple):
@@ -57,6 +57,16 @@ def device_of(x: Tensor) -> Device:
 def _gpu(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     return Device(10 * found.major + found.minor, found.shared_memory_per_block_optin)
+
+
+def memory_of(x: Tensor) -> int:
+    """Bytes of memory of the GPU that x is on, used and free; for a tensor on no GPU an H100's 80 GB."""
+    return _memory(x.get_device()) if x.is_cuda else 80 * 10**9
+
+
+@cache
+def _memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
 
 
 def on_another_device(x: Tensor) -> bool:

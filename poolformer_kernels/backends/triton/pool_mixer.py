@@ -19,6 +19,7 @@ from .config import (
     ROWS,
     SAMPLE_CHANNELS,
     SAMPLE_PARTIALS,
+    ceil_div,
     mixer_launch,
     next_power_of_2,
 )
@@ -72,7 +73,7 @@ def pool_mixer_fwd(
     """
     REACH: tl.constexpr = POOL // 2
     b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
-        H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
+        tl.program_id(0), H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
     mean, variance = merge_partials(stats_ptr, b, T, MERGE)
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
@@ -145,7 +146,7 @@ def pool_mixer_bwd_reduce(
     """
     REACH: tl.constexpr = POOL // 2
     b, tile, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
-        H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
+        tl.program_id(0), H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
     x_ptr += base
     grad_ptr += base
@@ -180,7 +181,7 @@ def pool_mixer_bwd_sample(
     weight_ptr: GroupNorm's weight [C], or None
     scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
     q_ptr: output [B, C], fp32
-    k_ptr, ddrop_ptr: outputs [B], fp32
+    k_ptr, ddrop_ptr: outputs [B], k in fp32
     N: elements of a sample
     T: partials of a sample
     C: channels
@@ -204,25 +205,17 @@ def pool_mixer_bwd_sample(
             load_or_one(weight_ptr, c, c < C) * load_or_one(scale_ptr, c, c < C) * tl.where(c < C, q_c, 0.0)
         )
     total = tl.sum(ddrop)
-    tl.store(ddrop_ptr + b, total)
+    tl.store(ddrop_ptr + b, round_to(total, ddrop_ptr.dtype.element_ty))
     tl.store(k_ptr + b, total * load_scalar_or_one(drop_ptr, b) / N)
 
 
-@kernel(do_not_specialize=["B"])
-def pool_mixer_bwd_params(
-    q_ptr, weight_ptr, scale_ptr, drop_ptr, dweight_ptr, dscale_ptr, B, C: tl.constexpr,
+@triton.jit
+def _parameters(
+    pid, q_ptr, weight_ptr, scale_ptr, drop_ptr, dweight_ptr, dbias_ptr, dscale_ptr, B, C: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of GroupNorm's weight and of LayerScale, from ``Q = sum_b d_b q_b`` in a fixed order.
-
-    q_ptr: q [B, C], fp32
-    weight_ptr: GroupNorm's weight [C], or None
-    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
-    dweight_ptr, dscale_ptr: outputs [C], fp32
-    B, C: samples, channels
-    CHANNELS, BLOCK: channels of a program, samples that are loaded at a time
-    """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """Gradients of the parameters for CHANNELS channels, from ``Q = sum_b d_b q_b`` in a fixed order."""
+    c = pid * CHANNELS + tl.arange(0, CHANNELS)
     q = tl.zeros([BLOCK, CHANNELS], tl.float32)
     b0 = 0
     while b0 < B:
@@ -232,33 +225,24 @@ def pool_mixer_bwd_params(
         q += row * load_or_one(drop_ptr, b, b < B)[:, None]
         b0 += BLOCK
     total = tl.sum(q, 0)
-    tl.store(dweight_ptr + c, total * load_or_one(scale_ptr, c, c < C), mask=c < C)
-    tl.store(dscale_ptr + c, total * load_or_one(weight_ptr, c, c < C), mask=c < C)
+    dweight = total * load_or_one(scale_ptr, c, c < C)
+    dscale = total * load_or_one(weight_ptr, c, c < C)
+    tl.store(dweight_ptr + c, round_to(dweight, dweight_ptr.dtype.element_ty), mask=c < C)
+    tl.store(dscale_ptr + c, round_to(dscale, dscale_ptr.dtype.element_ty), mask=c < C)
+    if dbias_ptr is not None:  # P - I cancels constants
+        tl.store(dbias_ptr + c, tl.zeros([CHANNELS], dbias_ptr.dtype.element_ty), mask=c < C)
 
 
-@kernel(do_not_specialize=["H", "W", "tiles"])
-def pool_mixer_bwd_dx(
-    grad_ptr, x_ptr, mean_rstd_ptr, k_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr,
-    H, W, tiles, C: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+@triton.jit
+def _dx(
+    pid, grad_ptr, x_ptr, mean_rstd_ptr, k_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr, H, W, tiles,
+    C: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ROLLED: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile: ``g + r (gamma s d e - x_hat k)``, ``e = P^T g - g``; without the residual no first g.
-
-    grad_ptr: gradient of y [B, C, H, W], in x's layout
-    x_ptr: x [B, C, H, W], NCHW or channels_last
-    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
-    k_ptr: k [B], fp32
-    weight_ptr: GroupNorm's weight [C], or None
-    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
-    dx_ptr: output, like x
-    H, W: pixels of an image
-    tiles: tiles of a sample
-    RESIDUAL: whether x was added to y
-    C, POOL, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, EVEN, WIDE, ROLLED: as in `pool_mixer_fwd`
-    """
+    """dx of one tile: ``g + r (gamma s d e - x_hat k)``, ``e = P^T g - g``; without RESIDUAL no first g."""
     b, _, c, c_ok, top, w, ok, offsets, base, row_stride, column_stride = tile_lanes(
-        H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
+        pid, H, W, tiles, C, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, WIDE
     )
     mean = tl.load(mean_rstd_ptr + b * 2)
     rstd = tl.load(mean_rstd_ptr + b * 2 + 1)
@@ -283,6 +267,45 @@ def pool_mixer_bwd_dx(
         if RESIDUAL:
             dx += grad
         tl.store(dx_ptr + offsets + r * row_stride, round_to(dx, dx_ptr.dtype.element_ty), mask=exists)
+
+
+@kernel(do_not_specialize=["H", "W", "tiles", "B"])
+def pool_mixer_bwd_dx(
+    grad_ptr, x_ptr, mean_rstd_ptr, k_ptr, q_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr, dweight_ptr,
+    dbias_ptr, dscale_ptr, H, W, tiles, B, C: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ROLLED: tl.constexpr, PARAMETERS: tl.constexpr,
+    PARAMETER_CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """The first PARAMETERS programs compute the parameters' gradients, each of the others dx of one tile.
+
+    grad_ptr: gradient of y [B, C, H, W], in x's layout
+    x_ptr: x [B, C, H, W], NCHW or channels_last
+    mean_rstd_ptr: (mean, rstd) of x [B, 2], fp32
+    k_ptr, q_ptr: k [B] and q [B, C] of `pool_mixer_bwd_sample`, fp32
+    weight_ptr: GroupNorm's weight [C], or None
+    scale_ptr, drop_ptr: LayerScale [C] and drop scale [B], or None
+    dx_ptr: output, like x
+    dweight_ptr, dscale_ptr: outputs [C]: the gradients of GroupNorm's weight and of LayerScale
+    dbias_ptr: output [C], zeros: the gradient of GroupNorm's bias; or None
+    H, W, B: pixels of an image, samples
+    tiles: tiles of a sample
+    RESIDUAL: whether x was added to y
+    C, POOL, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, EVEN, WIDE, ROLLED: as in `pool_mixer_fwd`
+    PARAMETERS, PARAMETER_CHANNELS: programs for the parameters, channels of one of them
+    SAMPLES: samples that it loads at a time
+    """
+    pid = tl.program_id(0)
+    if pid < PARAMETERS:
+        _parameters(
+            pid, q_ptr, weight_ptr, scale_ptr, drop_ptr, dweight_ptr, dbias_ptr, dscale_ptr, B, C,
+            PARAMETER_CHANNELS, SAMPLES,
+        )  # fmt: skip
+    else:
+        _dx(
+            pid - PARAMETERS, grad_ptr, x_ptr, mean_rstd_ptr, k_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr,
+            H, W, tiles, C, POOL, RESIDUAL, CHANNELS_LAST, COLUMNS, CHANNELS, ROWS, EVEN, WIDE, ROLLED,
+        )  # fmt: skip
 
 
 def forward(
@@ -336,8 +359,11 @@ def backward(
     drop_scale: Tensor | None,
     pool_size: int,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``pool_mixer_triton_backward``: dx, dweight and dlayer_scale ``[C]``, ddrop_scale ``[B]``."""
+) -> tuple[Tensor, ...]:
+    """The op ``pool_mixer_triton_backward``: dx, dweight, dbias, dlayer_scale ``[C]``, ddrop_scale ``[B]``.
+
+    Each is of the dtype of what it belongs to, or float32 where that is None.
+    """
     if on_another_device(x):
         with torch.cuda.device_of(x):
             return backward(grad, x, mean_rstd, weight, bias, layer_scale, drop_scale, pool_size, residual)
@@ -350,21 +376,19 @@ def backward(
     )
     dx = torch.empty_like(x, memory_format=fmt)
     vectors = {"dtype": torch.float32, "device": x.device}
+    create = torch.empty if batch else torch.zeros
+    dweight, dbias, dscale, ddrop = (
+        create(size, dtype=torch.float32 if p is None else p.dtype, device=x.device)
+        for p, size in ((weight, channels), (bias, channels), (layer_scale, channels), (drop_scale, batch))
+    )
     if batch == 0:
-        return (
-            dx,
-            torch.zeros(channels, **vectors),
-            torch.zeros(channels, **vectors),
-            torch.empty(0, **vectors),
-        )
-    dweight, dscale = torch.empty(channels, **vectors), torch.empty(channels, **vectors)
-    ddrop, k = torch.empty(batch, **vectors), torch.empty(batch, **vectors)
+        return dx, dweight, dbias, dscale, ddrop
     partial = torch.empty((batch, launch.reduce_column_tiles, channels), **vectors)
-    q = torch.empty((batch, channels), **vectors)
+    k, q = torch.empty(batch, **vectors), torch.empty((batch, channels), **vectors)
     mean_rstd = mean_rstd.contiguous()
     weight, scale, drop = _dense(weight), _dense(layer_scale), _dense(drop_scale)
     strip = (ROWS, launch.even, launch.wide, launch.pool <= MAX_ROLLED_POOL)
-    tiles = launch.reduce_column_tiles * triton.cdiv(channels, launch.channels)
+    tiles = launch.reduce_column_tiles * ceil_div(channels, launch.channels)
     pool_mixer_bwd_reduce[(batch * tiles,)](
         grad, x, mean_rstd, partial, height, width, tiles, channels, launch.pool, channels_last,
         launch.reduce_columns, launch.channels, *strip, num_warps=launch.reduce_warps, maxnreg=255, **OPTIONS,
@@ -375,15 +399,14 @@ def backward(
         min(next_power_of_2(launch.reduce_column_tiles), SAMPLE_PARTIALS), **OPTIONS,
     )  # fmt: skip
     block = min(next_power_of_2(channels), PARAMS_CHANNELS)
-    pool_mixer_bwd_params[(triton.cdiv(channels, block),)](
-        q, weight, scale, drop, dweight, dscale, batch, channels, block, PARAMS_SAMPLES, **OPTIONS
-    )
-    pool_mixer_bwd_dx[(batch * launch.tiles,)](
-        grad, x, mean_rstd, k, weight, scale, drop, dx, height, width, launch.tiles, channels, launch.pool,
-        residual, channels_last, launch.columns, launch.channels, *strip, num_warps=launch.warps,
+    programs = ceil_div(channels, block)
+    pool_mixer_bwd_dx[(programs + batch * launch.tiles,)](
+        grad, x, mean_rstd, k, q, weight, scale, drop, dx, dweight, dbias, dscale, height, width,
+        launch.tiles, batch, channels, launch.pool, residual, channels_last, launch.columns, launch.channels,
+        *strip, programs, block, PARAMS_SAMPLES * launch.warps, num_warps=launch.warps,
         maxnreg=launch.registers, **OPTIONS,
     )  # fmt: skip
-    return dx, dweight, dscale, ddrop
+    return dx, dweight, dbias, dscale, ddrop
 
 
 def _dense(p: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import MAX_PARTIALS, OPTIONS, stats_block
+from .config import MAX_PARTIALS, OPTIONS, ceil_div, stats_block
 from .launch import kernel
 
 __all__ = ["limit_partials", "merge_partials", "merge_stats", "sample_stats", "tensor_partials"]
@@ -99,7 +99,7 @@ def tensor_partials(x: Tensor) -> Tensor:
     batch = x.shape[0]
     elements = x.shape[1] * x.shape[2] * x.shape[3]
     block, warps = stats_block(elements)
-    tiles = triton.cdiv(elements, block)
+    tiles = ceil_div(elements, block)
     stats = torch.empty((batch, tiles, 3), dtype=torch.float32, device=x.device)
     sample_stats[(batch * tiles,)](x, stats, elements, tiles, block, num_warps=warps, **OPTIONS)
     return stats

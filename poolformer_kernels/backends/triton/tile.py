@@ -189,16 +189,15 @@ def advance_window(
 
 @triton.jit
 def tile_lanes(
-    H, W, tiles, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    pid, H, W, tiles, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's lanes are.
+    """Where the lanes of program ``pid`` are.
 
     Returns the sample, its tile, the channels and which of them exist, the strips' top rows and the image
     columns, which lanes exist, the offsets of their top pixels from the sample's first element, the offset of
     that element, and the strides of rows and of columns.
     """
-    pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     tile = pid % tiles
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS

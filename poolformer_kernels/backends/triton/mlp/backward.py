@@ -6,12 +6,11 @@ from torch import Tensor
 from ....layout import memory_format_of
 from ..device import device_of, on_another_device
 from . import backward_fused, backward_gemm
-from .backward_shared import Problem, prepare_weights, sum_rows, weight_gradient
+from .backward_finish import Gradients, finish
+from .backward_shared import Problem
 from .config import FusedBackward, backward_launch
 
 __all__ = ["backward"]
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def backward(
@@ -32,70 +31,73 @@ def backward(
     residual: bool,
     parameter_grads: bool,
     drop_grad: bool,
+    operand: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """The op ``mlp_triton_backward``: the gradients of x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale
     and drop_scale.
 
-    dx has the shape, dtype and memory format of x. dw1 and dw2 are dense, with the weights' dtype and shape;
-    the vectors are float32. A gradient that is not asked for is empty.
+    Each has the shape and dtype of what it belongs to, and is float32 where that is None. dx has the memory
+    format of x, the others are dense. A gradient that is not asked for is empty.
     """
     if on_another_device(x):
         with torch.cuda.device_of(x):
             return backward(
                 *(grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale),
-                *(hidden, activation, norm, residual, parameter_grads, drop_grad),
+                *(hidden, activation, norm, residual, parameter_grads, drop_grad, operand),
             )
     fmt = memory_format_of(x)
     dx = torch.empty_like(x, memory_format=fmt)
     channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
-    vectors = {"dtype": torch.float32, "device": x.device}
-    none = torch.empty(0, **vectors)
-    if x.shape[0] == 0:
-        if not parameter_grads:
-            return (dx, w1.new_empty(0), none, w2.new_empty(0), none, none, none, none, none)
-        dw1, dw2 = (torch.zeros(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w2))
-        db1, db2, dgamma, dbeta, dscale = (
-            torch.zeros(size, **vectors) for size in (width, out, channels, channels, out)
+    empty_batch = x.shape[0] == 0
+    create = torch.zeros if empty_batch else torch.empty
+    shapes = (w1.shape, (width,), w2.shape, (out,), (channels,), (channels,), (out,))
+    gradients = Gradients(
+        *(
+            create(shape if parameter_grads else (0,), dtype=_dtype(p), device=x.device)
+            for p, shape in zip((w1, b1, w2, b2, norm_weight, norm_bias, layer_scale), shapes, strict=True)
         )
-        return dx, dw1, db1, dw2, db2, dgamma, dbeta, dscale, none
-
-    operand = x.dtype if x.dtype in _HALVES else w1.dtype
-    dense = [None if p is None else p.contiguous() for p in (w1, w2, b1, b2, norm_weight, norm_bias)]
-    w1, w2, b1, b2, norm_weight, norm_bias = dense
-    layer_scale, drop_scale, hidden = (
-        None if p is None else p.contiguous() for p in (layer_scale, drop_scale, hidden)
     )
-    operands, w2t, table, scaled = prepare_weights(w1, b1, w2, norm_weight, norm_bias, layer_scale, operand)
+    if empty_batch:
+        return dx, *gradients, torch.empty(0, dtype=_dtype(drop_scale), device=x.device)
+    dense = (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden)
+    w1, b1, w2, b2, gamma, beta, scale, drop, hidden = (None if p is None else p.contiguous() for p in dense)
+    weights = {"dtype": operand, "device": x.device}
     problem = Problem(
-        grad.contiguous(memory_format=fmt),
-        x.contiguous(memory_format=fmt),
-        dx,
-        mean_rstd.contiguous(),
-        norm_weight,
-        norm_bias,
-        layer_scale,
-        drop_scale,
-        b2,
-        hidden,
-        operands,
-        w2t,
-        table,
-        activation,
-        fmt is torch.channels_last,
-        norm,
-        residual,
-        parameter_grads,
-        drop_grad,
-        scaled,
+        grad=grad.contiguous(memory_format=fmt),
+        x=x.contiguous(memory_format=fmt),
+        dx=dx,
+        mean_rstd=mean_rstd.contiguous(),
+        gamma=gamma,
+        beta=beta,
+        scale=scale,
+        drop=drop,
+        given_w1=w1,
+        b1=b1,
+        given_w2=w2,
+        b2=b2,
+        hidden=hidden,
+        w1=w1 if w1.dtype == operand else torch.empty((width, channels), **weights),
+        w2t=torch.empty((width, out), **weights),
+        table=torch.empty((4, width), dtype=torch.float32, device=x.device),
+        activation=activation,
+        channels_last=fmt is torch.channels_last,
+        norm=norm,
+        residual=residual,
+        parameter_grads=parameter_grads,
+        drop_grad=drop_grad,
+        scaled=operand == torch.float16 and scale is not None,
     )
     launch = backward_launch(channels, out, width, operand.itemsize, device_of(x))
     form = backward_fused if isinstance(launch, FusedBackward) else backward_gemm
     sums = form.compute_partials(problem, launch)
-    ddrop = sums.ddrop if drop_grad else none
-    if not parameter_grads:
-        return dx, w1.new_empty(0), none, w2.new_empty(0), none, none, none, none, ddrop
-    dw1, _, _ = weight_gradient(sums.dw1, w1)
-    dw2, dscale, db2 = weight_gradient(sums.dw2, w2, layer_scale, w2, b2, sum_rows(sums.grad))
-    dnorm = sum_rows(sums.dnorm) if norm else torch.zeros(2 * channels, **vectors)
-    dgamma, dbeta = dnorm[:channels], dnorm[channels:]
-    return dx, dw1, sum_rows(sums.db1), dw2, db2, dgamma, dbeta, dscale, ddrop
+    if parameter_grads:
+        finish(problem, sums, gradients)
+    ddrop = sums.ddrop
+    if ddrop is None:
+        ddrop = torch.empty(0, dtype=_dtype(drop_scale), device=x.device)
+    return dx, *gradients, ddrop
+
+
+def _dtype(p: Tensor | None) -> torch.dtype:
+    """That of a parameter's gradient."""
+    return torch.float32 if p is None else p.dtype

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from ..activation import activate_with_derivative
-from ..config import OPTIONS, power_of_2_parts
+from ..config import OPTIONS, ceil_div, power_of_2_parts
 from ..device import aligned
 from ..launch import kernel
 from ..tile import dot, load_or_one, round_to
-from .backward_shared import Partials, Problem, is_operand, sample_sums, write_tokens
+from .backward_shared import Partials, Problem, is_operand, prepare, sample_sums
 from .config import FusedBackward
 from .tile import sample_values, store_dx, token_tile
 
@@ -247,18 +247,19 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
     pixels = height * width
     channels, out, hidden = sizes = problem.sizes
     vectors = {"dtype": torch.float32, "device": x.device}
-    n, g = x, problem.grad
+    n = g = None
     if problem.norm or not is_operand(problem):
         n = torch.empty((batch * pixels, channels), dtype=problem.w1.dtype, device=x.device)
-        write_tokens(problem, x, n, norm=problem.norm)
     if not is_operand(problem):
         g = torch.empty((batch * pixels, out), dtype=problem.w1.dtype, device=x.device)
-        write_tokens(problem, problem.grad, g)
-    blocks = triton.cdiv(hidden, launch.weight_hidden)
-    tiles = triton.cdiv(batch * pixels, launch.weight_tokens)
-    per_split = triton.cdiv(tiles, max(1, launch.programs // blocks))
-    splits = triton.cdiv(tiles, per_split)
-    dw1 = dw2 = db1 = k = ddrop = token_sums = None
+    prepare(problem, n, g, None)
+    n, g = x if n is None else n, problem.grad if g is None else g
+    blocks = ceil_div(hidden, launch.weight_hidden)
+    tiles = ceil_div(batch * pixels, launch.weight_tokens)
+    per_split = ceil_div(tiles, max(1, launch.programs // blocks))
+    splits = ceil_div(tiles, per_split)
+    dw1 = dw2 = db1 = k = token_sums = None
+    ddrop = problem.empty_drop_grad()
     if problem.parameter_grads:
         dw1 = torch.empty((splits, hidden, channels), **vectors)
         dw2 = torch.empty((splits, out, hidden), **vectors)
@@ -275,7 +276,7 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
             maxnreg=255 if problem.drop_grad else launch.registers, **OPTIONS,
         )  # fmt: skip
     if token_sums is not None:
-        k, ddrop = sample_sums(problem, token_sums, g)
+        k = sample_sums(problem, token_sums, g, ddrop)
     tiles = problem.tiles(launch.tokens)
     dnorm = grad_sums = None
     if problem.parameter_grads:

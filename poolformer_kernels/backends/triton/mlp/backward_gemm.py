@@ -1,7 +1,11 @@
 """The MLP's backward where C is large: the hidden gradient of a chunk of samples, then matrix products.
 
-The hidden buffers hold at most WORKSPACE elements each, or one sample if that is more. The weights' gradients
-are accumulated over the chunks in order. Formulas: docs/algebra.md, "MLP".
+Chunks are whole blocks of samples (`chunks`). The products that give the weights' gradients are cuBLAS's for
+operands of two bytes, accumulated and written in fp32, one call a block; float32 operands take
+`mlp_bwd_outer`, because `torch.mm` would obey the setting of matrix products, and these weights are a
+convolution's. ``dn = dh W1`` stays a kernel of ours, which computes dx from its accumulators. cuBLAS would
+write dn and another kernel read it: 8 bytes an element of x more in fp32 (4, and a rounding, in bfloat16), a
+third of what the kernel moves. Formulas: docs/algebra.md, "MLP".
 """
 
 from typing import NamedTuple
@@ -12,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import activate_with_derivative
-from ..config import OPTIONS
+from ..config import OPTIONS, ceil_div
+from ..device import memory_of
 from ..launch import kernel
 from ..tile import dot, load_or_one, round_to
-from .backward_shared import Partials, Problem, is_operand, sample_sums, write_tokens
-from .config import IMAGE_TOKENS, WORKSPACE, BackwardGemms
+from .backward_shared import Partials, Problem, is_operand, prepare, sample_sums
+from .chunks import Chunks, divide
+from .config import IMAGE_TOKENS, WORKSPACE_SHARE, BackwardGemms
 from .tile import sample_values, store_dx, tile_mask, token_tile
 
 __all__ = ["compute_partials"]
@@ -115,11 +121,11 @@ def mlp_bwd_outer(
     a_ptr, b_ptr, partial_ptr, T, per_split, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds ``a^T b`` over a split of the tokens to the split's partial: a tile of it.
+    """``a^T b`` over a split of the tokens: a tile of it.
 
     a_ptr, b_ptr: [T, M] and [T, N] in the operands' dtype
-    partial_ptr: [splits, M, N], fp32, added to
-    T: tokens of the chunk
+    partial_ptr: output [splits, M, N], fp32
+    T: tokens of the block
     per_split: steps of a split
     M, N: rows and columns of the product
     ROWS, COLUMNS, DEPTH: rows and columns of a tile, tokens of one step
@@ -140,7 +146,7 @@ def mlp_bwd_outer(
         acc = dot(tl.trans(a), b, acc)
     ptrs = partial_ptr + split * (M * N) + m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + acc, mask=mask)
+    tl.store(ptrs, acc, mask=mask)
 
 
 @kernel(do_not_specialize=["HW", "T"])
@@ -190,38 +196,6 @@ def mlp_bwd_dn(
     )  # fmt: skip
 
 
-def compute_partials(problem: Problem, launch: BackwardGemms) -> Partials:
-    """Writes dx of the whole call; returns the sums over tokens that the other gradients come from."""
-    x = problem.x
-    batch, _, height, width = x.shape
-    channels, out, hidden = problem.sizes
-    pixels = height * width
-    vectors = {"dtype": torch.float32, "device": x.device}
-    chunk_samples = _samples_per_chunk(batch, pixels, hidden)
-    tokens = chunk_samples * pixels
-    operand = {"dtype": problem.w1.dtype, "device": x.device}
-    buffers = _Buffers(
-        n=torch.empty((tokens, channels), **operand) if problem.norm or not is_operand(problem) else None,
-        g=None if is_operand(problem) else torch.empty((tokens, out), **operand),
-        p=torch.empty((tokens, hidden), **operand) if problem.parameter_grads else None,
-        dh=torch.empty((tokens, hidden), **operand),
-        token_sums=torch.empty((3, triton.cdiv(hidden, launch.hidden), tokens), **vectors),
-    )
-    dw1 = dw2 = None
-    if problem.parameter_grads:
-        dw1 = torch.zeros((_split_count(launch, hidden, channels, tokens), hidden, channels), **vectors)
-        dw2 = torch.zeros((_split_count(launch, out, hidden, tokens), out, hidden), **vectors)
-    sums = []
-    for first in range(0, batch, chunk_samples):
-        chunk = _select_samples(problem, first, min(first + chunk_samples, batch))
-        sums.append(_chunk_partials(chunk, launch, buffers, dw1, dw2))
-    db1, dnorm, grad, ddrop = (
-        None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts)
-        for parts in zip(*sums, strict=True)
-    )
-    return Partials(dw1, dw2, db1, dnorm, grad, ddrop)
-
-
 class _Buffers(NamedTuple):
     """Memory for one chunk of T tokens, used again by the next; all but the sums in the operands' dtype."""
 
@@ -229,27 +203,96 @@ class _Buffers(NamedTuple):
     g: Tensor | None  # gradient of y [T, out]; None: it is used as it is
     p: Tensor | None  # activations times drop scale [T, hidden]; None without parameter gradients
     dh: Tensor  # gradient of fc1's output [T, hidden]
-    token_sums: Tensor  # [3, blocks of hidden channels, T], fp32
+    token_sums: Tensor  # [3 x blocks of hidden channels x T], fp32
 
 
-def _samples_per_chunk(batch: int, pixels: int, hidden: int) -> int:
-    """How many samples a chunk has.
+def allocate_buffers(problem: Problem, launch: BackwardGemms, tokens: int) -> _Buffers:
+    """For chunks of so many tokens."""
+    channels, out, hidden = problem.sizes
+    operand = {"dtype": problem.w1.dtype, "device": problem.x.device}
+    sums = 3 * ceil_div(hidden, launch.hidden) * tokens
+    return _Buffers(
+        n=torch.empty((tokens, channels), **operand) if problem.norm or not is_operand(problem) else None,
+        g=None if is_operand(problem) else torch.empty((tokens, out), **operand),
+        p=torch.empty((tokens, hidden), **operand) if problem.parameter_grads else None,
+        dh=torch.empty((tokens, hidden), **operand),
+        token_sums=torch.empty(sums, dtype=torch.float32, device=problem.x.device),
+    )
 
-    A multiple of 8 where there are several chunks, so that the part of a vector ``[B]`` that belongs to a
-    chunk starts at a multiple of 16 bytes.
-    """
-    fitting = max(1, WORKSPACE // (pixels * hidden))
-    if fitting >= batch:
-        return batch
-    chunks = triton.cdiv(batch, fitting)
-    equal = triton.cdiv(batch, chunks)
-    return min(fitting, triton.cdiv(equal, 8) * 8)
+
+def compute_partials(problem: Problem, launch: BackwardGemms) -> Partials:
+    """Writes dx of the whole call; returns the sums over tokens that the other gradients come from."""
+    batch, _, height, width = problem.x.shape
+    pixels = height * width
+    itemsize = problem.w1.element_size()
+    chunks: Chunks | None = divide(
+        (batch, pixels, *problem.sizes), itemsize, memory_of(problem.x) // WORKSPACE_SHARE
+    )
+    while True:
+        try:
+            buffers = allocate_buffers(problem, launch, chunks.chunk * pixels)
+            break
+        except torch.OutOfMemoryError:
+            chunks = chunks.halved()
+            if chunks is None:
+                raise
+    parts = [
+        _select_samples(problem, first, min(first + chunks.chunk, batch))
+        for first in range(0, batch, chunks.chunk)
+    ]
+    rows = [_partial_counts(part, launch, chunks.block) for part in parts]
+    sums = _empty_partials(problem, [sum(each) for each in zip(*rows, strict=True)])
+    if len(parts) == 1:
+        _compute_chunk(problem, launch, buffers, chunks.block * pixels, sums, True)
+        return sums
+    first = [0] * len(sums)
+    for part, count in zip(parts, rows, strict=True):
+        own = (
+            None if t is None else t[start : start + n]
+            for t, start, n in zip(sums, first, count, strict=True)
+        )
+        _compute_chunk(part, launch, buffers, chunks.block * pixels, Partials(*own), part is parts[0])
+        first = [start + n for start, n in zip(first, count, strict=True)]
+    return sums
+
+
+def _partial_counts(problem: Problem, launch: BackwardGemms, block: int) -> tuple[int, ...]:
+    """How many partials of each kind a chunk has, in the order of `Partials`; ``block``: samples of one."""
+    channels, out, hidden = problem.sizes
+    batch, _, height, width = problem.x.shape
+    tokens, blocks = batch * height * width, ceil_div(batch, block)
+    splits = 1, 1
+    if problem.w1.dtype == torch.float32:
+        splits = (
+            _split_count(launch, hidden, channels, block * height * width),
+            _split_count(launch, out, hidden, block * height * width),
+        )
+    tiles = ceil_div(tokens, launch.tokens), problem.tiles(launch.tokens), problem.tiles(IMAGE_TOKENS)
+    return blocks * splits[0], blocks * splits[1], *tiles, batch
 
 
 def _split_count(launch: BackwardGemms, rows: int, columns: int, tokens: int) -> int:
     """Into how many parts the tokens of a weight gradient's product are split, each with at least 4 steps."""
-    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.channels)
+    tiles = ceil_div(rows, launch.rows) * ceil_div(columns, launch.channels)
     return max(1, min(launch.programs // tiles, tokens // (4 * launch.depth)))
+
+
+def _empty_partials(problem: Problem, counts: list[int]) -> Partials:
+    """Memory for so many partials of each kind, where they are asked for."""
+    channels, out, hidden = problem.sizes
+    vectors = {"dtype": torch.float32, "device": problem.x.device}
+    ddrop = problem.empty_drop_grad()
+    if not problem.parameter_grads:
+        return Partials(None, None, None, None, None, ddrop)
+    dw1, dw2, db1, dnorm, grad, _ = counts
+    return Partials(
+        dw1=torch.empty((dw1, hidden, channels), **vectors),
+        dw2=torch.empty((dw2, out, hidden), **vectors),
+        db1=torch.empty((db1, hidden), **vectors),
+        dnorm=torch.empty((dnorm, 2 * channels), **vectors) if problem.norm else None,
+        grad=torch.empty((grad, out), **vectors),
+        ddrop=ddrop,
+    )
 
 
 def _select_samples(problem: Problem, first: int, last: int) -> Problem:
@@ -275,55 +318,72 @@ def _select_samples(problem: Problem, first: int, last: int) -> Problem:
     )
 
 
-def _chunk_partials(
-    problem: Problem, launch: BackwardGemms, buffers: _Buffers, dw1: Tensor | None, dw2: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Writes dx of a chunk, adds to dw1 and dw2; returns its (db1, dnorm, grad, ddrop) of `Partials`."""
+def _compute_chunk(
+    problem: Problem, launch: BackwardGemms, buffers: _Buffers, block_tokens: int, sums: Partials, first: bool
+) -> None:
+    """Writes dx and the partials of a chunk; for the first one also the weights as operands."""
     x = problem.x
     batch, _, height, width = x.shape
     channels, out, hidden = problem.sizes
     pixels = height * width
     tokens = batch * pixels
-    vectors = {"dtype": torch.float32, "device": x.device}
-    tiles = problem.tiles(launch.tokens)
-    blocks = triton.cdiv(hidden, launch.hidden)
-    db1 = dnorm = grad_sums = k = ddrop = None
-    if problem.parameter_grads:
-        db1 = torch.empty((triton.cdiv(tokens, launch.tokens), hidden), **vectors)
-        dnorm = torch.empty((tiles, 2 * channels), **vectors) if problem.norm else None
-        grad_sums = torch.empty((problem.tiles(IMAGE_TOKENS), out), **vectors)
-    if buffers.n is not None:
-        write_tokens(problem, x, buffers.n, None, problem.norm)
-    if buffers.g is not None or grad_sums is not None:
-        write_tokens(problem, problem.grad, buffers.g, grad_sums)
+    blocks = ceil_div(hidden, launch.hidden)
+    prepare(problem, buffers.n, buffers.g, sums.grad, first)
     n = x if buffers.n is None else buffers.n
     g = problem.grad if buffers.g is None else buffers.g
-    token_sums = buffers.token_sums.view(-1)[: 3 * blocks * tokens].view(3, blocks, tokens)
-    mlp_bwd_hidden[(triton.cdiv(tokens, launch.tokens) * blocks,)](
+    token_sums = buffers.token_sums
+    if token_sums.numel() > 3 * blocks * tokens:
+        token_sums = token_sums[: 3 * blocks * tokens]
+    token_sums = token_sums.view(3, blocks, tokens)
+    mlp_bwd_hidden[(ceil_div(tokens, launch.tokens) * blocks,)](
         n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table,
-        buffers.p, buffers.dh, token_sums, db1, pixels, tokens, channels, out, hidden, launch.tokens,
+        buffers.p, buffers.dh, token_sums, sums.db1, pixels, tokens, channels, out, hidden, launch.tokens,
         launch.hidden, launch.depth, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
         num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip
+    k = None
     if problem.norm or problem.drop_grad:
-        k, ddrop = sample_sums(problem, token_sums, g)
-    if dw1 is not None:
-        _add_weight_product(launch, buffers.dh, n, dw1, tokens)
-        _add_weight_product(launch, g, buffers.p, dw2, tokens)
-    mlp_bwd_dn[(tiles * triton.cdiv(channels, launch.columns),)](
-        buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, dnorm,
+        k = sample_sums(problem, token_sums, g, sums.ddrop)
+    if problem.parameter_grads:
+        _weight_product(launch, buffers.dh, _as_rows(n), sums.dw1, tokens, block_tokens)
+        _weight_product(launch, _as_rows(g), buffers.p, sums.dw2, tokens, block_tokens)
+    tiles = problem.tiles(launch.tokens)
+    mlp_bwd_dn[(tiles * ceil_div(channels, launch.columns),)](
+        buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, sums.dnorm,
         pixels, tokens, channels, hidden, launch.tokens, launch.columns, launch.depth, problem.channels_last,
         problem.norm, problem.residual, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip
-    return db1, dnorm, grad_sums, ddrop
 
 
-def _add_weight_product(launch: BackwardGemms, a: Tensor, b: Tensor, partial: Tensor, tokens: int) -> None:
-    """Adds ``a^T b`` over a chunk's tokens to a weight gradient ``[splits, m, n]``."""
-    splits, m, n = partial.shape
-    per_split = triton.cdiv(triton.cdiv(tokens, launch.depth), splits)
-    tiles = triton.cdiv(m, launch.rows) * triton.cdiv(n, launch.channels)
-    mlp_bwd_outer[(splits * tiles,)](
-        a, b, partial, tokens, per_split, m, n, launch.rows, launch.channels, launch.depth,
-        num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
-    )  # fmt: skip
+def _as_rows(t: Tensor) -> Tensor:
+    """Tokens as the rows of a matrix, from such or from a channels_last image."""
+    return t if t.dim() == 2 else t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _weight_product(
+    launch: BackwardGemms, a: Tensor, b: Tensor, partials: Tensor, tokens: int, block_tokens: int
+) -> None:
+    """``a^T b`` over each block of a chunk's tokens, in fp32, as one or several of the partials [_, m, n]."""
+    blocks = ceil_div(tokens, block_tokens)
+    splits = partials.shape[0] // blocks
+    for i in range(blocks):
+        rows = slice(i * block_tokens, min((i + 1) * block_tokens, tokens))
+        if a.dtype != torch.float32:
+            _product_of_halves(a[rows], b[rows], partials[i])
+            continue
+        out = partials[i * splits : (i + 1) * splits]
+        _, m, n = out.shape
+        per_split = ceil_div(ceil_div(rows.stop - rows.start, launch.depth), splits)
+        tiles = ceil_div(m, launch.rows) * ceil_div(n, launch.channels)
+        mlp_bwd_outer[(splits * tiles,)](
+            a[rows], b[rows], out, rows.stop - rows.start, per_split, m, n, launch.rows, launch.channels,
+            launch.depth, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
+        )  # fmt: skip
+
+
+def _product_of_halves(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a^T b`` for operands of two bytes and an fp32 result."""
+    if a.device.type == "cpu":  # interpreted: only CUDA's mm has a result of another dtype
+        torch.mm(a.t().float(), b.float(), out=out)
+    else:
+        torch.mm(a.t(), b, out_dtype=torch.float32, out=out)

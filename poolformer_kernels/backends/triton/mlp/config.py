@@ -14,6 +14,10 @@ from ..config import next_power_of_2, power_of_2_parts, stats_block
 from ..device import Device
 
 __all__ = [
+    "BLOCK_ELEMENTS",
+    "BLOCK_ROWS",
+    "BLOCK_SAMPLES",
+    "CAST_BLOCK",
     "FEW_PIXELS",
     "FOLD_DEPTH",
     "FOLD_ROWS",
@@ -29,10 +33,12 @@ __all__ = [
     "STATS_ROWS",
     "SUM_COLUMNS",
     "SUM_GROUP",
+    "SUM_LANES",
     "SUM_ROWS",
+    "SUM_ROWS_LIMIT",
     "WEIGHT_COLUMNS",
     "WEIGHT_SPLITS",
-    "WORKSPACE",
+    "WORKSPACE_SHARE",
     "BackwardGemms",
     "ForwardGemm",
     "FusedBackward",
@@ -56,18 +62,23 @@ FUSED_BACKWARD_CHANNELS = 128
 # Samples of fewer pixels are too many in one tile for the fused forward. They take two kernels, and the
 # statistics of y a kernel of their own.
 FEW_PIXELS = 32
-FOLD_ROWS, FOLD_DEPTH = 16, 128  # rows and columns of a tile of fc1's weight in `mlp_prepare`
+# Of `mlp_prepare`: rows and columns of a tile of fc1's weight that is folded, elements of one that is cast.
+FOLD_ROWS, FOLD_DEPTH, CAST_BLOCK = 16, 128, 4096
 STATS_ROWS = 64  # tokens that every tile of the forward has at least: `mlp_stats_tiles` counts on it
-# Elements of one hidden buffer of the backward by GEMMs, which works on chunks of samples.
-WORKSPACE = 2**23
+# Of the backward by GEMMs, see `chunks`: hidden activations of a block, at most; the tokens and samples that
+# it has a multiple of; the share of the device's memory, of the free and the used, that a chunk may take.
+BLOCK_ELEMENTS, BLOCK_ROWS, BLOCK_SAMPLES = 2**26, 128, 8
+WORKSPACE_SHARE = 32
 PREPARE_HIDDEN, PREPARE_CHANNELS = 16, 64  # of a tile of a weight in `mlp_bwd_prepare`
-IMAGE_TOKENS, IMAGE_CHANNELS = 64, 64  # of a tile of an image in `mlp_bwd_tokens`; channels: at most
+IMAGE_TOKENS, IMAGE_CHANNELS = 64, 64  # of a tile of an image there; channels: at most
 # Of `mlp_bwd_sample`: values of the sums per token that it adds at a time, at most; then the tokens and
 # channels of the gradient that it adds at a time.
 SAMPLE_VALUES, SAMPLE_TOKENS, SAMPLE_CHANNELS = 1024, 64, 64
-# Of `mlp_bwd_columns`: rows that a program adds, how many of them at a time, and its columns.
-SUM_GROUP, SUM_ROWS, SUM_COLUMNS = 256, 32, 32
-WEIGHT_SPLITS, WEIGHT_COLUMNS = 16, 128  # that `mlp_bwd_weight` adds at a time, at most
+# Of `mlp_bwd_columns` and `mlp_bwd_finish`: rows of partials that a program of the first adds, how many of
+# them at a time, and its columns; the most rows that a program of the second adds by itself.
+SUM_GROUP, SUM_ROWS, SUM_COLUMNS, SUM_ROWS_LIMIT = 256, 64, 32, 1024
+SUM_LANES = 256  # partials of one element that a program of `mlp_bwd_finish` adds at a time
+WEIGHT_SPLITS, WEIGHT_COLUMNS = 16, 128  # that `mlp_bwd_finish` adds of a weight's at a time, at most
 _PROGRAMS = 528  # programs of a weight gradient's kernel: four for each of the 132 SMs of an H100
 
 

@@ -9,27 +9,25 @@ reads them.
 from math import gcd
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....layout import memory_format_of
 from ..activation import activate
-from ..config import OPTIONS, next_power_of_2, power_of_2_parts
+from ..config import OPTIONS, ceil_div, next_power_of_2, power_of_2_parts
 from ..device import device_of, on_another_device
 from ..launch import kernel
 from ..statistics import limit_partials, merge_partials, tensor_partials
-from ..tile import dot, load_or_one, load_or_zero, round_to
+from ..tile import dot, load_or_zero, round_to
 from .config import (
     FEW_PIXELS,
-    FOLD_DEPTH,
-    FOLD_ROWS,
     fc1_tiles,
     fc2_tiles,
     fused_forward_tiles,
     mlp_stats_tiles,
     uses_fused_forward,
 )
+from .forward_prepare import prepare
 from .tile import load_operand, round_hidden, row_stats, store_output, store_stats, token_range
 
 __all__ = ["forward"]
@@ -133,55 +131,6 @@ def mlp_fwd(
     if y_stats_ptr is not None:
         y_mean, m2 = row_stats(y0, y1, c0_ok, c1_ok, C)
         store_stats(y_stats_ptr, y_mean, m2, C, sample, ok, start, first, 0, HW, slots, 1, BM, SAMPLES)
-
-
-@kernel(do_not_specialize=["T"])
-def mlp_prepare(
-    stats_ptr, mean_rstd_ptr, w1_ptr, b1_ptr, gamma_ptr, beta_ptr, folded_ptr, u_ptr, v_ptr, T, eps,
-    C: tl.constexpr, HIDDEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FOLDS: tl.constexpr,
-    MERGE: tl.constexpr,
-):  # fmt: skip
-    """The first FOLDS programs fold GroupNorm into BN rows of fc1's weight each.
-
-    Each of the others computes (mean, rstd) of a sample.
-
-    The folded weight is W1 diag(gamma), rounded. Its product with x contains the mean of x times u, the sums
-    of the weight's rows: as u is summed after the rounding, subtracting that is exact to fp32's precision.
-
-    stats_ptr: partials of x [B, T, 3], fp32
-    mean_rstd_ptr: output (mean, rstd) of x [B, 2], fp32
-    w1_ptr, b1_ptr: fc1's weight [HIDDEN, C], bias [HIDDEN] or None
-    gamma_ptr, beta_ptr: GroupNorm's weight and bias [C], or None
-    folded_ptr: output W1 diag(gamma) [HIDDEN, C] in w1's dtype; unused with FOLDS 0
-    u_ptr, v_ptr: outputs [HIDDEN], fp32: the folded weight's row sums, and b1 + W1 beta; unused with FOLDS 0
-    T: partials of a sample of x
-    eps: GroupNorm's epsilon
-    C, HIDDEN: channels of x, hidden channels
-    BN, BK: rows and columns of a tile of the weight
-    FOLDS: programs that fold; 0: nothing is folded
-    MERGE: a power of two, at least T
-    """
-    pid = tl.program_id(0)
-    if pid >= FOLDS:
-        b = (pid - FOLDS).to(tl.int64)
-        mean, variance = merge_partials(stats_ptr, b, T, MERGE)
-        tl.store(mean_rstd_ptr + b * 2, mean)
-        tl.store(mean_rstd_ptr + b * 2 + 1, 1.0 / tl.sqrt_rn(variance + eps))
-    elif FOLDS > 0:
-        j = pid * BN + tl.arange(0, BN)
-        u = tl.zeros([BN], tl.float32)
-        v = load_or_zero(b1_ptr, j, j < HIDDEN)
-        for k in range(0, C, BK):
-            c = k + tl.arange(0, BK)
-            ok = (j < HIDDEN)[:, None] & (c < C)[None, :]
-            offsets = j[:, None] * C + c[None, :]
-            w = tl.load(w1_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
-            folded = round_to(w * load_or_one(gamma_ptr, c, c < C)[None, :], folded_ptr.dtype.element_ty)
-            tl.store(folded_ptr + offsets, folded, mask=ok)
-            u += tl.sum(folded.to(tl.float32), 1)
-            v += tl.sum(w * load_or_zero(beta_ptr, c, c < C)[None, :], 1)
-        tl.store(u_ptr + j, u, mask=j < HIDDEN)
-        tl.store(v_ptr + j, v, mask=j < HIDDEN)
 
 
 @kernel(do_not_specialize=["batch", "HW"])
@@ -322,6 +271,7 @@ def forward(
     residual: bool,
     return_stats: bool,
     save_hidden: bool,
+    operand: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``mlp_triton``: y, (mean, rstd) of x ``[B, 2]``, partials of y ``[B, T, 3]``, fc1's output.
 
@@ -332,12 +282,11 @@ def forward(
         with torch.cuda.device_of(x):
             return forward(
                 x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps,
-                norm, residual, return_stats, save_hidden,
+                norm, residual, return_stats, save_hidden, operand,
             )  # fmt: skip
     batch, channels, height, width = x.shape
     hidden, out = w1.shape[0], w2.shape[0]
     pixels, fmt = height * width, memory_format_of(x)
-    operand = w1.dtype if x.dtype == torch.float32 else x.dtype
     fp32 = {"dtype": torch.float32, "device": x.device}
     partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
     y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
@@ -356,10 +305,10 @@ def forward(
     fused = uses_fused_forward(channels, out, pixels, operand.itemsize)
     launch = _launch_fused if fused else _launch_pair
     launch(
-        x, _operand_matrix(w1, operand), _dense(b1), _operand_matrix(w2, operand), _dense(b2),
+        x, w1.flatten(1).contiguous(), _dense(b1), w2.flatten(1).contiguous(), _dense(b2),
         _dense(norm_weight), _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats,
         mean_rstd if norm else None, y_last, y_stats if stats_by_tile else None,
-        saved if save_hidden else None, activation, eps, residual,
+        saved if save_hidden else None, activation, eps, residual, operand,
     )  # fmt: skip
     if return_stats and not stats_by_tile:
         y_stats = tensor_partials(y_last)
@@ -368,13 +317,14 @@ def forward(
 
 def _launch_fused(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
-    activation, eps, residual,
+    activation, eps, residual, operand,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden = height * width, w1.shape[0]
+    w1, b1, _, w2 = prepare(x, w1, b1, w2, None, None, None, None, eps, operand)
     tiles = fused_forward_tiles(channels, w1.element_size(), device_of(x))
     partials = 1 if stats is None else stats.shape[1]
-    mlp_fwd[(triton.cdiv(batch * pixels, tiles.rows),)](
+    mlp_fwd[(ceil_div(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
         saved, batch, pixels, partials, 0 if y_stats is None else y_stats.shape[1], eps, channels, hidden,
         activation, residual, tiles.rows, tiles.hidden, *power_of_2_parts(channels),
@@ -387,28 +337,15 @@ def _launch_fused(
 
 def _launch_pair(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
-    activation, eps, residual,
+    activation, eps, residual, operand,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden, out = height * width, w1.shape[0], w2.shape[0]
-    u = None
-    if stats is not None:
-        folds, folded, v = 0, w1, b1
-        # A bf16 x need not be centred before the product: it has few digits to lose. float16 might not hold
-        # W1 diag(gamma); bf16 does, however large gamma is.
-        if x.dtype == torch.bfloat16:
-            folds = triton.cdiv(hidden, FOLD_ROWS)
-            folded = torch.empty_like(w1)
-            u, v = torch.empty((2, hidden), dtype=torch.float32, device=x.device)
-        mlp_prepare[(folds + batch,)](
-            stats, mean_rstd, w1, b1, norm_weight, norm_bias, folded, u, v, stats.shape[1], eps, channels,
-            hidden, FOLD_ROWS, FOLD_DEPTH, folds, next_power_of_2(stats.shape[1]), **OPTIONS,
-        )  # fmt: skip
-        w1, b1 = folded, v
+    w1, b1, u, w2 = prepare(x, w1, b1, w2, norm_weight, norm_bias, stats, mean_rstd, eps, operand)
     p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
     device = device_of(x)
     tiles = fc1_tiles(x.element_size(), w1.element_size(), device)
-    mlp_fc1[(triton.cdiv(batch * pixels, tiles.rows) * triton.cdiv(hidden, tiles.columns[0]),)](
+    mlp_fc1[(ceil_div(batch * pixels, tiles.rows) * ceil_div(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
         activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -416,8 +353,8 @@ def _launch_pair(
         **OPTIONS,
     )  # fmt: skip
     tiles = fc2_tiles(out, w2.element_size(), device)
-    column_tiles = triton.cdiv(out, sum(tiles.columns))
-    mlp_fc2[(triton.cdiv(batch * pixels, tiles.rows) * column_tiles,)](
+    column_tiles = ceil_div(out, sum(tiles.columns))
+    mlp_fc2[(ceil_div(batch * pixels, tiles.rows) * column_tiles,)](
         p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels,
         0 if y_stats is None else y_stats.shape[1] // column_tiles, hidden, out, residual, tiles.rows,
         tiles.depth, *tiles.columns, _samples_per_tile(pixels, tiles.rows), num_warps=tiles.warps,
@@ -428,11 +365,6 @@ def _launch_pair(
 def _samples_per_tile(pixels: int, rows: int) -> int:
     """The most samples of ``pixels`` tokens that a tile of ``rows`` tokens can touch."""
     return (pixels - gcd(pixels, rows) + rows - 1) // pixels + 1
-
-
-def _operand_matrix(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight ``[out, in]`` or ``[out, in, 1, 1]`` as a dense matrix of the operands' dtype."""
-    return w.flatten(1).to(dtype).contiguous()
 
 
 def _dense(p: Tensor | None) -> Tensor | None:
