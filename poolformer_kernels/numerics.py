@@ -7,14 +7,34 @@ For outputs and every gradient, in the L2 norm and in the maximum::
 against float64 from the dtype-rounded inputs. The floor is what correct rounding alone may cost.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["SLACK", "Errors", "errors", "tolerance"]
+__all__ = ["SLACK", "Errors", "errors", "tolerance", "without_tf32"]
 
 SLACK = 1.5  # times eager's error: sums in another order have another error of the same size
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, float32 products on CUDA are not computed in TF32, neither eager's nor ours.
+
+    The rule is for sums in different orders. In TF32 errors come from the operands instead, which our kernels
+    truncate and eager's may round: then truncating alone costs 2.6 times eager's error in the L2 norm.
+    """
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 class Errors(NamedTuple):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,67 @@ def test_constant_result_is_what_the_compiler_marks():
 def test_the_package_does_not_import_the_compiler():
     code = "import sys, poolformer_kernels; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    yield
+    for setting in (torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul):
+        setting.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+_CONV, _MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+SETTINGS = (  # the setting that is made, and whether convolutions and matrix products may then use TF32
+    (torch.backends.cudnn, "allow_tf32", False, (False, False)),
+    (_MATMUL, "allow_tf32", True, (False, True)),
+    (_CONV, "fp32_precision", "tf32", (True, True)),
+    (_MATMUL, "fp32_precision", "ieee", (True, False)),
+    (_CONV, "fp32_precision", "ieee", (False, False)),
+    (torch.backends, "fp32_precision", "tf32", (False, False)),  # neither inherits it any more
+)
+
+
+def test_tf32_is_allowed_as_the_settings_say(settings):
+    """The older and the newer settings mixed, and what one inherits from another."""
+    assert (private.tf32_allowed.convolutions, private.tf32_allowed.matrix_products) == (True, False)
+    for module, name, value, expected in SETTINGS:
+        setattr(module, name, value)
+        assert (private.tf32_allowed.convolutions, private.tf32_allowed.matrix_products) == expected
+    with pytest.raises(RuntimeError):
+        torch.backends.cudnn.allow_tf32  # noqa: B018  why that is not what we ask
+    for module in (_CONV, _MATMUL, torch.backends.cudnn):
+        module.fp32_precision = "none"
+    for value in ("ieee", "tf32"):
+        torch.backends.fp32_precision = value
+        for allowed, module in (
+            (private.tf32_allowed.convolutions, _CONV),
+            (private.tf32_allowed.matrix_products, _MATMUL),
+        ):
+            assert allowed == (module.fp32_precision == "tf32") == (value == "tf32")
+
+
+def test_a_changed_tf32_setting_recompiles(settings):
+    compiled_graphs = []
+
+    def compile_graph(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=compile_graph, fullgraph=True)
+    def f(x):
+        allowed = private.tf32_allowed
+        return x + 1 if allowed.convolutions else x + 2 if allowed.matrix_products else x
+
+    x = torch.zeros(1)
+    for precision, wanted in (("tf32", 1), ("ieee", 0), ("tf32", 1)):
+        _CONV.fp32_precision = precision
+        assert f(x).item() == wanted
+    assert len(compiled_graphs) == 2
+    _CONV.fp32_precision, _MATMUL.fp32_precision = "ieee", "tf32"
+    assert f(x).item() == 2
+    torch.compiler.reset()
 
 
 def test_hooks_of_a_module():

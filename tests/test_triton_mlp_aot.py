@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from triton_helpers import MATRIX, parameters
+from triton_helpers import check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
@@ -24,12 +24,14 @@ def case(dtype: torch.dtype, channels: int, size: int, **options) -> aot.MlpCase
     return aot.MlpCase(dtype, channels, size, backward=False, **options)
 
 
+TF32 = [case(torch.float32, *shape, allow_tf32=True) for shape in aot.SHAPES]
 BF16 = {shape[0]: case(torch.bfloat16, *shape) for shape in aot.SHAPES}
-FEW = [BF16[channels] for channels in (64, 128, 320)]  # on every architecture
+FEW = [*(BF16[channels] for channels in (64, 128, 320)), *TF32[:3]]  # on every architecture
 USUAL = [  # on one; 384 and 512 have the tiles of 768
     *(BF16[channels] for channels in (64, 96, 128, 192, 320, 768)),
     case(torch.float32, 96, 56),
     case(torch.float32, 192, 28),
+    *TF32[:4],
     case(torch.float32, 64, 56, weight_dtype=torch.bfloat16),
     case(torch.float32, 320, 14, weight_dtype=torch.bfloat16),
     case(torch.float32, 64, 56, autocast=True),
@@ -45,6 +47,9 @@ REST = [
     *BF16.values(),
     *(case(torch.float16, *shape) for shape in ((64, 56), (320, 14))),
     *(case(torch.float32, *shape) for shape in aot.SHAPES),
+    *TF32,
+    *(item._replace(save_hidden=True) for item in TF32),
+    *(item._replace(offset=1) for item in TF32),
     *(case(torch.float32, *shape, weight_dtype=torch.bfloat16) for shape in ((128, 28), (192, 28), (768, 7))),
     *(case(torch.bfloat16, *shape, save_hidden=True) for shape in aot.SHAPES),
     *(case(torch.bfloat16, *shape, offset=1) for shape in ((128, 28), (192, 28), (512, 7))),
@@ -53,7 +58,7 @@ REST = [
 COMPILED = [
     item
     for arch in aot.ARCHS
-    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, list(BF16.values()))), arch)
+    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, [*BF16.values(), *TF32])), arch)
     if arch == 90 or item.values[0].kernel != "mlp_prepare"  # no matrix product, next to no work
 ]
 
@@ -76,8 +81,7 @@ def test_resources(launch, arch) -> None:
     if launch.kernel == "mlp_prepare":
         return
 
-    half = signature["w2_ptr" if launch.kernel == "mlp_fc2" else "w1_ptr"] != "*fp32"
-    assert used.matrix.keys() == ({MATRIX[arch]} if half else set())  # float32 stays float32
+    check_products(used, launch, arch)
     if launch.kernel == "mlp_fc2" or constants["ACTIVATION"] == "relu_squared":
         assert used.activations == 0  # neither a clamp nor an exponential
     else:  # each element of a chunk once: no thread computes what another has

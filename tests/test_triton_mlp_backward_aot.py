@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_helpers import MATRIX, parameters
+from triton_helpers import check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
@@ -33,6 +33,7 @@ class Case(NamedTuple):
     drop_grad: bool = False
     offset: int = 0  # elements before each of the caller's tensors in its memory
     autocast: bool = False  # the products' operands are bfloat16
+    allow_tf32: bool = False
 
     def __str__(self) -> str:
         flags = (name for name in self._fields[3:] if getattr(self, name))
@@ -52,7 +53,7 @@ class Case(NamedTuple):
         saved = aot.meta(saved_dtype, x.numel() * 4) if self.save_hidden else None
         parameters = (w1, b1, w2, b2, gamma, beta, scale, drop)
         operand = torch.bfloat16 if self.autocast else self.dtype
-        flags = (True, True, True, self.drop_grad, operand)
+        flags = (True, True, True, self.drop_grad, operand, self.allow_tf32)
         backward.backward(x, x, mean_rstd, *parameters, saved, "gelu", *flags)
 
 
@@ -76,7 +77,8 @@ class Allocated(TorchDispatchMode):
 
 
 CASES = [Case(*shape) for shape in SHAPES]
-FEW = [Case(*SHAPES[i]) for i in (0, 2, 5)]  # on every architecture
+TF32 = [Case(*shape, torch.float32, allow_tf32=True) for shape in SHAPES]
+FEW = [*(Case(*SHAPES[i]) for i in (0, 2, 5)), TF32[0], TF32[4]]  # on every architecture
 USUAL = [  # on one
     *CASES,
     *(Case(*SHAPES[i], save_hidden=True) for i in (0, 2, 4)),
@@ -85,17 +87,21 @@ USUAL = [  # on one
     Case(*SHAPES[0], torch.float32),
     *(Case(*SHAPES[i], torch.float32, save_hidden=i == 4, autocast=True) for i in (0, 2, 4)),
     Case(*SHAPES[4], torch.float32),
+    *(TF32[i] for i in (0, 4, 5)),
 ]
 REST = [
     *(Case(*shape, drop_grad=drop, save_hidden=True) for shape in SHAPES for drop in (False, True)),
     *(Case(*shape, offset=1) for shape in SHAPES),
     *(Case(*shape, torch.float16, drop_grad=drop) for shape in SHAPES for drop in (False, True)),
     *(Case(*shape, torch.float32) for shape in SHAPES),
+    *TF32,
+    *(case._replace(drop_grad=drop, save_hidden=True) for case in TF32 for drop in (False, True)),
+    *(case._replace(offset=1) for case in TF32),
 ]
 COMPILED = [
     item
     for arch in aot.ARCHS
-    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, CASES)), arch)
+    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, [*CASES, *TF32])), arch)
     if item.values[0].kernel in PRODUCTS or (arch == 90 and item.values[0].case == str(CASES[4]))
 ]
 
@@ -112,8 +118,8 @@ def test_resources(launch, arch) -> None:
     if launch.kernel not in PRODUCTS:
         assert used.warps >= 20
         return
+    check_products(used, launch, arch)
     half = dict(launch.signature)["a_ptr" if launch.kernel == "mlp_bwd_outer" else "w1_ptr"] != "*fp32"
-    assert set(used.matrix) == ({MATRIX[arch]} if half else set())  # float32 stays float32
     narrow = half and dict(launch.constants).get("C") == 64 and launch.kernel in PRODUCTS[:2]
     training = not dict(launch.constants).get("DROP") and 1 in launch.divisible  # the gradient, aligned
     assert used.warps >= (12 if narrow and training else 8)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import __version__, create_model, ops
 from ..models import model_config
-from ..numerics import errors, tolerance
+from ..numerics import errors, tolerance, without_tf32
 from ..ops.dispatch import explain_selection, use_backend
 from ..profiling import count_macs, time_interleaved
 from .errors import CommandError, check_writable
@@ -149,6 +149,7 @@ def _agreement(logits: Tensor, exact: Tensor, k: int) -> float:
     return (chosen[:, :, None] == wanted[:, None]).any(2).double().mean().item()
 
 
+@without_tf32()
 def verify_logits(
     peer: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype
 ) -> tuple[list[dict], Tensor]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..numerics import errors, tolerance
+from ..numerics import errors, tolerance, without_tf32
 from ..ops.dispatch import BACKENDS, explain_selection, use_backend
 from .errors import CommandError, check_writable
 
@@ -190,6 +190,7 @@ def verify(
                         yield _case(name, operator, form, backend, device, dtype, layout, shape)
 
 
+@without_tf32()
 def _case(name, operator, form, backend, device, dtype, layout, shape) -> list[Check]:
     rng = torch.Generator().manual_seed(0)
     inputs = {key: t.to(dtype) for key, t in operator.inputs(shape, form, rng).items()}

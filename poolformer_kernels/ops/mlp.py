@@ -8,7 +8,7 @@ from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
 from .dispatch import mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
-from .torch_private import constant_result
+from .torch_private import constant_result, tf32_allowed
 
 __all__ = ["mlp", "mlp_with_stats"]
 
@@ -82,6 +82,12 @@ def mlp(
         Accumulation, statistics and activation are float32 for half inputs; the operands of the matrix
         products are of the half dtype among x's and the weights'. Gradients have the dtype of what they
         belong to.
+
+    float32 products on CUDA are TF32 where eager's are: with weights ``[out, in, 1, 1]`` as
+    ``torch.backends.cudnn.allow_tf32`` or ``.conv.fp32_precision`` says (by default they are), with weights
+    ``[out, in]`` as ``torch.backends.cuda.matmul.allow_tf32`` or ``.fp32_precision`` says (by default not).
+    If the two weights differ in rank, both must allow it. The backward keeps what held in the forward. TF32
+    ignores the operands' last 13 bits; all else, the activation too, stays float32.
 
     Under autocast the weights are cast to its dtype, by Triton's kernels where these run: their gradients are
     then float32 throughout. The plain form then returns that dtype; with
@@ -185,7 +191,7 @@ def mlp_with_stats(
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
-            *((operand,) if backend == "triton" else ()),
+            *((operand, _allows_tf32(x, w1, w2)) if backend == "triton" else ()),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
@@ -203,6 +209,15 @@ def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
 def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, int, int]:
     """(C, hidden, out)."""
     return x.shape[1], w1.shape[0], w2.shape[0]
+
+
+def _allows_tf32(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+    """Whether the products are float32 on CUDA and both weights' settings allow TF32."""
+
+    def allowed(w: Tensor) -> bool:
+        return tf32_allowed.convolutions if w.dim() == 4 else tf32_allowed.matrix_products
+
+    return x.is_cuda and x.dtype == w1.dtype == torch.float32 and allowed(w1) and allowed(w2)
 
 
 def _autocast(
@@ -297,15 +312,16 @@ def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, 
 def _register(backend: str) -> None:
     """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels.
 
-    Triton's have one argument more, the dtype of the products' operands. They cast weights themselves, so
-    that autograd need not cast their gradients back, and write each gradient in its parameter's dtype.
+    Triton's have two arguments more. One is the dtype of the products' operands: they cast weights
+    themselves, so that autograd need not cast gradients back, and write each gradient in its parameter's
+    dtype. The other is `allow_tf32`: the other backends have no float32 products on CUDA.
     """
     casts = backend == "triton"
-    more = ", ScalarType operand" if casts else ""
+    more = ", ScalarType operand, bool allow_tf32" if casts else ""
 
     def forward_fake(
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps, norm,
-        residual, return_stats, save_hidden, operand=None,
+        residual, return_stats, save_hidden, operand=None, allow_tf32=False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, _, height, width = x.shape
         hidden, out = w1.shape[0], w2.shape[0]
@@ -327,7 +343,7 @@ def _register(backend: str) -> None:
 
     def backward_fake(
         grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
-        activation, norm, residual, parameter_grads, drop_grad, operand=None,
+        activation, norm, residual, parameter_grads, drop_grad, operand=None, allow_tf32=False,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dx = torch.empty_like(x, memory_format=memory_format_of(x))
         channels, width, out = x.shape[1], w1.shape[0], w2.shape[0]
@@ -345,7 +361,10 @@ def _register(backend: str) -> None:
     def setup_context(ctx, inputs, output) -> None:
         x, *parameters = inputs[:9]
         ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:16]
-        ctx.operand = inputs[16] if casts else parameters[0].dtype if x.dtype == torch.float32 else x.dtype
+        if casts:
+            ctx.operand, ctx.allow_tf32 = inputs[16:]
+        else:
+            ctx.operand, ctx.allow_tf32 = parameters[0].dtype if x.dtype == torch.float32 else x.dtype, False
         _, mean_rstd, y_stats, hidden = output
         ctx.mark_non_differentiable(mean_rstd, y_stats, hidden)
         ctx.set_materialize_grads(False)
@@ -362,7 +381,7 @@ def _register(backend: str) -> None:
         computed = call(
             _BACKWARD_OPS[runs],
             *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),
-            *((ctx.operand,) if runs == "triton" else ()),
+            *((ctx.operand, ctx.allow_tf32) if runs == "triton" else ()),
         )
         for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
             if needed[i]:

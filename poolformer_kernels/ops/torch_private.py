@@ -7,6 +7,7 @@ tests/test_torch_private.py says which of these a torch has not, or has otherwis
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ __all__ = [
     "observed",
     "outside_modes",
     "outside_transforms_and_modes",
+    "tf32_allowed",
     "tree_leaves",
 ]
 
@@ -69,6 +71,28 @@ def differentiating_transform() -> bool:
     functorch = torch._C._functorch
     kinds = {interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()}
     return bool(kinds & {functorch.TransformType.Grad, functorch.TransformType.Jvp})
+
+
+class _TF32Allowed(ModuleType):
+    """Whether float32 products on CUDA may be computed in TF32, as each of these asks torch's settings.
+
+    Neither public way does: reading `allow_tf32` raises an error where `fp32_precision` was set as well, and
+    that the compiler cannot trace. This is a module because the compiler takes a module's attributes for
+    constants and reads them again before each call, so that a changed setting recompiles.
+    """
+
+    @property
+    def convolutions(self) -> bool:
+        """What `torch.backends.cudnn` says, or else `torch.backends.fp32_precision`."""
+        return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+
+    @property
+    def matrix_products(self) -> bool:
+        """What `torch.backends.cuda.matmul` says, or else the same two."""
+        return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
+tf32_allowed = _TF32Allowed("tf32_allowed")
 
 
 def forward_mode() -> bool:

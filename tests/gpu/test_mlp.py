@@ -155,6 +155,29 @@ def test_layouts_of_weights(shape, hidden, name, layout, weight_dtype, backend) 
         check(inputs, layouts=FORMATS, activation=activation, residual=True)
 
 
+@over("shape, hidden", triton=[FUSED, PAIR])
+def test_tf32_as_in_eager(shape, hidden, monkeypatch) -> None:
+    """The error rule against eager in TF32, from whose settings ours is taken.
+
+    Eager may round the operands to nearest, ours are truncated. With an ulp of u, the error of a product then
+    has a mean square of 2 (u^2 / 12) + (2 u / 2)^2 instead of 2 (u^2 / 12): 7 times as much.
+    """
+    inputs = make_inputs(shape, hidden)
+    grad = make_grad(inputs)
+    cuda, cuda_grad = on("cuda", inputs), like_on("cuda", grad)
+    without = run(mlp, cuda, cuda_grad, residual=True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    ours = run(mlp, cuda, cuda_grad, residual=True)
+    theirs = run(eager, cuda, cuda_grad, residual=True)
+    right = truth_on("cuda", truth, inputs, grad, residual=True)
+    for name, exact in right.values.items():
+        exact = exact.to(theirs[name].device)
+        theirs[name] = exact + 7**0.5 * (theirs[name].double() - exact)
+    assert_rule(ours, theirs, right, inputs, F32, F32)
+    for name in ("y", "dx", "dw1", "dw2"):
+        assert not torch.equal(ours[name], without[name])
+
+
 # ---- hard values -------------------------------------------------------------------------------------------
 
 

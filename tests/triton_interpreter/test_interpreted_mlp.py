@@ -40,6 +40,7 @@ FORMATS = ("nchw", "channels_last")
 KINDS = ((torch.float32, "nchw"), *((dtype, "channels_last") for dtype in HALVES))
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 FORWARD = torch.ops.poolformer_kernels.mlp_triton.default
+BACKWARD = torch.ops.poolformer_kernels.mlp_triton_backward.default
 ORDER = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
 
 # x, hidden: samples that share tiles, several tiles, C in one and in two parts, padded; cut chunks. Above 96
@@ -324,12 +325,13 @@ def test_statistics_of_the_rounded_y(shape, hidden, dtype, layout) -> None:
 
 
 def arguments(
-    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True, operand=None
-) -> tuple:
+    inputs, *, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True, operand=None,
+    allow_tf32=False,
+) -> tuple:  # fmt: skip
     given = [inputs[name] for name in ORDER]
     if operand is None:
         operand = given[1].dtype if given[0].dtype == torch.float32 else given[0].dtype
-    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden, operand)
+    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden, operand, allow_tf32)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
@@ -365,6 +367,25 @@ def test_hidden_beyond_float16(shape, hidden) -> None:
         rows = FORWARD(*arguments(inputs, **options))[3].view(-1, hidden)
         assert (rows[:, 1::2] == most).all()
         assert (rows[:, ::2] == -65504).all()
+
+
+def test_tf32_changes_nothing_on_the_cpu() -> None:
+    """TF32's own tiles compute the same; the interpreter multiplies in float32."""
+    for shape, hidden in ONE_OF_EACH:
+        inputs = make_inputs(shape, hidden)
+        exact, tf32 = (FORWARD(*arguments(inputs, allow_tf32=allow)) for allow in (False, True))
+        for name, a, b in zip(("y", "mean_rstd", "stats", "hidden"), exact, tf32, strict=True):
+            if name != "stats":  # partials of other tiles
+                torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        given = (inputs[name] for name in ORDER)
+        x, *parameters = given
+        saved = exact[3]
+        gradients = [
+            BACKWARD(x, x, exact[1], *parameters, saved, "gelu", True, True, True, True, torch.float32, allow)
+            for allow in (False, True)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * a.abs().max().item())
 
 
 def test_outputs_not_asked_for_are_empty() -> None:

@@ -62,7 +62,7 @@ def gradients(
     saved = fc1(inputs, norm) if save_hidden else None
     operand = operand or (inputs["w1"].dtype if x.dtype == torch.float32 else x.dtype)
     result = backward.backward(
-        grad, x, mean_rstd, *given, saved, activation, norm, residual, parameters, drop, operand
+        grad, x, mean_rstd, *given, saved, activation, norm, residual, parameters, drop, operand, False
     )
     return {f"d{name}": t for name, t in zip(NAMES, result, strict=True)}
 

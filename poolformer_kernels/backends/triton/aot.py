@@ -98,9 +98,10 @@ class MlpCase(NamedTuple):
     backward: bool = True
     offset: int = 0  # elements before each of the caller's tensors in its memory
     autocast: bool = False  # the products' operands are bfloat16, whatever x and the weights are
+    allow_tf32: bool = False
 
     def __str__(self) -> str:
-        name = f"{_TYPES[self.dtype]} {self.channels}x{self.size}"
+        name = f"{'tf32' if self.allow_tf32 else _TYPES[self.dtype]} {self.channels}x{self.size}"
         name += f" {self.activation}" if self.activation != "gelu" else ""
         name += f" {_TYPES[self.weight_dtype]} weights" if self.weight_dtype else ""
         name += ", saved" if self.save_hidden else ""
@@ -120,11 +121,12 @@ class MlpCase(NamedTuple):
         operand = w1.dtype if x.dtype == torch.float32 else x.dtype
         operand = torch.bfloat16 if self.autocast else operand
         _, mean_rstd, _, hidden = forward.forward(
-            x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden, operand
-        )
+            x, *parameters, stats, self.activation, 1e-5, True, True, True, self.save_hidden, operand,
+            self.allow_tf32,
+        )  # fmt: skip
         if self.backward:
             saved = hidden if self.save_hidden else None
-            flags = (True, True, True, True, operand)
+            flags = (True, True, True, True, operand, self.allow_tf32)
             backward.backward(grad, x, mean_rstd, *parameters, saved, self.activation, *flags)
 
 
@@ -158,7 +160,8 @@ class Resources:
     ldg128: int  # global loads of 128 bits; one of 256 counts as two
     ldg: int  # global loads of any width
     instructions: int
-    matrix: dict[str, int]  # matrix instructions, by kind
+    matrix: dict[str, int]  # matrix instructions, by kind; with TF32 operands "HMMA.TF32" and the like
+    ffma: int  # multiply-adds in fp32; one of a pair counts as two
     # Elements of a tile that each thread applies the activation to (any but relu). More than a thread's share
     # of the tile: some are computed twice.
     activations: int
@@ -197,7 +200,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         usage = _cuobjdump("--dump-resource-usage", cubin)
         code = _cuobjdump("--dump-sass", cubin)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
     kinds = Counter(name.split(".")[0] for name in instructions)
     loads = [name for name in instructions if name.startswith("LDG.")]
     return Resources(
@@ -211,7 +214,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         ldg128=sum(".128" in name for name in loads) + 2 * sum(".256" in name for name in loads),
         ldg=len(loads),
         instructions=len(instructions),
-        matrix={name: n for name, n in kinds.items() if name in _MATRIX},
+        matrix=_matrix_instructions(instructions, compiled.asm["ptx"]),
+        ffma=kinds["FFMA"] + 2 * kinds["FFMA2"],
         activations=_activations(compiled.asm["ttgir"], compiled.asm["ptx"]),
     )
 
@@ -219,6 +223,17 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 def _resident_warps(registers: int, warps: int) -> int:
     """How many warps of whole blocks the 65536 registers of an SM hold; a thread is given multiples of 8."""
     return 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps
+
+
+def _matrix_instructions(instructions: list[str], ptx: str) -> dict[str, int]:
+    """Counts by kind; tcgen05 says in a descriptor, not in its name, what its operands are."""
+    found = Counter()
+    for name in instructions:
+        kind = name.split(".")[0]
+        if kind in _MATRIX:
+            tf32 = "tcgen05.mma.cta_group::1.kind::tf32" in ptx if kind == "UTCHMMA" else ".TF32" in name
+            found[kind + ".TF32" * tf32] += 1
+    return dict(found)
 
 
 def _activations(ttgir: str, ptx: str) -> int:
@@ -336,12 +351,12 @@ def main() -> None:
     cases += [MlpCase(dtype, *shape) for dtype in _TYPES for shape in SHAPES]
     print(
         f"{'kernel':22}{'arch':>5}{'registers':>10}{'spills':>7}{'shared':>7}{'ldg128':>7}{'ldg':>5}"
-        f"{'matrix':>13}{'activations':>12}  config"
+        f"{'matrix':>16}{'activations':>12}  config"
     )
     for r in resource_table(cases, archs):
         matrix = " ".join(f"{n} {name}" for name, n in r["matrix"].items())
         numbers = f"{r['arch']:5}{r['registers']:10}{r['spills']:7}{r['shared']:7}{r['ldg128']:7}{r['ldg']:5}"
-        print(f"{r['kernel']:22}{numbers}{matrix:>13}{r['activations']:12}  {r['config']}")
+        print(f"{r['kernel']:22}{numbers}{matrix:>16}{r['activations']:12}  {r['config']}")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def _mlp(
     if backend == "cuda" and mlp_backend(backend, x.device, sizes, x.dtype)[0] == "cuda":
         y, _, y_stats, _ = call(_ours.mlp_cuda.default, *arguments)
     else:
-        y, _, y_stats, _ = mlp.forward(*arguments, w1.dtype if x.dtype == torch.float32 else x.dtype)
+        operand = w1.dtype if x.dtype == torch.float32 else x.dtype
+        y, _, y_stats, _ = mlp.forward(*arguments, operand, False)
     return y, y_stats if wanted else None
 
 

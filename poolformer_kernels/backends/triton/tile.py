@@ -41,12 +41,15 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """``acc + a b``, in fp32. The interpreter gets fp32 operands: its bf16 products are wrong."""
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b``, in fp32. PRECISION: `config.product_precision`, for fp32 operands.
+
+    The interpreter gets fp32 operands, as its bf16 products are wrong, and always multiplies in fp32.
+    """
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

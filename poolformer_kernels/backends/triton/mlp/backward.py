@@ -8,7 +8,7 @@ from ..device import device_of, on_another_device
 from . import backward_fused, backward_gemm
 from .backward_finish import Gradients, finish
 from .backward_shared import Problem
-from .config import FusedBackward, backward_launch
+from .config import FusedBackward, backward_launch, product_precision
 
 __all__ = ["backward"]
 
@@ -32,6 +32,7 @@ def backward(
     parameter_grads: bool,
     drop_grad: bool,
     operand: torch.dtype,
+    allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The op ``mlp_triton_backward``: the gradients of x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale
     and drop_scale.
@@ -43,7 +44,7 @@ def backward(
         with torch.cuda.device_of(x):
             return backward(
                 *(grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale),
-                *(hidden, activation, norm, residual, parameter_grads, drop_grad, operand),
+                *(hidden, activation, norm, residual, parameter_grads, drop_grad, operand, allow_tf32),
             )
     fmt = memory_format_of(x)
     dx = torch.empty_like(x, memory_format=fmt)
@@ -62,6 +63,7 @@ def backward(
     dense = (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden)
     w1, b1, w2, b2, gamma, beta, scale, drop, hidden = (None if p is None else p.contiguous() for p in dense)
     weights = {"dtype": operand, "device": x.device}
+    precision = product_precision(operand, allow_tf32)
     problem = Problem(
         grad=grad.contiguous(memory_format=fmt),
         x=x.contiguous(memory_format=fmt),
@@ -86,8 +88,9 @@ def backward(
         parameter_grads=parameter_grads,
         drop_grad=drop_grad,
         scaled=operand == torch.float16 and scale is not None,
+        precision=precision,
     )
-    launch = backward_launch(channels, out, width, operand.itemsize, device_of(x))
+    launch = backward_launch(channels, out, width, operand.itemsize, device_of(x), precision)
     form = backward_fused if isinstance(launch, FusedBackward) else backward_gemm
     sums = form.compute_partials(problem, launch)
     if parameter_grads:

@@ -47,19 +47,19 @@ def _load_parts(
 
 
 @triton.jit
-def _sum_products(a, b, acc):
+def _sum_products(a, b, acc, PRECISION: tl.constexpr):
     """``acc + sum a_i b_i^T`` over the parts of a and b."""
     for i in tl.static_range(len(a)):
-        acc = dot(a[i], tl.trans(b[i]), acc)
+        acc = dot(a[i], tl.trans(b[i]), acc, PRECISION)
     return acc
 
 
 @triton.jit
-def _accumulate(acc, a, b):
+def _accumulate(acc, a, b, PRECISION: tl.constexpr):
     """``acc_i + a b_i`` for each part of acc and b."""
     out = ()
     for i in tl.static_range(len(b)):
-        out = out + (dot(a, b[i], acc[i]),)  # noqa: RUF005
+        out = out + (dot(a, b[i], acc[i], PRECISION),)  # noqa: RUF005
     return out
 
 
@@ -78,7 +78,7 @@ def mlp_bwd_wgrad(
     db1_ptr, HW, T, tiles, per_split,
     C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
     Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weights' gradients from a block of hidden channels and a split of the tokens, and sums per token.
 
@@ -98,6 +98,7 @@ def mlp_bwd_wgrad(
     ACTIVATION: its name
     NORM, DROP: whether the first two sums per token are needed, and the third
     SCALED: whether `mlp_bwd_prepare` divided the rows of w2t
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
@@ -124,15 +125,15 @@ def mlp_bwd_wgrad(
         g = _load_parts(g_ptr + start * O, ok, TOKENS, False, O, Q0, Q1)
         i = tl.arange(0, TOKENS)
         if hidden_ptr is None:
-            h = _sum_products(w1, n, tl.zeros([HIDDEN, TOKENS], tl.float32)) + b1[:, None]
+            h = _sum_products(w1, n, tl.zeros([HIDDEN, TOKENS], tl.float32), PRECISION) + b1[:, None]
         else:
             hidden_ptrs = hidden_ptr + start * J + i[None, :] * J + j[:, None]
             h = tl.load(hidden_ptrs, mask=ok[None, :] & j_ok[:, None], other=0.0).to(tl.float32)
         p, slope = activate_with_derivative(h, ACTIVATION, EXACT)
         if dw1_ptr is not None:
             scaled = p if drop_ptr is None else p * drop[None, :]
-            dw2 = _accumulate(dw2, round_to(scaled, DTYPE), g)
-        dp = _sum_products(w2, g, tl.zeros([HIDDEN, TOKENS], tl.float32))
+            dw2 = _accumulate(dw2, round_to(scaled, DTYPE), g, PRECISION)
+        dp = _sum_products(w2, g, tl.zeros([HIDDEN, TOKENS], tl.float32), PRECISION)
         if SCALED:
             dp *= peak[:, None]
         dh = dp * slope
@@ -147,7 +148,7 @@ def mlp_bwd_wgrad(
             tl.store(sum_ptrs + 2 * BLOCKS * plane, tl.sum(p * dp, 0), mask=ok)
         if dw1_ptr is not None:
             db1 += tl.sum(dh, 1)
-            dw1 = _accumulate(dw1, round_to(dh, DTYPE), n)
+            dw1 = _accumulate(dw1, round_to(dh, DTYPE), n, PRECISION)
     if dw1_ptr is not None:
         tl.store(db1_ptr + split * J + j, db1, mask=j_ok)
         base = split.to(tl.int64) * J
@@ -168,6 +169,7 @@ def mlp_bwd_dx(
     C: tl.constexpr, O: tl.constexpr, J: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,  # noqa: E741
     Q0: tl.constexpr, Q1: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile of tokens, and sums over its tokens.
 
@@ -191,6 +193,7 @@ def mlp_bwd_dx(
     CHANNELS_LAST: whether the layout is channels_last
     NORM, RESIDUAL: whether there is a norm, and whether x was added to y
     SCALED: whether `mlp_bwd_prepare` divided the rows of w2t
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
@@ -208,18 +211,18 @@ def mlp_bwd_dx(
         w2 = _load_parts(w2t_ptr + j0 * O, j_ok, HIDDEN, J % HIDDEN == 0, O, Q0, Q1)
         if hidden_ptr is None:
             b1 = tl.load(table_ptr + j, mask=j_ok, other=0.0)
-            h = _sum_products(n, w1, tl.zeros([TOKENS, HIDDEN], tl.float32)) + b1[None, :]
+            h = _sum_products(n, w1, tl.zeros([TOKENS, HIDDEN], tl.float32), PRECISION) + b1[None, :]
         else:
             hidden_ptrs = hidden_ptr + start * J + i[:, None] * J + j[None, :]
             h = tl.load(hidden_ptrs, mask=ok[:, None] & j_ok[None, :], other=0.0).to(tl.float32)
-        dp = _sum_products(g, w2, tl.zeros([TOKENS, HIDDEN], tl.float32))
+        dp = _sum_products(g, w2, tl.zeros([TOKENS, HIDDEN], tl.float32), PRECISION)
         if SCALED:
             dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
         _, slope = activate_with_derivative(h, ACTIVATION, EXACT)
         dh = dp * slope
         if drop_ptr is not None:
             dh *= drop[:, None]
-        dn = _accumulate(dn, round_to(dh, DTYPE), w1)
+        dn = _accumulate(dn, round_to(dh, DTYPE), w1, PRECISION)
     k0 = mean
     k1 = mean
     if NORM:
@@ -272,6 +275,7 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
             n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table, token_sums,
             dw1, dw2, db1, pixels, batch * pixels, tiles, per_split, *shape, launch.weight_tokens,
             launch.weight_hidden, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
+            problem.precision,
             num_warps=launch.weight_warps, num_stages=launch.weight_stages,
             maxnreg=255 if problem.drop_grad else launch.registers, **OPTIONS,
         )  # fmt: skip
@@ -286,7 +290,7 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
         n, g, problem.grad, x, problem.mean_rstd, problem.gamma, problem.drop, problem.hidden, problem.w1,
         problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
         *shape, launch.tokens, launch.hidden, problem.activation, problem.channels_last, problem.norm,
-        problem.residual, problem.scaled, num_warps=launch.warps, num_stages=launch.stages,
+        problem.residual, problem.scaled, problem.precision, num_warps=launch.warps, num_stages=launch.stages,
         maxnreg=launch.registers if aligned(x, problem.grad, problem.w1) else 255, **OPTIONS,
     )  # fmt: skip
     return Partials(dw1, dw2, db1, dnorm, grad_sums, ddrop)

@@ -43,7 +43,7 @@ def mlp_bwd_hidden(
     n_ptr, g_ptr, drop_ptr, hidden_ptr, w1_ptr, w2t_ptr, table_ptr, p_ptr, dh_ptr,
     token_sums_ptr, db1_ptr, HW, T, C: tl.constexpr, O: tl.constexpr, J: tl.constexpr,  # noqa: E741
     TOKENS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The hidden activation and gradient of a tile, sums per token, and fc1's bias gradient.
 
@@ -63,6 +63,7 @@ def mlp_bwd_hidden(
     ACTIVATION: its name
     NORM, DROP: whether the first two sums per token are needed, and the third
     SCALED: whether `mlp_bwd_prepare` divided the rows of w2t
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     BLOCKS: tl.constexpr = (J + HIDDEN - 1) // HIDDEN
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
@@ -81,7 +82,7 @@ def mlp_bwd_hidden(
             c = c0 + tl.arange(0, DEPTH)
             n = _load_tile(n_ptr + start * C, i, c, C, ok, C % DEPTH == 0)
             w1 = _load_tile(w1_ptr, j, c, C, j_ok, C % DEPTH == 0)
-            h = dot(n, tl.trans(w1), h)
+            h = dot(n, tl.trans(w1), h, PRECISION)
         h += tl.load(table_ptr + j, mask=j_ok, other=0.0)[None, :]
     else:
         h = tl.load(hidden_ptr + start * J + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -96,7 +97,7 @@ def mlp_bwd_hidden(
         o = o0 + tl.arange(0, DEPTH)
         g = _load_tile(g_ptr + start * O, i, o, O, ok, O % DEPTH == 0)
         w2 = _load_tile(w2t_ptr, j, o, O, j_ok, O % DEPTH == 0)
-        dp = dot(g, tl.trans(w2), dp)
+        dp = dot(g, tl.trans(w2), dp, PRECISION)
     if SCALED:
         dp *= tl.load(table_ptr + J + j, mask=j_ok, other=0.0)[None, :]
     dh = dp * slope
@@ -119,7 +120,7 @@ def mlp_bwd_hidden(
 @kernel(do_not_specialize=["T", "per_split"])
 def mlp_bwd_outer(
     a_ptr, b_ptr, partial_ptr, T, per_split, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``a^T b`` over a split of the tokens: a tile of it.
 
@@ -129,6 +130,7 @@ def mlp_bwd_outer(
     per_split: steps of a split
     M, N: rows and columns of the product
     ROWS, COLUMNS, DEPTH: rows and columns of a tile, tokens of one step
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     ROW_TILES: tl.constexpr = (M + ROWS - 1) // ROWS
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
@@ -143,7 +145,7 @@ def mlp_bwd_outer(
         ok = t < T - start
         a = _load_tile(a_ptr + start * M, t, m, M, ok, M % ROWS == 0)
         b = _load_tile(b_ptr + start * N, t, n, N, ok, N % COLUMNS == 0)
-        acc = dot(tl.trans(a), b, acc)
+        acc = dot(tl.trans(a), b, acc, PRECISION)
     ptrs = partial_ptr + split * (M * N) + m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(ptrs, acc, mask=mask)
@@ -153,7 +155,7 @@ def mlp_bwd_outer(
 def mlp_bwd_dn(
     dh_ptr, w1_ptr, grad_ptr, x_ptr, mean_rstd_ptr, gamma_ptr, k_ptr, dx_ptr, sums_ptr, HW, T,
     C: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile from ``dn = dh W1``, and sums over its tokens.
 
@@ -170,6 +172,7 @@ def mlp_bwd_dn(
     TOKENS, CHANNELS, DEPTH: tokens and channels of a tile, hidden channels of one step
     CHANNELS_LAST: whether the layout is channels_last
     NORM, RESIDUAL: whether there is a norm, and whether x was added to y
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0) // BLOCKS
@@ -182,7 +185,7 @@ def mlp_bwd_dn(
         j = j0 + tl.arange(0, DEPTH)
         dh = _load_tile(dh_ptr + start * J, i, j, J, ok, J % DEPTH == 0)
         w1 = _load_tile(w1_ptr, j, c, C, j < J, C % CHANNELS == 0)
-        dn = dot(dh, w1, dn)
+        dn = dot(dh, w1, dn, PRECISION)
     k0 = mean
     k1 = mean
     if NORM:
@@ -339,19 +342,20 @@ def _compute_chunk(
         n, g, problem.drop, problem.hidden, problem.w1, problem.w2t, problem.table,
         buffers.p, buffers.dh, token_sums, sums.db1, pixels, tokens, channels, out, hidden, launch.tokens,
         launch.hidden, launch.depth, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
-        num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
+        problem.precision, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
     )  # fmt: skip
     k = None
     if problem.norm or problem.drop_grad:
         k = sample_sums(problem, token_sums, g, sums.ddrop)
     if problem.parameter_grads:
-        _weight_product(launch, buffers.dh, _as_rows(n), sums.dw1, tokens, block_tokens)
-        _weight_product(launch, _as_rows(g), buffers.p, sums.dw2, tokens, block_tokens)
+        _weight_product(launch, buffers.dh, _as_rows(n), sums.dw1, tokens, block_tokens, problem.precision)
+        _weight_product(launch, _as_rows(g), buffers.p, sums.dw2, tokens, block_tokens, problem.precision)
     tiles = problem.tiles(launch.tokens)
     mlp_bwd_dn[(tiles * ceil_div(channels, launch.columns),)](
         buffers.dh, problem.w1, problem.grad, x, problem.mean_rstd, problem.gamma, k, problem.dx, sums.dnorm,
         pixels, tokens, channels, hidden, launch.tokens, launch.columns, launch.depth, problem.channels_last,
-        problem.norm, problem.residual, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
+        problem.norm, problem.residual, problem.precision, num_warps=launch.warps, num_stages=launch.stages,
+        **OPTIONS,
     )  # fmt: skip
 
 
@@ -361,8 +365,9 @@ def _as_rows(t: Tensor) -> Tensor:
 
 
 def _weight_product(
-    launch: BackwardGemms, a: Tensor, b: Tensor, partials: Tensor, tokens: int, block_tokens: int
-) -> None:
+    launch: BackwardGemms, a: Tensor, b: Tensor, partials: Tensor, tokens: int, block_tokens: int,
+    precision: str,
+) -> None:  # fmt: skip
     """``a^T b`` over each block of a chunk's tokens, in fp32, as one or several of the partials [_, m, n]."""
     blocks = ceil_div(tokens, block_tokens)
     splits = partials.shape[0] // blocks
@@ -377,7 +382,7 @@ def _weight_product(
         tiles = ceil_div(m, launch.rows) * ceil_div(n, launch.channels)
         mlp_bwd_outer[(splits * tiles,)](
             a[rows], b[rows], out, rows.stop - rows.start, per_split, m, n, launch.rows, launch.channels,
-            launch.depth, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
+            launch.depth, precision, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
         )  # fmt: skip
 
 

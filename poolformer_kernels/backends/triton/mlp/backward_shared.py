@@ -63,6 +63,7 @@ class Problem(NamedTuple):
     parameter_grads: bool  # whether the gradients of weights and vectors are asked for
     drop_grad: bool  # whether drop scale's gradient is asked for
     scaled: bool  # whether w2t's rows were divided
+    precision: str  # how fp32 operands are multiplied: `product_precision`
 
     @property
     def sizes(self) -> tuple[int, int, int]:

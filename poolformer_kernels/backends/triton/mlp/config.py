@@ -10,6 +10,8 @@ Triton is not imported here: fakes need `mlp_stats_tiles` on machines without a 
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from ..config import next_power_of_2, power_of_2_parts, stats_block
 from ..device import Device
 
@@ -49,11 +51,12 @@ __all__ = [
     "fused_forward_tiles",
     "mlp_stats_tiles",
     "output_columns",
+    "product_precision",
     "uses_fused_forward",
 ]
 
-# The widest C of the fused forward for operands of two bytes; half of it for float32. Above it the kernel
-# spills, and fc1 and fc2 as two kernels are bound by their products anyway.
+# The widest C of the fused forward for operands of two bytes; half of it for float32, and two thirds in TF32.
+# Above it the kernel spills, and fc1 and fc2 as two kernels are bound by their products anyway.
 FUSED_FORWARD_CHANNELS = 192
 # The widest C and output of the fused backward for operands of two bytes; half of it for float32. Above it
 # the weight gradients of a block of hidden channels no longer fit in registers beside a tile of hidden
@@ -137,6 +140,11 @@ class BackwardGemms(NamedTuple):
     programs: int  # of `mlp_bwd_outer` for one weight, approximately
 
 
+def product_precision(operand: torch.dtype, allow_tf32: bool) -> str:
+    """Triton's name of how operands of this dtype are multiplied: float32 in TF32 where that is allowed."""
+    return "tf32" if allow_tf32 and operand == torch.float32 else "ieee"
+
+
 @cache
 def output_columns(out: int) -> tuple[int, int]:
     """Columns of a tile of y, as one or two powers of two: tiles that divide y where there are such."""
@@ -168,13 +176,18 @@ _FUSED_FORWARD = {
 }
 
 
-def uses_fused_forward(channels: int, out: int, pixels: int, itemsize: int) -> bool:
+def uses_fused_forward(channels: int, out: int, pixels: int, itemsize: int, precision: str = "ieee") -> bool:
     """Whether one kernel computes fc1 and fc2, for operands of ``itemsize`` bytes; else each has its own."""
-    return channels == out <= FUSED_FORWARD_CHANNELS * 2 // itemsize and pixels >= FEW_PIXELS
+    widest = FUSED_FORWARD_CHANNELS * 2 // (3 if precision == "tf32" else itemsize)
+    return channels == out <= widest and pixels >= FEW_PIXELS
 
 
-def fused_forward_tiles(channels: int, itemsize: int, device: Device) -> FusedForward:
+def fused_forward_tiles(
+    channels: int, itemsize: int, device: Device, precision: str = "ieee"
+) -> FusedForward:
     """Launch configuration of `mlp_fwd` at C channels, for operands of ``itemsize`` bytes."""
+    if precision == "tf32":
+        return FusedForward(128, 32, 8, 2, 255)
     if itemsize == 4:
         return FusedForward(64, 16, 8, 1, 255)
     if channels <= 64 and device.register_operands:  # 64 hidden channels at a time would spill
@@ -184,25 +197,29 @@ def fused_forward_tiles(channels: int, itemsize: int, device: Device) -> FusedFo
     return _FUSED_FORWARD[next(bound for bound in _FUSED_FORWARD if channels <= bound)]
 
 
-def fc1_tiles(x_itemsize: int, itemsize: int, device: Device) -> ForwardGemm:
+def fc1_tiles(x_itemsize: int, itemsize: int, device: Device, precision: str = "ieee") -> ForwardGemm:
     """Launch configuration of `mlp_fc1` for an x and operands of so many bytes an element.
 
     The pipeline has as many stages as the shared memory of a block holds, but at most 3.
     """
-    if itemsize == 4:
+    if itemsize == 4 and precision == "ieee":
         return ForwardGemm(64, (64, 0), 16, 8, 2)  # the operands of a step lie in registers
-    return ForwardGemm(128, (128, 0), 64, 8, min(3, device.shared // (64 * 128 * (x_itemsize + itemsize))))
+    depth = 128 // itemsize
+    return ForwardGemm(
+        128, (128, 0), depth, 8, min(3, device.shared // (depth * 128 * (x_itemsize + itemsize)))
+    )
 
 
-def fc2_tiles(out: int, itemsize: int, device: Device) -> ForwardGemm:
+def fc2_tiles(out: int, itemsize: int, device: Device, precision: str = "ieee") -> ForwardGemm:
     """Launch configuration of `mlp_fc2` for operands of ``itemsize`` bytes.
 
     The pipeline has as many stages as the shared memory of a block holds, but at most 4.
     """
     columns = output_columns(out)
-    if itemsize == 4:
+    if itemsize == 4 and precision == "ieee":
         return ForwardGemm(64, columns, 16, 8, 2)
-    return ForwardGemm(128, columns, 64, 8, min(4, device.shared // (64 * (128 + sum(columns)) * itemsize)))
+    stages = min(4, device.shared // (128 * (128 + sum(columns))))  # a step has 128 bytes of each row
+    return ForwardGemm(128, columns, 128 // itemsize, 8, stages)
 
 
 # For operands of two bytes, by the largest C or output.
@@ -215,22 +232,25 @@ _FUSED_BACKWARD = {
 
 @cache
 def backward_launch(
-    channels: int, out: int, hidden: int, itemsize: int, device: Device
+    channels: int, out: int, hidden: int, itemsize: int, device: Device, precision: str = "ieee"
 ) -> FusedBackward | BackwardGemms:
     """Launch configuration of the backward for one shape, operands of ``itemsize`` bytes and one device."""
     width = max(sum(power_of_2_parts(channels)), sum(power_of_2_parts(out)))
     block = max(16, next_power_of_2(hidden))
     if width <= (FUSED_BACKWARD_CHANNELS if itemsize == 2 else FUSED_BACKWARD_CHANNELS // 2):
         launch = next(launch for limit, launch in _FUSED_BACKWARD.items() if width <= limit)
-        if itemsize == 4:
+        if itemsize == 4 and precision == "ieee":
             launch = FusedBackward(16, 32, 8, 2, 32, 32, 4, 2, 255, _PROGRAMS)
         elif device.register_operands:  # tiles that suit wgmma and tcgen05 would spill
             launch = launch._replace(weight_tokens=16, hidden=16 if width <= 64 else launch.hidden)
+        if precision == "tf32":
+            launch = launch._replace(registers=255)
         return launch._replace(
             weight_hidden=min(launch.weight_hidden, block), hidden=min(launch.hidden, block)
         )
-    if itemsize == 4:
+    if itemsize == 4 and precision == "ieee":
         return BackwardGemms(64, min(64, block), 64, 64, 64, 16, 8, 2, _PROGRAMS // 2)
+    wide = 32 if precision == "tf32" and device.register_operands else 64  # 64 would spill
     return BackwardGemms(
-        128, min(64, block), 64, 128, 64 if channels % 128 else 128, 64, 8, 3, _PROGRAMS // 4
+        128, min(wide, block), 64, 128, 64 if channels % 128 else 128, 128 // itemsize, 8, 3, _PROGRAMS // 4
     )

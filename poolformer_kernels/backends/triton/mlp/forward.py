@@ -25,6 +25,7 @@ from .config import (
     fc2_tiles,
     fused_forward_tiles,
     mlp_stats_tiles,
+    product_precision,
     uses_fused_forward,
 )
 from .forward_prepare import prepare
@@ -38,7 +39,7 @@ def mlp_fwd(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, beta_ptr, scale_ptr, drop_ptr, stats_ptr, mean_rstd_ptr,
     y_ptr, y_stats_ptr, hidden_ptr, batch, HW, T, slots, eps, C: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C0: tl.constexpr,
-    C1: tl.constexpr, SAMPLES: tl.constexpr, MERGE: tl.constexpr,
+    C1: tl.constexpr, SAMPLES: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one tile of tokens: norm, fc1, activation and fc2 in one, by chunks of hidden channels.
 
@@ -62,6 +63,7 @@ def mlp_fwd(
     C0, C1: powers of two that cover C together; C1 may be 0
     SAMPLES: samples that a tile touches at most
     MERGE: a power of two, at least T
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
@@ -102,9 +104,11 @@ def mlp_fwd(
         w1 = w1_ptr + j[None, :] * C
         w2 = w2_ptr + j[:, None]
         h = tl.zeros([BM, BN], tl.float32)
-        h = dot(n0, tl.load(w1 + c0[:, None], mask=c0_ok[:, None] & j_ok[None, :], other=0.0), h)
+        w = tl.load(w1 + c0[:, None], mask=c0_ok[:, None] & j_ok[None, :], other=0.0)
+        h = dot(n0, w, h, PRECISION)
         if C1 > 0:
-            h = dot(n1, tl.load(w1 + c1[:, None], mask=c1_ok[:, None] & j_ok[None, :], other=0.0), h)
+            w = tl.load(w1 + c1[:, None], mask=c1_ok[:, None] & j_ok[None, :], other=0.0)
+            h = dot(n1, w, h, PRECISION)
         h += load_or_zero(b1_ptr, j, j_ok)[None, :]
         if hidden_ptr is not None:
             hidden_ptrs = hidden_ptr + start * HIDDEN + row[:, None] * HIDDEN + j[None, :]
@@ -114,10 +118,10 @@ def mlp_fwd(
             p = tl.where(j_ok[None, :], p, 0.0)
         p = round_to(p, OPERAND)
         v = tl.load(w2 + c0[None, :] * HIDDEN, mask=j_ok[:, None] & c0_ok[None, :], other=0.0)
-        acc0 = dot(p, v, acc0)
+        acc0 = dot(p, v, acc0, PRECISION)
         if C1 > 0:
             v = tl.load(w2 + c1[None, :] * HIDDEN, mask=j_ok[:, None] & c1_ok[None, :], other=0.0)
-            acc1 = dot(p, v, acc1)
+            acc1 = dot(p, v, acc1, PRECISION)
 
     drop = None
     if drop_ptr is not None:
@@ -137,7 +141,7 @@ def mlp_fwd(
 def mlp_fc1(
     x_ptr, w1_ptr, b1_ptr, u_ptr, gamma_ptr, beta_ptr, mean_rstd_ptr, p_ptr, hidden_ptr, batch, HW,
     C: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p = activation(h) of one tile of tokens and hidden channels.
 
@@ -153,6 +157,7 @@ def mlp_fc1(
     C, HIDDEN: channels of x, hidden channels
     ACTIVATION: its name
     BM, BN, BK: tokens and hidden channels of a tile, channels of one step
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     OPERAND: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
@@ -176,7 +181,7 @@ def mlp_fc1(
         n = load_operand(
             x_ptr, row * C, c, c < C, mean, rstd, gamma_ptr, beta_ptr, OPERAND, NORM and u_ptr is None
         )
-        h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h)
+        h = dot(n, tl.load(w1_ptr + c[:, None], mask=(c < C)[:, None], other=0.0), h, PRECISION)
     if u_ptr is not None:
         h = (h - mean[:, None] * load_or_zero(u_ptr, j, j_ok)[None, :]) * rstd[:, None]
     h += load_or_zero(b1_ptr, j, j_ok)[None, :]
@@ -192,7 +197,7 @@ def mlp_fc1(
 def mlp_fc2(
     p_ptr, w2_ptr, b2_ptr, scale_ptr, drop_ptr, x_ptr, y_ptr, y_stats_ptr, batch, HW, slots,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, SAMPLES: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, N0 + N1 columns of it, and the partials of its samples.
 
@@ -209,6 +214,7 @@ def mlp_fc2(
     BM, BK: tokens of a tile, hidden channels of one step
     N0, N1: powers of two, columns of a tile together; N1 may be 0
     SAMPLES: samples that a tile touches at most
+    PRECISION: how fp32 operands are multiplied, `product_precision`
     """
     TILES: tl.constexpr = (OUT + N0 + N1 - 1) // (N0 + N1)
     column = tl.program_id(0) % TILES
@@ -230,9 +236,9 @@ def mlp_fc2(
     for k in range(0, HIDDEN, BK):
         j = k + tl.arange(0, BK)
         p = tl.load(p_ptr + p_rows + j[None, :], mask=(j < HIDDEN)[None, :], other=0.0)
-        acc0 = dot(p, tl.load(w0 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc0)
+        acc0 = dot(p, tl.load(w0 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc0, PRECISION)
         if N1 > 0:
-            acc1 = dot(p, tl.load(w1 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc1)
+            acc1 = dot(p, tl.load(w1 + j[:, None], mask=(j < HIDDEN)[:, None], other=0.0), acc1, PRECISION)
 
     drop = None
     if drop_ptr is not None:
@@ -272,6 +278,7 @@ def forward(
     return_stats: bool,
     save_hidden: bool,
     operand: torch.dtype,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``mlp_triton``: y, (mean, rstd) of x ``[B, 2]``, partials of y ``[B, T, 3]``, fc1's output.
 
@@ -282,7 +289,7 @@ def forward(
         with torch.cuda.device_of(x):
             return forward(
                 x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps,
-                norm, residual, return_stats, save_hidden, operand,
+                norm, residual, return_stats, save_hidden, operand, allow_tf32,
             )  # fmt: skip
     batch, channels, height, width = x.shape
     hidden, out = w1.shape[0], w2.shape[0]
@@ -302,13 +309,14 @@ def forward(
     y_last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
     if norm:
         stats = limit_partials(tensor_partials(x) if stats is None else stats.contiguous())
-    fused = uses_fused_forward(channels, out, pixels, operand.itemsize)
+    precision = product_precision(operand, allow_tf32)
+    fused = uses_fused_forward(channels, out, pixels, operand.itemsize, precision)
     launch = _launch_fused if fused else _launch_pair
     launch(
         x, w1.flatten(1).contiguous(), _dense(b1), w2.flatten(1).contiguous(), _dense(b2),
         _dense(norm_weight), _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats,
         mean_rstd if norm else None, y_last, y_stats if stats_by_tile else None,
-        saved if save_hidden else None, activation, eps, residual, operand,
+        saved if save_hidden else None, activation, eps, residual, operand, precision,
     )  # fmt: skip
     if return_stats and not stats_by_tile:
         y_stats = tensor_partials(y_last)
@@ -317,18 +325,18 @@ def forward(
 
 def _launch_fused(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
-    activation, eps, residual, operand,
+    activation, eps, residual, operand, precision,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden = height * width, w1.shape[0]
     w1, b1, _, w2 = prepare(x, w1, b1, w2, None, None, None, None, eps, operand)
-    tiles = fused_forward_tiles(channels, w1.element_size(), device_of(x))
+    tiles = fused_forward_tiles(channels, w1.element_size(), device_of(x), precision)
     partials = 1 if stats is None else stats.shape[1]
     mlp_fwd[(ceil_div(batch * pixels, tiles.rows),)](
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats,
         saved, batch, pixels, partials, 0 if y_stats is None else y_stats.shape[1], eps, channels, hidden,
         activation, residual, tiles.rows, tiles.hidden, *power_of_2_parts(channels),
-        _samples_per_tile(pixels, tiles.rows), next_power_of_2(partials), num_warps=tiles.warps,
+        _samples_per_tile(pixels, tiles.rows), next_power_of_2(partials), precision, num_warps=tiles.warps,
         num_stages=tiles.stages,
         maxnreg=tiles.registers if saved is None else 255,  # saving fc1's output takes registers
         **OPTIONS,
@@ -337,28 +345,29 @@ def _launch_fused(
 
 def _launch_pair(
     x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, mean_rstd, y, y_stats, saved,
-    activation, eps, residual, operand,
+    activation, eps, residual, operand, precision,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     pixels, hidden, out = height * width, w1.shape[0], w2.shape[0]
     w1, b1, u, w2 = prepare(x, w1, b1, w2, norm_weight, norm_bias, stats, mean_rstd, eps, operand)
     p = torch.empty((batch * pixels, hidden), dtype=w1.dtype, device=x.device)
     device = device_of(x)
-    tiles = fc1_tiles(x.element_size(), w1.element_size(), device)
+    tiles = fc1_tiles(x.element_size(), w1.element_size(), device, precision)
     mlp_fc1[(ceil_div(batch * pixels, tiles.rows) * ceil_div(hidden, tiles.columns[0]),)](
         x, w1, b1, u, norm_weight, norm_bias, mean_rstd, p, saved, batch, pixels, channels, hidden,
-        activation, tiles.rows, tiles.columns[0], tiles.depth, num_warps=tiles.warps,
+        activation, tiles.rows, tiles.columns[0], tiles.depth, precision, num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=128 if w1.element_size() == 4 else None,  # ptxas by itself takes fewer in float32, and spills
+        # ptxas by itself takes fewer for IEEE float32, and spills
+        maxnreg=128 if w1.element_size() == 4 and precision == "ieee" else None,
         **OPTIONS,
     )  # fmt: skip
-    tiles = fc2_tiles(out, w2.element_size(), device)
+    tiles = fc2_tiles(out, w2.element_size(), device, precision)
     column_tiles = ceil_div(out, sum(tiles.columns))
     mlp_fc2[(ceil_div(batch * pixels, tiles.rows) * column_tiles,)](
         p, w2, b2, layer_scale, drop_scale, x if residual else None, y, y_stats, batch, pixels,
         0 if y_stats is None else y_stats.shape[1] // column_tiles, hidden, out, residual, tiles.rows,
-        tiles.depth, *tiles.columns, _samples_per_tile(pixels, tiles.rows), num_warps=tiles.warps,
-        num_stages=tiles.stages, **OPTIONS,
+        tiles.depth, *tiles.columns, _samples_per_tile(pixels, tiles.rows), precision,
+        num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
 
 
