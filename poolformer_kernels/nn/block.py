@@ -119,7 +119,7 @@ class PoolFormerBlock(nn.Module):
         """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
         if calls_more(self) or not all(PARTS.fused(self)):
             return False
-        if vars(self).keys() & {"forward_with_stats", "mixer_with_stats", "mlp_with_stats"}:
+        if vars(self).keys() & _LINES:
             return False
         modules = self._modules
         layers = modules["mlp"]._modules
@@ -224,6 +224,8 @@ class _Parts(BlockParts):
         return_stats: bool = False,
         activation: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if type(block) is PoolFormerBlock and not vars(block).keys() & _LINES:
+            return super().run(block, x, fused, stats, return_stats)  # without asking a second time
         return block.forward_with_stats(x, stats, return_stats)
 
 
@@ -265,6 +267,7 @@ def _fusion_of(block: nn.Module) -> FusedBlock | None:
 
 
 _NORMS, _BODIES, _SCALES = ("norm1", "norm2"), ("token_mixer", "mlp"), ("layer_scale_1", "layer_scale_2")
+_LINES = {"forward_with_stats", "mixer_with_stats", "mlp_with_stats"}  # which may be replaced
 _GROUP_NORMS = (GroupNorm, nn.GroupNorm)
 _DROP_PATHS = (nn.Identity, DropPath)
 _LAST = torch.channels_last

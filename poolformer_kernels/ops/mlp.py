@@ -385,7 +385,7 @@ def _register(backend: str) -> None:
         )
         for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
             if needed[i]:
-                grads[i] = gradient.to(of.dtype)
+                grads[i] = gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
         return tuple(grads)
 
     _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(

@@ -209,7 +209,7 @@ def _register(backend: str) -> None:
             computed = (*computed[:2], dbias, *computed[2:])
         for i, of in enumerate((x, weight, bias, layer_scale, drop_scale)):
             if needed[i]:
-                grads[i] = computed[i].to(of.dtype)
+                grads[i] = computed[i] if complete else computed[i].to(of.dtype)
         return tuple(grads)
 
     _FORWARD_OPS[backend], _BACKWARD_OPS[backend] = register(
