@@ -29,6 +29,7 @@ __all__ = [
     "BATCH",
     "DTYPES",
     "LAYOUTS",
+    "WARM_HEAP",
     "Names",
     "arguments",
     "default_providers",
@@ -44,6 +45,7 @@ __all__ = [
     "start",
     "steps",
     "working",
+    "write_json",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,7 +55,7 @@ BATCH = {"cpu": [8], "cuda": [256]}
 # glibc returns large freed blocks to the system at once, and the next output has to be paged in again. That
 # can be half the time of these operators, for every provider that allocates. The heap of a long-running
 # process keeps such blocks; with these settings that of a benchmark does, too.
-_WARM_HEAP = {
+WARM_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -62,8 +64,8 @@ _WARM_HEAP = {
 
 def settle(threads: int) -> None:
     """Restart the process with a warm heap, then set the number of threads."""
-    if any(os.environ.get(name) != value for name, value in _WARM_HEAP.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_WARM_HEAP})
+    if any(os.environ.get(name) != value for name, value in WARM_HEAP.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **WARM_HEAP})
     torch.set_num_threads(threads)
 
 
@@ -286,8 +288,13 @@ def finish(title: str, results: Results, args: argparse.Namespace) -> int:
     if not rows:
         raise CommandError("nothing was measured: no provider can run, see above")
     if args.json:
-        content = {"rows": [asdict(row) | results.facts for row in rows]}
-        content |= {kind: getattr(results, kind) for kind in ("unavailable", "wrong", "failed")}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(results, args.json)
     print(f"written to {results.path}" + (f" and {args.json}" if args.json else ""))
     return 1 if results.wrong or results.failed else 0
+
+
+def write_json(results: Results, file: str, **more: object) -> None:
+    """The rows, why a provider is not among them, and what else a benchmark has."""
+    content = {"rows": [asdict(row) | results.facts for group in results.groups for row in group]}
+    content |= {kind: getattr(results, kind) for kind in ("unavailable", "wrong", "failed")} | more
+    Path(file).write_text(json.dumps(content, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 Rows of the CSV, in this order::
 
-    benchmark     pool_mixer | mlp | block | model | scaling | training
-    direction     forward | backward | step
+    benchmark     pool_mixer | mlp | block | model | scaling | training | host | host_pool_mixer | host_mlp
+    direction     forward | backward | step | both (forward and backward)
     model         for example poolformer_s12
     shape         CxHxW of what is fed
     stage         1 to 4; stem, down1 to down3, head; empty for a single block and a whole model

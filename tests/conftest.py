@@ -81,7 +81,7 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
     load_benchmarks()
     from poolformer_kernels.benchmarks import facts, harness
 
-    for name, value in harness._WARM_HEAP.items():
+    for name, value in harness.WARM_HEAP.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(facts, "results_folder", lambda: tmp_path / "results")
     threads = torch.get_num_threads()

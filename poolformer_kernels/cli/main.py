@@ -13,7 +13,7 @@ from .options import DTYPES, Parser, dtypes, image_size, positive
 
 __all__ = ["load_benchmarks", "main"]
 
-_BENCHMARKS = ("model", "block", "mlp", "pool-mixer", "training")
+_BENCHMARKS = ("model", "block", "mlp", "pool-mixer", "training", "host")
 
 
 def _parser() -> argparse.ArgumentParser:

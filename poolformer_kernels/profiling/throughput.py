@@ -26,6 +26,14 @@ class Timing:
         """The percentiles differ by more than a factor of 2: the machine was busy, ratios mean little."""
         return self.p80 > 2 * self.p20
 
+    @staticmethod
+    def of(samples: list[float]) -> "Timing":
+        """Of the seconds of each round's call."""
+        if len(samples) == 1:
+            return Timing(samples[0], samples[0], samples[0], 1)
+        cuts = statistics.quantiles(samples, n=5, method="inclusive")
+        return Timing(statistics.median(samples), cuts[0], cuts[3], len(samples))
+
 
 def time_interleaved(
     providers: dict[str, Callable[[], object]],
@@ -73,7 +81,7 @@ def time_interleaved(
             samples[name].append(sample(providers[name], repeats[name]))
         if i >= 2 and time.perf_counter() - start > budget_s:
             break
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def _sample_cpu(call: Callable[[], object], repeats: int) -> float:
@@ -91,10 +99,3 @@ def _sample_cuda(call: Callable[[], object], repeats: int) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) * 1e-3 / repeats
-
-
-def _summary(values: list[float]) -> Timing:
-    if len(values) == 1:
-        return Timing(values[0], values[0], values[0], 1)
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), cuts[0], cuts[3], len(values))

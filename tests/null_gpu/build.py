@@ -134,6 +134,7 @@ def environment(
     count: int = 1,
     memory_gib: int | None = None,
     extension: Path | None = None,
+    data: bool = True,
 ) -> dict[str, str]:
     """Variables for a process with the null GPU: ``env=os.environ | environment(build())``.
 
@@ -142,6 +143,7 @@ def environment(
         count: of devices.
         memory_gib: of a device, if not its model's.
         extension: a folder with a ``poolformer_kernels/_C*.so`` that takes the place of the package's own.
+        data: whether copies and fills inside a device move bytes, which a GPU's host would not have to.
 
     Raises:
         ValueError: for a capability or a count that is none of the null GPU's.
@@ -160,6 +162,8 @@ def environment(
         "NULL_GPU_CAPABILITY": capability,
         "NULL_GPU_COUNT": str(count),
     }
+    if not data:
+        variables["NULL_GPU_DATA"] = "0"
     if memory_gib is not None:
         variables["NULL_GPU_MEMORY_GIB"] = str(memory_gib)
     if extension is not None:

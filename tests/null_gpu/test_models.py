@@ -8,47 +8,10 @@ import torch.nn.functional as F
 
 import poolformer_kernels as pk
 
+from .counts import AT_256, INFERENCE, OTHERS, TRAINING
 from .null_gpu import Launch, graph_launches, recorded
 
 pytestmark = pytest.mark.host
-
-# The package's own kernels, exactly. A block is two kernels, and four where its MLP is wide.
-_BLOCKS = {
-    "triton": {"pool_mixer_fwd": 12, "mlp_fwd": 4, "mlp_prepare": 8, "mlp_fc1": 8, "mlp_fc2": 8},
-    "cuda": {
-        "pool_mixer_fwd": 12, "mlp_pack": 4, "mlp_fwd_sm90": 4, "mlp_prepare": 8, "mlp_fc1": 8, "mlp_fc2": 8,
-    },
-}  # fmt: skip
-INFERENCE = {name: {"bias_stats": 4, **blocks, "pool_head": 1} for name, blocks in _BLOCKS.items()}
-FORWARD = {"triton": {"sample_stats": 4, **_BLOCKS["triton"]}, "cuda": {"norm_stats": 4, **_BLOCKS["cuda"]}}
-# A training step casts the narrow MLPs' weights in Triton too. Of the wide MLPs cuBLAS computes two products.
-_WIDE = {
-    "mlp_bwd_prepare": 12,
-    "mlp_bwd_hidden": 8,
-    "mlp_bwd_sample": 12,
-    "mlp_bwd_dn": 8,
-    "mlp_bwd_finish": 12,
-}
-TRAINING = {
-    "triton": {
-        **FORWARD["triton"], **_WIDE, "mlp_prepare": 12, "mlp_bwd_wgrad": 4, "mlp_bwd_dx": 4,
-        "pool_mixer_bwd_reduce": 12, "pool_mixer_bwd_sample": 12, "pool_mixer_bwd_dx": 12,
-    },
-    "cuda": {
-        **FORWARD["cuda"], **_WIDE, "mlp_bwd_wgrad": 4, "mlp_bwd_dgrad": 4, "mlp_bwd_tokens": 4,
-        "mlp_bwd_columns": 4, "mlp_bwd_weights": 4,
-        "pool_mixer_bwd_reduce": 12, "pool_mixer_bwd_q": 12, "pool_mixer_bwd_finish": 12,
-        "pool_mixer_bwd_apply": 12,
-    },
-}  # fmt: skip
-# At batch 256 the narrow MLPs have so many partials that they are added in one step more.
-AT_256 = {
-    "triton": {**TRAINING["triton"], "mlp_bwd_columns": 4},
-    "cuda": {**TRAINING["cuda"], "mlp_bwd_columns": 8},
-}
-# Launches of torch and its libraries, at most: their number is theirs. In a training step 30 are cuDNN's and
-# cuBLAS's, about 40 casts of the convolutions and the head.
-OTHERS = {"inference": 5, "triton": 100, "cuda": 128}
 
 
 @pytest.fixture(params=["triton", "cuda"])
