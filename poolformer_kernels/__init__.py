@@ -3,7 +3,7 @@
 from . import backends, models, nn, ops, reference
 from .accelerate import accelerate, restore
 from .explain import explain
-from .graphs import graphed
+from .graphs import graphed, graphed_step
 from .models import convert_state_dict, create_model, list_models, load_checkpoint
 from .ops.dispatch import available_backends, use_backend
 
@@ -15,6 +15,7 @@ __all__ = [
     "create_model",
     "explain",
     "graphed",
+    "graphed_step",
     "list_models",
     "load_checkpoint",
     "models",

@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator
 
+import graph_helpers
 import pytest
 import torch
 from helpers import BACKENDS, require_backend
@@ -87,3 +88,9 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> None:
+    """CUDA graphs on the CPU, of recorded operators."""
+    graph_helpers.install(monkeypatch)

@@ -1,60 +1,15 @@
 """graphed without a GPU: its refusals, and its buffers on a stand-in for CUDA graphs (recorded operators)."""
 
-import contextlib
-
 import pytest
 import torch
+from graph_helpers import SaysCuda
 from peers import randomise
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import poolformer_kernels as pk
 from poolformer_kernels import graphs
 from poolformer_kernels.graphs import GraphedModel, graphed
 from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
-
-
-class RecordedGraph:
-    """Replays as a CUDA graph does: the recorded operators again, on the same memory, without Python."""
-
-    def __init__(self):
-        self.calls = []
-
-    def replay(self):
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for kept, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(kept, torch.Tensor) and kept is not new:
-                    kept.copy_(new)
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self, graph, stream):
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.graph.calls.append((func, args, kwargs or {}, out))
-        return out
-
-
-class Stream:
-    def wait_stream(self, other):
-        pass
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    cuda = graphs.torch.cuda
-    monkeypatch.setattr(cuda, "Stream", Stream)
-    monkeypatch.setattr(cuda, "current_stream", Stream)
-    monkeypatch.setattr(cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(cuda, "graph", Recorder)
 
 
 class Net(nn.Module):
@@ -222,7 +177,3 @@ def test_tensors_on_the_wrong_device(monkeypatch, model, example, message):
         example = example.as_subclass(SaysCuda)
     with pytest.raises(ValueError, match=message):
         graphed(model, example)
-
-
-class SaysCuda(torch.Tensor):
-    is_cuda = True

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import poolformer_kernels as pk
 
 from .counts import AT_256, INFERENCE, OTHERS, TRAINING
-from .null_gpu import Launch, graph_launches, recorded
+from .null_gpu import Launch, graph_launches, recorded, take_complaints
 
 pytestmark = pytest.mark.host
 
@@ -105,6 +105,47 @@ def test_what_a_training_step_keeps(backend) -> None:
         eager = saved_bytes(model, x)
     hidden = 8 * 2 * (6 * 14 * 14 * 1280 + 2 * 7 * 7 * 2048)
     assert hidden < ours < 0.5 * eager, (hidden, ours, eager)
+
+
+def test_a_captured_training_step(backend) -> None:
+    """One legal capture of the launches of a step; a call replays it as one graph, and does nothing else."""
+    model, x = s12().train(), images()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=True)
+    labels, random = torch.zeros(len(x), dtype=torch.long, device="cuda"), torch.cuda.get_rng_state()
+    with recorded() as launches, torch.autocast("cuda", torch.bfloat16):
+        step = pk.graphed_step(model, optimizer, F.cross_entropy, x, labels)
+    captured = [launch for launch in launches if launch.captured]
+    ours, others = count(captured)
+    assert ours == TRAINING[backend]
+    assert others <= OTHERS[backend]
+    assert len({(launch.device, launch.stream) for launch in captured}) == 1
+    assert torch.equal(random, torch.cuda.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    replays = graph_launches()
+    with recorded() as launches:
+        step(x, labels)
+    assert graph_launches() == replays + 1
+    replayed = [launch.name for launch in launches if launch.replayed]
+    assert replayed == [launch.name for launch in captured]
+    assert len(launches) - len(replayed) <= 2  # x and labels, where a copy is a kernel
+
+
+def test_random_numbers_of_a_captured_step() -> None:
+    """The capture draws none of the generator's; a replay draws as many as the step does without a graph."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=True)
+    x, labels = torch.empty(4, 8, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+    before = torch.cuda.get_rng_state()
+    step = pk.graphed_step(model, optimizer, F.cross_entropy, x, labels)
+    # torch's own, in any capture with random numbers: it fills the place of their seed at once
+    assert all("work in the legacy stream" in text for text in take_complaints())
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    step(x, labels)
+    after = torch.cuda.get_rng_state()
+    torch.cuda.set_rng_state(before)
+    train(model, optimizer, x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, torch.cuda.get_rng_state())
 
 
 def test_a_model_on_another_device(backend) -> None:

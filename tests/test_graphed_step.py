@@ -1,0 +1,421 @@
+"""graphed_step without a GPU: steps against those without one, on a stand-in for CUDA graphs; refusals."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_helpers import SaysCuda
+from peers import randomise
+from torch import nn
+
+import poolformer_kernels as pk
+from poolformer_kernels import graphs
+from poolformer_kernels.graphs import GraphedStep, graphed_step
+from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
+
+OPTIMIZERS = {
+    "AdamW": {"amsgrad": True},
+    "Adam": {"weight_decay": 0.1},
+    "NAdam": {},
+    "RAdam": {},
+    "Adamax": {},
+    "Adadelta": {"lr": 0.5},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def capturable_on_the_cpu(monkeypatch):
+    """The optimizers refuse capturable=True where there can be no graph; here is the stand-in for one."""
+    for name in [*OPTIMIZERS, "Rprop"]:
+        module = importlib.import_module(f"torch.optim.{name.lower()}")
+        if hasattr(module, "_get_capturable_supported_devices"):
+            monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
+
+
+class Net(nn.Module):
+    """With a buffer that steps change, and random numbers. No sum depends on where its operands lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(4, 1, 1) + 0.5), nn.Parameter(torch.rand(4, 1, 1))
+        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout(0.3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.drop(F.gelu(self.norm(x * self.scale + self.shift))).mean((2, 3))
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "capturable": True, "fused": True, **options})
+
+
+def batches(count, shape=(3, 4, 5, 5), classes=4):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield (
+            torch.randn(shape, generator=generator),
+            torch.randint(classes, shape[:1], generator=generator),
+        )
+
+
+def eager_step(model, optimizer, x, target):
+    value = F.cross_entropy(model(x), target)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.detach()
+
+
+def state_of(model, optimizer):
+    """Every tensor that steps change, in order."""
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers(), *state)]
+
+
+def assert_steps_equal(model, optimizer, shape=(3, 4, 5, 5), count=4, exact=True, schedule=None):
+    """The captured model's losses, weights, buffers, state and random numbers against those of a copy."""
+    other, other_optimizer = copy.deepcopy((model, optimizer))
+    schedules = [schedule(o) for o in (optimizer, other_optimizer)] if schedule else []
+    example, target = next(batches(1, shape))
+    step = GraphedStep(model, optimizer, F.cross_entropy, example, target)
+    random, losses = torch.get_rng_state(), []
+    for x, y in batches(count, shape):
+        losses.append(step(x, y).clone())
+        if schedules:
+            schedules[0].step()
+    after = torch.get_rng_state()
+    torch.set_rng_state(random)
+    for loss, (x, y) in zip(losses, batches(count, shape), strict=True):
+        expected = eager_step(other, other_optimizer, x, y)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0 if exact else 1e-12)
+        if schedules:
+            schedules[1].step()
+    assert torch.equal(after, torch.get_rng_state())
+    found, right = state_of(model, optimizer), state_of(other, other_optimizer)
+    for ours, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 1e-12)
+    assert len(set(losses)) == count
+    return step
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_those_without_a_graph(stand_in):
+    """From a new optimizer on, with dropout and BatchNorm, bit for bit."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    step = assert_steps_equal(model, optimizer)
+    assert model.calls == 4  # three to warm up, one captured
+    assert optimizer.state[model.scale]["step"] == 4
+    assert all(p.grad is None for p in model.parameters())
+    assert repr(step) == "GraphedStep(Net, AdamW, 3x4x5x5, float32, cpu)"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_new_state_begins_as_the_optimizers(stand_in, name):
+    torch.manual_seed(0)
+    model = Net()
+    options = {"lr": 1e-2, "capturable": True, **OPTIMIZERS[name]}
+    assert_steps_equal(model, getattr(torch.optim, name)(model.parameters(), **options))
+
+
+def test_an_optimizer_that_has_made_steps(stand_in):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    for x, y in batches(2):
+        eager_step(model, optimizer, x, y)
+    assert_steps_equal(model, optimizer)
+    assert optimizer.state[model.scale]["step"] == 6
+
+
+def test_a_poolformer_with_stochastic_depth(stand_in):
+    """In float64, for the reason that test_graphed.py has."""
+    torch.manual_seed(0)
+    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
+    model = randomise(PoolFormer(config, num_classes=4, drop_path_rate=0.5)).double().train()
+    with pk.use_backend("reference"):
+        shape = (4, 3, 32, 32)
+        other, optimizer = copy.deepcopy(model), adamw(model)
+        other_optimizer = adamw(other)
+        inputs = [(x.double(), y) for x, y in batches(4, shape)]
+        step = GraphedStep(model, optimizer, F.cross_entropy, *inputs[0])
+        random = torch.get_rng_state()
+        losses = [step(x, y).clone() for x, y in inputs]
+        torch.set_rng_state(random)
+        expected = [eager_step(other, other_optimizer, x, y) for x, y in inputs]
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # Adam divides by small numbers
+    assert len(set(losses)) == 4
+
+
+def test_the_capture_changes_nothing(stand_in):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    x, y = next(batches(1))
+    eager_step(model, optimizer, x, y)
+    model.scale.grad = torch.ones_like(model.scale)
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.state[model.scale].values()]
+    values, random = state_of(model, optimizer), torch.get_rng_state()
+    given = x.clone(), y.clone()
+    step = GraphedStep(model, optimizer, F.cross_entropy, x, y)
+    now = [*model.parameters(), *model.buffers(), *optimizer.state[model.scale].values()]
+    assert all(a is b for a, b in zip(tensors, now, strict=True))
+    assert all(map(torch.equal, values, state_of(model, optimizer)))
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.scale.grad is None  # as documented
+    first = step(x, y)
+    assert first is step(x, y)
+    assert not first.requires_grad
+    assert torch.equal(x, given[0])
+    assert torch.equal(y, given[1])
+
+
+def test_a_new_state_is_there_at_its_initial_values(stand_in):
+    model = Net()
+    optimizer = adamw(model)
+    GraphedStep(model, optimizer, F.cross_entropy, *next(batches(1)))
+    state = optimizer.state[model.scale]
+    assert sorted(state) == ["exp_avg", "exp_avg_sq", "step"]
+    assert not any(t.any() for t in state.values())
+    assert model.unused not in optimizer.state
+
+
+def test_a_learning_rate_on_the_device_reaches_the_graph(stand_in):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model, lr=torch.tensor(1e-2))
+    halve = 0.5
+    assert_steps_equal(model, optimizer, schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, halve))
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-2 * halve**4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lr", 1e-3, r"lr of the optimizer's param group 0 was 0.01 when .* now 0.001, .*: make lr a tensor"),
+        ("lr", torch.tensor(1e-2), "lr of the optimizer's param group 0 was 0.01"),
+        (
+            "weight_decay",
+            0.5,
+            "weight_decay of the optimizer's param group 0 .* graphed_step captures another",
+        ),
+        ("betas", (0.5, 0.9), "betas of the optimizer's param group 0"),
+    ],
+)
+def test_a_number_that_has_changed_is_no_silent_error(stand_in, name, value, words):
+    model = Net()
+    optimizer = adamw(model)
+    x, y = next(batches(1))
+    step = GraphedStep(model, optimizer, F.cross_entropy, x, y)
+    step(x, y)
+    before = state_of(model, optimizer)
+    group = optimizer.param_groups[0]
+    kept, group[name] = group[name], value
+    with pytest.raises(RuntimeError, match=words):
+        step(x, y)
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+    group[name] = kept
+    step(x, y)
+
+
+def test_another_tensor_as_learning_rate(stand_in):
+    model = Net()
+    optimizer = adamw(model, lr=torch.tensor(1e-2))
+    x, y = next(batches(1))
+    step = GraphedStep(model, optimizer, F.cross_entropy, x, y)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    with pytest.raises(RuntimeError, match="lr of the optimizer's param group 0"):
+        step(x, y)
+
+
+def test_a_replaced_state_is_no_silent_error(stand_in):
+    model = Net()
+    optimizer = adamw(model)
+    x, y = next(batches(1))
+    step = GraphedStep(model, optimizer, F.cross_entropy, x, y)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match=r"param groups were replaced .* load_state_dict"):
+        step(x, y)
+    step = GraphedStep(model, optimizer, F.cross_entropy, x, y)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(RuntimeError, match="add_param_group"):
+        step(x, y)
+
+
+# ---- failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (lambda y, target: 1.0, TypeError, "loss must return a tensor, got float"),
+        (lambda y, target: y, ValueError, r"loss must return one element, got shape \[3, 4\]"),
+        (lambda y, target: y.detach().sum(), ValueError, "needs a gradient"),
+    ],
+)
+def test_a_failure_leaves_everything_as_it_was(stand_in, loss, error, words):
+    model = Net()
+    optimizer = adamw(model)
+    before, random, calls = state_of(model, optimizer), torch.get_rng_state(), []
+
+    def fails_late(y, target):
+        calls.append(y)
+        return F.cross_entropy(y, target) if len(calls) < 3 else loss(y, target)
+
+    with pytest.raises(error, match=words):
+        GraphedStep(model, optimizer, fails_late, *next(batches(1)))
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+    assert not optimizer.state
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_an_initial_state_that_is_not_known(stand_in):
+    model = Net()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1, capturable=True)
+    before = state_of(model, optimizer)
+    with pytest.raises(ValueError, match=r"must have made a step: the initial values of prev, .*Rprop"):
+        GraphedStep(model, optimizer, F.cross_entropy, *next(batches(1)))
+    assert not optimizer.state
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+    eager_step(model, optimizer, *next(batches(1)))
+    assert_steps_equal(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "error", "words"),
+    [
+        ([1], torch.zeros(3, dtype=torch.long), TypeError, "x must be a tensor, got list"),
+        (torch.zeros(3, 4, 5, 5), 3, TypeError, "target must be a tensor, got int"),
+        (
+            torch.zeros(3, 4, 5, 5),
+            torch.zeros(3),
+            TypeError,
+            "target must be of the captured dtype torch.int64",
+        ),
+        (
+            torch.zeros(3, 4, 5, 5),
+            torch.zeros(2).long(),
+            ValueError,
+            r"target must have the captured shape \[3\]",
+        ),
+        (torch.zeros(1, 4, 5, 5), torch.zeros(3).long(), ValueError, "x must have the captured shape"),
+    ],
+)
+def test_another_input_is_refused_and_changes_nothing(stand_in, x, target, error, words):
+    model = Net()
+    optimizer = adamw(model)
+    step = GraphedStep(model, optimizer, F.cross_entropy, *next(batches(1)))
+    before = state_of(model, optimizer)
+    with pytest.raises(error, match=words):
+        step(x, target)
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+
+
+# ---- refusals before anything runs -------------------------------------------------------------------------
+
+
+def never(y, target):
+    raise AssertionError("the loss was asked for")
+
+
+def hooked(register, *arguments):
+    model = Net()
+    getattr(model.norm, register)(lambda *_: None, *arguments)
+    return model
+
+
+def with_tensor_hook():
+    model = Net()
+    model.scale.register_hook(lambda g: g)
+    return model
+
+
+def with_optimizer_hook(model):
+    optimizer = adamw(model)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def two_groups(model, **second):
+    groups = [{"params": [model.scale]}, {"params": [model.shift], **second}]
+    return torch.optim.AdamW(groups, capturable=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "error", "words"),
+    [
+        (print, lambda m: adamw(Net()), TypeError, "model must be an nn.Module, got builtin"),
+        (Net(), lambda m: "AdamW", TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
+        (nn.DataParallel(Net()), adamw, TypeError, "on one device by itself, got a DataParallel"),
+        (Net().eval(), adamw, ValueError, r"training mode, call model.train\(\)"),
+        (hooked("register_forward_hook"), adamw, ValueError, "model's module 'norm' has hooks"),
+        (hooked("register_full_backward_hook"), adamw, ValueError, "model's module 'norm' has hooks"),
+        (with_tensor_hook(), adamw, ValueError, "model's parameter scale has hooks"),
+        (Net(), with_optimizer_hook, ValueError, "optimizer has hooks"),
+        (Net(), lambda m: adamw(Net()), ValueError, "param group 0 .* parameters that are not the model's"),
+        (Net(), lambda m: two_groups(m, capturable=False), ValueError, "1 .* must have capturable=True"),
+        (
+            Net(), lambda m: torch.optim.SGD(m.parameters()), ValueError,
+            "group 0 of optimizer is SGD's, which has no capturable=True",
+        ),
+        (Net().requires_grad_(False), adamw, ValueError, "a parameter that needs a gradient, got none"),
+        (
+            Net(), lambda m: two_groups(m, lr=torch.tensor(0.1, device="meta")), ValueError,
+            "group 1 of optimizer has its lr on meta; allowed: a number, or a tensor on cpu",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(monkeypatch, model, optimizer, error, words):
+    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
+    x = torch.zeros(3, 4, 5, 5).as_subclass(SaysCuda)
+    with pytest.raises(error, match=words):
+        graphed_step(model, optimizer(model), never, x, torch.zeros(3).long())
+
+
+@pytest.mark.parametrize(
+    ("example", "target", "error", "words"),
+    [
+        ([0.0], torch.zeros(3), TypeError, "example must be a tensor, got list"),
+        (torch.zeros(3), 1, TypeError, "target must be a tensor, got int"),
+        (torch.zeros(3), torch.zeros(3), ValueError, "example must be a CUDA tensor, got one on cpu"),
+        (torch.zeros(0).as_subclass(SaysCuda), torch.zeros(3), ValueError, "example must not be empty"),
+        (
+            torch.zeros(3).as_subclass(SaysCuda), torch.zeros(3, device="meta"), ValueError,
+            "target must be on example's device cpu, got meta",
+        ),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_refused(monkeypatch, example, target, error, words):
+    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
+    model = Net()
+    with pytest.raises(error, match=words):
+        graphed_step(model, adamw(model), never, example, target)
+
+
+def test_a_model_on_another_device_and_a_loss_that_is_none(monkeypatch):
+    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
+    model, x = Net(), torch.zeros(3).as_subclass(SaysCuda)
+    with pytest.raises(TypeError, match="loss must be a function of the result and the target, got str"):
+        graphed_step(model, adamw(model), "mse", x, torch.zeros(3))
+    model.norm.to("meta")
+    with pytest.raises(ValueError, match=r"example's device cpu, but norm.weight is on meta"):
+        graphed_step(model, adamw(model), never, x, torch.zeros(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+def test_without_a_cuda_device():
+    model = Net()
+    with pytest.raises(
+        RuntimeError, match="graphed_step captures a CUDA graph, and torch sees no CUDA device"
+    ):
+        graphed_step(model, adamw(model), never, torch.zeros(3), torch.zeros(3))
