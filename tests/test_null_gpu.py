@@ -18,9 +18,11 @@ import torch
 from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
 from null_gpu.extension import extension_file, link_extension
 
+from poolformer_kernels.backends import cpp, cuda
 from poolformer_kernels.cli.kernels import LIMITS
 
 FOLDER = Path(__file__).parent / "null_gpu"
+EVERY_CALL = FOLDER / "test_every_call.py"
 
 # What torch has of these names from elsewhere: cuFile, and cuDNN's functions that need no device.
 ELSEWHERE = re.compile(
@@ -102,6 +104,24 @@ def test_a_device_that_is_none_of_the_models(folder) -> None:
         environment(folder, count=0)
 
 
+COPIES = """
+import torch
+x = torch.arange(4.0).cuda()
+y = torch.empty_like(x)
+y.copy_(x)
+print(x.tolist(), y.tolist())
+"""
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_copies_inside_a_device_can_be_left_out(folder, data) -> None:
+    """Of a benchmark of the host, which would wait for gigabytes of them; the host's own copies are made."""
+    env = os.environ | environment(folder, data=data)
+    done = subprocess.run([sys.executable, "-c", COPIES], env=env, capture_output=True, text=True, check=True)
+    moved = [0.0, 1.0, 2.0, 3.0]
+    assert done.stdout.strip() == f"{moved} {moved if data else [0.0] * 4}"
+
+
 AFTER_THE_IMPORT = """
 import os, sys
 from null_gpu import null_gpu
@@ -141,19 +161,36 @@ def extension() -> Path:
     return link_extension()
 
 
-def test_on_the_null_gpu(folder) -> None:
-    """All but test_values.py's, which says why."""
+def run_tests(folder: Path, capability: str, *arguments: str) -> str:
+    """pytest's last line, of tests in tests/null_gpu on two devices of this capability, which all passed."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "null_gpu.null_gpu"]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
-    env = os.environ | environment(folder, "9.0", count=2, extension=extension())
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler", *arguments]
+    env = os.environ | environment(folder, capability, count=2, extension=extension())
     env["PYTHONPATH"] += f":{FOLDER.parent.parent}:{FOLDER.parent}"
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     env.pop("PYTEST_ADDOPTS", None)
-    inner = subprocess.run(
-        [*command, str(FOLDER)], env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True
-    )
-    summary = inner.stdout.strip().splitlines()[-1:] or [""]
+    inner = subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True)
     assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
-    passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary[0].strip("= "))
-    assert passed, inner.stdout[-2000:]
-    assert int(passed[1]) >= 70  # a file that collects nothing would pass, too
+    return (inner.stdout.strip().splitlines()[-1:] or [""])[0].strip("= ")
+
+
+def test_on_the_null_gpu(folder) -> None:
+    """All but test_values.py's, which says why, and the long ones, which the next test runs."""
+    summary = run_tests(folder, "9.0", str(FOLDER), f"--ignore={EVERY_CALL}")
+    passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary)
+    assert passed, summary
+    assert int(passed[1]) >= 72  # a file that collects nothing would pass, too
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", [name for name in CAPABILITIES if name != "10.3"])
+def test_every_call_on_the_null_gpu(folder, capability) -> None:
+    """On a capability that the build has no image for, C++ is skipped, as not judged, and Triton is not."""
+    summary = run_tests(folder, capability, str(EVERY_CALL))
+    passed = re.fullmatch(r"(\d+) passed(, (\d+) skipped)?(, \d+ warnings?)? in .*", summary)
+    assert passed, summary
+    archs = cpp.build_info()["cuda_archs"]
+    judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None
+    skipped = int(passed[3] or 0)
+    assert skipped == (0 if judged else int(passed[1]))
+    assert int(passed[1]) + skipped >= 100

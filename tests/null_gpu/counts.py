@@ -1,4 +1,4 @@
-"""How many kernels S12 launches: the one place to edit where a change makes them fewer."""
+"""What S12 and each operator launch: the one place to edit where a change makes them fewer."""
 
 # The package's own kernels, exactly. A block is two kernels, and four where its MLP is wide.
 _BLOCKS = {
@@ -37,3 +37,44 @@ AT_256 = {
 # Launches of torch and its libraries, at most: their number is theirs. In a training step 30 are cuDNN's and
 # cuBLAS's, about 40 casts of the convolutions and the head.
 OTHERS = {"inference": 5, "triton": 100, "cuda": 128}
+
+
+# ---- one call of an operator: (forward, backward), on any capability, in any dtype and layout --------------
+
+MIXER_CALL = {
+    "triton": (
+        {"sample_stats": 1, "pool_mixer_fwd": 1},
+        {"pool_mixer_bwd_reduce": 1, "pool_mixer_bwd_sample": 1, "pool_mixer_bwd_dx": 1},
+    ),
+    "cuda": (
+        {"norm_stats": 1, "pool_mixer_fwd": 1},
+        {
+            "pool_mixer_bwd_reduce": 1, "pool_mixer_bwd_q": 1, "pool_mixer_bwd_finish": 1,
+            "pool_mixer_bwd_apply": 1,
+        },
+    ),
+}  # fmt: skip
+_BACKWARD = {"mlp_bwd_prepare": 1, "mlp_bwd_sample": 1, "mlp_bwd_weight": 2, "mlp_bwd_columns": 3}
+_WIDE = (
+    {"sample_stats": 1, "mlp_prepare": 1, "mlp_fc1": 1, "mlp_fc2": 1},
+    {**_BACKWARD, "mlp_bwd_tokens": 2, "mlp_bwd_hidden": 1, "mlp_bwd_outer": 2, "mlp_bwd_dn": 1},
+)
+
+
+def mlp_call(
+    backend: str, dtype: str, layout: str, channels: int, capability: tuple[int, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """C++ has a kernel for few widths, of half operands; the others are Triton's on both backends."""
+    if channels >= 320:
+        return _WIDE
+    if backend == "cuda" and dtype != "float32" and channels in (64, 96, 128):
+        fused = {"mlp_pack": 1, "mlp_fwd_sm90": 1} if capability == (9, 0) else {"mlp_fwd": 1}
+        names = ("prepare", "tokens", "wgrad", "sample", "dgrad", "columns", "weights", "finish")
+        return {"norm_stats": 1, **fused}, {f"mlp_bwd_{name}": 1 for name in names}
+    copied = layout == "nchw"  # x and y's gradient are both brought into channels_last
+    backward = {**_BACKWARD, "mlp_bwd_tokens": 1 + copied, "mlp_bwd_wgrad": 1, "mlp_bwd_dx": 1}
+    return {"sample_stats": 1, "mlp_fwd": 1}, backward
+
+
+# No samples: nothing but the parameters' gradients, which are zero, may take a kernel.
+EMPTY_CALL = {("cuda", "pool_mixer"): {"pool_mixer_bwd_finish": 1}}
