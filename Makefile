@@ -44,7 +44,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp tests/cuda_executor/*.cpp tests/cuda_executor/include/*.h \
+	$(BIN)/clang-format --dry-run --Werror $(CPP) tests/*.cpp tests/cuda_executor/*.cpp tests/cuda_executor/*/*.cpp \
+	  tests/cuda_executor/include/*.h \
 	  tests/null_gpu/csrc/*/*.cpp tests/null_gpu/csrc/*/*.h
 
 sanitize: $(VENV)/.extra-test $(VENV)/.extension

@@ -5,6 +5,10 @@
 #include "activation.h"
 #include "host_device.h"
 
+#if defined(__CUDA_ARCH__) || defined(PK_EXECUTOR)  // tests/cuda_executor has the device's functions on the host
+#define PK_DEVICE_MATH
+#endif
+
 namespace pk {
 
 // max(bound, x) and min(bound, x), which are x where x is a NaN. Those of vectors must be declared before this header:
@@ -15,7 +19,7 @@ PK_HOST_DEVICE static inline float lesser(float bound, float x) { return bound <
 // x clamped to [0, 1]; a NaN stays one or becomes 0.
 template <class V>
 PK_HOST_DEVICE static inline V unit_interval(V x) {
-#if defined(__CUDA_ARCH__)
+#if defined(PK_DEVICE_MATH)
   return __saturatef(x);  // costs nothing: a modifier of the instruction that computes x
 #else
   return lesser(V{} + 1.0f, larger(V{}, x));
@@ -25,7 +29,7 @@ PK_HOST_DEVICE static inline V unit_interval(V x) {
 // 1 / x.
 template <class V>
 PK_HOST_DEVICE static inline V inverse(V x) {
-#if defined(__CUDA_ARCH__)
+#if defined(PK_DEVICE_MATH)
   return __fdividef(1.0f, x);  // to 2 ulps, without the subroutine that a division calls
 #else
   return (V{} + 1.0f) / x;

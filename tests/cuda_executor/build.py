@@ -22,7 +22,7 @@ ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]  # this 
 DEFINES = ["-DPK_EXECUTOR", "-DPK_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
-def build(target: Path, sources: list[Path] | None = None, jobs: int = 2) -> Path:
+def build(target: Path, sources: list[Path] | None = None, jobs: int = 2, with_torch: bool = True) -> Path:
     """Compiles the kernels (all of them by default) into the library ``target``."""
     headers = [f"-I{FOLDER / 'include'}", *(f"-I{path}" for path in include_paths())]
 
@@ -38,8 +38,9 @@ def build(target: Path, sources: list[Path] | None = None, jobs: int = 2) -> Pat
 
     with ThreadPoolExecutor(jobs) as pool:
         kernels = sources or sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-        objects = list(pool.map(compiled, [*kernels, FOLDER / "executor.cpp"]))
-    libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+        objects = list(pool.map(compiled, [*kernels, *sorted(FOLDER.glob("*.cpp"))]))
+    folders = [f"-L{path}" for path in library_paths()]
+    libraries = [*folders, "-lc10", "-ltorch_cpu", "-ltorch"] if with_torch else []
     subprocess.run(["g++", "-shared", *ALIGNMENT, "-o", str(target), *objects, *libraries], check=True)
     return target
 

@@ -1,13 +1,31 @@
 // Instructions that C++ has no name for: tensor cores, matrix loads, asynchronous copies.
 #pragma once
 
-#if defined(PK_EXECUTOR)  // tests/cuda_executor has the same functions in C++
-#include "executor_ptx.h"
-#else
-
 #include <stdint.h>
 
 #include "device.cuh"
+
+namespace pk {
+namespace {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The descriptor of B of a warpgroup's product (`multiply_async`). B lies in shared memory as 8 x 8 matrices of 128
+// bytes whose rows (columns of B) are 16 bytes of consecutive k; the matrices of 8 columns each follow one another,
+// those of the next 8 k are `k_stride` bytes on.
+__device__ inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
+  return (shared_address(pointer) & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 |
+         uint64_t{128 >> 4} << 32;
+}
+
+}  // namespace
+}  // namespace pk
+
+#if defined(PK_EXECUTOR)
+#include "executor_ptx.h"  // tests/cuda_executor has the instructions in C++
+#else
 
 namespace pk {
 namespace {
@@ -37,10 +55,9 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 // Four 8 x 8 matrices of 16-bit elements, transposed: lane i names row i % 8 of matrix i / 8; with g and q as above a
 // lane gets of each matrix column g, rows 2q and 2q + 1.
 __device__ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 
@@ -53,8 +70,8 @@ __device__ inline float exp2_flushed(float x) {
 
 // 16 bytes from global to shared memory, zeros where not `exists`.
 __device__ inline void copy_async(void* target, const void* source, bool exists) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(exists ? 16 : 0)
                : "memory");
 }
 
@@ -67,14 +84,6 @@ __device__ inline void copy_wait() {
 }
 
 // ---- Hopper: products of a warpgroup from shared memory, bulk copies, barriers in shared memory
-
-// The descriptor of B of a warpgroup's product. B lies in shared memory as 8 x 8 matrices of 128 bytes whose rows
-// (columns of B) are 16 bytes of consecutive k; the matrices of 8 columns each follow one another, those of the next 8
-// k are `k_stride` bytes on.
-__device__ inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 | uint64_t{128 >> 4} << 32;
-}
 
 // d = a b, or d += a b where `add`, 64 x N x 16: warp w of the four has rows 16 w .. 16 w + 15, with fragments as in
 // `mma`. Not done before `products_wait`, and until then neither d nor a may change.
@@ -123,11 +132,34 @@ __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned
 
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps the compiler from moving computations of d below this line, or uses of d above it.
+// Keeps the compiler from moving computations of d below this line, or uses of d above it. It emits nothing: ptxas
+// still may.
 template <int ROWS>
 __device__ inline void computed(float (&d)[ROWS][4]) {
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) asm volatile("" : PK_ROW(i)::"memory");
+}
+
+// Has d computed above this line, by ptxas too: it cannot know that `never` is false, where d is stored to `shared`.
+template <int ROWS>
+__device__ inline void computed_here(float (&d)[ROWS][4], bool never, void* shared) {
+  static_assert(ROWS == 8);
+#define PK_VALUES(i) "f"(d[i][0]), "f"(d[i][1]), "f"(d[i][2]), "f"(d[i][3])
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.ne.s32 never, %32, 0;\n@!never bra past;\n"
+      "st.shared.v4.f32 [%33], {%0, %1, %2, %3};\n"
+      "st.shared.v4.f32 [%33 + 16], {%4, %5, %6, %7};\n"
+      "st.shared.v4.f32 [%33 + 32], {%8, %9, %10, %11};\n"
+      "st.shared.v4.f32 [%33 + 48], {%12, %13, %14, %15};\n"
+      "st.shared.v4.f32 [%33 + 64], {%16, %17, %18, %19};\n"
+      "st.shared.v4.f32 [%33 + 80], {%20, %21, %22, %23};\n"
+      "st.shared.v4.f32 [%33 + 96], {%24, %25, %26, %27};\n"
+      "st.shared.v4.f32 [%33 + 112], {%28, %29, %30, %31};\n"
+      "past:\n}" ::PK_VALUES(0),
+      PK_VALUES(1), PK_VALUES(2), PK_VALUES(3), PK_VALUES(4), PK_VALUES(5), PK_VALUES(6), PK_VALUES(7),
+      "r"(static_cast<int>(never)), "r"(shared_address(shared))
+      : "memory");
+#undef PK_VALUES
 }
 
 // Waits until at most UNDER_WAY groups of products are still under way. `d` are the registers of a product that is done
@@ -144,10 +176,6 @@ __device__ inline void products_wait(float (&d)[ROWS][4]) {
 #undef PK_REGISTERS_32
 #undef PK_REGISTERS_64
 #undef PK_REGISTERS_96
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ inline void signal_init(uint64_t* signal, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(arrivals) : "memory");
@@ -170,10 +198,14 @@ __device__ inline void signal_wait(uint64_t* signal, int parity) {
       : "memory");
 }
 
-// Arrives, and starts a copy of `bytes` (16 at least) to shared memory that the signal's phase also waits for.
-__device__ inline void copy_bulk(void* target, const void* source, int bytes, uint64_t* signal) {
+// Arrives, and the signal's phase also waits for `bytes` of bulk copies.
+__device__ inline void signal_arrive_expecting(uint64_t* signal, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)), "r"(bytes)
                : "memory");
+}
+
+// Starts a copy to shared memory of `bytes` that the signal expects, a multiple of 16.
+__device__ inline void start_copy_bulk(void* target, const void* source, int bytes, uint64_t* signal) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(target)),
                "l"(source), "r"(bytes), "r"(shared_address(signal))
@@ -200,3 +232,16 @@ __device__ inline void take_registers() {
 }  // namespace
 }  // namespace pk
 #endif
+
+namespace pk {
+namespace {
+
+// Arrives, and starts a copy of `bytes`, a multiple of 16, to shared memory that the signal's phase also waits for.
+// Both addresses are multiples of 16.
+__device__ inline void copy_bulk(void* target, const void* source, int bytes, uint64_t* signal) {
+  signal_arrive_expecting(signal, bytes);
+  start_copy_bulk(target, source, bytes, signal);
+}
+
+}  // namespace
+}  // namespace pk

@@ -17,7 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
-#define __shared__ static
+#define __shared__ static thread_local  // all fibers are of one thread; the executor finds and poisons such memory
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
@@ -34,9 +34,25 @@ namespace executor {
 
 char* dynamic_shared();
 
-// Values of a warp: deposits this lane's bytes (at most 128), waits for the lanes in `mask`, and returns all lanes',
-// 128 bytes each, until the lane's next exchange.
+// Where memory is in the block's window of shared memory, and the memory of such an address, of which the block has
+// `bytes`. Both fail for what is not the block's shared memory.
+uint32_t shared_address(const void* pointer);
+char* shared_pointer(uint32_t address, size_t bytes);
+
+// Aborts with a message.
+[[noreturn]] void fail(const char* what);
+
+constexpr int kValue = 128;  // the most bytes of a thread's value
+
+// Values of a warp: deposits this lane's bytes, waits for the lanes in `mask`, and returns all lanes', kValue bytes
+// each, until the lane's next exchange. The same of a warpgroup, which are four whole warps.
 const char* exchange(unsigned mask, const void* value, int bytes);
+const char* exchange_in_warpgroup(const void* value, int bytes);
+// After an exchange: whether this is the first thread to ask.
+bool first_of_warp();
+bool first_of_warpgroup();
+// Of this thread's warpgroup products; it may not return before they have landed.
+int& products_under_way();
 
 // Barrier `id` of `threads` threads of the block; 0 threads: of all.
 void barrier(int id, int threads);
@@ -53,7 +69,7 @@ void copy_wait(int groups_under_way);
 
 extern int architecture, shared_of_block;  // of the device: 80, 90 ...; bytes that a block may have
 
-// Runs a grid. Aborts with a message where threads wait for each other forever or write past shared memory.
+// Runs a grid. Fails where threads wait for each other forever or write past shared memory.
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
 
 }  // namespace executor
@@ -69,7 +85,7 @@ template <class T>
 inline T executor_shuffle(unsigned mask, T value, int source, int self) {
   const char* all = executor::exchange(mask, &value, sizeof value);
   T out;
-  std::memcpy(&out, all + 128 * (source < 0 || source > 31 ? self : source), sizeof out);
+  std::memcpy(&out, all + executor::kValue * (source < 0 || source > 31 ? self : source), sizeof out);
   return out;
 }
 inline int executor_lane() { return static_cast<int>(threadIdx.x % 32); }
@@ -132,7 +148,13 @@ inline std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
 inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+// As the manual of the intrinsics has them: a NaN becomes 0, and a divisor above 2^126 gives 0, or a NaN of infinity.
+inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+inline float __fdividef(float a, float b) {
+  if (std::fabs(b) > 0x1p126f && std::fabs(b) < INFINITY) return std::isinf(a) ? NAN : 0.0f;
+  return a / b;
+}
+inline size_t __cvta_generic_to_shared(const void* pointer) { return executor::shared_address(pointer); }
 using std::isinf;
 using std::isnan;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -166,6 +188,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= executor::shared_of_block ? cudaSuccess : cudaErrorInvalidValue;
 }

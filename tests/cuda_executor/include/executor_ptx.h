@@ -1,4 +1,5 @@
-// The functions of csrc/cuda/core/ptx.cuh in C++: what PTX says of a warp's fragments, computed lane by lane.
+// The instructions of csrc/cuda/core/ptx.cuh in C++, written from the PTX ISA manual's tables. Products are computed
+// whole: a warp's or a warpgroup's fragments are laid out as matrices first, by the table of each operand.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +8,14 @@
 #include <vector>
 
 #include "../../../csrc/cuda/core/device.cuh"
+#include "executor_signals.h"
 
 namespace pk {
 namespace {
 
 inline unsigned block_index() { return blockIdx.x; }
 
+// A 16-bit number of a register that has two.
 template <class T>
 inline float half_of(uint32_t packed32, int i) {
   Pack<T, 2> p;
@@ -21,35 +24,85 @@ inline float half_of(uint32_t packed32, int i) {
 }
 
 template <class T>
+inline T read_as(const char* from) {
+  T out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
+}
+
+struct Entry {
+  int row, column;
+};
+
+// "Matrix Fragments for mma.m16n8k16 with floating point type": where a lane's element a_i (i of 8) or c_i (of 4) is,
+// and "Register Fragments for wgmma.mma_async.m64nNk16", of which a warp's 16 rows are the same; c_i then goes on with
+// the next 8 columns at every fourth i.
+inline Entry entry_of_a(int lane, int i) {
+  const int group = lane >> 2, thread_in_group = lane % 4;
+  const bool upper = (0 <= i && i < 2) || (4 <= i && i < 6);
+  return {upper ? group : group + 8, thread_in_group * 2 + (i & 1) + (i < 4 ? 0 : 8)};
+}
+inline Entry entry_of_b(int lane, int i) {
+  const int group = lane >> 2, thread_in_group = lane % 4;
+  return {thread_in_group * 2 + (i & 1) + (i < 2 ? 0 : 8), group};
+}
+inline Entry entry_of_c(int lane, int i) {
+  const int group = lane >> 2, thread_in_group = lane % 4;
+  return {i % 4 < 2 ? group : group + 8, i / 4 * 8 + thread_in_group * 2 + (i & 1)};
+}
+
+// The product of matrices, each sum in the order of k.
+template <int M, int N>
+inline void matrix_product(const float (&a)[M][16], const float (&b)[16][N], float (&c)[M][N]) {
+  for (int row = 0; row < M; ++row)
+    for (int column = 0; column < N; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      c[row][column] = sum;
+    }
+}
+
+template <class T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static float c[32][16][8];  // of each warp of the block
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const char* all = executor::exchange(kWarp, mine, sizeof mine);
-  const auto word = [&](int lane, int i) {
-    uint32_t out;
-    std::memcpy(&out, all + 128 * lane + 4 * i, 4);
-    return out;
-  };
-  const int g = executor_lane() / 4, q = executor_lane() % 4;
-  for (int k = 0; k < 16; ++k) {
-    const int from = k % 8 / 2, high = k / 8, part = k % 2;
-    for (int i = 0; i < 4; ++i) {
-      const float left = half_of<T>(word(g * 4 + from, i / 2 + 2 * high), part);
-      d[i] += left * half_of<T>(word((2 * q + i % 2) * 4 + from, 4 + high), part);
+  auto& result = c[threadIdx.x / 32];
+  if (executor::first_of_warp()) {
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const char* of = all + executor::kValue * lane;
+      for (int i = 0; i < 8; ++i) {
+        const Entry at = entry_of_a(lane, i);
+        left[at.row][at.column] = half_of<T>(read_as<uint32_t>(of + i / 2 * 4), i % 2);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const Entry at = entry_of_b(lane, i);
+        right[at.row][at.column] = half_of<T>(read_as<uint32_t>(of + 16 + i / 2 * 4), i % 2);
+      }
     }
+    matrix_product<16, 8>(left, right, result);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Entry at = entry_of_c(executor_lane(), i);
+    d[i] += result[at.row][at.column];
   }
 }
 
+// ldmatrix .x4 .trans: lanes 0-7 have the rows' addresses of matrix 0, 8-15 of matrix 1 and so on. Without .trans, lane
+// l would get elements 2 (l % 4) and the next one of row l / 4; .trans exchanges rows and columns.
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  const char* all = executor::exchange(kWarp, &row, sizeof row);
-  const int g = executor_lane() / 4, q = executor_lane() % 4;
+  const uint32_t mine = shared_address(row);
+  const char* all = executor::exchange(kWarp, &mine, sizeof mine);
   for (int m = 0; m < 4; ++m) {
-    uint16_t part[2];
-    for (int i = 0; i < 2; ++i) {
-      const char* from;
-      std::memcpy(&from, all + 128 * (8 * m + 2 * q + i), sizeof from);
-      std::memcpy(&part[i], from + 2 * g, 2);
+    uint16_t matrix[8][8];
+    for (int r = 0; r < 8; ++r) {
+      const auto address = read_as<uint32_t>(all + executor::kValue * (8 * m + r));
+      if (address % 16 != 0) executor::fail("ldmatrix: a row that is not aligned to 16 bytes");
+      std::memcpy(matrix[r], executor::shared_pointer(address, 16), 16);
     }
-    std::memcpy(&out[m], part, 4);
+    const int r = executor_lane() / 4, c = executor_lane() % 4 * 2;
+    out[m] = matrix[c][r] | static_cast<uint32_t>(matrix[c + 1][r]) << 16;
   }
 }
 
@@ -62,13 +115,29 @@ inline void copy_wait() {
   executor::copy_wait(N);
 }
 
-// ---- Hopper. Products and bulk copies land when they are waited for: until then results are NaN, operands are read
-// when the product lands, and shared memory has what it had.
+// ---- Hopper: products of a warpgroup. They land when they are waited for: until then results are NaN, and operands
+// are read when the product lands.
 
-inline uint64_t operand_descriptor(const void* pointer, int k_stride) {
-  const uint64_t address = static_cast<const char*>(pointer) - executor::dynamic_shared();
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(k_stride >> 4) << 16 | uint64_t{128 >> 4} << 32;
-}
+// "Matrix Descriptor Format", and the canonical layout of a K-major matrix without swizzling, in elements of 16 bits:
+// ((8, m), (8, 2)) : ((8, SBO), (1, LBO)).
+class Descriptor {
+ public:
+  explicit Descriptor(uint64_t bits) : start_(field(bits, 0)), leading_(field(bits, 16)), stride_(field(bits, 32)) {
+    if (bits >> 62 != 0) executor::fail("wgmma: a descriptor with swizzling");
+    if ((bits >> 49 & 7) != 0) executor::fail("wgmma: a descriptor with a base offset");
+    if ((bits & ~(uint64_t{0x3fff} | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32)) != 0)
+      executor::fail("wgmma: a descriptor with reserved bits");
+  }
+  // Element [k][n] of B.
+  uint16_t at(int k, int n) const {
+    const int rows = n % 8 * 16 + n / 8 * stride_, elements = k % 8 * 2 + k / 8 * leading_;
+    return read_as<uint16_t>(executor::shared_pointer(static_cast<uint32_t>(start_ + rows + elements), 2));
+  }
+
+ private:
+  static int field(uint64_t bits, int first) { return static_cast<int>(bits >> first & 0x3fff) << 4; }
+  int start_, leading_, stride_;
+};
 
 // Of a lane: its products under way, by group, and the accumulators that they have.
 struct Products {
@@ -85,6 +154,10 @@ struct Products {
   };
   std::vector<std::vector<Product>> groups{1};
   std::map<float*, Accumulator> accumulators;
+  uint64_t executed = 0;  // a digest of the warpgroup's instructions: it must be the same in all its threads
+  bool fenced = false;    // wgmma.fence since registers may have been written
+
+  void execute(uint64_t instruction) { executed = executed * 0x9e3779b97f4a7c15 + instruction; }
 
   static Products& mine() {
     static Products of[1024];
@@ -94,111 +167,86 @@ struct Products {
 
 template <class T, int N>
 inline void land_product(const Products::Product& p, float* d) {
-  const char* all = executor::exchange(kWarp, p.a, 16);
-  const char* base = executor::dynamic_shared() + (p.b & 0x3fff) * 16;
-  const int along_k = static_cast<int>(p.b >> 16 & 0x3fff) * 16, along_n = static_cast<int>(p.b >> 32 & 0x3fff) * 16;
-  const int g = executor_lane() / 4, q = executor_lane() % 4;
-  for (int j = 0; j < N / 8; ++j)
-    for (int i = 0; i < 4; ++i) {
-      float sum = p.add ? d[4 * j + i] : 0.0f;
-      for (int k = 0; k < 16; ++k) {
-        uint32_t left, right = 0;
-        std::memcpy(&left, all + 128 * (4 * g + k % 8 / 2) + 4 * (i / 2 + k / 8 * 2), 4);
-        std::memcpy(&right, base + k / 8 * along_k + j * along_n + (2 * q + i % 2) * 16 + k % 8 * 2, 2);
-        sum += half_of<T>(left, k % 2) * half_of<T>(right, 0);
+  static float c[8][64][N];  // of each warpgroup of the block
+  const char* all = executor::exchange_in_warpgroup(p.a, 16);
+  auto& result = c[threadIdx.x / 128];
+  if (executor::first_of_warpgroup()) {
+    float left[64][16], right[16][N];
+    for (int thread = 0; thread < 128; ++thread)
+      for (int i = 0; i < 8; ++i) {
+        const Entry at = entry_of_a(thread % 32, i);
+        const auto word = read_as<uint32_t>(all + executor::kValue * thread + i / 2 * 4);
+        left[thread / 32 * 16 + at.row][at.column] = half_of<T>(word, i % 2);
       }
-      d[4 * j + i] = sum;
-    }
+    const Descriptor b(p.b);
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < N; ++n) right[k][n] = half_of<T>(b.at(k, n), 0);
+    matrix_product<64, N>(left, right, result);
+  }
+  for (int i = 0; i < N / 2; ++i) {
+    const Entry at = entry_of_c(executor_lane(), i);
+    const float value = result[threadIdx.x % 128 / 32 * 16 + at.row][at.column];
+    d[i] = p.add ? d[i] + value : value;
+  }
 }
 
 template <class T, int N>
 inline void multiply_async(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   Products& mine = Products::mine();
+  if (!mine.fenced) executor::fail("wgmma: a product without a fence since the last wait");
+  mine.execute(b);
+  mine.execute(N + add);
   Products::Accumulator& accumulator = mine.accumulators[d[0]];
   if (accumulator.under_way++ == 0) {
     accumulator.value.assign(d[0], d[0] + N / 2);
     std::fill(d[0], d[0] + N / 2, NAN);
   }
   mine.groups.back().push_back({land_product<T, N>, d[0], a, b, add});
+  ++executor::products_under_way();
 }
 
-inline void products_begin() {}
-inline void products_commit() { Products::mine().groups.emplace_back(); }
+inline void products_begin() {
+  Products::mine().execute(1);
+  Products::mine().fenced = true;
+}
+inline void products_commit() {
+  Products::mine().execute(2);
+  Products::mine().groups.emplace_back();
+}
 template <int ROWS>
 inline void computed(float (&)[ROWS][4]) {}
+template <int ROWS>
+inline void computed_here(float (&)[ROWS][4], bool, void*) {}
+
 template <int UNDER_WAY, int ROWS>
 inline void products_wait(float (&)[ROWS][4]) {
   Products& mine = Products::mine();
+  mine.execute(3 + UNDER_WAY);
+  mine.fenced = false;
+  const char* all = executor::exchange_in_warpgroup(&mine.executed, sizeof mine.executed);
+  for (int thread = 0; thread < 128; ++thread)
+    if (read_as<uint64_t>(all + executor::kValue * thread) != mine.executed)
+      executor::fail("wgmma: the threads of a warpgroup executed different instructions");
   while (static_cast<int>(mine.groups.size()) > UNDER_WAY + 1) {
     for (const Products::Product& product : mine.groups.front()) {
       Products::Accumulator& accumulator = mine.accumulators[product.d];
       product.land(product, accumulator.value.data());
       if (--accumulator.under_way == 0) std::copy(accumulator.value.begin(), accumulator.value.end(), product.d);
+      --executor::products_under_way();
     }
     mine.groups.erase(mine.groups.begin());
   }
-  __syncwarp();  // no lane is ahead of the products of its warp
 }
 
-// mbarrier: arrivals expected and still missing, bytes still missing, the phase's parity.
-struct Signal {
-  int16_t expected, missing;
-  int32_t bytes_and_parity;
-};
-static_assert(sizeof(Signal) == 8);
-
-inline void signal_update(uint64_t* signal, int arrivals, int bytes) {
-  Signal s;
-  std::memcpy(&s, signal, sizeof s);
-  s.missing = static_cast<int16_t>(s.missing - arrivals);
-  s.bytes_and_parity += 2 * bytes;
-  if (s.missing == 0 && s.bytes_and_parity / 2 == 0) {
-    s.missing = s.expected;
-    s.bytes_and_parity ^= 1;
-  }
-  std::memcpy(signal, &s, sizeof s);
+inline void signal_init(uint64_t* signal, int arrivals) { executor::signal_init(signal, arrivals); }
+inline void signals_ready() { executor::signals_ready(); }
+inline void signal_arrive(uint64_t* signal) { executor::signal_arrive(signal, 0); }
+inline void signal_wait(uint64_t* signal, int parity) { executor::signal_wait(signal, parity); }
+inline void signal_arrive_expecting(uint64_t* signal, int bytes) { executor::signal_arrive(signal, bytes); }
+inline void start_copy_bulk(void* to, const void* from, int bytes, uint64_t* signal) {
+  executor::copy_bulk(to, from, bytes, signal);
 }
 
-inline void signal_init(uint64_t* signal, int arrivals) {
-  const Signal s{static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0};
-  std::memcpy(signal, &s, sizeof s);
-}
-inline void signals_ready() {}
-inline void signal_arrive(uint64_t* signal) { signal_update(signal, 1, 0); }
-
-struct BulkCopy {
-  void* to;
-  const void* from;
-  int bytes;
-  uint64_t* signal;
-};
-inline std::vector<BulkCopy>& bulk_copies() {
-  static std::vector<BulkCopy> under_way;
-  return under_way;
-}
-
-inline void signal_wait(uint64_t* signal, int parity) {
-  executor::wait_until([&] {
-    auto& copies = bulk_copies();
-    for (size_t i = 0; i < copies.size();) {
-      const BulkCopy copy = copies[i];
-      if (copy.signal != signal) {
-        ++i;
-        continue;
-      }
-      copies.erase(copies.begin() + static_cast<long>(i));
-      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-      signal_update(signal, 0, -copy.bytes);
-    }
-    Signal s;
-    std::memcpy(&s, signal, sizeof s);
-    return (s.bytes_and_parity & 1) != parity;
-  });
-}
-inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* signal) {
-  bulk_copies().push_back({to, from, bytes, signal});
-  signal_update(signal, 1, bytes);
-}
 inline void group_barrier(int id, int threads) { executor::barrier(id, threads); }
 
 template <int N>
