@@ -34,6 +34,7 @@ class Limit(NamedTuple):
 
 KERNELS = {
     "norm_stats": Limit(40, 6),
+    "stats_merge": Limit(64, 2),
     "pool_mixer_fwd": Limit(168, 2),
     "pool_mixer_fwd_any": Limit(128, 1),
     "pool_mixer_bwd_reduce": Limit(168, 2),
@@ -42,7 +43,6 @@ KERNELS = {
     "pool_mixer_bwd_finish": Limit(64, 2),
     "pool_mixer_bwd_apply": Limit(168, 2),
     "pool_mixer_bwd_apply_any": Limit(128, 1),
-    "pool_mixer_merge": Limit(64, 2),
     "mlp_round": Limit(32, 4),
     "mlp_pack": Limit(64, 2),
     "mlp_fwd": Limit(255, 1),

@@ -171,6 +171,21 @@ def test_given_statistics(tiles) -> None:
     assert torch.equal(bits(y), bits(mlp_with_stats(**inputs, residual=True, stats=permuted)[0]))
 
 
+def test_many_partials_are_merged_as_the_mixer_does() -> None:
+    """A sample's partials are merged once beforehand: the same bits, and as exact as few."""
+    inputs = make_inputs(*ONE, torch.bfloat16, mean=40.0)
+    mixer = torch.ops.poolformer_kernels.pool_mixer_cuda.default
+    for tiles in (128, 129, 300):
+        call = list(arguments(inputs, save_hidden=False))
+        call[len(ORDER)] = stats = tiled_stats(inputs["x"], tiles)
+        mean_rstd = FORWARD(*call)[1]
+        of_mixer = mixer(inputs["x"], None, None, None, None, stats, 3, 1e-5, True, False)[1]
+        assert torch.equal(bits(mean_rstd), bits(of_mixer))
+        mean, var = reference.merge_stats(stats.double())
+        torch.testing.assert_close(mean_rstd[:, 0].double(), mean, rtol=1e-6, atol=0)
+        torch.testing.assert_close(mean_rstd[:, 1].double(), (var + 1e-5).rsqrt(), rtol=2e-6, atol=0)
+
+
 def test_given_statistics_are_used() -> None:
     inputs = make_inputs(*ONE, torch.bfloat16)
     quarter = reference.sample_stats(inputs["x"]) * torch.tensor([1.0, 1.0, 0.25])

@@ -55,7 +55,7 @@ def fat_binary(images: dict[int, bytes]) -> ctypes.Array:
     return ctypes.create_string_buffer(struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries)
 
 
-def launch_registered(images: dict[int, bytes], name: bytes) -> int:
+def launch_registered(images: dict[int, bytes], name: bytes, stream: int | None = None) -> int:
     """The runtime's error at the launch of a kernel as nvcc's host code registers and launches it."""
     binary = fat_binary(images)
     wrapper = ctypes.create_string_buffer(struct.pack("<IIQQ", 0x466243B1, 1, ctypes.addressof(binary), 0))
@@ -66,7 +66,7 @@ def launch_registered(images: dict[int, bytes], name: bytes) -> int:
     getattr(RUNTIME, "__cudaRegisterFunction")(module, function, name, name, -1, None, None, None, None, None)
     argument = ctypes.c_uint64(torch.empty(4, device="cuda").data_ptr())
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    config = LaunchConfig((2, 1, 1), (32, 1, 1), 0, None, None, 0)
+    config = LaunchConfig((2, 1, 1), (32, 1, 1), 0, stream, None, 0)
     error = RUNTIME.cudaLaunchKernelExC(ctypes.byref(config), function, arguments)
     KEPT.append((binary, wrapper, function))
     return error

@@ -23,6 +23,9 @@ struct KernelUse {
 };
 KernelUse kernel_use(const KernelFact& kernel);
 
+// Loads a kernel on a device, the current one, where that has not been done before (load_kernel.cu).
+void load_kernel(const char* name, const void* function, int device);
+
 inline std::vector<KernelFact>& kernel_facts() {
   static std::vector<KernelFact> all;
   return all;

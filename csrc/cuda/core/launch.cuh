@@ -4,8 +4,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <string>
-
 #include "../../common/tensors.h"
 #include "device.cuh"
 #include "kernels.h"
@@ -17,7 +15,11 @@
 
 namespace pk {
 
-torch::stable::Tensor norm_stats_cuda(torch::stable::Tensor x);  // norm_stats.cu
+// norm_stats.cu
+torch::stable::Tensor norm_stats_cuda(torch::stable::Tensor x);
+// Where samples have many partials, which every block would merge again, merges them once beforehand: `stats`, which
+// `owner` keeps alive, becomes [B, 3], and `partials` 1.
+void merge_many(int64_t batch, torch::stable::Tensor& owner, const float*& stats, int64_t& partials);
 
 namespace {
 
@@ -29,8 +31,9 @@ inline bool is_device(const Tensor& t) { return t.is_cuda(); }
 
 inline bool is_beside(const Tensor& x, const Tensor& t) { return is_device(t) && t.get_device() == x.get_device(); }
 
-inline void check_cuda(cudaError_t error, const std::string& what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+// `what` of `of`, a kernel, is what has the error.
+inline void check_cuda(cudaError_t error, const char* what, const char* of = "") {
+  STD_TORCH_CHECK(error == cudaSuccess, what, of, ": ", cudaGetErrorString(error));
 }
 
 // Launches kernels on the current stream of x's device, which is the current device while this object lives.
@@ -59,13 +62,13 @@ class Launcher {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks < (int64_t{1} << 31), name, ": the tensors are too large for one launch, ", blocks,
                     " blocks");
-    if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel));
+    load_kernel(name, reinterpret_cast<const void*>(kernel), device_);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream_;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, Params(params)), std::string("launch of ") + name);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, Params(params)), "launch of ", name);
   }
 
   // An attribute of the device, such as cudaDevAttrMultiProcessorCount.
@@ -76,16 +79,6 @@ class Launcher {
   }
 
  private:
-  // The attribute belongs to the process, not to a launch: it is always set to the same value, the most that a block of
-  // this kernel may have.
-  void allow_shared(const char* name, const void* kernel) const {
-    cudaFuncAttributes attributes;
-    check_cuda(cudaFuncGetAttributes(&attributes, kernel), std::string("attributes of ") + name);
-    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(attributes.sharedSizeBytes);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-               std::string("shared memory of ") + name);
-  }
-
   int device_ = 0;
   cudaStream_t stream_ = nullptr;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

@@ -1,4 +1,5 @@
 // Statistics of each sample for GroupNorm(1, C), as partials (count, mean, M2): the head of a chain of fused kernels.
+// And the merging of many partials, before a kernel whose every block would merge them.
 //
 // A sample is one contiguous run in NCHW and channels_last alike, so one flat kernel serves both. A block keeps its
 // chunk in registers: the mean first, then the squared deviations from it, with no difference of large sums. As many
@@ -70,7 +71,44 @@ void launch(const NormStatsParams& p, int64_t batch, const Launcher& launcher) {
   launcher.launch("norm_stats", aligned ? norm_stats<T, true> : norm_stats<T, false>, batch * p.chunks, kThreads, p);
 }
 
+constexpr int64_t kMerged = 128;  // partials of a sample that the kernels merge themselves
+
+struct MergeParams {
+  const float* partials;  // [B, n, 3]: count, mean and M2 of parts of a sample
+  float* merged;          // [B, 3]: of the whole sample
+  int64_t n;              // partials of a sample
+};
+
+// Merges each sample's partials into one, a block per sample.
+__global__ void __launch_bounds__(kThreads) stats_merge(MergeParams p) {
+  __shared__ float each[3 * kThreads / 32];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t b = blockIdx.x, part = (p.n + warps - 1) / warps, begin = min(warp * part, p.n);
+  const Moments<float> m = merged(p.partials + (b * p.n + begin) * 3, min(part, p.n - begin));
+  if (threadIdx.x % 32 == 0) {
+    each[3 * warp] = m.count;
+    each[3 * warp + 1] = m.mean;
+    each[3 * warp + 2] = m.m2;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Moments<float> all;
+  for (int i = 0; i < warps; ++i) all.merge(each[3 * i], each[3 * i + 1], each[3 * i + 2]);
+  p.merged[3 * b] = all.count;
+  p.merged[3 * b + 1] = all.mean;
+  p.merged[3 * b + 2] = all.m2;
+}
+
 }  // namespace
+
+void merge_many(int64_t batch, Tensor& owner, const float*& stats, int64_t& partials) {
+  if (partials <= kMerged) return;
+  Tensor one = empty_floats(owner, {batch, 3});
+  Launcher(owner).launch("stats_merge", stats_merge, batch, kThreads, MergeParams{stats, floats(one), partials});
+  stats = floats(one);
+  partials = 1;
+  owner = one;
+}
 
 Tensor norm_stats_cuda(Tensor x) {
   check_images(x, "norm_stats_cuda");
@@ -93,6 +131,6 @@ Tensor norm_stats_cuda(Tensor x) {
 STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, PK_DISPATCH_KEY, m) {
   m.impl("norm_stats_cuda", TORCH_BOX(&pk::norm_stats_cuda));
   pk::list_kernels<pk::norm_stats<float, true>, pk::norm_stats<float, false>, pk::norm_stats<pk::bf16, true>,
-                   pk::norm_stats<pk::bf16, false>, pk::norm_stats<pk::f16, true>, pk::norm_stats<pk::f16, false>>(
-      pk::kThreads);
+                   pk::norm_stats<pk::bf16, false>, pk::norm_stats<pk::f16, true>, pk::norm_stats<pk::f16, false>,
+                   pk::stats_merge>(pk::kThreads);
 }

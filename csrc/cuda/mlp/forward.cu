@@ -106,8 +106,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_cuda(Tensor input, Tensor w1, Opt
   p.layer_scale = vector_of(x, layer_scale, "layer_scale", c);
   p.drop_scale = vector_of(x, drop_scale, "drop_scale", batch);
   p.activation = activation_named(activation);
-  if (norm && batch > 0)
+  if (norm && batch > 0) {
     p.stats = partials_of(x, stats.has_value() ? *stats : norm_stats_cuda(x), batch, given, p.partials);
+    merge_many(batch, given, p.stats, p.partials);
+  }
   p.mean_rstd = norm ? floats(mean_rstd) : nullptr;
   p.y_stats = by_tile ? floats(y_stats) : nullptr;
   p.slots = slots;

@@ -8,7 +8,6 @@ namespace pk {
 namespace {
 
 constexpr int kStaticShared = 6 * 1024;  // bytes: no kernel here has more static shared memory
-constexpr int64_t kMerged = 128;         // where a sample has more partials, pool_mixer_merge merges them beforehand
 
 int ceil_div(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
 
@@ -142,32 +141,6 @@ void check(const Tensor& x, int64_t pool, double eps, const char* op) {
   STD_TORCH_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
 }
 
-struct MergeParams {
-  const float* partials;  // [B, n, 3]: count, mean and M2 of parts of a sample
-  float* merged;          // [B, 3]: of the whole sample
-  int64_t n;              // partials of a sample
-};
-
-// Merges each sample's partials into one, a block per sample.
-__global__ void __launch_bounds__(kReduceThreads) pool_mixer_merge(MergeParams p) {
-  __shared__ float each[3 * 8];
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t b = blockIdx.x, part = (p.n + warps - 1) / warps, begin = min(warp * part, p.n);
-  const Moments<float> m = merged(p.partials + (b * p.n + begin) * 3, min(part, p.n - begin));
-  if (threadIdx.x % 32 == 0) {
-    each[3 * warp] = m.count;
-    each[3 * warp + 1] = m.mean;
-    each[3 * warp + 2] = m.m2;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  Moments<float> all;
-  for (int i = 0; i < warps; ++i) all.merge(each[3 * i], each[3 * i + 1], each[3 * i + 2]);
-  p.merged[3 * b] = all.count;
-  p.merged[3 * b + 1] = all.mean;
-  p.merged[3 * b + 2] = all.m2;
-}
-
 std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weight, OptionalTensor bias,
                                               OptionalTensor layer_scale, OptionalTensor drop_scale,
                                               OptionalTensor stats, int64_t pool_size, double eps, bool residual,
@@ -185,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   Tensor y_stats = return_stats ? empty_floats(x, {batch, p.slots, 3}) : empty_floats(x, {0});
   Tensor given = stats.has_value() ? *stats : norm_stats_cuda(x);
   p.stats = partials_of(x, given, batch, given, p.partials);
+  merge_many(batch, given, p.stats, p.partials);
   p.x = x.data_ptr();
   p.out = y.mutable_data_ptr();
   p.mean_rstd = floats(mean_rstd);
@@ -196,13 +170,6 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer(Tensor input, OptionalTensor weigh
   p.batch = batch;
   p.eps = static_cast<float>(eps);
   p.residual = residual;
-  Tensor one = p.partials > kMerged ? empty_floats(x, {batch, 3}) : empty_floats(x, {0});
-  if (p.partials > kMerged) {
-    launcher.launch("pool_mixer_merge", pool_mixer_merge, batch, kReduceThreads,
-                    MergeParams{p.stats, floats(one), p.partials});
-    p.stats = floats(one);
-    p.partials = 1;
-  }
   launch(launcher, select_dtype(x, KernelsFor<float>::forward, KernelsFor<bf16>::forward, KernelsFor<f16>::forward), p,
          width_of(p.tiling, bytes, {p.x, p.out}), bytes, 1);
   return {y, mean_rstd, y_stats};
@@ -287,5 +254,5 @@ STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, PK_DISPATCH_KEY, m) {
   pk::list<float>();
   pk::list<pk::bf16>();
   pk::list<pk::f16>();
-  pk::list_kernels<pk::pool_mixer_merge, pk::pool_mixer_bwd_q, pk::pool_mixer_bwd_finish>(pk::kReduceThreads);
+  pk::list_kernels<pk::pool_mixer_bwd_q, pk::pool_mixer_bwd_finish>(pk::kReduceThreads);
 }

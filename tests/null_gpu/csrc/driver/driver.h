@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -129,20 +130,24 @@ struct Kernel {
   int registers = 32, static_shared = 0, local = 0, max_threads = kMaxThreads;
   unsigned cluster[3] = {0, 0, 0};  // that it was compiled for; 0: any
   std::vector<Parameter> parameters;
-  int max_dynamic_shared = -1;  // as set; -1: never
+  std::map<int, int> max_dynamic_shared;  // as set, by device
   bool any_cluster_size = false;
+  std::set<int> devices;  // that have loaded it
 };
 struct Module {
   const void* packed = nullptr;  // the image in a fat binary, until a kernel is asked for
   std::vector<char> image;
   int arch = 0;
   bool ptx = false, parsed = false;
+  bool of_torch = false;  // in torch's library
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
   std::map<std::string, size_t> variables;
   std::map<std::string, CUdeviceptr> addresses;  // of variables that were asked for
 };
 // The image of a cubin, PTX or fat binary that the device runs: fat_binary.cpp.
 CUresult load(Module** module, const void* code);
+// A kernel is loaded when a device first uses it: in a capture as cuModuleLoadData is.
+CUresult load(Kernel& kernel);
 bool unpack(const void* packed, std::vector<char>& image);
 // Reads a cubin's kernels and variables: cubin.cpp.
 void parse(Module& module);

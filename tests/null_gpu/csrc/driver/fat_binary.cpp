@@ -87,6 +87,8 @@ bool unpack(const void* packed, std::vector<char>& image) {
 CUresult load(Module** out, const void* code) {
   if (!code) return CUDA_ERROR_INVALID_VALUE;
   auto module = std::make_unique<Module>();
+  Dl_info file;
+  module->of_torch = dladdr(code, &file) && strstr(file.dli_fname, "libtorch_cuda");
   uint32_t magic;
   memcpy(&magic, code, sizeof magic);
   if (magic == kWrapperMagic) {

@@ -112,7 +112,8 @@ int max_threads(const Kernel& kernel) {
 }
 
 int max_dynamic_shared(const Kernel& kernel) {
-  return kernel.max_dynamic_shared >= 0 ? kernel.max_dynamic_shared : kDefaultShared - kernel.static_shared;
+  const auto set = kernel.max_dynamic_shared.find(current_device());
+  return set == kernel.max_dynamic_shared.end() ? kDefaultShared - kernel.static_shared : set->second;
 }
 
 int resident_blocks(const Kernel& kernel, int threads, size_t dynamic_shared) {
@@ -131,6 +132,7 @@ CUresult launch(const CUlaunchConfig& config, Kernel* kernel, void** arguments, 
   if (extra) return complain(CUDA_ERROR_NOT_SUPPORTED, "%s: arguments in a buffer are not implemented", name);
   const Stream* stream = find_stream(config.hStream);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  if (CUresult refused = load(*kernel)) return refused;
   Launch l;
   l.kernel = kernel->name;
   l.known = kernel->known;
@@ -191,6 +193,7 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, CUfunction
                                                          unsigned) {
   ENTER;
   if (threads <= 0) return CUDA_ERROR_INVALID_VALUE;
+  if (CUresult refused = load(*reinterpret_cast<Kernel*>(kernel))) return refused;
   *blocks = resident_blocks(*reinterpret_cast<Kernel*>(kernel), threads, shared);
   return CUDA_SUCCESS;
 }

@@ -51,7 +51,7 @@ CUresult set_attribute(Kernel& kernel, CUfunction_attribute name, int value) {
       if (value < 0 || value + kernel.static_shared > options().model->shared_of_block)
         return complain(CUDA_ERROR_INVALID_VALUE, "%s: %d bytes of dynamic and %d of static shared memory, at most %d",
                         kernel.name.c_str(), value, kernel.static_shared, options().model->shared_of_block);
-      kernel.max_dynamic_shared = value;
+      kernel.max_dynamic_shared[current_device()] = value;
       return CUDA_SUCCESS;
     case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: kernel.any_cluster_size = value != 0; return CUDA_SUCCESS;
     case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: return CUDA_SUCCESS;
@@ -60,6 +60,17 @@ CUresult set_attribute(Kernel& kernel, CUfunction_attribute name, int value) {
 }
 
 }  // namespace
+
+// NVIDIA's manuals do not say that a capture allows it; those of its Warp say that drivers before CUDA 12.3 do not.
+// torch's own tests capture kernels of torch that were never used before.
+CUresult load(Kernel& kernel) {
+  if (kernel.devices.count(current_device())) return CUDA_SUCCESS;
+  if (!kernel.module->of_torch)
+    if (CUresult refused = refuse_unsafe_in_capture(("the first use of " + kernel.name).c_str())) return refused;
+  kernel.devices.insert(current_device());
+  return CUDA_SUCCESS;
+}
+
 }  // namespace null_gpu
 
 using namespace null_gpu;
@@ -67,6 +78,7 @@ using namespace null_gpu;
 API cuModuleLoadData(CUmodule* module, const void* code) {
   ENTER;
   if (!current_context()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (CUresult refused = refuse_unsafe_in_capture("cuModuleLoadData")) return refused;
   return load(reinterpret_cast<Module**>(module), code);
 }
 
@@ -100,7 +112,9 @@ API cuLibraryUnload(CUlibrary) {
 
 API cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   ENTER;
-  return find(reinterpret_cast<Kernel**>(function), reinterpret_cast<Module*>(module), name);
+  if (CUresult error = find(reinterpret_cast<Kernel**>(function), reinterpret_cast<Module*>(module), name))
+    return error;
+  return load(*reinterpret_cast<Kernel*>(*function));
 }
 
 API cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {
@@ -125,11 +139,13 @@ API cuLibraryGetGlobal(CUdeviceptr* address, size_t* size, CUlibrary library, co
 
 API cuFuncGetAttribute(int* value, CUfunction_attribute name, CUfunction function) {
   ENTER;
+  if (CUresult refused = load(*reinterpret_cast<Kernel*>(function))) return refused;
   return get_attribute(value, name, *reinterpret_cast<Kernel*>(function));
 }
 
 API cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int value) {
   ENTER;
+  if (CUresult refused = load(*reinterpret_cast<Kernel*>(function))) return refused;
   return set_attribute(*reinterpret_cast<Kernel*>(function), name, value);
 }
 
