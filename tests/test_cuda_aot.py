@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,21 +64,49 @@ FEWER = {  # float32 rows of channels_last take twice the shared memory
     "pool_mixer_bwd_apply<float, 4, false>": 1,
 }
 # (instantiations, architectures, an instruction that they must have)
-LOAD, STORE, PRODUCT = (
-    r"LDG(STS)?\.E\.(\w+\.)*(128|256)(\.\w+)*",
-    r"STG\.E\.(\w+\.)*(128|256)(\.\w+)*",
-    r"HMMA\..*",
-)
-WIDE = "(float, 4|bf16, 8|f16, 8)"  # elements of 16 bytes
 INSTRUCTIONS = (
-    (r"norm_stats<\w+, true>", ".*", LOAD),
-    (rf"pool_mixer_(fwd|bwd_reduce|bwd_apply)<{WIDE}, \w+>", ".*", LOAD),
-    (rf"pool_mixer_(fwd|bwd_apply)<{WIDE}, \w+>", ".*", STORE),
-    (r"mlp_(fwd|fwd_sm90|bwd_dgrad|bwd_tokens)<.*", ".*", LOAD),
-    (r"mlp_(fwd|fwd_sm90|bwd_dgrad|bwd_tokens)<.*", ".*", STORE),
-    (r"mlp_(fwd|bwd_dgrad|bwd_wgrad)<.*", ".*", PRODUCT),
+    (r"mlp_(fwd|bwd_dgrad|bwd_wgrad)<.*", ".*", r"HMMA\..*"),
     (r"\w+_sm90<.*", "sm_90a", r"HGMMA\..*"),
 )
+
+
+class Wide(NamedTuple):
+    """Of the bytes that a kernel's instructions move, this share at least by those of so many bytes."""
+
+    kernels: str
+    moves: str  # from global memory, to it, or from shared memory
+    share: float
+    bytes: int = 16
+
+
+MOVES = {"load": "LDG|LDGSTS", "store": "STG", "shared load": "LDS|LDSM"}
+WHOLE = "(float, 4|bf16, 8|f16, 8)"  # elements of 16 bytes
+# Parameters, statistics and tables of other dtypes are what is narrower.
+WIDE = (
+    Wide(r"norm_stats<\w+, true>", "load", 1.0),
+    Wide(rf"pool_mixer_(fwd|bwd_reduce|bwd_apply)<{WHOLE}, false>", "load", 0.9),
+    Wide(rf"pool_mixer_(fwd|bwd_reduce|bwd_apply)<{WHOLE}, false>", "shared load", 0.3),
+    Wide(rf"pool_mixer_(fwd|bwd_reduce|bwd_apply)<{WHOLE}, true>", "load", 0.5),
+    Wide(r"pool_mixer_(fwd|bwd_reduce|bwd_apply)<b?f16, 4, true>", "load", 0.35, 8),
+    Wide(rf"pool_mixer_fwd<{WHOLE}, \w+>", "store", 0.65),
+    Wide(rf"pool_mixer_bwd_apply<{WHOLE}, \w+>", "store", 1.0),
+    Wide(r"mlp_pack<.*", "store", 1.0),
+    Wide(r"mlp_fwd<.*", "load", 0.75),
+    Wide(r"mlp_fwd<.*", "store", 0.85),
+    Wide(r"mlp_fwd<.*", "shared load", 0.85),
+    Wide(r"mlp_fwd_sm90<.*", "load", 0.8),
+    Wide(r"mlp_fwd_sm90<.*", "store", 0.85),
+    Wide(r"mlp_bwd_tokens<.*", "load", 0.85),
+    Wide(r"mlp_bwd_tokens<.*", "store", 1.0),
+    Wide(r"mlp_bwd_wgrad<.*", "load", 0.9),
+    Wide(r"mlp_bwd_wgrad<.*", "store", 0.9, 8),
+    Wide(r"mlp_bwd_wgrad<.*", "shared load", 0.65),
+    Wide(r"mlp_bwd_dgrad<.*", "load", 0.95),
+    Wide(r"mlp_bwd_dgrad<.*", "store", 0.85),
+    Wide(r"mlp_bwd_dgrad<.*", "shared load", 0.4),
+    Wide(r"mlp_bwd_weights<.*", "load", 1.0),
+)
+HOPPERS = r"\w+_sm90<.*"  # empty on other architectures
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +171,10 @@ def test_resources(built, arch) -> None:
     assert not wrong, "\n".join(table(wrong))
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), *ARCHS[1:]])
+SOME_ARCHS = [pytest.param("sm_80", marks=pytest.mark.long), *ARCHS[1:]]
+
+
+@pytest.mark.parametrize("arch", SOME_ARCHS)
 def test_instructions(built, arch) -> None:
     names = {kernel.name for kernel in of_arch(built, arch)}
     wanted = [
@@ -155,6 +188,60 @@ def test_instructions(built, arch) -> None:
     assert names <= set(code)
     lacking = [f"{n}: {i}" for n, i in wanted if not any(re.fullmatch(i, op) for op in code[n])]
     assert not lacking, "\n".join(lacking)
+
+
+@pytest.mark.parametrize("arch", SOME_ARCHS)
+def test_memory_is_moved_in_wide_words(built, arch) -> None:
+    code = machine_code(arch)
+    names = sorted(kernel.name for kernel in of_arch(built, arch))
+    found, narrow = set(), []
+    for rule in WIDE:
+        for name in names:
+            if not re.fullmatch(rule.kernels, name) or (re.fullmatch(HOPPERS, name) and arch != "sm_90a"):
+                continue
+            found.add(rule)
+            share = share_of_wide(code[name], rule)
+            if share < rule.share:
+                narrow.append(f"{name}: {share:.2f} of a {rule.moves}, wanted {rule.share}")
+    assert len(found) >= len(WIDE) - 2
+    assert not narrow, "\n".join(narrow)
+
+
+def share_of_wide(code: list[str], rule: Wide) -> float:
+    """0 where nothing is moved."""
+    moved = [width(op) for op in code if re.match(rf"({MOVES[rule.moves]})\b", op)]
+    return sum(w for w in moved if w >= rule.bytes) / max(1, sum(moved))
+
+
+def width(op: str) -> int:
+    """Bytes that a thread moves: 16 by LDG.E.128.CONSTANT, 2 by LDS.U16, 4 by each matrix of LDSM."""
+    parts = op.split(".")
+    if parts[0] == "LDSM":
+        return 4 * int(parts[-1]) if parts[-1] in "24" else 4
+    bits = [int(part.lstrip("US")) for part in parts if part.lstrip("US") in ("8", "16", "64", "128", "256")]
+    return bits[0] // 8 if bits else 4
+
+
+def test_gelu_runs_while_products_do(built) -> None:
+    """In the loop of Hopper's kernel a chunk's GELU stands before the wait for the fc2 of the last chunk."""
+    names = [kernel.name for kernel in of_arch(built, "sm_90a") if family(kernel) == "mlp_fwd_sm90"]
+    assert len(names) == 8
+    code = machine_code("sm_90a")
+    for name in names:
+        before, after = gelu_of_the_loop(code[name])
+        assert before >= 10 * 32, (name, before, after)  # of 32 elements, ten instructions each
+        assert after == 0, (name, before, after)
+
+
+def gelu_of_the_loop(code: list[str]) -> tuple[int, int]:
+    """Its instructions from the wait for fc1 to that for all products, and from there to the next product."""
+    waits = [i for i, op in enumerate(code) if op.startswith("WARPGROUP.DEPBAR")]
+    (fc1,) = (i for i in waits if code[i].endswith(" 0x1"))
+    everything = next(i for i in waits if i > fc1)
+    product = next(i for i, op in enumerate(code) if i > everything and op == "WARPGROUP.ARRIVE")
+    parts = code[fc1:everything], code[everything:product]
+    before, after = (sum(op.split(".")[0] in ("FADD", "FMUL", "FFMA") for op in part) for part in parts)
+    return before, after
 
 
 def test_warpgroups_can_have_the_registers_they_take(built) -> None:
@@ -174,20 +261,26 @@ def test_tensor_core_instructions_are_not_serialised(built) -> None:
     assert re.findall(r".*Performance Loss.*", _C.ptxas_report()) == []
 
 
-def machine_code(arch: str) -> dict[str, set[str]]:
-    """By kernel, the instructions of the installed extension."""
+@functools.cache
+def machine_code(arch: str) -> dict[str, list[str]]:
+    """By kernel, the installed extension's instructions, without operands but those of waits for products."""
     from poolformer_kernels import _C
 
     command = [cuobjdump(), "--dump-sass", "-arch", arch, _C.__file__]
-    found: dict[str, set[str]] = defaultdict(set)
-    seen: set[str] = set()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
-        for line in dump.stdout:
-            if match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]+)", line):
-                seen.add(match[1])
-            elif match := re.match(r"\s+Function : (\w+)", line):
-                seen = found[short_name(demangled(match[1]))]
+        found = instructions(dump.stdout)
     assert dump.returncode == 0
+    return found
+
+
+def instructions(lines: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    code: list[str] = []
+    for line in lines:
+        if match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]+)(?: +gsb0,( \w+))?", line):
+            code.append(sys.intern(match[1] + (match[2] or "")))
+        elif match := re.match(r"\s+Function : (\w+)", line):
+            code = found[short_name(demangled(match[1]))]
     return found
 
 

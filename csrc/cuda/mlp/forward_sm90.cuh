@@ -189,7 +189,7 @@ __device__ inline void consume(const MlpSm90Params& params, char* memory, int gr
       start_fc2<T, C>(acc, a, memory + previous * Config::kImage + Config::kWeight, c > 1);
       products_wait<1>(h);
       add_gelu<kChunk>(h, table.b1() + c * kChunk);
-      computed(h);  // the wait for fc2, `finish`, must not move above GELU
+      computed_here(h, p.pixels < 0, table.y_mean());  // and not below the wait for fc2, `finish`
       const int finished = previous;
       previous = ring.stage;
       ring.advance();
