@@ -70,7 +70,7 @@ class PoolFormer(nn.Module):
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
 
-    Inference in channels_last on the CPU is one operator call while no inner module has hooks; otherwise,
+    Inference in channels_last is one operator call while no inner module has hooks; otherwise,
     and in training, the modules are called, with the same result up to rounding.
 
     Returns:

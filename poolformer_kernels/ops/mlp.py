@@ -10,7 +10,7 @@ from .dispatch import mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
 from .torch_private import constant_result, tf32_allowed
 
-__all__ = ["mlp", "mlp_with_stats"]
+__all__ = ["allows_tf32", "mlp", "mlp_with_stats"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _AUTOCAST = ("cpu", "cuda")  # where kernels run; elsewhere the reference's own operators obey autocast
@@ -191,7 +191,7 @@ def mlp_with_stats(
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
-            *((operand, _allows_tf32(x, w1, w2)) if backend == "triton" else ()),
+            *((operand, allows_tf32(x, w1, w2)) if backend == "triton" else ()),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
@@ -211,7 +211,7 @@ def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, int, int]:
     return x.shape[1], w1.shape[0], w2.shape[0]
 
 
-def _allows_tf32(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+def allows_tf32(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
     """Whether the products are float32 on CUDA and both weights' settings allow TF32."""
 
     def allowed(w: Tensor) -> bool:

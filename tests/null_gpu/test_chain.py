@@ -172,6 +172,20 @@ def test_another_dtype_layout_and_device_of_weights(x, triton) -> None:
     assert [step[0] for step in moved] == [step[0] for step in relaid]
 
 
+def test_float32_products_follow_torchs_settings(x, triton, monkeypatch) -> None:
+    """A plan belongs to the settings that it was made under."""
+    model = small()
+    run(model, x)
+    flow = {}
+    for allowed in (True, False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        flow[allowed] = run(model, x)[0]
+        forget(model)
+        assert run(model, x)[0] == flow[allowed]
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+        assert run(model, x)[0] != flow[allowed]
+
+
 def test_a_copy_is_a_model_of_its_own(x, triton) -> None:
     model = small()
     flow, _ = run(model, x)

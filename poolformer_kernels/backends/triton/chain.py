@@ -8,16 +8,16 @@ it: layers of C++ kernels are calls of their operators, the others launches of T
 import logging
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ... import reference
 from ...ops.chain import CONV, MIXER, MLP, POOLS, Chain, Layer
 from ...ops.dispatch import mlp_backend, select_backend
-from ...ops.torch_private import OpOverload, TorchDispatchMode, outside_modes
+from ...ops.mlp import allows_tf32
+from ...ops.torch_private import OpOverload, TorchDispatchMode, outside_modes, tf32_allowed
 from . import pool_mixer
-from .config import OPTIONS, next_power_of_2, stats_block
+from .config import OPTIONS, ceil_div, next_power_of_2
 from .device import on_another_device
 from .launch import kernel, launching_unavailable
 from .mlp import forward as mlp
@@ -27,6 +27,7 @@ from .tile import load_or_one, load_or_zero, round_to
 __all__ = ["add_bias", "pool_head", "run", "run_layers"]
 
 PLANS = 8  # that a chain keeps, the latest
+BIAS_BLOCK = 4096  # elements that a program of `bias_stats` adds a bias to
 HEAD_ROWS = 4  # pixels that `pool_head` adds at a time
 _log = logging.getLogger("poolformer_kernels")
 _aten, _ours = torch.ops.aten, torch.ops.poolformer_kernels
@@ -54,6 +55,8 @@ def bias_stats(x_ptr, bias_ptr, stats_ptr, N, tiles, C: tl.constexpr, BLOCK: tl.
     value = tl.load(ptr + lane, mask=ok, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         c = ((start % C).to(tl.int32) + lane) % C
+        if C % 8 == 0:  # each eight lanes have eight neighbours, so the bias is loaded as x is
+            c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
         rounded = round_to(value + load_or_zero(bias_ptr, c, ok), x_ptr.dtype.element_ty)
         tl.store(ptr + lane, rounded, mask=ok)
         value = rounded.to(tl.float32)
@@ -118,12 +121,13 @@ def add_bias(x: Tensor, bias: Tensor | None, return_stats: bool) -> Tensor | Non
     """Adds ``bias`` [C] to a channels_last x in place; partials of the result ``[B, T, 3]``, or None."""
     batch, channels = x.shape[:2]
     elements = channels * x.shape[2] * x.shape[3]
-    block, warps = stats_block(elements)
-    tiles = triton.cdiv(elements, block)
+    tiles = ceil_div(elements, BIAS_BLOCK)
     stats = None
     if return_stats:
         stats = torch.empty((batch, tiles, 3), dtype=torch.float32, device=x.device)
-    bias_stats[(batch * tiles,)](x, bias, stats, elements, tiles, channels, block, num_warps=warps, **OPTIONS)
+    bias_stats[(batch * tiles,)](
+        x, bias, stats, elements, tiles, channels, BIAS_BLOCK, num_warps=8, **OPTIONS
+    )
     return stats
 
 
@@ -147,6 +151,8 @@ def run(chain: Chain, x: Tensor) -> Tensor | None:
         return None
     backend = select_backend(x.device, x.dtype)
     key = (backend, x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
+    if x.dtype == torch.float32:
+        key = (*key, tf32_allowed.convolutions, tf32_allowed.matrix_products)
     plan = chain.plans.get(key, False)
     if plan is None:
         return None
@@ -214,8 +220,7 @@ def _mlp(
     if backend == "cuda" and mlp_backend(backend, x.device, sizes, x.dtype)[0] == "cuda":
         y, _, y_stats, _ = call(_ours.mlp_cuda.default, *arguments)
     else:
-        operand = w1.dtype if x.dtype == torch.float32 else x.dtype
-        y, _, y_stats, _ = mlp.forward(*arguments, operand, False)
+        y, _, y_stats, _ = mlp.forward(*arguments, x.dtype, allows_tf32(x, w1, w2))
     return y, y_stats if wanted else None
 
 
