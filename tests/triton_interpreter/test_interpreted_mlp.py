@@ -429,6 +429,35 @@ def test_fakes_have_the_shapes_and_strides(shape, hidden, layout) -> None:
     torch.library.opcheck(FORWARD, arguments(inputs), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden"), [((2, 17, 3, 4), 20), PAIR[1]], ids=str)
+def test_fakes_of_the_backward(shape, hidden, vectors) -> None:
+    """Each gradient has the dtype of what it belongs to."""
+    inputs = make_inputs(shape, hidden, vector_dtype=vectors)
+    x, *parameters = (inputs[name] for name in ORDER)
+    _, mean_rstd, _, saved = FORWARD(*arguments(inputs, operand=torch.bfloat16))
+    given = (x, x, mean_rstd, *parameters, saved, "gelu", True, True)
+    for wanted in (True, False):
+        options = (wanted, wanted, torch.bfloat16, False)
+        torch.library.opcheck(BACKWARD, (*given, *options), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_autocast_leaves_the_weights_to_the_kernels() -> None:
+    """The same values as of weights that were cast; their gradients are not rounded to bfloat16."""
+    inputs = make_inputs((2, 17, 3, 4), 20)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = mlp(**leaves, residual=True)
+        y.sum().backward()
+    cast = {name: t.detach() for name, t in inputs.items()}
+    cast |= {name: cast[name].bfloat16() for name in ("w1", "w2")}
+    torch.testing.assert_close(y.detach(), mlp(**cast, residual=True), rtol=0, atol=0)
+    for name in ("w1", "w2"):
+        grad = leaves[name].grad
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_nothing_outside_the_outputs_is_written(monkeypatch) -> None:
     guard, blocks = 4096, []
     empty = torch.empty
