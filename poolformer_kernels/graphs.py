@@ -212,7 +212,6 @@ class GraphedStep:
                 optimizer.step()
                 return value.detach()
 
-            optimizer.zero_grad()
             model.zero_grad()
             before = _Saved(model, optimizer, device)
             stream = torch.cuda.Stream()
