@@ -138,4 +138,5 @@ def test_memory_of_a_call(case) -> None:
         aot.distinct([case])
     sizes = allocated.sizes()
     assert sizes[0] == 2 * 256 * case.channels * case.size**2  # x
-    assert sum(sizes) <= (7 if case.channels == 512 else 5) * sizes[0]  # weights outweigh activations at 512
+    # The wide form's hidden activations and gradients, here of one chunk, are 8 times x.
+    assert sum(sizes) <= (5 if case.channels <= 128 else 13) * sizes[0]

@@ -373,22 +373,24 @@ def _weight_product(
     splits = partials.shape[0] // blocks
     for i in range(blocks):
         rows = slice(i * block_tokens, min((i + 1) * block_tokens, tokens))
+        whole = a.shape[0] == b.shape[0] == rows.stop - rows.start  # a slice takes as long as an allocation
+        block_a, block_b = (a, b) if whole else (a[rows], b[rows])
         if a.dtype != torch.float32:
-            _product_of_halves(a[rows], b[rows], partials[i])
+            _product_of_halves(block_a, block_b, partials[i])
             continue
         out = partials[i * splits : (i + 1) * splits]
         _, m, n = out.shape
         per_split = ceil_div(ceil_div(rows.stop - rows.start, launch.depth), splits)
         tiles = ceil_div(m, launch.rows) * ceil_div(n, launch.channels)
         mlp_bwd_outer[(splits * tiles,)](
-            a[rows], b[rows], out, rows.stop - rows.start, per_split, m, n, launch.rows, launch.channels,
+            block_a, block_b, out, rows.stop - rows.start, per_split, m, n, launch.rows, launch.channels,
             launch.depth, precision, num_warps=launch.warps, num_stages=launch.stages, **OPTIONS,
         )  # fmt: skip
 
 
 def _product_of_halves(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a^T b`` for operands of two bytes and an fp32 result."""
-    if a.device.type == "cpu":  # interpreted: only CUDA's mm has a result of another dtype
+    if a.is_cpu:  # interpreted: only CUDA's mm has a result of another dtype
         torch.mm(a.t().float(), b.float(), out=out)
     else:
         torch.mm(a.t(), b, out_dtype=torch.float32, out=out)

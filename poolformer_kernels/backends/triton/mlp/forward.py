@@ -295,7 +295,9 @@ def forward(
     hidden, out = w1.shape[0], w2.shape[0]
     pixels, fmt = height * width, memory_format_of(x)
     fp32 = {"dtype": torch.float32, "device": x.device}
-    partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
+    partials = 0
+    if return_stats:
+        partials = mlp_stats_tiles((batch, out, height, width), fmt == torch.channels_last, hidden)
     y = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
     mean_rstd = torch.empty((batch, 2) if norm else (0,), **fp32)
     stats_by_tile = return_stats and (pixels >= FEW_PIXELS or y.numel() == 0)
