@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from triton_helpers import parameters
+from triton_helpers import check_accesses, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
@@ -29,6 +29,7 @@ S_FAMILY = [aot.Case(torch.bfloat16, True, *shape) for shape in aot.SHAPES[:4]]
 FEW = [  # on every architecture
     aot.Case(torch.bfloat16, True, 64, 56, given_stats=False, return_stats=False),
     S_FAMILY[3],
+    aot.Case(torch.bfloat16, True, 64, 56, offset=1),  # as slices of larger tensors start
 ]
 USUAL = [  # on one: the S family, the head of a chain, the plain form, an image that strips do not divide
     *FEW,
@@ -71,6 +72,8 @@ def test_resources(launch, arch) -> None:
     constants = dict(launch.constants)
     assert used.spills == 0
     assert used.shared <= device.DEVICES[arch].shared
+    if constants.get("CHANNELS_LAST", True):
+        check_accesses(used, launch, arch)
     pool = constants.get("POOL", 3)
     warps = WARPS.get(launch.kernel, 16 if constants.get("EVEN") else 12)
     assert used.warps >= (warps if pool == 3 else 8)

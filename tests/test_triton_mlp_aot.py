@@ -1,11 +1,12 @@
 """The MLP's Triton launches, compiled without a GPU: registers, spills, memory, matrix instructions, gelu."""
 
+import dataclasses
 import importlib.util
 import os
 
 import pytest
 import torch
-from triton_helpers import check_products, parameters
+from triton_helpers import check_accesses, check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
@@ -26,7 +27,11 @@ def case(dtype: torch.dtype, channels: int, size: int, **options) -> aot.MlpCase
 
 TF32 = [case(torch.float32, *shape, allow_tf32=True) for shape in aot.SHAPES]
 BF16 = {shape[0]: case(torch.bfloat16, *shape) for shape in aot.SHAPES}
-FEW = [*(BF16[channels] for channels in (64, 128, 320)), *TF32[:3]]  # on every architecture
+FEW = [
+    *(BF16[channels] for channels in (64, 128, 320)),
+    *TF32[:3],
+    BF16[64]._replace(offset=1),
+]  # on every architecture
 USUAL = [  # on one; 384 and 512 have the tiles of 768
     *(BF16[channels] for channels in (64, 96, 128, 192, 320, 768)),
     case(torch.float32, 96, 56),
@@ -55,10 +60,15 @@ REST = [
     *(case(torch.bfloat16, *shape, offset=1) for shape in ((128, 28), (192, 28), (512, 7))),
     case(torch.float32, 64, 56, offset=1),
 ]
+MORE = [
+    *BF16.values(),
+    *TF32,
+    *(item._replace(offset=1) for item in (BF16[128], BF16[320], TF32[0], TF32[2])),
+]
 COMPILED = [
     item
     for arch in aot.ARCHS
-    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, [*BF16.values(), *TF32])), arch)
+    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, MORE)), arch)
     if arch == 90 or item.values[0].kernel != "mlp_prepare"  # no matrix product, next to no work
 ]
 
@@ -71,8 +81,10 @@ def test_resources(launch, arch) -> None:
     threads = 32 * dict(launch.options).get("num_warps", 4)
     assert used.spills == 0
     assert used.shared <= DEVICES[arch].shared
+    check_accesses(used, launch, arch)
     narrow = launch.kernel == "mlp_fwd" and constants["C"] <= 96 and signature["w1_ptr"] != "*fp32"
-    alone = not narrow or signature["hidden_ptr"] != "constexpr"  # else two blocks share an SM
+    # else two blocks share an SM
+    alone = not narrow or signature["hidden_ptr"] != "constexpr" or 0 not in launch.divisible
     warps = WARPS.get(launch.kernel, 8 if alone else 16)
     folded = launch.kernel == "mlp_fc1" and signature["u_ptr"] != "constexpr"
     if folded and 0 in launch.divisible and not DEVICES[arch].register_operands:
@@ -86,11 +98,6 @@ def test_resources(launch, arch) -> None:
         assert used.activations == 0  # neither a clamp nor an exponential
     else:  # each element of a chunk once: no thread computes what another has
         assert used.activations == constants["BM"] * constants["BN"] // threads
-    if (
-        launch.kernel == "mlp_fwd" and 0 in launch.divisible
-    ):  # x, and x again for the residual, in the widest pieces
-        itemsize = 4 if signature["x_ptr"] == "*fp32" else 2
-        assert used.ldg128 >= 2 * constants["BM"] * constants["C"] * itemsize // 16 // threads
 
 
 def test_launches_are_recorded_from_the_launchers() -> None:
@@ -107,9 +114,34 @@ def test_launches_are_recorded_from_the_launchers() -> None:
 
 
 def test_launches_are_those_of_the_device() -> None:
-    recorded = {arch: aot.launches(BF16[320], DEVICES[arch])[2] for arch in (80, 89, 90, 120)}
-    stages = {arch: dict(launch.options)["num_stages"] for arch, launch in recorded.items()}
-    assert stages == {80: 4, 89: 2, 90: 4, 120: 2}
+    for item, expected in (
+        (BF16[320], {80: (3, 4), 86: (3, 2), 89: (3, 2), 90: (3, 4), 100: (3, 4), 120: (3, 2)}),
+        (TF32[2], {80: (3, 4), 86: (3, 2), 89: (3, 2), 90: (3, 4), 100: (3, 4), 120: (3, 2)}),
+    ):
+        recorded = {arch: aot.launches(item, DEVICES[arch])[1:] for arch in aot.ARCHS}
+        stages = {
+            a: tuple(dict(launch.options)["num_stages"] for launch in two) for a, two in recorded.items()
+        }
+        assert stages == expected
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_narrower_code_is_noticed(arch) -> None:
+    """The same kernel, compiled without knowing that x is aligned."""
+    launch = aot.launches(BF16[64], DEVICES[arch])[0]
+    assert launch.signature[0][0] == "x_ptr"
+    unaware = dataclasses.replace(launch, divisible=tuple(index for index in launch.divisible if index))
+    wide, narrow = (aot.compile_launch(each, arch) for each in (launch, unaware))
+    check_accesses(wide, launch, arch)
+    check_accesses(narrow, unaware, arch)
+    with pytest.raises(AssertionError, match="x_ptr is narrow"):
+        check_accesses(narrow, launch, arch)
+    with pytest.raises(AssertionError, match="x_ptr is not aligned"):
+        check_accesses(wide, unaware, arch)
+    halved = dataclasses.replace(wide, shared_loads={4: 100, 16: 36})
+    if arch == 80:
+        with pytest.raises(AssertionError, match="shared memory is read in"):
+            check_accesses(halved, launch, arch)
 
 
 def test_only_the_callers_tensors_are_misaligned() -> None:
@@ -134,30 +166,31 @@ def test_statistics_have_room_for_every_tile(out, rows) -> None:
         assert forward._samples_per_tile(pixels, rows) == max(len(samples) for samples in touched)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_have_the_rows_that_statistics_count_on(itemsize) -> None:
+@pytest.mark.parametrize(("itemsize", "precision"), [(2, "ieee"), (4, "ieee"), (4, "tf32")])
+def test_tiles_have_the_rows_that_statistics_count_on(itemsize, precision) -> None:
+    matrix = itemsize == 2 or precision == "tf32"
     for channels in range(1, config.FUSED_FORWARD_CHANNELS * 2 // itemsize + 1):
         for device in DEVICES.values():
-            tiles = config.fused_forward_tiles(channels, itemsize, device)
+            tiles = config.fused_forward_tiles(channels, itemsize, device, precision)
             assert tiles.rows >= config.STATS_ROWS
-            assert itemsize == 4 or tiles.rows >= 16 * tiles.warps  # or a chained product computes gelu twice
+            assert not matrix or tiles.rows >= 16 * tiles.warps  # or a chained product computes gelu twice
     for arch in (80, 90, 100):
-        first, second = (
-            config.fc1_tiles(itemsize, itemsize, DEVICES[arch]),
-            config.fc2_tiles(320, itemsize, DEVICES[arch]),
-        )
+        first = config.fc1_tiles(itemsize, itemsize, DEVICES[arch], precision)
+        second = config.fc2_tiles(320, itemsize, DEVICES[arch], precision)
         assert second.rows >= config.STATS_ROWS
-        assert (first.stages, second.stages) == ((2, 2) if itemsize == 4 else (3, 4))
+        assert (first.stages, second.stages) == ((3, 4) if matrix else (2, 2))
 
 
 @pytest.mark.parametrize("arch", [86, 89, 120])
 def test_blocks_of_less_shared_memory_get_fewer_stages(arch) -> None:
     small = DEVICES[arch].shared
     assert small == 99 * 1024
-    for x_itemsize in (2, 4):
-        tiles = config.fc1_tiles(x_itemsize, 2, DEVICES[arch])
-        assert tiles.stages * tiles.depth * (tiles.rows * x_itemsize + 2 * tiles.columns[0]) <= small
+    for x_itemsize, itemsize, precision in ((2, 2, "ieee"), (4, 2, "ieee"), (4, 4, "tf32")):
+        tiles = config.fc1_tiles(x_itemsize, itemsize, DEVICES[arch], precision)
+        step = tiles.depth * (tiles.rows * x_itemsize + itemsize * tiles.columns[0])
+        assert tiles.stages * step <= small < 4 * step
     for out in (100, 192, 320, 512, 576):
-        tiles = config.fc2_tiles(out, 2, DEVICES[arch])
-        assert 2 <= tiles.stages <= 3
-        assert tiles.stages * tiles.depth * 2 * (tiles.rows + sum(tiles.columns)) <= small
+        for itemsize, precision in ((2, "ieee"), (4, "tf32")):
+            tiles = config.fc2_tiles(out, itemsize, DEVICES[arch], precision)
+            assert 2 <= tiles.stages <= 3
+            assert tiles.stages * tiles.depth * itemsize * (tiles.rows + sum(tiles.columns)) <= small

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_helpers import check_products, parameters
+from triton_helpers import check_accesses, check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):
@@ -78,7 +78,12 @@ class Allocated(TorchDispatchMode):
 
 CASES = [Case(*shape) for shape in SHAPES]
 TF32 = [Case(*shape, torch.float32, allow_tf32=True) for shape in SHAPES]
-FEW = [*(Case(*SHAPES[i]) for i in (0, 2, 5)), TF32[0], TF32[4]]  # on every architecture
+FEW = [
+    *(Case(*SHAPES[i]) for i in (0, 2, 5)),
+    TF32[0],
+    TF32[4],
+    Case(*SHAPES[0], offset=1),
+]  # on every architecture
 USUAL = [  # on one
     *CASES,
     *(Case(*SHAPES[i], save_hidden=True) for i in (0, 2, 4)),
@@ -98,10 +103,11 @@ REST = [
     *(case._replace(drop_grad=drop, save_hidden=True) for case in TF32 for drop in (False, True)),
     *(case._replace(offset=1) for case in TF32),
 ]
+MORE = [*CASES, *TF32, *(case._replace(offset=1) for case in (CASES[2], CASES[4], TF32[0], TF32[4]))]
 COMPILED = [
     item
     for arch in aot.ARCHS
-    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, [*CASES, *TF32])), arch)
+    for item in parameters(*((USUAL, REST) if arch == 90 else (FEW, MORE)), arch)
     if item.values[0].kernel in PRODUCTS or (arch == 90 and item.values[0].case == str(CASES[4]))
 ]
 
@@ -115,6 +121,7 @@ def test_resources(launch, arch) -> None:
     constants = dict(launch.constants)
     assert used.spills <= (16 if constants.get("C") == 128 and constants.get("DROP") else 0)
     assert used.shared <= DEVICES[arch].shared
+    check_accesses(used, launch, arch)
     if launch.kernel not in PRODUCTS:
         assert used.warps >= 20
         return

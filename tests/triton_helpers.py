@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # mma.sync, wgmma, tcgen05
+MATRIX = {
+    80: "HMMA",
+    86: "HMMA",
+    89: "HMMA",
+    90: "HGMMA",
+    100: "UTCHMMA",
+    120: "HMMA",
+}  # mma.sync, wgmma, tcgen05
 
 
 def check_products(used, launch, arch: int) -> None:
@@ -33,6 +40,67 @@ def check_products(used, launch, arch: int) -> None:
     else:
         assert used.matrix == {}
         assert used.ffma >= step
+
+
+# Arguments that are as large as the images, the hidden activations or the weights
+LARGE = {
+    *(
+        "x_ptr",
+        "y_ptr",
+        "grad_ptr",
+        "dx_ptr",
+        "tokens_ptr",
+        "n_ptr",
+        "g_ptr",
+        "p_ptr",
+        "dh_ptr",
+        "a_ptr",
+        "b_ptr",
+    ),
+    *("w1_ptr", "w2_ptr", "w2t_ptr", "operand_ptr", "folded_ptr", "dw1_ptr", "dw2_ptr"),
+}
+# Their elements that are multiplied lie in different rows. Halves are transposed on the way to the matrix
+# instruction, but TF32 only by copying each element to its place.
+TRANSPOSED = {("mlp_bwd_outer", "a_ptr"), ("mlp_bwd_outer", "b_ptr"), ("mlp_bwd_dn", "w1_ptr")}
+
+
+# Of the bytes that products read from shared memory, the share in pieces of 16 bytes, at least. Not where
+# wgmma and tcgen05 read the operands themselves: what is left there are results that change threads.
+SHARED_SHARE = 0.6
+
+
+def share(widths: dict[int, int], least: int = 16) -> float:
+    """The share of the bytes that accesses of so many bytes or more move; 1 where there are none."""
+    total = sum(size * n for size, n in widths.items())
+    return sum(size * n for size, n in widths.items() if size >= least) / total if total else 1.0
+
+
+# Of a large argument's bytes, the share that moves 16 at a time, at least: the rest is a single element that
+# shifts sums. The fused forward's weights come in parts of 32 x 32 halves, too, which are 8 bytes a thread.
+LARGE_SHARE, PART_SHARE = 0.9, 0.6
+
+
+def check_accesses(used, launch, arch: int) -> None:
+    """Memory is accessed 16 bytes at a time; an argument that is not so aligned by single elements."""
+    from poolformer_kernels.backends.triton.device import DEVICES
+
+    signature, constants = dict(launch.signature), dict(launch.constants)
+    names = list(signature)
+    misaligned = {name for name in used.accesses if names.index(name) not in launch.divisible}
+    for name in misaligned:
+        itemsize = 4 if signature[name] == "*fp32" else 2
+        assert max(used.accesses[name]) <= itemsize, f"{name} is not aligned: {used.accesses[name]}"
+    precision = constants.get("PRECISION")
+    if precision and (DEVICES[arch].register_operands or not used.matrix):
+        assert share(used.shared_loads) >= SHARED_SHARE, f"shared memory is read in {used.shared_loads}"
+    if misaligned & LARGE or constants.get("POOL", 3) != 3:
+        return  # smaller tiles, whose threads have fewer elements
+    for name in LARGE & used.accesses.keys():
+        if precision == "tf32" and (launch.kernel, name) in TRANSPOSED:
+            continue
+        part = launch.kernel == "mlp_fwd" and name in ("w1_ptr", "w2_ptr")
+        widths = used.accesses[name]
+        assert share(widths) >= (PART_SHARE if part else LARGE_SHARE), f"{name} is narrow: {widths}"
 
 
 def parameters(usual: list, rest: list, arch: int) -> list:

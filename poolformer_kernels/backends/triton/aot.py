@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import pool_mixer
+from .accesses import global_accesses, shared_loads
 from .config import stats_tiles
 from .device import DEVICES, Device, assumed
 from .mlp import backward, forward
@@ -44,7 +45,7 @@ __all__ = [
     "resource_table",
 ]
 
-ARCHS = (80, 89, 90, 100, 120)
+ARCHS = (80, 86, 89, 90, 100, 120)
 #: (channels, height = width) of the four stages of the S and of the M family at 224x224
 SHAPES = ((64, 56), (128, 28), (320, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -162,6 +163,8 @@ class Resources:
     instructions: int
     matrix: dict[str, int]  # matrix instructions, by kind; with TF32 operands "HMMA.TF32" and the like
     ffma: int  # multiply-adds in fp32; one of a pair counts as two
+    accesses: dict[str, dict[int, int]]  # to global memory, of a thread: by argument, then by bytes
+    shared_loads: dict[int, int]  # of a thread, by bytes
     # Elements of a tile that each thread applies the activation to (any but relu). More than a thread's share
     # of the tile: some are computed twice.
     activations: int
@@ -199,6 +202,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _cuobjdump("--dump-resource-usage", cubin)
         code = _cuobjdump("--dump-sass", cubin)
+    arguments = [(name, kind) for name, kind in launch.signature if kind != "constexpr"]
+    pointers = {index: name for index, (name, kind) in enumerate(arguments) if kind[0] == "*"}
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
     kinds = Counter(name.split(".")[0] for name in instructions)
@@ -215,6 +220,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         ldg=len(loads),
         instructions=len(instructions),
         matrix=_matrix_instructions(instructions, compiled.asm["ptx"]),
+        accesses=global_accesses(compiled.asm["ptx"], pointers),
+        shared_loads=shared_loads(instructions),
         ffma=kinds["FFMA"] + 2 * kinds["FFMA2"],
         activations=_activations(compiled.asm["ttgir"], compiled.asm["ptx"]),
     )

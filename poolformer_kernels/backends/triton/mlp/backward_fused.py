@@ -277,7 +277,7 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
             launch.weight_hidden, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
             problem.precision,
             num_warps=launch.weight_warps, num_stages=launch.weight_stages,
-            maxnreg=255 if problem.drop_grad else launch.registers, **OPTIONS,
+            maxnreg=launch.registers if aligned(g, problem.w1) and not problem.drop_grad else 255, **OPTIONS,
         )  # fmt: skip
     if token_sums is not None:
         k = sample_sums(problem, token_sums, g, ddrop)

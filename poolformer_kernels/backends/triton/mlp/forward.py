@@ -15,7 +15,7 @@ from torch import Tensor
 from ....layout import memory_format_of
 from ..activation import activate
 from ..config import OPTIONS, ceil_div, next_power_of_2, power_of_2_parts
-from ..device import device_of, on_another_device
+from ..device import aligned, device_of, on_another_device
 from ..launch import kernel
 from ..statistics import limit_partials, merge_partials, tensor_partials
 from ..tile import dot, load_or_zero, round_to
@@ -340,7 +340,8 @@ def _launch_fused(
         activation, residual, tiles.rows, tiles.hidden, *power_of_2_parts(channels),
         _samples_per_tile(pixels, tiles.rows), next_power_of_2(partials), precision, num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers if saved is None else 255,  # saving fc1's output takes registers
+        # saving fc1's output takes registers, and so do loads in narrow pieces
+        maxnreg=tiles.registers if saved is None and aligned(x, w1, w2) else 255,
         **OPTIONS,
     )  # fmt: skip
 
