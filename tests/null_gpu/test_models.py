@@ -117,7 +117,7 @@ def test_a_captured_training_step(backend) -> None:
     captured = [launch for launch in launches if launch.captured]
     ours, others = count(captured)
     assert ours == TRAINING[backend]
-    assert others <= OTHERS[backend]
+    assert others <= OTHERS[backend] + 4  # AdamW's counts of steps are on the device
     assert len({(launch.device, launch.stream) for launch in captured}) == 1
     assert torch.equal(random, torch.cuda.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
