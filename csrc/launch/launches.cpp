@@ -6,6 +6,8 @@
 #include <structmember.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
+#include <string_view>
 #include <unordered_map>
 
 #include "../common/tensors.h"
@@ -47,7 +49,14 @@ struct Entry {
 enum class Parameter : char { constant = 'c', specialised = 's', plain = 'n' };
 
 // Words of a key that are no addresses of objects; those are larger.
-enum Tag : uint64_t { is_none = 1, is_integer, is_float, is_tensor };
+enum Tag : uint64_t { is_none = 1, is_integer, is_float, is_tensor, is_text };
+
+// A number for a text, the same for equal texts; used with the GIL.
+uint64_t number_of(std::string_view text) {
+  static std::map<std::string, uint64_t, std::less<>> numbers;
+  const auto found = numbers.find(text);
+  return found != numbers.end() ? found->second : numbers.emplace(text, numbers.size()).first->second;
+}
 
 // Names of attributes, kept for the life of the process.
 PyObject *data_ptr_name, *dtype_name;
@@ -84,6 +93,12 @@ bool add_argument(PyObject* argument, Parameter parameter, Arguments& to) {
   uint64_t value = 0;
   if (argument == Py_None) {
     key.push_back(is_none);
+  } else if (PyUnicode_Check(argument)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(argument, &size);
+    if (text == nullptr) return false;
+    key.push_back(is_text);
+    key.push_back(number_of({text, static_cast<size_t>(size)}));
   } else if (PyBool_Check(argument) || (parameter == Parameter::constant && !PyLong_Check(argument))) {
     key.push_back(reinterpret_cast<uint64_t>(argument));
   } else if (PyLong_Check(argument)) {

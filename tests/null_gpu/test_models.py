@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 import poolformer_kernels as pk
 
@@ -68,11 +69,12 @@ def test_inference(backend) -> None:
 
 
 @pytest.mark.parametrize("batch", [2, 256])
-def test_training_step(backend, batch) -> None:
-    """Autocast to bfloat16 and fused AdamW; the second step launches what the first did."""
+def test_training_step(backend, batch, monkeypatch) -> None:
+    """Autocast to bfloat16 and fused AdamW; the second step goes by Triton's own launcher nowhere."""
     model, x = s12().train(), images(batch=batch)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     train(model, optimizer, x)
+    monkeypatch.setattr(triton.JITFunction, "run", None)
     with recorded() as launches:
         train(model, optimizer, x)
     ours, others = count(launches)
