@@ -302,7 +302,8 @@ CallArgument call_argument(const py::handle& given) {
   if (py::isinstance<py::float_>(given)) return given.cast<double>();
   if (py::isinstance<py::str>(given)) return given.cast<std::string>();
   if (py::isinstance<py::list>(given)) return given.cast<std::vector<int64_t>>();
-  const auto pair = given.cast<py::tuple>();  // (fact, whether the schema has a Tensor?)
+  const auto pair = given.cast<py::tuple>();  // (fact, whether the schema has a Tensor?), or (a dtype's name,)
+  if (pair.size() == 1) return DtypeArgument{pair[0].cast<std::string>()};
   return TensorArgument{fact_of(pair[0]), pair[1].cast<bool>()};
 }
 
@@ -333,11 +334,14 @@ void add_launching(py::module_& m) {
            [](Tape& tape, std::string op, std::string overload, const py::list& arguments, const py::list& results) {
              std::vector<CallArgument> values;
              for (const auto& argument : arguments) values.push_back(call_argument(argument));
-             tape.call(std::move(op), std::move(overload), std::move(values), facts_of(results));
+             std::vector<CallResult> made;
+             for (const auto& result : results) made.push_back(result.is_none() ? CallResult() : fact_of(result));
+             tape.call(std::move(op), std::move(overload), std::move(values), std::move(made));
            })
-      .def("finish", [](const Tape& tape, const py::list& inputs, const py::tuple& output, int device) {
-        return tape.finish(facts_of(inputs), fact_of(output), device);
-      });
+      .def("finish_chain", [](const Tape& tape, const py::list& inputs, const py::tuple& output,
+                              int device) { return tape.finish_chain(facts_of(inputs), fact_of(output), device); })
+      .def("finish_call", [](const Tape& tape, int64_t settings, const py::list& inputs, const py::list& outputs,
+                             int device) { tape.finish_call(settings, facts_of(inputs), facts_of(outputs), device); });
 }
 
 }  // namespace pk

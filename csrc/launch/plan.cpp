@@ -5,13 +5,19 @@
 #include "../cuda/core/stream.h"
 
 namespace pk {
-namespace {
 
 int32_t dtype_code(const std::string& name) {
   if (name == "float32") return aoti_torch_dtype_float32();
   if (name == "bfloat16") return aoti_torch_dtype_bfloat16();
-  STD_TORCH_CHECK(name == "float16", "chain_cuda: a tensor of ", name);
+  STD_TORCH_CHECK(name == "float16", "poolformer_kernels: a tensor of ", name);
   return aoti_torch_dtype_float16();
+}
+
+namespace {
+
+ScalarType scalar_type(const std::string& name) {
+  if (name == "float32") return ScalarType::Float;
+  return name == "bfloat16" ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
 bool same_layout(const Tensor& t, const TensorFact& fact) {
@@ -26,20 +32,22 @@ bool same_layout(const Tensor& t, const TensorFact& fact) {
 // Whether kernels that were specialised for the one's address are right for the other.
 bool same_alignment(uint64_t a, uint64_t b) { return (a - b) % 16 == 0; }
 
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype, int device) {
+// No tensor where there is no memory.
+OptionalTensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
+                     int device) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cuda(), device, &handle));
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cuda(), device,
+                               &handle) != AOTI_TORCH_SUCCESS)
+    return std::nullopt;
   return Tensor(handle);
 }
 
 // One run of a plan: where each slot's tensor is now.
 class Run {
  public:
-  Run(const Plan& plan, Tensor x, std::vector<Tensor> parameters)
+  Run(const Plan& plan, std::vector<Tensor> inputs)
       : plan_(plan), guard_(plan.device), bases_(plan.slots), tensors_(plan.slots) {
-    tensors_[0].emplace(std::move(x));
-    for (size_t i = 0; i < parameters.size(); ++i) tensors_[i + 1].emplace(std::move(parameters[i]));
+    for (size_t i = 0; i < inputs.size(); ++i) tensors_[i].emplace(std::move(inputs[i]));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(plan.device, &stream_));
   }
 
@@ -56,14 +64,14 @@ class Run {
     return true;
   }
 
-  void allocate() {
-    if (plan_.workspace != 0)
-      hold(plan_.workspace_slot,
-           empty({static_cast<int64_t>(plan_.workspace)}, {1}, aoti_torch_dtype_uint8(), plan_.device));
-    if (plan_.allocate_output) {
-      const TensorFact& fact = plan_.output;
-      hold(plan_.output_slot, empty(fact.sizes, fact.strides, dtype_code(fact.dtype), plan_.device));
-    }
+  // False where there is not enough memory.
+  bool allocate() {
+    const auto bytes = static_cast<int64_t>(plan_.workspace);
+    if (bytes != 0 && !hold(plan_.workspace_slot, empty({bytes}, {1}, aoti_torch_dtype_uint8(), plan_.device)))
+      return false;
+    for (const auto& [slot, fact] : plan_.allocations)
+      if (!hold(slot, empty(fact.sizes, fact.strides, dtype_code(fact.dtype), plan_.device))) return false;
+    return true;
   }
 
   void step(const Plan::Launch& launch) {
@@ -84,10 +92,12 @@ class Run {
     stack_.resize(std::max(call.arguments.size(), call.results.size()));
     TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher(call.op.c_str(), call.overload.c_str(), stack_.data(), TORCH_ABI_VERSION));
-    for (size_t i = 0; i < call.results.size(); ++i)
-      hold(call.results[i].slot, torch::stable::detail::to<Tensor>(stack_[i]));
+    for (size_t i = 0; i < call.results.size(); ++i) {
+      auto result = torch::stable::detail::to<Tensor>(stack_[i]);
+      if (call.results[i].slot >= 0) hold(call.results[i].slot, std::move(result));
+    }
     for (const auto& result : call.results)
-      if (!same_layout(*tensors_[result.slot], result.fact)) return false;
+      if (result.slot >= 0 && !same_layout(*tensors_[result.slot], result.fact)) return false;
     return true;
   }
 
@@ -95,16 +105,32 @@ class Run {
     for (int slot : slots) tensors_[slot].reset();
   }
 
-  Tensor output() { return std::move(*tensors_[plan_.output_slot]); }
+  std::vector<Tensor> outputs() const {
+    std::vector<Tensor> out;
+    for (const auto& output : plan_.outputs) {
+      const Tensor& held = *tensors_[output.slot];
+      if (output.whole) {
+        out.push_back(held);
+        continue;
+      }
+      const TensorFact& fact = output.fact;
+      AtenTensorHandle handle;
+      TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(held.get(), fact.sizes.size(), fact.sizes.data(),
+                                                            fact.strides.data(), output.offset, &handle));
+      out.emplace_back(handle);
+    }
+    return out;
+  }
 
  private:
   uint64_t at(const Plan::Where& where) const {
     return where.slot < 0 ? where.value : bases_[where.slot] + where.value;
   }
 
-  void hold(int slot, Tensor t) {
-    bases_[slot] = reinterpret_cast<uint64_t>(t.data_ptr());
-    tensors_[slot].emplace(std::move(t));
+  bool hold(int slot, OptionalTensor t) {
+    tensors_[slot] = std::move(t);
+    if (tensors_[slot]) bases_[slot] = reinterpret_cast<uint64_t>(tensors_[slot]->data_ptr());
+    return tensors_[slot].has_value();
   }
 
   Tensor tensor(const Plan::Argument& argument) const {
@@ -126,6 +152,8 @@ class Run {
             return value.optional ? from(OptionalTensor(tensor(argument))) : from(tensor(argument));
           } else if constexpr (std::is_same_v<T, Nothing>) {
             return from(std::nullopt);
+          } else if constexpr (std::is_same_v<T, DtypeArgument>) {
+            return from(scalar_type(value.name));
           } else {
             return from(value);
           }
@@ -145,11 +173,10 @@ class Run {
 
 }  // namespace
 
-std::vector<Tensor> Plan::run(Tensor x, std::vector<Tensor> parameters) const {
-  if (parameters.size() + 1 != inputs.size()) return {};
-  Run run(*this, std::move(x), std::move(parameters));
-  if (!run.take_inputs()) return {};
-  run.allocate();
+std::vector<Tensor> Plan::run(std::vector<Tensor> given) const {
+  if (given.size() != inputs.size()) return {};
+  Run run(*this, std::move(given));
+  if (!run.take_inputs() || !run.allocate()) return {};
   for (const auto& step : steps) {
     if (const auto* launch = std::get_if<Launch>(&step.what)) {
       run.step(*launch);
@@ -158,7 +185,7 @@ std::vector<Tensor> Plan::run(Tensor x, std::vector<Tensor> parameters) const {
     }
     run.release(step.release);
   }
-  return {run.output()};
+  return run.outputs();
 }
 
 }  // namespace pk

@@ -6,6 +6,9 @@
 
 namespace pk {
 
+// torch's number of a dtype, by its Python name.
+int32_t dtype_code(const std::string& name);
+
 struct Plan {
   // A number, or with a slot an address: so many bytes behind the start of the slot's tensor.
   struct Where {
@@ -24,8 +27,19 @@ struct Plan {
     bool whole;   // the slot's tensor as it is
   };
   struct Result {
+    int slot;  // -1: an argument, which is held already
+    TensorFact fact;
+  };
+  // A tensor that is made before the first step.
+  struct Allocation {
     int slot;
     TensorFact fact;
+  };
+  struct Output {
+    int slot;
+    TensorFact fact;
+    int64_t offset;  // in elements
+    bool whole;      // the slot's tensor as it is
   };
   struct Call {
     std::string op, overload;
@@ -42,13 +56,12 @@ struct Plan {
   int slots;                       // inputs, the workspace, operators' results, the output
   int workspace_slot;
   uint64_t workspace = 0;  // bytes
-  TensorFact output;
-  int output_slot = -1;
-  bool allocate_output = false;  // else an operator's result is the output
+  std::vector<Allocation> allocations;
+  std::vector<Output> outputs;
   std::vector<Step> steps;
 
-  // {the result}, or {} where the tensors are not what the plan was made for.
-  std::vector<Tensor> run(Tensor x, std::vector<Tensor> parameters) const;
+  // The results, or {} where the tensors are not what the plan was made for, or the memory is exhausted.
+  std::vector<Tensor> run(std::vector<Tensor> inputs) const;
 };
 
 }  // namespace pk

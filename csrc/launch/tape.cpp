@@ -35,7 +35,7 @@ void Tape::launch(std::string name, const driver::Kernel& kernel, unsigned block
 }
 
 void Tape::call(std::string op, std::string overload, std::vector<CallArgument> arguments,
-                std::vector<TensorFact> results) {
+                std::vector<CallResult> results) {
   events_.push_back(Call{std::move(op), std::move(overload), std::move(arguments), std::move(results)});
 }
 
@@ -64,7 +64,7 @@ class Planner {
     workspace_ = plan_->slots++;
   }
 
-  std::shared_ptr<Plan> plan(const Tape& tape, const TensorFact& output) {
+  std::shared_ptr<const Plan> plan(const Tape& tape, const std::vector<TensorFact>& outputs) {
     for (const auto& event : tape.events_) {
       if (const auto* allocation = std::get_if<Tape::Allocation>(&event)) {
         add_region(allocation->address, allocation->bytes, workspace_);
@@ -74,7 +74,8 @@ class Planner {
         add(std::get<Tape::Call>(event));
       }
     }
-    finish_output(output);
+    for (const auto& output : outputs) own_output(output);
+    for (const auto& output : outputs) add_output(output);
     place();
     return plan_;
   }
@@ -153,11 +154,15 @@ class Planner {
       step.arguments.push_back(std::move(out));
     }
     for (const auto& result : call.results) {
+      if (!result) {
+        step.results.push_back({-1, {}});
+        continue;
+      }
       const int slot = plan_->slots++;
-      step.results.push_back({slot, result});
-      if (result.bytes() == 0) continue;
-      results_[slot] = result;
-      owners_[slot] = add_region(result.address, result.bytes(), slot);
+      step.results.push_back({slot, *result});
+      if (result->bytes() == 0) continue;
+      results_[slot] = *result;
+      owners_[slot] = add_region(result->address, result->bytes(), slot);
     }
     plan_->steps.emplace_back(Plan::Step{std::move(step), {}});
   }
@@ -169,19 +174,35 @@ class Planner {
     return of.sizes == tensor.sizes && of.strides == tensor.strides && of.dtype == tensor.dtype;
   }
 
-  void finish_output(const TensorFact& output) {
+  // Memory that an output lies in leaves the workspace, or is not released.
+  void own_output(const TensorFact& output) {
+    if (output.bytes() == 0) return;
     const Place place = resolve(output.address);
-    if (place.region < 0 || place.offset != 0) throw std::runtime_error("the result is a part of another tensor");
+    if (place.region < 0) throw std::runtime_error("a result is an argument");
     Region& region = regions_[place.region];
-    plan_->output = output;
-    if (region.slot == workspace_) {  // it gets memory of its own, which outlives the call
-      region.slot = plan_->output_slot = plan_->slots++;
-      plan_->allocate_output = true;
+    if (region.slot != workspace_) {
+      owners_.erase(region.slot);
       return;
     }
-    if (!is_whole(place, output)) throw std::runtime_error("the result is a view of an operator's");
-    plan_->output_slot = region.slot;
-    owners_.erase(region.slot);
+    region.slot = plan_->slots++;
+    const int64_t elements = region.bytes / (output.dtype == "float32" ? 4 : 2);
+    const bool whole = place.offset == 0 && output.bytes() == region.bytes;
+    results_[region.slot] = whole ? output : TensorFact{region.address, output.dtype, {elements}, {1}};
+    plan_->allocations.push_back({region.slot, results_[region.slot]});
+  }
+
+  void add_output(const TensorFact& output) {
+    if (output.bytes() == 0) {
+      plan_->allocations.push_back({plan_->slots, output});
+      plan_->outputs.push_back({plan_->slots++, output, 0, true});
+      return;
+    }
+    const Place place = resolve(output.address);
+    const int itemsize = output.dtype == "float32" ? 4 : 2;
+    if (results_.at(place.slot).dtype != output.dtype || place.offset % itemsize != 0)
+      throw std::runtime_error("two results of different dtypes share memory");
+    const auto offset = static_cast<int64_t>(place.offset / itemsize);
+    plan_->outputs.push_back({place.slot, output, offset, is_whole(place, output)});
   }
 
   // Gives the regions of the workspace places, the largest first, each at the lowest one that is free for as long as it
@@ -240,7 +261,7 @@ class Planner {
 namespace {
 
 std::shared_mutex plans_mutex;
-std::unordered_map<int64_t, std::shared_ptr<const Plan>> plans;
+std::unordered_map<int64_t, std::shared_ptr<const Plan>> plans;  // of chains, by number
 int64_t next_plan = 1;
 
 std::shared_ptr<const Plan> plan_numbered(int64_t number) {
@@ -251,17 +272,73 @@ std::shared_ptr<const Plan> plan_numbered(int64_t number) {
 }
 
 std::vector<Tensor> chain_cuda(Tensor x, std::vector<Tensor> parameters, int64_t plan) {
-  return plan_numbered(plan)->run(std::move(x), std::move(parameters));
+  parameters.insert(parameters.begin(), std::move(x));
+  return plan_numbered(plan)->run(std::move(parameters));
+}
+
+constexpr size_t kMostCalls = 1024;  // plans of operators' calls that are kept
+
+// What a call's plan depends on: its settings, and of each tensor what `take_inputs` looks at.
+using CallKey = std::vector<int64_t>;
+struct CallKeyHash {
+  size_t operator()(const CallKey& key) const {
+    uint64_t hash = 0x9E3779B97F4A7C15;
+    for (int64_t word : key) hash = (hash ^ static_cast<uint64_t>(word)) * 0xFF51AFD7ED558CCD, hash ^= hash >> 32;
+    return hash;
+  }
+};
+std::shared_mutex calls_mutex;
+std::unordered_map<CallKey, std::shared_ptr<const Plan>, CallKeyHash> calls;
+
+void add_tensor(CallKey& key, int32_t dtype, uint64_t address, const int64_t* sizes, const int64_t* strides,
+                size_t dim) {
+  key.push_back(dtype);
+  key.push_back(static_cast<int64_t>(address % 16));
+  key.push_back(static_cast<int64_t>(dim));
+  key.insert(key.end(), sizes, sizes + dim);
+  key.insert(key.end(), strides, strides + dim);
+}
+
+std::vector<Tensor> replay(std::vector<Tensor> tensors, int64_t settings) {
+  CallKey key = {settings, tensors[0].get_device()};
+  for (const auto& t : tensors) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    add_tensor(key, dtype_of(t), reinterpret_cast<uint64_t>(t.data_ptr()), sizes.data(), strides.data(), sizes.size());
+  }
+  std::shared_ptr<const Plan> plan;
+  {
+    std::shared_lock lock(calls_mutex);
+    const auto found = calls.find(key);
+    if (found == calls.end()) return {};
+    plan = found->second;
+  }
+  return plan->run(std::move(tensors));
 }
 
 }  // namespace
 
-int64_t Tape::finish(const std::vector<TensorFact>& inputs, const TensorFact& output, int device) const {
+std::shared_ptr<const Plan> Tape::plan(const std::vector<TensorFact>& inputs, const std::vector<TensorFact>& outputs,
+                                       int device) const {
   if (refused_) throw std::runtime_error(*refused_);
-  auto plan = Planner(inputs, device).plan(*this, output);
+  return Planner(inputs, device).plan(*this, outputs);
+}
+
+int64_t Tape::finish_chain(const std::vector<TensorFact>& inputs, const TensorFact& output, int device) const {
+  auto made = plan(inputs, {output}, device);
   std::unique_lock lock(plans_mutex);
-  plans.emplace(next_plan, std::move(plan));
+  plans.emplace(next_plan, std::move(made));
   return next_plan++;
+}
+
+void Tape::finish_call(int64_t settings, const std::vector<TensorFact>& inputs, const std::vector<TensorFact>& outputs,
+                       int device) const {
+  CallKey key = {settings, device};
+  for (const auto& fact : inputs)
+    add_tensor(key, dtype_code(fact.dtype), fact.address, fact.sizes.data(), fact.strides.data(), fact.sizes.size());
+  auto made = plan(inputs, outputs, device);
+  std::unique_lock lock(calls_mutex);
+  if (calls.size() >= kMostCalls) calls.clear();
+  calls[std::move(key)] = std::move(made);
 }
 
 void free_plan(int64_t number) {
@@ -271,4 +348,7 @@ void free_plan(int64_t number) {
 
 }  // namespace pk
 
-STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CUDA, m) { m.impl("chain_cuda", TORCH_BOX(&pk::chain_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(poolformer_kernels, CUDA, m) {
+  m.impl("chain_cuda", TORCH_BOX(&pk::chain_cuda));
+  m.impl("replay", TORCH_BOX(&pk::replay));
+}

@@ -28,7 +28,13 @@ struct TensorArgument {
   bool optional;
 };
 struct Nothing {};
-using CallArgument = std::variant<TensorArgument, Nothing, bool, int64_t, double, std::string, std::vector<int64_t>>;
+struct DtypeArgument {
+  std::string name;
+};
+using CallArgument =
+    std::variant<TensorArgument, Nothing, DtypeArgument, bool, int64_t, double, std::string, std::vector<int64_t>>;
+// A result of an operator; none where it returns an argument that it has written to.
+using CallResult = std::optional<TensorFact>;
 
 // An argument of a kernel: eight bytes, and whether they are an address.
 struct LaunchArgument {
@@ -42,13 +48,18 @@ class Tape {
   // The call got memory for a tensor.
   void allocate(uint64_t address, uint64_t bytes);
   void launch(std::string name, const driver::Kernel& kernel, unsigned blocks, std::vector<LaunchArgument> arguments);
-  void call(std::string op, std::string overload, std::vector<CallArgument> arguments, std::vector<TensorFact> results);
+  void call(std::string op, std::string overload, std::vector<CallArgument> arguments, std::vector<CallResult> results);
   // The call did what cannot be written down; the first reason is kept.
   void refuse(std::string reason);
   // Makes a plan of it: addresses become places relative to the inputs, to a workspace and to operators' results.
-  // `inputs`: x, then the parameters. Returns the plan's number; throws std::runtime_error with the reason where there
-  // can be none.
-  int64_t finish(const std::vector<TensorFact>& inputs, const TensorFact& output, int device) const;
+  // Throws std::runtime_error with the reason where there can be none.
+  std::shared_ptr<const struct Plan> plan(const std::vector<TensorFact>& inputs, const std::vector<TensorFact>& outputs,
+                                          int device) const;
+  // A plan for `chain_cuda`, whose inputs are x, then the parameters. Returns its number.
+  int64_t finish_chain(const std::vector<TensorFact>& inputs, const TensorFact& output, int device) const;
+  // A plan for `replay` of calls with these settings, on tensors like these.
+  void finish_call(int64_t settings, const std::vector<TensorFact>& inputs, const std::vector<TensorFact>& outputs,
+                   int device) const;
 
   // The tape of this thread that launches are written to, or null.
   static Tape*& current();
@@ -66,7 +77,7 @@ class Tape {
   struct Call {
     std::string op, overload;
     std::vector<CallArgument> arguments;
-    std::vector<TensorFact> results;
+    std::vector<CallResult> results;
   };
   std::vector<std::variant<Allocation, Launch, Call>> events_;
   std::optional<std::string> refused_;

@@ -187,6 +187,7 @@ def _fake(
     return torch.empty((batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
+LIBRARY.define("replay(Tensor[] tensors, int settings) -> Tensor[]")  # backends/triton/replay.py
 LIBRARY.define("chain_cuda(Tensor x, Tensor[] parameters, int plan) -> Tensor[]")
 LIBRARY.define(
     "chain_cpp(Tensor x, Tensor[] parameters, int[] steps, float[] epsilons, bool channels_last) -> Tensor"

@@ -12,15 +12,44 @@ from .torch_private import (
     any_requires_grad,
     below_autograd,
     differentiating_transform,
+    dispatch_modes,
     forward_mode,
     in_transform,
 )
 
-__all__ = ["LIBRARY", "NAMESPACE", "call", "empty_output", "refuse_forward_derivatives", "register"]
+__all__ = [
+    "LIBRARY",
+    "NAMESPACE",
+    "call",
+    "empty_output",
+    "refuse_forward_derivatives",
+    "register",
+    "register_replay",
+]
 
 NAMESPACE = "poolformer_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _FUNCTIONS: dict[OpOverload, type[torch.autograd.Function]] = {}  # for each op that has a backward
+_REPLAYS: dict[OpOverload, Callable[[tuple], tuple[Tensor, ...] | None]] = {}
+
+
+def register_replay(name: str, replay: Callable[[tuple], tuple[Tensor, ...] | None]) -> None:
+    """``replay(arguments)`` returns what the op of this name would, or None; it is tried first.
+
+    It calls no operator that a dispatch mode could see, so under one the op is called.
+    """
+    _REPLAYS[getattr(torch.ops.poolformer_kernels, name).default] = replay
+
+
+def _run(op: OpOverload, args: tuple):
+    """The op's results, where nothing is to be recorded for autograd."""
+    replay = _REPLAYS.get(op)
+    if replay is not None and not dispatch_modes():
+        results = replay(args)
+        if results is not None:
+            return results
+    with below_autograd():
+        return op(*args)
 
 
 def refuse_forward_derivatives(operator: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -48,15 +77,13 @@ def call(op, *args):
     """
     if (
         torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
         or in_transform()  # inside one, tensors do not say that they require gradients
         or torch.jit.is_tracing()  # a trace records operators, but no autograd.Function
     ):
         return op(*args)
     if torch.is_grad_enabled() and any_requires_grad(*args):
         return _FUNCTIONS[op].apply(*args) if op in _FUNCTIONS else op(*args)
-    with below_autograd():  # nothing to record
-        return op(*args)
+    return _run(op, args)
 
 
 def empty_output(x: Tensor) -> Tensor:
@@ -90,8 +117,7 @@ def register(
     ops = tuple(getattr(torch.ops.poolformer_kernels, name).default for name in names)
 
     def function_forward(ctx, *args):
-        with below_autograd():
-            output = ops[0](*args)
+        output = _run(ops[0], args)
         setup_context(ctx, args, output)
         return output
 

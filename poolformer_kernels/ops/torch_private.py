@@ -30,6 +30,7 @@ __all__ = [
     "compiled_on_its_own",
     "constant_result",
     "differentiating_transform",
+    "dispatch_modes",
     "forward_mode",
     "frozen_weights",
     "has_global_hooks",
@@ -126,12 +127,17 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def dispatch_modes() -> bool:
+    """Whether a dispatch mode is active; nothing public tells."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def observed(x: Tensor) -> bool:
     """Whether something sees, and may replace, the operators that are called on x.
 
     A dispatch mode (fake tensors, counters of operations), or x itself, if it is of a subclass of Tensor.
     """
-    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter)
+    return dispatch_modes() or type(x) not in (Tensor, nn.Parameter)
 
 
 def compiled_on_its_own(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ class Launch:
     captured: bool  # kept for a graph, not run
     replayed: bool  # run by a graph
     device: int
+    function: int  # the driver's handle of the kernel
     stream: int  # torch's ``Stream.cuda_stream``; 0 is the default stream
     grid: tuple[int, int, int]
     block: tuple[int, int, int]

@@ -15,7 +15,7 @@ import torch
 
 from ...ops.chain import register_cuda_chain
 from ...ops.dispatch import register
-from ...ops.library import LIBRARY
+from ...ops.library import LIBRARY, register_replay
 from .config import stats_tiles
 from .mlp.config import mlp_stats_tiles
 
@@ -55,7 +55,7 @@ def _unavailable(device: torch.device) -> str | None:
             wanted, found = (".".join(map(str, version)) for version in (OLDEST, capability))
             return f"it needs compute capability {wanted} or newer, this device has {found}"
     try:
-        for module in {module for _, module, _ in _KERNELS}:
+        for module in {module for _, module, *_ in _KERNELS}:
             import_module(f".{module}", __name__)
     except ImportError as error:  # a Triton that the kernels are not made for, or a broken one
         return f"triton cannot be imported: {error}"
@@ -87,15 +87,31 @@ def _kernel(module: str, function: str) -> Callable:
     return kernel
 
 
+def _replayed(module: str, function: str, tensors: int) -> Callable:
+    """`replay.Replayed` of a function of a module of this package, made by the first call."""
+
+    def replay(args: tuple):
+        nonlocal loaded
+        if loaded is None:
+            launcher = getattr(import_module(f".{module}", __name__), function)
+            loaded = import_module(".replay", __name__).Replayed(launcher, tensors, function == "backward")
+        return loaded(args)
+
+    loaded = None
+    return replay
+
+
+# operator, module, function, how many of its first arguments are tensors
 _KERNELS = (
-    ("pool_mixer_triton", "pool_mixer", "forward"),
-    ("pool_mixer_triton_backward", "pool_mixer", "backward"),
-    ("mlp_triton", "mlp.forward", "forward"),
-    ("mlp_triton_backward", "mlp.backward", "backward"),
+    ("pool_mixer_triton", "pool_mixer", "forward", 6),
+    ("pool_mixer_triton_backward", "pool_mixer", "backward", 7),
+    ("mlp_triton", "mlp.forward", "forward", 10),
+    ("mlp_triton_backward", "mlp.backward", "backward", 12),
 )
-for _device in DEVICES:
-    for _operator, _module, _function in _KERNELS:
+for _operator, _module, _function, _tensors in _KERNELS:
+    for _device in DEVICES:
         LIBRARY.impl(_operator, _kernel(_module, _function), _device.upper())
+    register_replay(_operator, _replayed(_module, _function, _tensors))
 
 register_cuda_chain(_kernel("chain", "run"))
 register("triton", sys.modules[__name__])

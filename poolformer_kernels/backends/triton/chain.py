@@ -15,12 +15,13 @@ from ... import reference
 from ...ops.chain import CONV, MIXER, MLP, POOLS, Chain, Layer
 from ...ops.dispatch import mlp_backend, select_backend
 from ...ops.mlp import allows_tf32
-from ...ops.torch_private import OpOverload, TorchDispatchMode, outside_modes, tf32_allowed
+from ...ops.torch_private import tf32_allowed
 from . import pool_mixer
 from .config import OPTIONS, ceil_div, next_power_of_2
 from .device import on_another_device
 from .launch import kernel, launching_unavailable
 from .mlp import forward as mlp
+from .recorder import Recorder, fact
 from .statistics import limit_partials, merge_partials, tensor_partials
 from .tile import load_or_one, load_or_zero, round_to
 
@@ -238,55 +239,6 @@ class _Plan:
         self._free(self.number)
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes down what tensors are made and which operators are called; launches write themselves down."""
-
-    def __init__(self, tape) -> None:
-        super().__init__()
-        self.tape = tape
-
-    def __torch_dispatch__(self, op: OpOverload, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if op in _ALLOCATIONS:
-            self.tape.allocate(out.data_ptr(), out.untyped_storage().nbytes())
-        elif not _only_looks(op, args, out):
-            self.tape.refuse(f"{op} is not a kernel of the chain")
-        return out
-
-    def call(self, op: OpOverload, *args) -> Tensor | tuple[Tensor, ...]:
-        """Calls an operator and writes it down."""
-        with outside_modes():
-            out = op(*args)
-        arguments = []
-        for value, wanted in zip(args, op._schema.arguments, strict=True):
-            kind = str(wanted.type)
-            if isinstance(value, Tensor):
-                value = (_fact(value), kind.startswith("Optional"))
-            elif kind == "float" and value is not None:
-                value = float(value)
-            arguments.append(value)
-        results = [_fact(t) for t in ((out,) if isinstance(out, Tensor) else out)]
-        self.tape.call(op._schema.name, op._schema.overload_name, arguments, results)
-        return out
-
-
-_ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default}
-
-
-def _only_looks(op: OpOverload, inputs: tuple, outputs: object) -> bool:
-    """Whether an operator computed nothing: its results are its inputs' memory, which it has not changed."""
-    memory = {t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)}
-    outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
-    return not op._schema.is_mutable and all(
-        isinstance(t, Tensor) and t.untyped_storage().data_ptr() in memory for t in outputs
-    )
-
-
-def _fact(t: Tensor) -> tuple[int, str, list[int], list[int]]:
-    """A tensor for the extension: address, dtype, sizes and strides."""
-    return t.data_ptr(), str(t.dtype).removeprefix("torch."), [*t.shape], [*t.stride()]
-
-
 def _record(chain: Chain, x: Tensor, backend: str, key: tuple) -> Tensor | None:
     """Runs the layers on x; keeps a plan, or None where there can be none."""
     from ..._C import Tape
@@ -301,14 +253,10 @@ def _record(chain: Chain, x: Tensor, backend: str, key: tuple) -> Tensor | None:
         with torch.cuda.device_of(x):
             return _record(chain, x, backend, key)
     tape = Tape()
-    with _Recorder(tape) as recorder:
-        tape.start()
-        try:
-            y = run_layers(chain.layers, x, backend, recorder.call)
-        finally:
-            tape.stop()
+    with Recorder(tape) as recorder:
+        y = run_layers(chain.layers, x, backend, recorder.call)
     try:
-        number = tape.finish([_fact(t) for t in (x, *chain.parameters)], _fact(y), x.get_device())
+        number = tape.finish_chain([fact(t) for t in (x, *chain.parameters)], fact(y), x.get_device())
     except RuntimeError as error:
         _log.info("no plan of the inference on %s of %s: %s", backend, list(x.shape), error)
         chain.plans[key] = None

@@ -308,7 +308,8 @@ def forward(
         return y, mean_rstd, y_stats, saved
 
     x = x.contiguous(memory_format=torch.channels_last)
-    y_last = y if fmt is torch.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
+    last = y.is_contiguous(memory_format=torch.channels_last)  # as images of one pixel are in either layout
+    y_last = y if last else torch.empty_like(y, memory_format=torch.channels_last)
     if norm:
         stats = limit_partials(tensor_partials(x) if stats is None else stats.contiguous())
     precision = product_precision(operand, allow_tf32)

@@ -135,6 +135,7 @@ CUresult launch(const CUlaunchConfig& config, Kernel* kernel, void** arguments, 
   if (CUresult refused = load(*kernel)) return refused;
   Launch l;
   l.kernel = kernel->name;
+  l.function = reinterpret_cast<uint64_t>(kernel);
   l.known = kernel->known;
   l.grid[0] = config.gridDimX, l.grid[1] = config.gridDimY, l.grid[2] = config.gridDimZ;
   l.block[0] = config.blockDimX, l.block[1] = config.blockDimY, l.block[2] = config.blockDimZ;

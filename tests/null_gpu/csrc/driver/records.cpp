@@ -49,7 +49,8 @@ std::string json(const Launch& l) {
          ", \"cluster\": " + numbers(l.cluster) +
          format(", \"dynamic_shared\": %u, \"static_shared\": %d, \"registers\": %d, \"local\": %d", l.dynamic_shared,
                 l.static_shared, l.registers, l.local) +
-         format(", \"device\": %d, \"stream\": %lu", l.device, l.stream) + ", \"arguments\": [" + arguments + "]}\n";
+         format(", \"device\": %d, \"function\": %lu, \"stream\": %lu", l.device, l.function, l.stream) +
+         ", \"arguments\": [" + arguments + "]}\n";
 }
 
 }  // namespace

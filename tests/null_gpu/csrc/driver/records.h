@@ -16,6 +16,7 @@ struct Launch {
   bool captured = false, replayed = false;  // recorded for a graph, not run; run by a graph
   unsigned grid[3] = {}, block[3] = {}, cluster[3] = {}, dynamic_shared = 0;
   int static_shared = 0, registers = 0, local = 0, device = 0;
+  uint64_t function = 0;            // the kernel's handle
   uint64_t stream = 0;              // its handle; 0: the legacy stream
   std::vector<uint64_t> arguments;  // the first word of each
 };

@@ -126,7 +126,14 @@ RECORDED(cublasCdotu_v2)
 RECORDED(cublasZdotc_v2)
 RECORDED(cublasZdotu_v2)
 RECORDED(cublasDotEx)
-RECORDED(cublasGemmEx)
+
+BLAS cublasGemmEx(cublasHandle_t handle, cublasOperation_t, cublasOperation_t, int, int, int, const void*,
+                  const void* a, cudaDataType, int, const void* b, cudaDataType, int, const void*, void* c,
+                  cudaDataType, int, cublasComputeType_t, cublasGemmAlgo_t) {
+  void* const addresses[] = {const_cast<void*>(a), const_cast<void*>(b), c};
+  return static_cast<cublasStatus_t>(null_gpu_library_call_on("cublasGemmEx", of(handle).stream, addresses, 3));
+}
+
 RECORDED(cublasSgemmEx)
 RECORDED(cublasGemmStridedBatchedEx)
 
