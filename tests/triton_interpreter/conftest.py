@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
 
 import poolformer_kernels as pk
 
@@ -47,4 +48,10 @@ def quick() -> None:
 @pytest.fixture(autouse=True)
 def triton() -> Iterator[None]:
     with pk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def no_graph() -> Iterator[None]:
+    with torch.no_grad():
         yield
