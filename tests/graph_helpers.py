@@ -1,8 +1,10 @@
-"""A stand-in for CUDA graphs on the CPU: operators are recorded, and replayed on the same memory."""
+"""A stand-in for CUDA graphs on the CPU: operators are recorded and replayed; a model that makes steps."""
 
 import contextlib
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,3 +80,22 @@ class SaysCuda(torch.Tensor):
     """A CPU tensor that says it is on CUDA."""
 
     is_cuda = True
+
+
+class Net(nn.Module):
+    """With a buffer that steps change, and random numbers. No sum depends on where its operands lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(4, 1, 1) + 0.5), nn.Parameter(torch.rand(4, 1, 1))
+        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout(0.3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.drop(F.gelu(self.norm(x * self.scale + self.shift))).mean((2, 3))
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "capturable": True, "fused": True, **options})

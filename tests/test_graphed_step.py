@@ -1,4 +1,4 @@
-"""graphed_step without a GPU: steps against those without one, on a stand-in for CUDA graphs; refusals."""
+"""graphed_step without a GPU: steps against those without one, on a stand-in for CUDA graphs; failures."""
 
 import copy
 import importlib
@@ -6,13 +6,12 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_helpers import SaysCuda
+from graph_helpers import Net, adamw
 from peers import randomise
 from torch import nn
 
 import poolformer_kernels as pk
-from poolformer_kernels import graphs
-from poolformer_kernels.graphs import GraphedStep, graphed_step
+from poolformer_kernels.graphs import GraphedStep
 from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
 
 OPTIMIZERS = {
@@ -33,25 +32,6 @@ def capturable_on_the_cpu(monkeypatch):
         module = importlib.import_module(f"torch.optim.{name.lower()}")
         if hasattr(module, "_get_capturable_supported_devices"):
             monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
-
-
-class Net(nn.Module):
-    """With a buffer that steps change, and random numbers. No sum depends on where its operands lie."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.rand(4, 1, 1) + 0.5), nn.Parameter(torch.rand(4, 1, 1))
-        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout(0.3)
-        self.unused = nn.Parameter(torch.ones(2))
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.drop(F.gelu(self.norm(x * self.scale + self.shift))).mean((2, 3))
-
-
-def adamw(model, **options):
-    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "capturable": True, "fused": True, **options})
 
 
 def batches(count, shape=(3, 4, 5, 5), classes=4):
@@ -319,103 +299,3 @@ def test_another_input_is_refused_and_changes_nothing(stand_in, x, target, error
     with pytest.raises(error, match=words):
         step(x, target)
     assert all(map(torch.equal, before, state_of(model, optimizer)))
-
-
-# ---- refusals before anything runs -------------------------------------------------------------------------
-
-
-def never(y, target):
-    raise AssertionError("the loss was asked for")
-
-
-def hooked(register, *arguments):
-    model = Net()
-    getattr(model.norm, register)(lambda *_: None, *arguments)
-    return model
-
-
-def with_tensor_hook():
-    model = Net()
-    model.scale.register_hook(lambda g: g)
-    return model
-
-
-def with_optimizer_hook(model):
-    optimizer = adamw(model)
-    optimizer.register_step_post_hook(lambda *_: None)
-    return optimizer
-
-
-def two_groups(model, **second):
-    groups = [{"params": [model.scale]}, {"params": [model.shift], **second}]
-    return torch.optim.AdamW(groups, capturable=True)
-
-
-@pytest.mark.parametrize(
-    ("model", "optimizer", "error", "words"),
-    [
-        (print, lambda m: adamw(Net()), TypeError, "model must be an nn.Module, got builtin"),
-        (Net(), lambda m: "AdamW", TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
-        (nn.DataParallel(Net()), adamw, TypeError, "on one device by itself, got a DataParallel"),
-        (Net().eval(), adamw, ValueError, r"training mode, call model.train\(\)"),
-        (hooked("register_forward_hook"), adamw, ValueError, "model's module 'norm' has hooks"),
-        (hooked("register_full_backward_hook"), adamw, ValueError, "model's module 'norm' has hooks"),
-        (with_tensor_hook(), adamw, ValueError, "model's parameter scale has hooks"),
-        (Net(), with_optimizer_hook, ValueError, "optimizer has hooks"),
-        (Net(), lambda m: adamw(Net()), ValueError, "param group 0 .* parameters that are not the model's"),
-        (Net(), lambda m: two_groups(m, capturable=False), ValueError, "1 .* must have capturable=True"),
-        (
-            Net(), lambda m: torch.optim.SGD(m.parameters()), ValueError,
-            "group 0 of optimizer is SGD's, which has no capturable=True",
-        ),
-        (Net().requires_grad_(False), adamw, ValueError, "a parameter that needs a gradient, got none"),
-        (
-            Net(), lambda m: two_groups(m, lr=torch.tensor(0.1, device="meta")), ValueError,
-            "group 1 of optimizer has its lr on meta; allowed: a number, or a tensor on cpu",
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_refused(monkeypatch, model, optimizer, error, words):
-    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
-    x = torch.zeros(3, 4, 5, 5).as_subclass(SaysCuda)
-    with pytest.raises(error, match=words):
-        graphed_step(model, optimizer(model), never, x, torch.zeros(3).long())
-
-
-@pytest.mark.parametrize(
-    ("example", "target", "error", "words"),
-    [
-        ([0.0], torch.zeros(3), TypeError, "example must be a tensor, got list"),
-        (torch.zeros(3), 1, TypeError, "target must be a tensor, got int"),
-        (torch.zeros(3), torch.zeros(3), ValueError, "example must be a CUDA tensor, got one on cpu"),
-        (torch.zeros(0).as_subclass(SaysCuda), torch.zeros(3), ValueError, "example must not be empty"),
-        (
-            torch.zeros(3).as_subclass(SaysCuda), torch.zeros(3, device="meta"), ValueError,
-            "target must be on example's device cpu, got meta",
-        ),
-    ],
-)  # fmt: skip
-def test_tensors_that_are_refused(monkeypatch, example, target, error, words):
-    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
-    model = Net()
-    with pytest.raises(error, match=words):
-        graphed_step(model, adamw(model), never, example, target)
-
-
-def test_a_model_on_another_device_and_a_loss_that_is_none(monkeypatch):
-    monkeypatch.setattr(graphs.torch.cuda, "is_available", lambda: True)
-    model, x = Net(), torch.zeros(3).as_subclass(SaysCuda)
-    with pytest.raises(TypeError, match="loss must be a function of the result and the target, got str"):
-        graphed_step(model, adamw(model), "mse", x, torch.zeros(3))
-    model.norm.to("meta")
-    with pytest.raises(ValueError, match=r"example's device cpu, but norm.weight is on meta"):
-        graphed_step(model, adamw(model), never, x, torch.zeros(3))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
-def test_without_a_cuda_device():
-    model = Net()
-    with pytest.raises(
-        RuntimeError, match="graphed_step captures a CUDA graph, and torch sees no CUDA device"
-    ):
-        graphed_step(model, adamw(model), never, torch.zeros(3), torch.zeros(3))
