@@ -18,7 +18,7 @@ __all__ = ["Launches", "count_launches", "forget_launches", "is_null_gpu", "null
 
 _TESTS = Path(__file__).resolve().parent.parent / "tests"
 # The kernels of this package as a profiler names them; those of Triton have no namespace
-_OURS = re.compile(r"\bpk::|^(sample_stats|pool_mixer|mlp)(_\w+)?$")
+_OURS = re.compile(r"\bpk::|^((sample|bias|merge)_stats|pool_mixer_\w+|pool_head|mlp_\w+)$")
 
 
 @dataclass(frozen=True)
