@@ -54,26 +54,28 @@ MIXER_CALL = {
         },
     ),
 }  # fmt: skip
-_BACKWARD = {"mlp_bwd_prepare": 1, "mlp_bwd_sample": 1, "mlp_bwd_weight": 2, "mlp_bwd_columns": 3}
-_WIDE = (
-    {"sample_stats": 1, "mlp_prepare": 1, "mlp_fc1": 1, "mlp_fc2": 1},
-    {**_BACKWARD, "mlp_bwd_tokens": 2, "mlp_bwd_hidden": 1, "mlp_bwd_outer": 2, "mlp_bwd_dn": 1},
+# One kernel prepares all operands, one makes the samples' sums, one adds up all gradients' partials. Besides
+# them: of a narrow MLP the weights and x; of a wide one the activations, two products for the weights, and x.
+_BACKWARD = {"mlp_bwd_prepare": 1, "mlp_bwd_sample": 1, "mlp_bwd_finish": 1}
+_NARROW = (
+    {"sample_stats": 1, "mlp_fwd": 1},
+    {**_BACKWARD, "mlp_bwd_wgrad": 1, "mlp_bwd_dx": 1},
 )
 
 
 def mlp_call(
-    backend: str, dtype: str, layout: str, channels: int, capability: tuple[int, int]
+    backend: str, dtype: str, channels: int, capability: tuple[int, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """C++ has a kernel for few widths, of half operands; the others are Triton's on both backends."""
     if channels >= 320:
-        return _WIDE
+        products = {"mlp_bwd_outer": 2} if dtype == "float32" else {}  # of halves they are cuBLAS's
+        forward = {"sample_stats": 1, "mlp_prepare": 1, "mlp_fc1": 1, "mlp_fc2": 1}
+        return forward, {**_BACKWARD, "mlp_bwd_hidden": 1, **products, "mlp_bwd_dn": 1}
     if backend == "cuda" and dtype != "float32" and channels in (64, 96, 128):
         fused = {"mlp_pack": 1, "mlp_fwd_sm90": 1} if capability == (9, 0) else {"mlp_fwd": 1}
         names = ("prepare", "tokens", "wgrad", "sample", "dgrad", "columns", "weights", "finish")
         return {"norm_stats": 1, **fused}, {f"mlp_bwd_{name}": 1 for name in names}
-    copied = layout == "nchw"  # x and y's gradient are both brought into channels_last
-    backward = {**_BACKWARD, "mlp_bwd_tokens": 1 + copied, "mlp_bwd_wgrad": 1, "mlp_bwd_dx": 1}
-    return {"sample_stats": 1, "mlp_fwd": 1}, backward
+    return _NARROW
 
 
 # No samples: nothing but the parameters' gradients, which are zero, may take a kernel.
