@@ -60,8 +60,12 @@ LARGE = {
     *("w1_ptr", "w2_ptr", "w2t_ptr", "operand_ptr", "folded_ptr", "dw1_ptr", "dw2_ptr"),
 }
 # Their elements that are multiplied lie in different rows. Halves are transposed on the way to the matrix
-# instruction, but TF32 only by copying each element to its place.
-TRANSPOSED = {("mlp_bwd_outer", "a_ptr"), ("mlp_bwd_outer", "b_ptr"), ("mlp_bwd_dn", "w1_ptr")}
+# instruction, but TF32 only by copying each element to its place; the last two are used once more, as they
+# are, where fc1's output was not saved.
+TRANSPOSED = {
+    *(("mlp_bwd_outer", "a_ptr"), ("mlp_bwd_outer", "b_ptr"), ("mlp_bwd_dn", "w1_ptr")),
+    *(("mlp_bwd_wgrad", "n_ptr"), ("mlp_bwd_dx", "w1_ptr")),
+}
 
 
 # Of the bytes that products read from shared memory, the share in pieces of 16 bytes, at least. Not where
@@ -76,7 +80,7 @@ def share(widths: dict[int, int], least: int = 16) -> float:
 
 
 # Of a large argument's bytes, the share that moves 16 at a time, at least: the rest is a single element that
-# shifts sums. The fused forward's weights come in parts of 32 x 32 halves, too, which are 8 bytes a thread.
+# shifts sums. Where channels come in two parts, the smaller may have only 8 bytes for each thread.
 LARGE_SHARE, PART_SHARE = 0.9, 0.6
 
 
@@ -98,7 +102,7 @@ def check_accesses(used, launch, arch: int) -> None:
     for name in LARGE & used.accesses.keys():
         if precision == "tf32" and (launch.kernel, name) in TRANSPOSED:
             continue
-        part = launch.kernel == "mlp_fwd" and name in ("w1_ptr", "w2_ptr")
+        part = any(constants.get(second) for second in ("C1", "P1", "Q1", "N1"))
         widths = used.accesses[name]
         assert share(widths) >= (PART_SHARE if part else LARGE_SHARE), f"{name} is narrow: {widths}"
 

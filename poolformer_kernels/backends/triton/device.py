@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "Device", "aligned", "assumed", "device_of", "memory_of", "on_another_device"]
+__all__ = [
+    "DEVICES",
+    "Device",
+    "aligned",
+    "as_aligned",
+    "assumed",
+    "device_of",
+    "memory_of",
+    "on_another_device",
+]
 
 
 class Device(NamedTuple):
@@ -80,6 +89,14 @@ def aligned(*tensors: Tensor) -> bool:
     Tensors that do not are loaded in narrow pieces, which takes more registers.
     """
     return all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
+
+
+def as_aligned(t: Tensor) -> Tensor:
+    """The tensor, or a copy where it does not start at a multiple of 16 bytes.
+
+    The MLP reads its operands many times, and its tiles have no registers left for narrow pieces.
+    """
+    return t if aligned(t) else t.clone()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ....layout import memory_format_of
-from ..device import device_of, on_another_device
+from ..device import as_aligned, device_of, on_another_device
 from . import backward_fused, backward_gemm
 from .backward_finish import Gradients, finish
 from .backward_shared import Problem
@@ -62,11 +62,12 @@ def backward(
         return dx, *gradients, torch.empty(0, dtype=_dtype(drop_scale), device=x.device)
     dense = (w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden)
     w1, b1, w2, b2, gamma, beta, scale, drop, hidden = (None if p is None else p.contiguous() for p in dense)
+    w1 = as_aligned(w1)
     weights = {"dtype": operand, "device": x.device}
     precision = product_precision(operand, allow_tf32)
     problem = Problem(
-        grad=grad.contiguous(memory_format=fmt),
-        x=x.contiguous(memory_format=fmt),
+        grad=as_aligned(grad.contiguous(memory_format=fmt)),
+        x=as_aligned(x.contiguous(memory_format=fmt)),
         dx=dx,
         mean_rstd=mean_rstd.contiguous(),
         gamma=gamma,

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ..activation import activate_with_derivative
 from ..config import OPTIONS, ceil_div, power_of_2_parts
-from ..device import aligned
 from ..launch import kernel
 from ..tile import dot, load_or_one, round_to
 from .backward_shared import Partials, Problem, is_operand, prepare, sample_sums
@@ -277,7 +276,7 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
             launch.weight_hidden, problem.activation, problem.norm, problem.drop_grad, problem.scaled,
             problem.precision,
             num_warps=launch.weight_warps, num_stages=launch.weight_stages,
-            maxnreg=launch.registers if aligned(g, problem.w1) and not problem.drop_grad else 255, **OPTIONS,
+            maxnreg=255 if problem.drop_grad else launch.registers, **OPTIONS,
         )  # fmt: skip
     if token_sums is not None:
         k = sample_sums(problem, token_sums, g, ddrop)
@@ -291,6 +290,6 @@ def compute_partials(problem: Problem, launch: FusedBackward) -> Partials:
         problem.w2t, problem.table, k, problem.dx, dnorm, grad_sums, pixels, batch * pixels,
         *shape, launch.tokens, launch.hidden, problem.activation, problem.channels_last, problem.norm,
         problem.residual, problem.scaled, problem.precision, num_warps=launch.warps, num_stages=launch.stages,
-        maxnreg=launch.registers if aligned(x, problem.grad, problem.w1) else 255, **OPTIONS,
+        maxnreg=launch.registers, **OPTIONS,
     )  # fmt: skip
     return Partials(dw1, dw2, db1, dnorm, grad_sums, ddrop)

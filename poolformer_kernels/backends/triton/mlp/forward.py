@@ -15,7 +15,7 @@ from torch import Tensor
 from ....layout import memory_format_of
 from ..activation import activate
 from ..config import OPTIONS, ceil_div, next_power_of_2, power_of_2_parts
-from ..device import aligned, device_of, on_another_device
+from ..device import as_aligned, device_of, on_another_device
 from ..launch import kernel
 from ..statistics import limit_partials, merge_partials, tensor_partials
 from ..tile import dot, load_or_zero, round_to
@@ -307,7 +307,7 @@ def forward(
     if y.numel() == 0:
         return y, mean_rstd, y_stats, saved
 
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = as_aligned(x.contiguous(memory_format=torch.channels_last))
     last = y.is_contiguous(memory_format=torch.channels_last)  # as images of one pixel are in either layout
     y_last = y if last else torch.empty_like(y, memory_format=torch.channels_last)
     if norm:
@@ -315,8 +315,9 @@ def forward(
     precision = product_precision(operand, allow_tf32)
     fused = uses_fused_forward(channels, out, pixels, operand.itemsize, precision)
     launch = _launch_fused if fused else _launch_pair
+    w1, w2 = (as_aligned(w.flatten(1).contiguous()) for w in (w1, w2))
     launch(
-        x, w1.flatten(1).contiguous(), _dense(b1), w2.flatten(1).contiguous(), _dense(b2),
+        x, w1, _dense(b1), w2, _dense(b2),
         _dense(norm_weight), _dense(norm_bias), _dense(layer_scale), _dense(drop_scale), stats,
         mean_rstd if norm else None, y_last, y_stats if stats_by_tile else None,
         saved if save_hidden else None, activation, eps, residual, operand, precision,
@@ -341,8 +342,7 @@ def _launch_fused(
         activation, residual, tiles.rows, tiles.hidden, *power_of_2_parts(channels),
         _samples_per_tile(pixels, tiles.rows), next_power_of_2(partials), precision, num_warps=tiles.warps,
         num_stages=tiles.stages,
-        # saving fc1's output takes registers, and so do loads in narrow pieces
-        maxnreg=tiles.registers if saved is None and aligned(x, w1, w2) else 255,
+        maxnreg=tiles.registers if saved is None else 255,  # saving fc1's output takes registers
         **OPTIONS,
     )  # fmt: skip
 
