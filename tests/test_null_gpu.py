@@ -179,7 +179,7 @@ def test_on_the_null_gpu(folder) -> None:
     summary = run_tests(folder, "9.0", str(FOLDER), f"--ignore={EVERY_CALL}")
     passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary)
     assert passed, summary
-    assert int(passed[1]) >= 72  # a file that collects nothing would pass, too
+    assert int(passed[1]) >= 200  # a file that collects nothing would pass, too
 
 
 @pytest.mark.long

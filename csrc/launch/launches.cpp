@@ -212,24 +212,25 @@ PyObject* call(PyObject* object, PyObject* const* args, size_t flagged, PyObject
       arguments.key.push_back(reinterpret_cast<uint64_t>(PyTuple_GET_ITEM(names, i)));  // interned by Python
       if (!add_argument(args[given + i], Parameter::constant, arguments)) return nullptr;
     }
-    auto found = self->entries->find(arguments.key);
-    const bool known = found != self->entries->end();
-    if (!known || !found->second.prepared) {
+    const auto found = self->entries->find(arguments.key);
+    // Entries stay where they are, whatever other threads add while this one waits for the driver.
+    Entry* known = found == self->entries->end() ? nullptr : &found->second;
+    if (known == nullptr || !known->prepared) {
       const auto prepared =
           py::reinterpret_steal<py::object>(PyObject_Vectorcall(self->prepare->ptr(), args, flagged, names));
       if (!prepared) return nullptr;
-      if (!known) {
+      if (known == nullptr) {
         Entry entry;
         keep_objects(entry, args + 1, count, nullptr);
         keep_objects(entry, args + given, options, names);
         fill(entry, prepared);
-        found = self->entries->emplace(arguments.key, std::move(entry)).first;
+        known = &self->entries->emplace(arguments.key, std::move(entry)).first->second;
       }
-    } else if (!launch(*self->name, found->second, static_cast<unsigned>(blocks), device, arguments.values)) {
+    } else if (!launch(*self->name, *known, static_cast<unsigned>(blocks), device, arguments.values)) {
       return nullptr;
     }
     if (Tape* tape = Tape::current())
-      write_down(*tape, *self->name, found->second, static_cast<unsigned>(blocks), arguments.values);
+      write_down(*tape, *self->name, *known, static_cast<unsigned>(blocks), arguments.values);
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
@@ -322,6 +323,12 @@ void add_launching(py::module_& m) {
       "Why `Launches` cannot launch here, or None.");
   m.def("exchange_capture_mode", &driver::exchange_capture_mode,
         "cuThreadExchangeStreamCaptureMode: 0 global, 1 thread local, 2 relaxed; returns the mode before.");
+  m.def(
+      "refuse_recording",
+      [](std::string reason) {
+        if (Tape* tape = Tape::current()) tape->refuse(std::move(reason));
+      },
+      "What this thread writes down now cannot be run again.");
   m.def("free_plan", &free_plan, "Forgets a plan of `Tape.finish`.");
   py::class_<Tape>(m, "Tape", "What a call launched, to be run again: csrc/launch/tape.h.")
       .def(py::init<>())

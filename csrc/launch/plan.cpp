@@ -85,13 +85,14 @@ class Run {
     STD_TORCH_CHECK(error == nullptr, "launch of ", launch.name, ": ", error);
   }
 
-  // False where a result is not laid out as it was.
+  // False where it fails (the caller's own way to it has the error), or a result is not laid out as it was.
   bool step(const Plan::Call& call) {
     stack_.clear();
     for (const auto& argument : call.arguments) stack_.push_back(packed(argument));
     stack_.resize(std::max(call.arguments.size(), call.results.size()));
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher(call.op.c_str(), call.overload.c_str(), stack_.data(), TORCH_ABI_VERSION));
+    if (torch_call_dispatcher(call.op.c_str(), call.overload.c_str(), stack_.data(), TORCH_ABI_VERSION) !=
+        AOTI_TORCH_SUCCESS)
+      return false;
     for (size_t i = 0; i < call.results.size(); ++i) {
       auto result = torch::stable::detail::to<Tensor>(stack_[i]);
       if (call.results[i].slot >= 0) hold(call.results[i].slot, std::move(result));

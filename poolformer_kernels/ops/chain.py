@@ -75,6 +75,7 @@ class Chain:
         self._weights: list[Tensor] = []
         self._vectors: list[Tensor] = []
         self._parameters: list[Tensor] = []  # all of them, in the order of the layers
+        self._distinct: list[Tensor] | None = None
         self._steps: list[int] = []
         self._epsilons: list[float] = []
         self._convolves = False
@@ -84,6 +85,13 @@ class Chain:
     def parameters(self) -> list[Tensor]:
         """Of all layers, in their order."""
         return self._parameters
+
+    @property
+    def distinct_parameters(self) -> list[Tensor]:
+        """Each parameter once, however many layers have it."""
+        if self._distinct is None:
+            self._distinct = [*{id(p): p for p in self._parameters}.values()]
+        return self._distinct
 
     def _add(
         self,
@@ -132,8 +140,8 @@ class Chain:
     def takes(self, x: Tensor, channels_last: bool) -> bool:
         """Whether it computes on x, which must be `chainable`: layout, dtypes, devices and channels fit.
 
-        Otherwise the caller goes layer by layer, which computes or refuses it. On CUDA the parameters are
-        looked at by `run`.
+        Otherwise the caller goes layer by layer, which computes or refuses it. On CUDA `run` looks at the
+        parameters.
         """
         if self._in_channels not in (None, x.shape[1]):
             return False

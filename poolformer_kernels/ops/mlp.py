@@ -10,7 +10,7 @@ from .dispatch import mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
 from .torch_private import constant_result, tf32_allowed
 
-__all__ = ["allows_tf32", "mlp", "mlp_with_stats"]
+__all__ = ["allows_tf32", "check_arguments", "mlp", "mlp_with_stats"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _AUTOCAST = ("cpu", "cuda")  # where kernels run; elsewhere the reference's own operators obey autocast
@@ -153,7 +153,7 @@ def mlp_with_stats(
         x, (w1, b1, w2, b2), cast_to, narrow = _autocast(device, x, (w1, b1, w2, b2), norm, residual)
         if narrow is not None:
             return_stats = False  # y is rounded once more below, so these would not be its statistics
-    operand = _check(
+    operand = check_arguments(
         *(x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps),
         *(layer_scale, drop_scale, residual, save_hidden, stats, cast_to),
     )
@@ -246,11 +246,11 @@ def _autocast(
     return x, layers, operand, None if residual or x.dtype != torch.float32 else half
 
 
-def _check(
+def check_arguments(
     x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps, layer_scale, drop_scale, residual,
     save_hidden, stats, cast_to,
 ) -> torch.dtype:  # fmt: skip
-    """Returns the dtype of the products' operands: ``cast_to`` under autocast."""
+    """Raises `mlp`'s errors; returns the dtype of the products' operands: ``cast_to`` under autocast."""
     batch, channels = x.shape[:2]
     dtype = x.dtype
     hidden = _check_weight("w1", w1, x, "hidden, C", None, channels)

@@ -9,7 +9,7 @@ from .checks import check_bool, check_eps, check_input, check_stats, check_vecto
 from .dispatch import registered, select_backend
 from .library import call, empty_output, refuse_forward_derivatives, register
 
-__all__ = ["pool_mixer"]
+__all__ = ["check_arguments", "pool_mixer"]
 
 _FORWARD = (
     "pool_mixer_{}(Tensor x, Tensor? weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_scale,"
@@ -105,7 +105,7 @@ def pool_mixer_with_stats(
     Returns:
         (y, partials of y or None).
     """
-    _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual)
+    check_arguments(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
     backend = select_backend(x.device, x.dtype)
@@ -131,7 +131,8 @@ def pool_mixer_with_stats(
     return y, y_stats if return_stats else None
 
 
-def _check(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
+def check_arguments(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
+    """Raises `pool_mixer`'s errors."""
     check_input(x)
     batch, channels = x.shape[:2]
     check_vectors(

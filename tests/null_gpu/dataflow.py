@@ -45,6 +45,7 @@ _LIBRARIES = {
     "cudnnBackendExecute": ("x", "y", "w"),
     "cublasLtMatmul": ("w", "x", "y"),
     "cublasGemmEx": ("a", "b", "y"),
+    "cublasSgemm_v2": (),
 }
 
 
@@ -97,7 +98,7 @@ def dataflow(
         new = {}
         for name, kind, value in zip(names, types, launch.arguments, strict=False):
             if not kind.startswith("*"):
-                arguments.append((name, value & 0xFFFFFFFF))
+                arguments.append((name, value if kind == "i64" else value & 0xFFFFFFFF))
                 continue
             if name in written:
                 new[value] = (number, name)

@@ -104,28 +104,28 @@ def test_parts_of_a_model(triton) -> None:
 
 
 def test_a_half_model_with_float_vectors(triton) -> None:
+    """A convolution's bias must be of its weight's dtype; the blocks' vectors need not."""
     model = small().bfloat16()
-    for p in model.parameters():
-        if p.dim() == 1:
+    for name, p in model.named_parameters():
+        if p.dim() == 1 and not name.startswith("head") and ".proj." not in name:
             p.data = p.data.float()
-    model.head.bias.data = model.head.bias.data.bfloat16()
     assert_replays(model, images(2, 3, 41, 33, dtype=torch.bfloat16))
 
 
-def on_the_device(model: torch.nn.Module) -> None:
-    """What a change has put on the CPU."""
-    model.to("cuda:0")
+# Changes that compute something first, which the null GPU does not.
+COMPUTED = (test_chain_cache.optimizer_step, test_chain_cache.classifier_reset)
 
 
 @pytest.mark.parametrize("function", map(test_chain_cache.change, test_chain_cache.CHANGES))
 def test_a_change_is_seen(function, x, triton) -> None:
-    if function is test_chain_cache.optimizer_step:
-        pytest.skip("it makes its images on the CPU; a step changes weights in place, as another change does")
     model = small()
     before, _ = run(model, x)
-    assert run(model, x)[0] == before
-    function(model)
-    on_the_device(model)
+    assert_same(run(model, x)[0], before)
+    if function in COMPUTED:
+        model.cpu()
+    with pk.use_backend("auto"):
+        function(model)
+    model.to("cuda:0")  # and what the change has put on the CPU
     after, y = run(model, x)
     forget(model)
     fresh, z = run(model, x)
@@ -140,7 +140,7 @@ def test_weights_that_move_are_followed(x, triton) -> None:
     cached = model.__dict__[chain_cache.PLACE]
     for p in model.parameters():
         p.data = p.data.clone(memory_format=torch.preserve_format)
-    assert run(model, x)[0] == flow
+    assert_same(run(model, x)[0], flow)
     assert model.__dict__[chain_cache.PLACE] is cached
     assert len(plans(model)) == 1
 
@@ -166,6 +166,7 @@ def test_a_matrix_that_loses_its_alignment(triton) -> None:
     p.data = torch.empty(p.numel() + 1, dtype=p.dtype, device=p.device)[1:].view(p.shape)
     run(model, x)
     assert plans(model) == [None]
+    run(model, x)  # in the first call, stages have tried it for themselves
     assert_same(run(model, x)[0], run(model, x)[0])
 
 
@@ -174,15 +175,15 @@ def test_another_dtype_layout_and_device_of_weights(x, triton) -> None:
     flow, _ = run(model, x)
     half = x.bfloat16()
     assert run(model.bfloat16(), half)[0] != flow
-    assert run(model.float(), x)[0] == flow
+    assert_same(run(model.float(), x)[0], flow)
     with pytest.raises(RuntimeError):  # torch's own error
         run(model.bfloat16(), x)
     model.float()
     model.patch_embed.proj.weight.data = model.patch_embed.proj.weight.data.contiguous()
     relaid = run(model, x)[0]
-    assert run(model, x)[0] == relaid
+    assert_same(run(model, x)[0], relaid)
     forget(model)
-    assert run(model, x)[0] == relaid
+    assert_same(run(model, x)[0], relaid)
     other = model.to("cuda:1")
     moved, y = run(other, x.to("cuda:1"))
     assert y.device == torch.device("cuda:1")
@@ -198,7 +199,7 @@ def test_float32_products_follow_torchs_settings(x, triton, monkeypatch) -> None
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         flow[allowed] = run(model, x)[0]
         forget(model)
-        assert run(model, x)[0] == flow[allowed]
+        assert_same(run(model, x)[0], flow[allowed])
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
         assert run(model, x)[0] != flow[allowed]
 
@@ -208,8 +209,9 @@ def test_a_copy_is_a_model_of_its_own(x, triton) -> None:
     flow, _ = run(model, x)
     twin = copy.deepcopy(model)
     assert not plans(twin)
-    assert run(twin, x)[0] == run(twin, x)[0] == flow
-    assert run(model, x)[0] == flow
+    assert_same(run(twin, x)[0], flow)
+    assert_same(run(twin, x)[0], flow)
+    assert_same(run(model, x)[0], flow)
 
 
 def test_shapes_are_kept_apart_and_are_not_kept_for_ever(triton, monkeypatch) -> None:
@@ -260,7 +262,7 @@ def test_two_threads_on_two_streams(backend, x) -> None:
         own = [launch for launch in launches if launch.stream == stream.cuda_stream]
         assert len(own) == 20 * len(flow)
         for i in range(20):
-            assert dataflow(own[i * len(flow) : (i + 1) * len(flow)], tensors) == flow
+            assert_same(dataflow(own[i * len(flow) : (i + 1) * len(flow)], tensors), flow)
     assert len(launches) == 40 * len(flow)
 
 
@@ -325,40 +327,3 @@ def test_what_watches_operators_sees_them(x, triton) -> None:
         model(x)
     assert seen["poolformer_kernels::pool_mixer_triton"] == 5
     assert "poolformer_kernels::chain_cuda" not in seen
-
-
-def test_no_chain_where_gradients_or_autocast_are_on(x, triton) -> None:
-    model = small()
-    model(x).sum().backward()
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-        model(x)
-    assert not plans(model)
-
-
-def test_memory_of_a_replay(triton) -> None:
-    """The workspace is used again by later layers, as torch's allocator does it for the layers one by one."""
-    model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()
-    x = images(16, 3, 224, 224, dtype=torch.bfloat16)
-
-    def peak() -> int:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with torch.inference_mode():
-            model(x)
-        return torch.cuda.max_memory_allocated() - before
-
-    layers, replay = peak(), peak()
-    assert replay <= 1.02 * layers
-
-
-def test_weights_that_share_memory_have_no_plan(x, triton, caplog) -> None:
-    """One of them could be replaced without the other."""
-    model = small()
-    blocks = model.network[2]
-    with torch.no_grad():
-        blocks[1].mlp.fc1.weight.data = blocks[0].mlp.fc1.weight.data
-    with caplog.at_level("INFO", "poolformer_kernels"):
-        run(model, x)
-    assert "two of the parameters share memory" in caplog.text
-    assert set(plans(model)) == {None}
-    assert run(model, x)[0] == run(model, x)[0]

@@ -6,6 +6,7 @@ it: layers of C++ kernels are calls of their operators, the others launches of T
 """
 
 import logging
+import threading
 
 import torch
 import triton.language as tl
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.chain import CONV, MIXER, MLP, POOLS, Chain, Layer
+from ...ops.checks import check_eps, check_vectors
 from ...ops.dispatch import mlp_backend, select_backend
 from ...ops.mlp import allows_tf32
+from ...ops.mlp import check_arguments as check_mlp
+from ...ops.pool_mixer import check_arguments as check_mixer
 from ...ops.torch_private import tf32_allowed
 from . import pool_mixer
 from .config import OPTIONS, ceil_div, next_power_of_2
 from .device import on_another_device
-from .launch import kernel, launching_unavailable
+from .launch import hooks_set, kernel, launching_unavailable
 from .mlp import forward as mlp
 from .recorder import Recorder, fact
 from .statistics import limit_partials, merge_partials, tensor_partials
@@ -27,10 +31,11 @@ from .tile import load_or_one, load_or_zero, round_to
 
 __all__ = ["add_bias", "pool_head", "run", "run_layers"]
 
-PLANS = 8  # that a chain keeps, the latest
+PLANS = 64  # that a chain keeps, the latest
 BIAS_BLOCK = 4096  # elements that a program of `bias_stats` adds a bias to
 HEAD_ROWS = 4  # pixels that `pool_head` adds at a time
 _log = logging.getLogger("poolformer_kernels")
+_lock = threading.Lock()  # while plans of a chain are added
 _aten, _ours = torch.ops.aten, torch.ops.poolformer_kernels
 
 
@@ -150,7 +155,7 @@ def head(x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | 
 
 def run(chain: Chain, x: Tensor) -> Tensor | None:
     """The chain's result for a channels_last x, or None where there is no plan for it."""
-    if launching_unavailable() is not None:
+    if launching_unavailable() is not None or hooks_set():
         return None
     backend = select_backend(x.device, x.dtype)
     key = (backend, x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
@@ -159,10 +164,9 @@ def run(chain: Chain, x: Tensor) -> Tensor | None:
     plan = chain.plans.get(key, False)
     if plan is None:
         return None
-    if plan is not False:
-        if result := _ours.chain_cuda.default(x, chain.parameters, plan.number):
-            return result[0]
-        chain.plans.clear()  # the parameters have other shapes or dtypes now
+    if plan and (result := _ours.chain_cuda.default(x, chain.distinct_parameters, plan.number)):
+        return result[0]
+    # The call is new, or the parameters have other shapes or dtypes now, or memory is exhausted.
     return _record(chain, x, backend, key)
 
 
@@ -177,6 +181,9 @@ def run_layers(layers: list[Layer], x: Tensor, backend: str, call) -> Tensor:
                 x = call(_aten.linear.default, x, weight, bias)
                 continue
             x = call(_aten.convolution.default, x, weight, None, *_same(stride, padding), False, [0, 0], 1)
+            x = x.contiguous(
+                memory_format=torch.channels_last
+            )  # without cuDNN it is not, and there is no plan
             if bias is not None or wanted:
                 stats = add_bias(x, bias, wanted)
         elif layer.kind == MIXER:
@@ -184,6 +191,9 @@ def run_layers(layers: list[Layer], x: Tensor, backend: str, call) -> Tensor:
         elif layer.kind == MLP:
             x, stats = _mlp(layer, x, stats, wanted, backend, call)
         else:
+            names = zip(("weight", "bias"), layer.vectors, strict=True)
+            check_vectors(x, tuple((name, v, "C", x.shape[1]) for name, v in names))
+            check_eps(layer.eps)
             official = layer.kind == POOLS["official"]
             if official and stats is None:
                 stats = tensor_partials(x)
@@ -201,6 +211,7 @@ def _mixer(
     layer: Layer, x: Tensor, stats: Tensor | None, wanted: bool, backend: str, call
 ) -> tuple[Tensor, Tensor | None]:
     weight, bias, scale = layer.vectors
+    check_mixer(x, weight, bias, scale, None, stats, layer.numbers[0], layer.eps, True)
     arguments = (x, weight, bias, scale, None, stats, layer.numbers[0], layer.eps, True, wanted)
     if backend == "cuda":
         y, _, y_stats = call(_ours.pool_mixer_cuda.default, *arguments)
@@ -215,6 +226,10 @@ def _mlp(
     w1, w2 = layer.weights
     b1, b2, norm_weight, norm_bias, scale = layer.vectors
     activation = [*reference.ACTIVATIONS][layer.numbers[0]]
+    check_mlp(
+        x, w1, b1, w2, b2, activation, True, norm_weight, norm_bias, layer.eps, scale, None, True, False,
+        stats, None,
+    )  # fmt: skip
     arguments = (
         x, w1, b1, w2, b2, norm_weight, norm_bias, scale, None, stats, activation, layer.eps, True, True,
         wanted, False,
@@ -243,11 +258,7 @@ def _record(chain: Chain, x: Tensor, backend: str, key: tuple) -> Tensor | None:
     """Runs the layers on x; keeps a plan, or None where there can be none."""
     from ..._C import Tape
 
-    while len(chain.plans) >= PLANS:
-        chain.plans.pop(next(iter(chain.plans)))
-    if any(type(p) not in (Tensor, torch.nn.Parameter) or p.device != x.device for p in chain.parameters):
-        return None
-    if any(p.dtype != x.dtype for layer in chain.layers for p in layer.weights):
+    if not _takes(chain, x):
         return None
     if on_another_device(x):
         with torch.cuda.device_of(x):
@@ -256,10 +267,29 @@ def _record(chain: Chain, x: Tensor, backend: str, key: tuple) -> Tensor | None:
     with Recorder(tape) as recorder:
         y = run_layers(chain.layers, x, backend, recorder.call)
     try:
-        number = tape.finish_chain([fact(t) for t in (x, *chain.parameters)], fact(y), x.get_device())
+        inputs = [fact(t) for t in (x, *chain.distinct_parameters)]
+        plan = _Plan(tape.finish_chain(inputs, fact(y), x.get_device()))
     except RuntimeError as error:
         _log.info("no plan of the inference on %s of %s: %s", backend, list(x.shape), error)
-        chain.plans[key] = None
-        return None
-    chain.plans[key] = _Plan(number)
+        plan = y = None
+    with _lock:
+        while len(chain.plans) >= PLANS:
+            chain.plans.pop(next(iter(chain.plans)))
+        chain.plans[key] = plan
     return y
+
+
+def _takes(chain: Chain, x: Tensor) -> bool:
+    """Whether the parameters are plain tensors, of x's dtype and device where the kernels want that.
+
+    What else is wrong the operators' own checks find, and of a convolution's bias its module.
+    """
+    if any(type(p) not in (Tensor, torch.nn.Parameter) or p.device != x.device for p in chain.parameters):
+        return False
+    for kind, weights, vectors, *_ in chain.layers:
+        if any(w.dtype != x.dtype for w in weights):
+            return False
+        given = [v for v in vectors if v is not None]
+        if kind == CONV and any(v.dtype != x.dtype or v.shape != weights[0].shape[:1] for v in given):
+            return False
+    return True

@@ -17,7 +17,7 @@ from triton import knobs
 
 from .. import cpp
 
-__all__ = ["Kernel", "capture_relaxed", "kernel", "launching_unavailable"]
+__all__ = ["Kernel", "capture_relaxed", "hooks_set", "kernel", "launching_unavailable"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _log = logging.getLogger("poolformer_kernels")
@@ -48,6 +48,13 @@ def launching_unavailable() -> str | None:
     return reason
 
 
+def hooks_set() -> bool:
+    """Whether something wants to see Triton's launches, as a profiler does."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 @contextmanager
 def capture_relaxed():
     """Lets a kernel be loaded while a CUDA graph is captured: loading it is not part of the graph."""
@@ -67,9 +74,13 @@ class Kernel(triton.JITFunction):
     _launches = None
 
     def __getitem__(self, grid: tuple[int]) -> Callable:
-        hooks = knobs.runtime.launch_enter_hook
-        if self._launches is None or getattr(hooks, "calls", hooks):  # a profiler sees Triton's launches only
-            if self._launches is not None or launching_unavailable() is not None:
+        if self._launches is None or hooks_set():
+            if launching_unavailable() is not None:
+                return super().__getitem__(grid)
+            if hooks_set():  # of a profiler, which sees Triton's launches only
+                from ..._C import refuse_recording
+
+                refuse_recording("a hook sees Triton's launches")
                 return super().__getitem__(grid)
             from ..._C import Launches
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layout import memory_format_of
 from ...ops.torch_private import below_autograd
-from .launch import launching_unavailable
+from .launch import hooks_set, launching_unavailable
 from .recorder import Recorder, fact
 
 __all__ = ["Replayed"]
@@ -48,6 +48,7 @@ class Replayed:
             not tensors[0].is_cuda
             or not set(map(type, given)) <= _EXACT
             or launching_unavailable() is not None
+            or hooks_set()
         ):
             return None
         key = (args[self._tensors :], tuple([t is None for t in tensors]))

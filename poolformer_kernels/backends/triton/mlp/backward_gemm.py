@@ -232,19 +232,19 @@ def compute_partials(problem: Problem, launch: BackwardGemms) -> Partials:
         (batch, pixels, *problem.sizes), itemsize, memory_of(problem.x) // WORKSPACE_SHARE
     )
     while True:
+        parts = [
+            _select_samples(problem, first, min(first + chunks.chunk, batch))
+            for first in range(0, batch, chunks.chunk)
+        ]
+        rows = [_partial_counts(part, launch, chunks.block) for part in parts]
         try:
+            sums = _empty_partials(problem, [sum(each) for each in zip(*rows, strict=True)])
             buffers = allocate_buffers(problem, launch, chunks.chunk * pixels)
             break
         except torch.OutOfMemoryError:
-            chunks = chunks.halved()
+            sums, chunks = None, chunks.halved()
             if chunks is None:
                 raise
-    parts = [
-        _select_samples(problem, first, min(first + chunks.chunk, batch))
-        for first in range(0, batch, chunks.chunk)
-    ]
-    rows = [_partial_counts(part, launch, chunks.block) for part in parts]
-    sums = _empty_partials(problem, [sum(each) for each in zip(*rows, strict=True)])
     if len(parts) == 1:
         _compute_chunk(problem, launch, buffers, chunks.block * pixels, sums, True)
         return sums
@@ -265,7 +265,7 @@ def _partial_counts(problem: Problem, launch: BackwardGemms, block: int) -> tupl
     batch, _, height, width = problem.x.shape
     tokens, blocks = batch * height * width, ceil_div(batch, block)
     splits = 1, 1
-    if problem.w1.dtype == torch.float32:
+    if not by_cublas(problem.w1.dtype):
         splits = (
             _split_count(launch, hidden, channels, block * height * width),
             _split_count(launch, out, hidden, block * height * width),
@@ -375,8 +375,8 @@ def _weight_product(
         rows = slice(i * block_tokens, min((i + 1) * block_tokens, tokens))
         whole = a.shape[0] == b.shape[0] == rows.stop - rows.start  # a slice takes as long as an allocation
         block_a, block_b = (a, b) if whole else (a[rows], b[rows])
-        if a.dtype != torch.float32:
-            _product_of_halves(block_a, block_b, partials[i])
+        if by_cublas(a.dtype):
+            _bfloat16_product(block_a, block_b, partials[i])
             continue
         out = partials[i * splits : (i + 1) * splits]
         _, m, n = out.shape
@@ -388,8 +388,17 @@ def _weight_product(
         )  # fmt: skip
 
 
-def _product_of_halves(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a^T b`` for operands of two bytes and an fp32 result."""
+def by_cublas(operand: torch.dtype) -> bool:
+    """Whether cuBLAS computes the weights' gradients of these operands.
+
+    Its float32 products would obey another setting than ours for TF32, and its products of float16 have no
+    float32 result where PyTorch's `allow_fp16_accumulation` is set.
+    """
+    return operand == torch.bfloat16
+
+
+def _bfloat16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a^T b`` for bfloat16 operands and an fp32 result."""
     if a.is_cpu:  # interpreted: only CUDA's mm has a result of another dtype
         torch.mm(a.t().float(), b.float(), out=out)
     else:
