@@ -68,7 +68,7 @@ def mlp_call(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """C++ has a kernel for few widths, of half operands; the others are Triton's on both backends."""
     if channels >= 320:
-        products = {"mlp_bwd_outer": 2} if dtype == "float32" else {}  # of halves they are cuBLAS's
+        products = {} if dtype == "bfloat16" else {"mlp_bwd_outer": 2}  # of bfloat16 they are cuBLAS's
         forward = {"sample_stats": 1, "mlp_prepare": 1, "mlp_fc1": 1, "mlp_fc2": 1}
         return forward, {**_BACKWARD, "mlp_bwd_hidden": 1, **products, "mlp_bwd_dn": 1}
     if backend == "cuda" and dtype != "float32" and channels in (64, 96, 128):
