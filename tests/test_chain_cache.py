@@ -242,7 +242,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("function", map(change, CHANGES))
+@pytest.mark.parametrize("function", [*map(change, CHANGES)])
 def test_a_change_is_seen(function, x):
     model, before = ran(x)
     function(model)
@@ -397,7 +397,7 @@ def known_to_a_part(model):
 
 
 @pytest.mark.parametrize(
-    "function", map(change, [as_it_is, forward_wrapped, stage_forward_wrapped, known_to_a_part])
+    "function", [*map(change, [as_it_is, forward_wrapped, stage_forward_wrapped, known_to_a_part])]
 )
 def test_a_model_is_collected(function, x):
     model, _ = ran(x)
