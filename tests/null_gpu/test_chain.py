@@ -116,7 +116,7 @@ def test_a_half_model_with_float_vectors(triton) -> None:
 COMPUTED = (test_chain_cache.optimizer_step, test_chain_cache.classifier_reset)
 
 
-@pytest.mark.parametrize("function", map(test_chain_cache.change, test_chain_cache.CHANGES))
+@pytest.mark.parametrize("function", [*map(test_chain_cache.change, test_chain_cache.CHANGES)])
 def test_a_change_is_seen(function, x, triton) -> None:
     model = small()
     before, _ = run(model, x)
