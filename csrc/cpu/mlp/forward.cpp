@@ -37,6 +37,30 @@ void fill_statistics(MlpCall& call, const MlpKernels& kernels, Partials stats, d
   }
 }
 
+// Whether tokens are the rows of the products (rows_forward.h), where the level has such kernels. That depends on
+// shapes alone.
+bool rows_fit(const MlpParams& p) {
+  return p.channels_last && !p.saved && p.tokens >= kRowsTokens && std::max(p.channels, p.out) <= kRowsChannels &&
+         p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
+}
+
+// y of all tokens, with tokens as rows. The threads pack the weights together; nothing of it is kept for another call.
+void run_rows(MlpCall& call, const MlpKernels& kernels) {
+  MlpParams& p = call.p;
+  thread_local std::vector<float> kept;
+  uint32_t* packed = reinterpret_cast<uint32_t*>(grown(kept, kernels.rows_packed(p)));
+  p.packed = packed;
+  call.for_items(kernels.rows_items(p), [&](int64_t item) { kernels.rows_pack(p, item, packed); });
+  const int64_t threads = call.work() < kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t rounds = (p.tokens + threads * kRowsPanel - 1) / (threads * kRowsPanel), panels = rounds * threads;
+  p.lanes = (p.tokens + panels - 1) / panels;
+  const int64_t words = kernels.rows_scratch(p);
+  call.for_items(panels, [&](int64_t i) {
+    const int64_t first = i * p.tokens / panels, last = (i + 1) * p.tokens / panels;
+    if (first < last) kernels.rows_forward(p, first, last - first, worker_scratch(words));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
                                                OptionalTensor norm_weight, OptionalTensor norm_bias,
                                                OptionalTensor layer_scale, OptionalTensor drop_scale,
@@ -80,6 +104,11 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   if (args.norm) fill_statistics(call, kernels, stats, args.eps, x.element_size(), mean_rstd);
   std::vector<float> moments(y_stats ? 2 * p.tokens : 0);
   p.token_moments = y_stats ? moments.data() : nullptr;
+  if (kernels.rows_forward && rows_fit(p)) {
+    run_rows(call, kernels);
+    if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
+    return;
+  }
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, kTileTokens);
   // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
   // the same for any number of threads.

@@ -9,6 +9,7 @@
 #include "../product/token_tile.h"
 #include "../tuning.h"
 #include "activations.h"
+#include "gelu_table.h"
 #include "mlp.h"
 
 namespace pk {
@@ -64,22 +65,55 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 
 // ---- fc1's epilogue
 
+// Applies an activation to h + bias and writes pairs of vectors to a tile. `bias` holds kInputScale times the biases.
+template <Activation A, bool EXACT, class E>
+struct Activate {
+  static constexpr float kInputScale = 1;
+  PK_INLINE void operator()(Pair h, Pair bias, const Tile<E>& p, int64_t i, int64_t l) {
+    p.put(i, l, {activate<A, EXACT>(h.a + bias.a, Exponential{}).value,
+                 activate<A, EXACT>(h.b + bias.b, Exponential{}).value});
+  }
+};
+#if PK_LEVEL >= 2
+template <class E>
+struct Activate<Activation::gelu, false, E> {
+  static constexpr float kInputScale = GeluTable::kInputScale;
+  static constexpr bool kCut = __is_same(E, bf16);  // else elements stay floats
+  GeluTable gelu;
+  // Written out: gcc would make an implicit constructor for the baseline, not for this level.
+  PK_INLINE Activate() : gelu(kCut ? kGeluToCut : kGelu) {}
+  PK_INLINE void operator()(Pair h, Pair bias, const Tile<E>& p, int64_t i, int64_t l) {
+    const Pair v = {gelu(h.a * kInputScale + bias.a), gelu(h.b * kInputScale + bias.b)};
+    if constexpr (kCut)
+      write(p.data + i * p.row + l, upper_halves(v.a, v.b));
+    else
+      p.put(i, l, v);
+  }
+};
+#endif
+
 // p = act(h + bias) over `rows` rows of h, with p's rows from `row` on. Rows from `valid` on are beyond the last hidden
 // channel; they are cleared first, since an infinite x leaves NaN in them. With SAVED, h + bias is left in h.
 template <Activation A, bool EXACT, bool SAVED, class E>
 __attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lanes, const float* bias, int64_t valid,
                                              const Tile<E>& p, int64_t row) {
   if (valid < rows) __builtin_memset(h + valid * lanes, 0, (rows - valid) * lanes * sizeof(float));
+  Activate<A, EXACT, E> act;  // not const, see GeluTable
   for (int64_t i = 0; i < rows / 2; ++i) {
     float *row_a = h + 2 * i * lanes, *row_b = row_a + lanes;
-    const vf bias_a = splat(bias[2 * i]), bias_b = splat(bias[2 * i + 1]);
-    for (int64_t l = 0; l < lanes; l += kLanes) {
-      const vf a = load(row_a + l) + bias_a, b = load(row_b + l) + bias_b;
-      if constexpr (SAVED) {
-        store(row_a + l, a);
-        store(row_b + l, b);
+    if constexpr (SAVED) {
+      const Pair none{};
+      const vf bias_a = splat(bias[2 * i]), bias_b = splat(bias[2 * i + 1]);
+      for (int64_t l = 0; l < lanes; l += kLanes) {
+        const Pair v = {load(row_a + l) + bias_a, load(row_b + l) + bias_b};
+        store(row_a + l, v.a);
+        store(row_b + l, v.b);
+        act(v, none, p, row / 2 + i, l);
       }
-      p.put(row / 2 + i, l, {activate<A, EXACT>(a, Exponential{}).value, activate<A, EXACT>(b, Exponential{}).value});
+    } else {
+      const Pair scaled = {splat(bias[2 * i] * act.kInputScale), splat(bias[2 * i + 1] * act.kInputScale)};
+      for (int64_t l = 0; l < lanes; l += kLanes)
+        act({load(row_a + l), load(row_b + l)}, scaled, p, row / 2 + i, l);
     }
   }
 }

@@ -5,6 +5,9 @@
 #include "backward.h"
 #include "forward.h"
 #include "mlp.h"
+#if PK_LEVEL == 4
+#include "rows_forward.h"
+#endif
 
 namespace pk {
 namespace {
@@ -13,7 +16,13 @@ namespace {
 template <class T, class S>
 constexpr MlpKernels mlp_kernels() {
   return {sample_stats<T>,        mlp_forward_scratch<T, S>, mlp_forward<T, S>,
-          mlp_forward_part<T, S>, mlp_forward_join<T, S>,    mlp_backward_scratch<T, S>,
+          mlp_forward_part<T, S>, mlp_forward_join<T, S>,
+#if PK_LEVEL == 4
+          mlp_rows_scratch, mlp_rows_packed, mlp_rows_items, mlp_rows_pack<T>, mlp_rows_forward<T>,
+#else
+          nullptr, nullptr, nullptr, nullptr, nullptr,
+#endif
+          mlp_backward_scratch<T, S>,
           OperandOf<S>::Op::kPer, mlp_pack_input<T, S>,      mlp_prepare<T, S>,
           mlp_hidden<T, S>,       mlp_input<T, S>,           mlp_reduce<T>,
           mlp_finish<T>,          mlp_weight_items,          mlp_weights};

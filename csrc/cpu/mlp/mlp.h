@@ -29,6 +29,7 @@ struct MlpParams {
 
   int64_t lanes;      // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
   int64_t parts = 1;  // parts of the hidden channels, which threads share where tokens are few
+  const uint32_t* packed;  // both weights for `rows_forward`
   float*
       part_sums;  // [parts, out, tokens] fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
@@ -81,6 +82,14 @@ struct MlpKernels {
   void (*forward_part)(const MlpParams&, int64_t part, uint32_t* scratch);
   // y of the tokens from part_sums
   void (*forward_join)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
+
+  // ---- forward with tokens as rows, see rows_forward.h; null where the level or the dtypes have none
+  int64_t (*rows_scratch)(const MlpParams&);  // words that `rows_forward` needs
+  int64_t (*rows_packed)(const MlpParams&);   // words of the packed weights
+  int64_t (*rows_items)(const MlpParams&);    // items of `rows_pack`
+  void (*rows_pack)(const MlpParams&, int64_t item, uint32_t* packed);
+  // y of tokens first_token .. first_token + tokens - 1, of which there are `lanes` at most
+  void (*rows_forward)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
 
   // ---- backward, see backward.h
   int64_t (*backward_scratch)(const MlpBackwardParams&);  // words that `prepare`, `hidden` and `input` need

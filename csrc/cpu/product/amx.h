@@ -10,17 +10,21 @@
 namespace pk {
 namespace {
 
+// Tiles 0 to 5, the sums and the first operands of products, have `rows` rows; 6 and 7, the second operands, have 16.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t rows[16];
+  explicit PK_INLINE TileConfig(int64_t n) : rows{} {
+    for (int i = 0; i < 8; ++i) rows[i] = i < 6 ? uint8_t(n) : 16;
+  }
 };
 
 #if !defined(PK_EMULATE_TILES)
 // Configures the tile registers, and releases them when it is destroyed. Every kernel that multiplies has one.
 struct MatrixUnit {
-  PK_INLINE MatrixUnit() {
-    const TileConfig config;
+  explicit PK_INLINE MatrixUnit(int64_t rows = 16) {
+    const TileConfig config(rows);
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
   PK_INLINE ~MatrixUnit() { asm volatile("tilerelease"); }
@@ -33,6 +37,12 @@ template <int TILE>
 PK_INLINE void tile_load(const void* p, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
 }
+// As `tile_load`, but lines that come from the L2 cache are not left in the L1: for an operand that is read once, so that
+// the one that is read again and again stays there.
+template <int TILE>
+PK_INLINE void tile_stream(const void* p, int64_t step) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
+}
 template <int TILE>
 PK_INLINE void tile_store(void* p, int64_t step) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(p), "r"(step) : "memory");
@@ -42,25 +52,39 @@ PK_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 #else
-struct MatrixUnit {};
 packed32 tiles[8][16][16];
+int64_t rows_of_tiles = 16;
+struct MatrixUnit {
+  explicit MatrixUnit(int64_t rows = 16) { rows_of_tiles = rows; }
+  ~MatrixUnit() { rows_of_tiles = 16; }
+};
+template <int TILE>
+int64_t tile_rows() {
+  return TILE < 6 ? rows_of_tiles : 16;
+}
 template <int TILE>
 void tile_zero() {
   __builtin_memset(tiles[TILE], 0, sizeof tiles[TILE]);
 }
 template <int TILE>
 void tile_load(const void* p, int64_t step) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+  for (int r = 0; r < tile_rows<TILE>(); ++r)
+    __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+}
+template <int TILE>
+void tile_stream(const void* p, int64_t step) {
+  tile_load<TILE>(p, step);
 }
 template <int TILE>
 void tile_store(void* p, int64_t step) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
+  for (int r = 0; r < tile_rows<TILE>(); ++r)
+    __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
 }
 template <int SUM, int A, int B>
 void tile_multiply_add() {
   const auto low = [](packed32 w) { return __builtin_bit_cast(float, w << 16); };
   const auto high = [](packed32 w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
-  for (int r = 0; r < 16; ++r)
+  for (int r = 0; r < tile_rows<SUM>(); ++r)
     for (int c = 0; c < 16; ++c) {
       float sum = __builtin_bit_cast(float, tiles[SUM][r][c]);
       for (int k = 0; k < 16; ++k) {
@@ -98,11 +122,11 @@ PK_INLINE void multiply_tiles(const packed32* a, int64_t a_row, const packed32* 
     next.fetch(i, 32);
     tile_load<4>(a + i, a_step);
     tile_load<5>(a + 16 * a_row + i, a_step);
-    tile_load<6>(b + i * b_row, b_step);
+    tile_stream<6>(b + i * b_row, b_step);
     tile_multiply_add<0, 4, 6>();
     tile_multiply_add<1, 5, 6>();
     if constexpr (COLUMNS == 2) {
-      tile_load<7>(b + i * b_row + 16, b_step);
+      tile_stream<7>(b + i * b_row + 16, b_step);
       tile_multiply_add<2, 4, 7>();
       tile_multiply_add<3, 5, 7>();
     }

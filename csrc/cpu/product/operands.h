@@ -99,9 +99,11 @@ struct Panel {
   int64_t row;  // words from a row to the next
 };
 
+constexpr int64_t kAliasBytes = 4096;  // addresses so far apart share a set of the L1 cache
+
 // Rows row .. row + rows - 1 of w, columns col .. col + k - 1, as operand words. They are read where they lie, if they
-// are such words and whole steps; else they are copied to `copy`, with zeros behind the k columns and in rows from
-// `valid` on.
+// are such words and whole steps, and not a multiple of kAliasBytes apart: lines of such rows evict each other from the
+// L1 cache. Else they are copied to `copy`, with zeros behind the k columns and in rows from `valid` on.
 template <class Op>
 __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t rows, int64_t valid, int64_t col,
                                            int64_t k, packed32* copy) {
@@ -110,6 +112,7 @@ __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t
   return weight_at(w, row, col, [&](auto* from) PK_FORCED {
     using Source = typename Plain<decltype(from)>::Type;
     if (__is_same(Source, E) && valid >= rows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
+        w.step * int64_t{sizeof(E)} % kAliasBytes != 0 &&
         reinterpret_cast<uintptr_t>(from) % sizeof(packed32) == 0)
       return Panel{reinterpret_cast<const packed32*>(from), w.step / Op::kPer};
     const int64_t words = words_of<Op>(k);
