@@ -40,7 +40,8 @@ void fill_statistics(MlpCall& call, const MlpKernels& kernels, Partials stats, d
 // Whether tokens are the rows of the products (rows_forward.h), where the level has such kernels. That depends on
 // shapes alone.
 bool rows_fit(const MlpParams& p) {
-  return p.channels_last && !p.saved && p.tokens >= kRowsTokens && std::max(p.channels, p.out) <= kRowsChannels &&
+  const int64_t wide = std::max(p.channels, p.out);
+  return p.channels_last && !p.saved && wide <= kRowsChannels && p.tokens >= kRowsTokensPerChannel * wide &&
          p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
 }
 
@@ -109,7 +110,8 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
     if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
     return;
   }
-  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, tiles = call.tiles(vectors, kTileTokens);
+  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, most = kernels.rows_forward ? kTilesTokens : kTileTokens;
+  const int64_t tiles = call.tiles(vectors, most);
   // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
   // the same for any number of threads.
   const bool few = std::max(x.batch, args.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;

@@ -44,9 +44,9 @@ PK_INLINE void clear_rows(const Tile<E>& tile, int64_t channels, int64_t lanes) 
 }
 
 // n = (x - mean) rstd gamma + beta, rounded to the operand's elements.
-template <class T, class E>
+template <class T, class N>
 __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, const LaneValues& values, int64_t lanes,
-                                         const Tile<E>& n) {
+                                         const N& n) {
   clear_rows(n, p.channels, lanes);
   for (int64_t i = 0; i < (p.channels + 1) / 2; ++i) {
     if (!p.norm) {
@@ -69,7 +69,8 @@ __attribute__((noinline)) void normalise(const MlpParams& p, const Tile<T>& x, c
 template <Activation A, bool EXACT, class E>
 struct Activate {
   static constexpr float kInputScale = 1;
-  PK_INLINE void operator()(Pair h, Pair bias, const Tile<E>& p, int64_t i, int64_t l) {
+  template <class P>
+  PK_INLINE void operator()(Pair h, Pair bias, const P& p, int64_t i, int64_t l) {
     p.put(i, l, {activate<A, EXACT>(h.a + bias.a, Exponential{}).value,
                  activate<A, EXACT>(h.b + bias.b, Exponential{}).value});
   }
@@ -82,10 +83,11 @@ struct Activate<Activation::gelu, false, E> {
   GeluTable gelu;
   // Written out: gcc would make an implicit constructor for the baseline, not for this level.
   PK_INLINE Activate() : gelu(kCut ? kGeluToCut : kGelu) {}
-  PK_INLINE void operator()(Pair h, Pair bias, const Tile<E>& p, int64_t i, int64_t l) {
+  template <class P>
+  PK_INLINE void operator()(Pair h, Pair bias, const P& p, int64_t i, int64_t l) {
     const Pair v = {gelu(h.a * kInputScale + bias.a), gelu(h.b * kInputScale + bias.b)};
     if constexpr (kCut)
-      write(p.data + i * p.row + l, upper_halves(v.a, v.b));
+      write(p.word(i, l), upper_halves(v.a, v.b));
     else
       p.put(i, l, v);
   }

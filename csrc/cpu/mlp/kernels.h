@@ -7,6 +7,7 @@
 #include "mlp.h"
 #if PK_LEVEL == 4
 #include "rows_forward.h"
+#include "tiles_forward.h"
 #endif
 
 namespace pk {
@@ -15,11 +16,12 @@ namespace {
 // T: elements of x. S: what the operands of the products are rounded to.
 template <class T, class S>
 constexpr MlpKernels mlp_kernels() {
-  return {sample_stats<T>,        mlp_forward_scratch<T, S>, mlp_forward<T, S>,
-          mlp_forward_part<T, S>, mlp_forward_join<T, S>,
+  return {sample_stats<T>,
 #if PK_LEVEL == 4
+          mlp_tiles_scratch<T>, mlp_tiles_forward<T>, mlp_tiles_part<T>, mlp_forward_join<T, S>,
           mlp_rows_scratch, mlp_rows_packed, mlp_rows_items, mlp_rows_pack<T>, mlp_rows_forward<T>,
 #else
+          mlp_forward_scratch<T, S>, mlp_forward<T, S>, mlp_forward_part<T, S>, mlp_forward_join<T, S>,
           nullptr, nullptr, nullptr, nullptr, nullptr,
 #endif
           mlp_backward_scratch<T, S>,

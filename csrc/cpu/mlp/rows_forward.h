@@ -8,20 +8,18 @@
 
 #include "../core/scratch.h"
 #include "../isa/vec.h"
-#include "../product/amx.h"
 #include "../product/operands.h"
 #include "../product/token_tile.h"
 #include "../tuning.h"
 #include "activations.h"
 #include "gelu_table.h"
 #include "mlp.h"
+#include "product_tiles.h"
 
 namespace pk {
 namespace {
 
-constexpr int64_t kBlock = 32;                // rows of a weight, channels, or tokens of a block at most
-constexpr int64_t kBlockWords = 2 * 16 * 16;  // words of a block of bfloat16s: two tiles
-constexpr int64_t kSums = 32 * 32;            // floats of a block of sums: four tiles
+constexpr int64_t kBlock = 32;  // rows of a weight, channels, or tokens of a block at most
 
 // ---- packed weights
 
@@ -73,19 +71,19 @@ void mlp_rows_pack(const MlpParams& p, int64_t item, packed32* packed) {
   constexpr bool kSplit = __is_same(T, bf16);  // `load_pair` of T gives the even and the odd channels
   const RowsShape shape(p);
   if (item < shape.hidden) {
-    packed32* out = packed + item * shape.channels * kBlockWords;
+    packed32* out = packed + item * shape.channels * kStepWords;
     return weight_at(p.w1, item * kBlock, 0, [&](auto* from) PK_FORCED {
       for (int64_t k = 0; k < shape.channels; ++k)
-        pack_tiles<true, kSplit>(from + k * kBlock, p.w1.step, out + k * kBlockWords);
+        pack_tiles<true, kSplit>(from + k * kBlock, p.w1.step, out + k * kStepWords);
     });
   }
   const int64_t c = item - shape.hidden;
   weight_at(p.w2, c * kBlock, 0, [&](auto* from) PK_FORCED {
     for (int64_t begin = 0; begin < shape.hidden; begin += shape.chunk) {
       const int64_t size = shape.chunk_size(begin);
-      packed32* out = packed + (shape.hidden * shape.channels + begin * shape.out + c * size) * kBlockWords;
+      packed32* out = packed + (shape.hidden * shape.channels + begin * shape.out + c * size) * kStepWords;
       for (int64_t k = 0; k < size; ++k)
-        pack_tiles<kSplit, false>(from + (begin + k) * kBlock, p.w2.step, out + k * kBlockWords);
+        pack_tiles<kSplit, false>(from + (begin + k) * kBlock, p.w2.step, out + k * kStepWords);
     }
   });
 }
@@ -140,10 +138,10 @@ struct RowsScratch {
     ScratchArena arena(base);
     const RowsShape shape(q);
     const int64_t blocks = (q.lanes + kBlock - 1) / kBlock;
-    n = arena.words(blocks * shape.channels * kBlockWords);
-    p = arena.words(blocks * shape.chunk * kBlockWords);
-    h = arena.floats(2 * kSums);
-    o = arena.floats((shape.chunk < shape.hidden ? blocks * shape.out : 1) * kSums);
+    n = arena.words(blocks * shape.channels * kStepWords);
+    p = arena.words(blocks * shape.chunk * kStepWords);
+    h = arena.floats(2 * kBlockSums);
+    o = arena.floats((shape.chunk < shape.hidden ? blocks * shape.out : 1) * kBlockSums);
     gamma = arena.floats(q.channels), beta = arena.floats(q.channels);
     b1 = arena.floats(q.hidden), b2 = arena.floats(q.out), scale = arena.floats(q.out);
     size = arena.taken();
@@ -169,11 +167,11 @@ PK_INLINE void channel_table(const float* from, int64_t n, float factor, float* 
 }
 
 // The tokens of a panel: blocks of 2 `rows` tokens each, two tiles.
-struct Panel32 {
+struct TokenPanel {
   int64_t first, count;  // tokens
   int64_t blocks, rows;
 
-  PK_INLINE Panel32(int64_t first, int64_t count) : first(first), count(count) {
+  PK_INLINE TokenPanel(int64_t first, int64_t count) : first(first), count(count) {
     blocks = (count + kBlock - 1) / kBlock;
     rows = (count + 2 * blocks - 1) / (2 * blocks);
   }
@@ -182,13 +180,13 @@ struct Panel32 {
 
 // fc1's operand: (x - mean) rstd gamma + beta of the panel's tokens.
 template <class T>
-__attribute__((noinline)) void normalise_rows(const MlpParams& p, const RowsScratch& s, const Panel32& panel) {
+__attribute__((noinline)) void normalise_rows(const MlpParams& p, const RowsScratch& s, const TokenPanel& panel) {
   const int64_t blocks = p.channels / kBlock, size = 2 * panel.rows;
   const T* x = static_cast<const T*>(p.x) + panel.first * p.channels;
   each_sample(p.pixels, panel.first, panel.count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf mean = splat(p.norm ? p.mean[b] : 0), rstd = splat(p.norm ? p.rstd[b] : 1);
     for (int64_t t = lane; t < lane + run; ++t) {
-      packed32* out = s.n + t / size * blocks * kBlockWords + t % size * 16;
+      packed32* out = s.n + t / size * blocks * kStepWords + t % size * 16;
       const T* row = x + t * p.channels;
 #pragma GCC unroll 2
       for (int64_t k = 0; k < blocks; ++k) {
@@ -196,7 +194,7 @@ __attribute__((noinline)) void normalise_rows(const MlpParams& p, const RowsScra
         const float *gamma = s.gamma + k * kBlock, *beta = s.beta + k * kBlock;
         const vf a = (v.a - mean) * rstd * load(gamma) + load(beta);
         const vf c = (v.b - mean) * rstd * load(gamma + kLanes) + load(beta + kLanes);
-        write(out + k * kBlockWords, _mm512_cvtne2ps_pbh((__m512)c, (__m512)a));
+        write(out + k * kStepWords, _mm512_cvtne2ps_pbh((__m512)c, (__m512)a));
       }
     }
   });
@@ -219,40 +217,30 @@ PK_INLINE void rows_step(const packed32* a, const packed32* w, int64_t rows, Act
   due.rows<ROWS - ROWS / 2>(act, first + ROWS / 2);
 }
 
-PK_INLINE void zero_sums() { tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(); }
-PK_INLINE void load_sums(const float* o, int64_t rows) {
-  tile_load<0>(o, 128), tile_load<1>(o + 16, 128);
-  tile_load<2>(o + rows * kBlock, 128), tile_load<3>(o + rows * kBlock + 16, 128);
-}
-PK_INLINE void store_sums(float* o, int64_t rows) {
-  tile_store<0>(o, 128), tile_store<1>(o + 16, 128);
-  tile_store<2>(o + rows * kBlock, 128), tile_store<3>(o + rows * kBlock + 16, 128);
-}
-
 // p of hidden blocks begin .. begin + size - 1. ROWS: rows that are activated in one step of a product.
 template <int ROWS, class Act>
-__attribute__((noinline)) void rows_fc1(const RowsShape& shape, const RowsScratch& s, const Panel32& panel,
+__attribute__((noinline)) void rows_fc1(const RowsShape& shape, const RowsScratch& s, const TokenPanel& panel,
                                         const packed32* w1, int64_t begin, int64_t size) {
   Act act;  // not const, see GeluTable
   DueBlock due;
   const int64_t steps = shape.channels, rows = panel.rows, active = (2 * rows + ROWS - 1) / ROWS;
-  float *sums = s.h, *other = s.h + kSums;
+  float *sums = s.h, *other = s.h + kBlockSums;
   for (int64_t j = 0; j < size; ++j) {
     const float* bias = s.b1 + (begin + j) * kBlock;
     for (int64_t block = 0; block < panel.blocks; ++block) {
-      const packed32 *a = s.n + block * steps * kBlockWords, *w = w1 + (begin + j) * steps * kBlockWords;
+      const packed32 *a = s.n + block * steps * kStepWords, *w = w1 + (begin + j) * steps * kStepWords;
       zero_sums();
       int64_t k = 0;
       if (due.h)
         for (; k < active; ++k)
-          rows_step<ROWS>(a + k * kBlockWords, w + k * kBlockWords, rows, act, due, k * ROWS);
-      for (; k < steps; ++k) rows_step<0>(a + k * kBlockWords, w + k * kBlockWords, rows, act, due, 0);
-      store_sums(sums, rows);
+          rows_step<ROWS>(a + k * kStepWords, w + k * kStepWords, rows, act, due, k * ROWS);
+      for (; k < steps; ++k) rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, due, 0);
+      store_sums(sums, 128, rows);
       due.h = sums;
-      due.p = s.p + (block * shape.chunk + j) * kBlockWords;
+      due.p = s.p + (block * shape.chunk + j) * kStepWords;
       due.even = load(bias), due.odd = load(bias + kLanes);
       sums = other;
-      other = s.h + (sums == s.h ? kSums : 0);
+      other = s.h + (sums == s.h ? kBlockSums : 0);
     }
   }
   for (int64_t i = 0; i < kBlock; i += 8) due.template rows<8>(act, i);
@@ -281,22 +269,22 @@ __attribute__((noinline)) void write_block(const MlpParams& p, const RowsScratch
 // fc2's sums over the hidden blocks of a chunk, and y after the last one.
 template <class T, class Act>
 __attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& shape, const RowsScratch& s,
-                                        const Panel32& panel, const packed32* w2, int64_t begin, int64_t size) {
+                                        const TokenPanel& panel, const packed32* w2, int64_t begin, int64_t size) {
   Act act;
   const bool first = begin == 0, last = begin + size == shape.hidden;
   const int64_t rows = panel.rows;
   for (int64_t c = 0; c < shape.out; ++c)
     for (int64_t block = 0; block < panel.blocks; ++block) {
-      float* sums = s.o + (shape.chunk < shape.hidden ? block * shape.out + c : 0) * kSums;
-      const packed32 *a = s.p + block * shape.chunk * kBlockWords, *w = w2 + c * size * kBlockWords;
+      float* sums = s.o + (shape.chunk < shape.hidden ? block * shape.out + c : 0) * kBlockSums;
+      const packed32 *a = s.p + block * shape.chunk * kStepWords, *w = w2 + c * size * kStepWords;
       if (first)
         zero_sums();
       else
-        load_sums(sums, rows);
+        load_sums(sums, 128, rows);
 #pragma GCC unroll 2
       for (int64_t k = 0; k < size; ++k)
-        rows_step<0>(a + k * kBlockWords, w + k * kBlockWords, rows, act, DueBlock{}, 0);
-      store_sums(sums, rows);
+        rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, DueBlock{}, 0);
+      store_sums(sums, 128, rows);
       if (last)
         write_block<T>(q, s, sums, panel.first + block * 2 * rows, panel.tokens_of(block), c * kBlock);
     }
@@ -328,7 +316,7 @@ void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* sc
   constexpr bool kSplit = __is_same(T, bf16);
   const RowsScratch s(q, scratch);
   const RowsShape shape(q);
-  const Panel32 panel(first, count);
+  const TokenPanel panel(first, count);
   const MatrixUnit unit(panel.rows);
   channel_table<kSplit>(q.gamma, q.channels, Act::kInputScale, s.gamma);
   channel_table<kSplit>(q.beta, q.channels, Act::kInputScale, s.beta);
@@ -336,7 +324,7 @@ void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* sc
   channel_table<kSplit>(q.b2, q.out, 1, s.b2);
   channel_table<kSplit>(q.scale, q.out, 1, s.scale);
   normalise_rows<T>(q, s, panel);
-  const packed32 *w1 = q.packed, *w2 = q.packed + shape.hidden * shape.channels * kBlockWords;
+  const packed32 *w1 = q.packed, *w2 = q.packed + shape.hidden * shape.channels * kStepWords;
   for (int64_t begin = 0; begin < shape.hidden; begin += shape.chunk) {
     const int64_t size = shape.chunk_size(begin);
     if (shape.channels >= 16)
@@ -349,7 +337,7 @@ void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* sc
       rows_fc1<16, Act>(shape, s, panel, w1, begin, size);
     else
       rows_fc1<32, Act>(shape, s, panel, w1, begin, size);
-    rows_fc2<T, Act>(q, shape, s, panel, w2 + begin * shape.out * kBlockWords, begin, size);
+    rows_fc2<T, Act>(q, shape, s, panel, w2 + begin * shape.out * kStepWords, begin, size);
   }
   if (q.token_moments)
     row_moments(static_cast<const T*>(q.y) + first * q.out, q.out, count, q.token_moments + 2 * first);

@@ -72,6 +72,9 @@ struct Tile {
   // Rows of a tile of so many channels, which are counted in pairs.
   static int64_t rows(int64_t channels) { return (channels + 1) / 2 * (2 / kPer); }
 
+  // The words of channels 2 i and 2 i + 1, for elements of half precision.
+  PK_INLINE packed32* word(int64_t i, int64_t l) const { return data + i * row + l; }
+
   PK_INLINE Pair get(int64_t i, int64_t l) const {
     if constexpr (kPer == 1) {
       const float* at = reinterpret_cast<const float*>(data) + 2 * i * row + l;
