@@ -110,7 +110,8 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
     if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
     return;
   }
-  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax, most = kernels.rows_forward ? kTilesTokens : kTileTokens;
+  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax,
+                most = kernels.rows_forward ? kTilesTokens : kTileTokens;
   const int64_t tiles = call.tiles(vectors, most);
   // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
   // the same for any number of threads.

@@ -71,8 +71,9 @@ struct Activate {
   static constexpr float kInputScale = 1;
   template <class P>
   PK_INLINE void operator()(Pair h, Pair bias, const P& p, int64_t i, int64_t l) {
-    p.put(i, l, {activate<A, EXACT>(h.a + bias.a, Exponential{}).value,
-                 activate<A, EXACT>(h.b + bias.b, Exponential{}).value});
+    p.put(
+        i, l,
+        {activate<A, EXACT>(h.a + bias.a, Exponential{}).value, activate<A, EXACT>(h.b + bias.b, Exponential{}).value});
   }
 };
 #if PK_LEVEL >= 2
@@ -114,8 +115,7 @@ __attribute__((noinline)) void activate_rows(float* h, int64_t rows, int64_t lan
       }
     } else {
       const Pair scaled = {splat(bias[2 * i] * act.kInputScale), splat(bias[2 * i + 1] * act.kInputScale)};
-      for (int64_t l = 0; l < lanes; l += kLanes)
-        act({load(row_a + l), load(row_b + l)}, scaled, p, row / 2 + i, l);
+      for (int64_t l = 0; l < lanes; l += kLanes) act({load(row_a + l), load(row_b + l)}, scaled, p, row / 2 + i, l);
     }
   }
 }

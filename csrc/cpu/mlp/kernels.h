@@ -6,7 +6,7 @@
 #include "forward.h"
 #include "mlp.h"
 #if PK_LEVEL == 4
-#include "rows_forward.h"
+#include "narrow_forward.h"
 #include "tiles_forward.h"
 #endif
 
@@ -18,16 +18,36 @@ template <class T, class S>
 constexpr MlpKernels mlp_kernels() {
   return {sample_stats<T>,
 #if PK_LEVEL == 4
-          mlp_tiles_scratch<T>, mlp_tiles_forward<T>, mlp_tiles_part<T>, mlp_forward_join<T, S>,
-          mlp_rows_scratch, mlp_rows_packed, mlp_rows_items, mlp_rows_pack<T>, mlp_rows_forward<T>,
+          mlp_tiles_scratch<T>,
+          mlp_tiles_forward<T>,
+          mlp_tiles_part<T>,
+          mlp_forward_join<T, S>,
+          mlp_rows_scratch,
+          mlp_rows_packed,
+          mlp_rows_items,
+          mlp_rows_pack<T>,
+          mlp_rows_forward<T>,
 #else
-          mlp_forward_scratch<T, S>, mlp_forward<T, S>, mlp_forward_part<T, S>, mlp_forward_join<T, S>,
-          nullptr, nullptr, nullptr, nullptr, nullptr,
+          mlp_forward_scratch<T, S>,
+          mlp_forward<T, S>,
+          mlp_forward_part<T, S>,
+          mlp_forward_join<T, S>,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
 #endif
           mlp_backward_scratch<T, S>,
-          OperandOf<S>::Op::kPer, mlp_pack_input<T, S>,      mlp_prepare<T, S>,
-          mlp_hidden<T, S>,       mlp_input<T, S>,           mlp_reduce<T>,
-          mlp_finish<T>,          mlp_weight_items,          mlp_weights};
+          OperandOf<S>::Op::kPer,
+          mlp_pack_input<T, S>,
+          mlp_prepare<T, S>,
+          mlp_hidden<T, S>,
+          mlp_input<T, S>,
+          mlp_reduce<T>,
+          mlp_finish<T>,
+          mlp_weight_items,
+          mlp_weights};
 }
 
 }  // namespace

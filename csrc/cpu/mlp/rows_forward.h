@@ -1,5 +1,6 @@
-// The MLP's forward on AMX tiles for channels_last images, with tokens as the rows of its products. So x, the normalised
-// x, the hidden activations and y keep their channels innermost, and nothing is transposed but the weights, once a call.
+// The MLP's forward on AMX tiles for channels_last images, with tokens as the rows of its products. So x, the
+// normalised x, the hidden activations and y keep their channels innermost, and nothing is transposed but the weights,
+// once a call.
 //
 // A panel of up to kPanelTokens tokens is normalised, then goes through fc1 and fc2 by chunks of the hidden channels.
 // Both products go by blocks of 32 rows of a weight, which stay in the L1 cache, while all tokens stream past them. The
@@ -51,13 +52,20 @@ PK_INLINE void pack_tiles(const Source* from, int64_t step, packed32* out) {
   }
 }
 
+// Calls for narrow_forward.h, and the hidden channels that it computes at a time.
+constexpr int64_t kNarrowChannels = 64, kNarrowHidden = 128, kNarrowBlocks = kNarrowHidden / kBlock;
+PK_INLINE bool is_narrow(const MlpParams& p) {
+  return p.channels == kNarrowChannels && p.out == kNarrowChannels && p.hidden % kNarrowHidden == 0;
+}
+
 // How a call is cut up, in blocks.
 struct RowsShape {
   int64_t channels, out, hidden;  // of 32 channels each
   int64_t chunk;                  // of hidden channels that are computed and used at a time
 
   explicit PK_INLINE RowsShape(const MlpParams& p)
-      : channels(p.channels / kBlock), out(p.out / kBlock), hidden(p.hidden / kBlock) {
+      : channels(p.channels / kBlock), out(p.out / kBlock), hidden(p.hidden / kBlock), chunk(kNarrowBlocks) {
+    if (is_narrow(p)) return;
     const int64_t chunks = (p.hidden + kRowsHiddenChunk - 1) / kRowsHiddenChunk;
     chunk = (hidden + chunks - 1) / chunks;
   }
@@ -127,27 +135,6 @@ struct DueBlock {
 
 // ---- a panel
 
-struct RowsScratch {
-  packed32 *n, *p;  // [blocks of tokens][blocks of channels][rows][32], operands of fc1 and of fc2
-  float *h;         // two blocks of sums of fc1
-  float *o;         // sums of fc2: of one block, or of all where there are several chunks
-  float *gamma, *beta, *b1, *b2, *scale;  // channels in the order that the products leave them in
-  int64_t size;                           // words of all of them
-
-  RowsScratch(const MlpParams& q, packed32* base) {
-    ScratchArena arena(base);
-    const RowsShape shape(q);
-    const int64_t blocks = (q.lanes + kBlock - 1) / kBlock;
-    n = arena.words(blocks * shape.channels * kStepWords);
-    p = arena.words(blocks * shape.chunk * kStepWords);
-    h = arena.floats(2 * kBlockSums);
-    o = arena.floats((shape.chunk < shape.hidden ? blocks * shape.out : 1) * kBlockSums);
-    gamma = arena.floats(q.channels), beta = arena.floats(q.channels);
-    b1 = arena.floats(q.hidden), b2 = arena.floats(q.out), scale = arena.floats(q.out);
-    size = arena.taken();
-  }
-};
-
 // Vectors of channels times `factor`; SPLIT: of each 32 the even ones first.
 template <bool SPLIT>
 PK_INLINE void channel_table(const float* from, int64_t n, float factor, float* to) {
@@ -166,6 +153,50 @@ PK_INLINE void channel_table(const float* from, int64_t n, float factor, float* 
   }
 }
 
+// Vectors of the call, in the order in which the products leave their channels.
+struct ChannelTables {
+  float *gamma, *beta, *b1, *b2, *scale;
+
+  ChannelTables(const MlpParams& q, ScratchArena& arena)
+      : gamma(arena.floats(q.channels)),
+        beta(arena.floats(q.channels)),
+        b1(arena.floats(q.hidden)),
+        b2(arena.floats(q.out)),
+        scale(arena.floats(q.out)) {}
+
+  // `input_scale`: of the activation's input.
+  template <class T>
+  PK_INLINE void fill(const MlpParams& q, float input_scale) const {
+    constexpr bool kSplit = __is_same(T, bf16);
+    channel_table<kSplit>(q.gamma, q.channels, input_scale, gamma);
+    channel_table<kSplit>(q.beta, q.channels, input_scale, beta);
+    channel_table<true>(q.b1, q.hidden, input_scale, b1);
+    channel_table<kSplit>(q.b2, q.out, 1, b2);
+    channel_table<kSplit>(q.scale, q.out, 1, scale);
+  }
+};
+
+struct RowsScratch {
+  packed32 *n, *p;  // [blocks of tokens][blocks of channels][rows][32], operands of fc1 and of fc2
+  float* h;         // two blocks of sums of fc1
+  float* o;         // sums of fc2: of one block, or of all where there are several chunks
+  ChannelTables tables;
+  int64_t size;  // words of all of them
+
+  RowsScratch(const MlpParams& q, packed32* base) : RowsScratch(q, ScratchArena(base)) {}
+
+ private:
+  RowsScratch(const MlpParams& q, ScratchArena arena) : tables(q, arena) {
+    const RowsShape shape(q);
+    const int64_t blocks = (q.lanes + kBlock - 1) / kBlock;
+    n = arena.words(blocks * shape.channels * kStepWords);
+    p = arena.words(blocks * shape.chunk * kStepWords);
+    h = arena.floats(2 * kBlockSums);
+    o = arena.floats((shape.chunk < shape.hidden ? blocks * shape.out : 1) * kBlockSums);
+    size = arena.taken();
+  }
+};
+
 // The tokens of a panel: blocks of 2 `rows` tokens each, two tiles.
 struct TokenPanel {
   int64_t first, count;  // tokens
@@ -180,18 +211,19 @@ struct TokenPanel {
 
 // fc1's operand: (x - mean) rstd gamma + beta of the panel's tokens.
 template <class T>
-__attribute__((noinline)) void normalise_rows(const MlpParams& p, const RowsScratch& s, const TokenPanel& panel) {
+__attribute__((noinline)) void normalise_rows(const MlpParams& p, const ChannelTables& tables, packed32* n,
+                                              const TokenPanel& panel) {
   const int64_t blocks = p.channels / kBlock, size = 2 * panel.rows;
   const T* x = static_cast<const T*>(p.x) + panel.first * p.channels;
   each_sample(p.pixels, panel.first, panel.count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf mean = splat(p.norm ? p.mean[b] : 0), rstd = splat(p.norm ? p.rstd[b] : 1);
     for (int64_t t = lane; t < lane + run; ++t) {
-      packed32* out = s.n + t / size * blocks * kStepWords + t % size * 16;
+      packed32* out = n + t / size * blocks * kStepWords + t % size * 16;
       const T* row = x + t * p.channels;
 #pragma GCC unroll 2
       for (int64_t k = 0; k < blocks; ++k) {
         const Pair v = load_pair(row + k * kBlock);
-        const float *gamma = s.gamma + k * kBlock, *beta = s.beta + k * kBlock;
+        const float *gamma = tables.gamma + k * kBlock, *beta = tables.beta + k * kBlock;
         const vf a = (v.a - mean) * rstd * load(gamma) + load(beta);
         const vf c = (v.b - mean) * rstd * load(gamma + kLanes) + load(beta + kLanes);
         write(out + k * kStepWords, _mm512_cvtne2ps_pbh((__m512)c, (__m512)a));
@@ -226,14 +258,13 @@ __attribute__((noinline)) void rows_fc1(const RowsShape& shape, const RowsScratc
   const int64_t steps = shape.channels, rows = panel.rows, active = (2 * rows + ROWS - 1) / ROWS;
   float *sums = s.h, *other = s.h + kBlockSums;
   for (int64_t j = 0; j < size; ++j) {
-    const float* bias = s.b1 + (begin + j) * kBlock;
+    const float* bias = s.tables.b1 + (begin + j) * kBlock;
     for (int64_t block = 0; block < panel.blocks; ++block) {
       const packed32 *a = s.n + block * steps * kStepWords, *w = w1 + (begin + j) * steps * kStepWords;
       zero_sums();
       int64_t k = 0;
       if (due.h)
-        for (; k < active; ++k)
-          rows_step<ROWS>(a + k * kStepWords, w + k * kStepWords, rows, act, due, k * ROWS);
+        for (; k < active; ++k) rows_step<ROWS>(a + k * kStepWords, w + k * kStepWords, rows, act, due, k * ROWS);
       for (; k < steps; ++k) rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, due, 0);
       store_sums(sums, 128, rows);
       due.h = sums;
@@ -248,10 +279,10 @@ __attribute__((noinline)) void rows_fc1(const RowsShape& shape, const RowsScratc
 
 // y = x + d s (o + b2) of one block of tokens and of output channels.
 template <class T>
-__attribute__((noinline)) void write_block(const MlpParams& p, const RowsScratch& s, const float* o, int64_t first,
-                                           int64_t count, int64_t c) {
-  const vf b2_a = load(s.b2 + c), b2_b = load(s.b2 + c + kLanes);
-  const vf scale_a = load(s.scale + c), scale_b = load(s.scale + c + kLanes);
+__attribute__((noinline)) void write_block(const MlpParams& p, const ChannelTables& tables, const float* o,
+                                           int64_t first, int64_t count, int64_t c) {
+  const vf b2_a = load(tables.b2 + c), b2_b = load(tables.b2 + c + kLanes);
+  const vf scale_a = load(tables.scale + c), scale_b = load(tables.scale + c + kLanes);
   each_sample(p.pixels, first, count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf drop = splat(p.drop[b]);
     T* y = static_cast<T*>(p.y) + (first + lane) * p.out + c;
@@ -282,11 +313,9 @@ __attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& sha
       else
         load_sums(sums, 128, rows);
 #pragma GCC unroll 2
-      for (int64_t k = 0; k < size; ++k)
-        rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, DueBlock{}, 0);
+      for (int64_t k = 0; k < size; ++k) rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, DueBlock{}, 0);
       store_sums(sums, 128, rows);
-      if (last)
-        write_block<T>(q, s, sums, panel.first + block * 2 * rows, panel.tokens_of(block), c * kBlock);
+      if (last) write_block<T>(q, s.tables, sums, panel.first + block * 2 * rows, panel.tokens_of(block), c * kBlock);
     }
 }
 
@@ -313,17 +342,12 @@ __attribute__((noinline)) void row_moments(const T* rows, int64_t channels, int6
 
 template <class T, class Act>
 void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
-  constexpr bool kSplit = __is_same(T, bf16);
   const RowsScratch s(q, scratch);
   const RowsShape shape(q);
   const TokenPanel panel(first, count);
   const MatrixUnit unit(panel.rows);
-  channel_table<kSplit>(q.gamma, q.channels, Act::kInputScale, s.gamma);
-  channel_table<kSplit>(q.beta, q.channels, Act::kInputScale, s.beta);
-  channel_table<true>(q.b1, q.hidden, Act::kInputScale, s.b1);
-  channel_table<kSplit>(q.b2, q.out, 1, s.b2);
-  channel_table<kSplit>(q.scale, q.out, 1, s.scale);
-  normalise_rows<T>(q, s, panel);
+  s.tables.fill<T>(q, Act::kInputScale);
+  normalise_rows<T>(q, s.tables, s.n, panel);
   const packed32 *w1 = q.packed, *w2 = q.packed + shape.hidden * shape.channels * kStepWords;
   for (int64_t begin = 0; begin < shape.hidden; begin += shape.chunk) {
     const int64_t size = shape.chunk_size(begin);
@@ -342,21 +366,6 @@ void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* sc
   if (q.token_moments)
     row_moments(static_cast<const T*>(q.y) + first * q.out, q.out, count, q.token_moments + 2 * first);
 }
-
-// See MlpKernels::rows_forward.
-template <class T>
-void mlp_rows_forward(const MlpParams& p, int64_t first, int64_t count, packed32* scratch) {
-  switch (p.activation) {
-    case Activation::gelu: return rows_forward<T, RowActivation<Activation::gelu>>(p, first, count, scratch);
-    case Activation::gelu_tanh: return rows_forward<T, RowActivation<Activation::gelu_tanh>>(p, first, count, scratch);
-    case Activation::relu: return rows_forward<T, RowActivation<Activation::relu>>(p, first, count, scratch);
-    case Activation::relu_squared:
-      return rows_forward<T, RowActivation<Activation::relu_squared>>(p, first, count, scratch);
-    case Activation::silu: return rows_forward<T, RowActivation<Activation::silu>>(p, first, count, scratch);
-  }
-}
-
-int64_t mlp_rows_scratch(const MlpParams& p) { return RowsScratch(p, nullptr).size; }
 
 }  // namespace
 }  // namespace pk

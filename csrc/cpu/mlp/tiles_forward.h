@@ -33,8 +33,8 @@ PK_INLINE void clear_rows(const TileBlocks& tile, int64_t channels, int64_t lane
     for (int64_t l = 0; l < lanes; l += kLanes) clear_words(tile.word(i, l), kLanes);
 }
 
-// Rows row .. row + 31 of w, columns col .. col + k - 1, as tiles [steps][2][16 rows][32 columns], with zeros behind the
-// k columns and in rows from `valid` on.
+// Rows row .. row + 31 of w, columns col .. col + k - 1, as tiles [steps][2][16 rows][32 columns], with zeros behind
+// the k columns and in rows from `valid` on.
 __attribute__((noinline)) void copy_panel(const Weight& w, int64_t row, int64_t valid, int64_t col, int64_t k,
                                           packed32* out) {
   const int64_t steps = (k + 31) / 32;
@@ -54,12 +54,12 @@ __attribute__((noinline)) void copy_panel(const Weight& w, int64_t row, int64_t 
 }
 
 struct TilesScratch {
-  packed32* x;     // the tile of x, and then of y
-  TileBlocks n;    // the normalised tile, fc1's operand
-  TileBlocks p;    // a chunk's activations, fc2's operand
+  packed32* x;      // the tile of x, and then of y
+  TileBlocks n;     // the normalised tile, fc1's operand
+  TileBlocks p;     // a chunk's activations, fc2's operand
   packed32* panel;  // 32 rows of a weight
-  float* h;        // two blocks of fc1's sums, [32][32]
-  float* o;        // [rows, lanes] fc2's sums: of 32 output channels, or of all where there are several chunks
+  float* h;         // two blocks of fc1's sums, [32][32]
+  float* o;         // [rows, lanes] fc2's sums: of 32 output channels, or of all where there are several chunks
   LaneValues values;
   int64_t size;  // words of all of them
 
@@ -293,8 +293,7 @@ void mlp_tiles_part(const MlpParams& p, int64_t part, packed32* scratch) {
   if (begin >= end) return __builtin_memset(sums, 0, size * sizeof(float)), void();
   with_activation(p.activation, [&](auto act) PK_FORCED {
     columns_products<decltype(act)>(
-        p, s, 0, p.tokens, begin, end, [&](int64_t c) PK_FORCED { return sums + c * lanes; },
-        [](int64_t) PK_FORCED {});
+        p, s, 0, p.tokens, begin, end, [&](int64_t c) PK_FORCED { return sums + c * lanes; }, [](int64_t) PK_FORCED {});
   });
 }
 

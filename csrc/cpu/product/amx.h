@@ -37,8 +37,8 @@ template <int TILE>
 PK_INLINE void tile_load(const void* p, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
 }
-// As `tile_load`, but lines that come from the L2 cache are not left in the L1: for an operand that is read once, so that
-// the one that is read again and again stays there.
+// As `tile_load`, but lines that come from the L2 cache are not left in the L1: for an operand that is read once, so
+// that the one that is read again and again stays there.
 template <int TILE>
 PK_INLINE void tile_stream(const void* p, int64_t step) {
   asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
@@ -77,8 +77,7 @@ void tile_stream(const void* p, int64_t step) {
 }
 template <int TILE>
 void tile_store(void* p, int64_t step) {
-  for (int r = 0; r < tile_rows<TILE>(); ++r)
-    __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
+  for (int r = 0; r < tile_rows<TILE>(); ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
 }
 template <int SUM, int A, int B>
 void tile_multiply_add() {

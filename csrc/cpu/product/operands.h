@@ -112,8 +112,7 @@ __attribute__((noinline)) Panel rows_panel(const Weight& w, int64_t row, int64_t
   return weight_at(w, row, col, [&](auto* from) PK_FORCED {
     using Source = typename Plain<decltype(from)>::Type;
     if (__is_same(Source, E) && valid >= rows && k % kUnit == 0 && w.step % Op::kPer == 0 &&
-        w.step * int64_t{sizeof(E)} % kAliasBytes != 0 &&
-        reinterpret_cast<uintptr_t>(from) % sizeof(packed32) == 0)
+        w.step * int64_t{sizeof(E)} % kAliasBytes != 0 && reinterpret_cast<uintptr_t>(from) % sizeof(packed32) == 0)
       return Panel{reinterpret_cast<const packed32*>(from), w.step / Op::kPer};
     const int64_t words = words_of<Op>(k);
     for (int64_t i = 0; i < rows; ++i) {
