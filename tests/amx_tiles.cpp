@@ -183,6 +183,25 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   return results;
 }
 
+// With tokens as rows, in panels of `most` tokens, whose tiles have fewer than 16 rows unless it is a multiple of 32.
+Results forward_by_rows(const pk::MlpKernels& kernels, const Problem& q, Inputs& in, int64_t most) {
+  pk::MlpParams p = in.params(q);
+  p.saved = nullptr;
+  Array y(in.x.dtype, p.tokens * p.out);
+  std::vector<float> moments = unwritten<float>(2 * p.tokens);
+  p.y = y.data();
+  p.token_moments = moments.data();
+  auto packed = unwritten<uint32_t>(kernels.rows_packed(p));
+  for (int64_t item = 0; item < kernels.rows_items(p); ++item) kernels.rows_pack(p, item, packed.data());
+  p.packed = packed.data();
+  p.lanes = most;
+  for (int64_t first = 0; first < p.tokens; first += most) {
+    auto scratch = unwritten<uint32_t>(kernels.rows_scratch(p));
+    kernels.rows_forward(p, first, std::min(most, p.tokens - first), scratch.data());
+  }
+  return {{"y_of_rows", floats(y)}, {"token_moments_of_rows", moments}};
+}
+
 // Rows of n floats, without the padding of each.
 std::vector<float> dense(const std::vector<float>& padded, int64_t rows, int64_t n) {
   std::vector<float> out;
@@ -336,6 +355,10 @@ int main() {
       {"c320_last", 1, 196, 320, 1280, 320, true, true, true, true, gelu, false, 0, 128},
       {"one_token", 1, 1, 96, 300, 96, true, true, true, false, gelu, false, 0, 32},
       {"short_block_last", 2, 163, 64, 256, 64, true, true, true, true, gelu, false, 0, 320},
+      {"c64_rows", 3, 45, 64, 256, 64, true, true, true, false, gelu, true, 0, 128},
+      {"c64_hidden96_rows", 2, 33, 64, 96, 64, true, false, true, false, silu, false, 8, 96},
+      {"c32_out160_rows", 2, 41, 32, 160, 160, true, false, false, false, gelu, false, 0, 96},
+      {"c128_rows", 2, 57, 128, 768, 128, true, true, true, false, relu_squared, false, 0, 128},
       {"short_block", 2, 163, 64, 256, 64, false, true, true, false, silu, true, 0, 320},
   };
   for (const Problem& q : problems)
@@ -344,7 +367,11 @@ int main() {
       const pk::MlpKernels &tiles = pk::mlp_amx[io == 1 ? 0 : 1], &vectors = pk::mlp_avx512_bf16[io == 1 ? 1 : 3];
       const char* type = io == 1 ? "bfloat16" : "float32";
       const Results actual = forward(tiles, q, in);
-      print(q.name, type, actual, forward(vectors, q, in));  // in.saved is now that of the vectors, for both
+      const Results expected = forward(vectors, q, in);
+      print(q.name, type, actual, expected);  // in.saved is now that of the vectors, for both
+      if (q.channels_last && q.channels % 32 + q.hidden % 32 + q.out % 32 == 0)
+        for (const int64_t most : {50, 64, 224})
+          print(q.name, type, forward_by_rows(tiles, q, in, most), {expected[0], expected[2]});
       const Results gradients = backward(tiles, q, in);
       print(q.name, type, gradients, backward(vectors, q, in));
     }

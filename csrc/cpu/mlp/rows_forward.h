@@ -168,8 +168,12 @@ struct ChannelTables {
   template <class T>
   PK_INLINE void fill(const MlpParams& q, float input_scale) const {
     constexpr bool kSplit = __is_same(T, bf16);
-    channel_table<kSplit>(q.gamma, q.channels, input_scale, gamma);
-    channel_table<kSplit>(q.beta, q.channels, input_scale, beta);
+    if (q.norm) {
+      channel_table<kSplit>(q.gamma, q.channels, input_scale, gamma);
+      channel_table<kSplit>(q.beta, q.channels, input_scale, beta);
+    } else {
+      for (int64_t c = 0; c < q.channels; ++c) gamma[c] = input_scale, beta[c] = 0;
+    }
     channel_table<true>(q.b1, q.hidden, input_scale, b1);
     channel_table<kSplit>(q.b2, q.out, 1, b2);
     channel_table<kSplit>(q.scale, q.out, 1, scale);
