@@ -144,12 +144,9 @@ __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, in
     const vf scale_a = splat(p.scale[channel]), scale_b = splat(p.scale[channel + 1]);
     for (int64_t l = 0; l < lanes; l += kLanes) {
       const vf d = load(drop + l);
-      Pair v = {(load(row_a + l) + bias_a) * scale_a * d, (load(row_b + l) + bias_b) * scale_b * d};
-      if (p.residual) {
-        const Pair x = y.get(channel / 2, l);
-        v = {x.a + v.a, x.b + v.b};
-      }
-      y.put(channel / 2, l, v);
+      const Pair v = {(load(row_a + l) + bias_a) * scale_a, (load(row_b + l) + bias_b) * scale_b};
+      const Pair x = p.residual ? y.get(channel / 2, l) : Pair{vf{}, vf{}};
+      y.put(channel / 2, l, {x.a + v.a * d, x.b + v.b * d});
     }
   }
 }
@@ -255,6 +252,12 @@ void load_normalised(const MlpParams& p, const ForwardScratch<T, typename Operan
 // Stores y's tile, and the moments of its tokens where they are asked for.
 template <class T>
 PK_INLINE void write_tile(const MlpParams& p, const Tile<T>& y, int64_t first, int64_t count) {
+#if PK_LEVEL == 4  // as rows_forward.h has them, so that a sample's result does not depend on the other ones
+  if (p.token_moments && p.channels_last && p.out % (2 * kLanes) == 0) {
+    store_tile(y, {p.out, p.pixels, true}, first, count, static_cast<T*>(p.y));
+    return row_moments(static_cast<const T*>(p.y) + first * p.out, p.out, count, p.token_moments + 2 * first);
+  }
+#endif
   if (p.token_moments) token_moments(y, p.out, count, p.token_moments + 2 * first);
   store_tile(y, {p.out, p.pixels, p.channels_last}, first, count, static_cast<T*>(p.y));
 }

@@ -112,7 +112,7 @@ PK_INLINE void narrow_half(const NarrowScratch& s, const NarrowChunk& chunk, Act
 }
 
 template <class T, class Act>
-void narrow_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
+__attribute__((noinline)) void narrow_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
   const NarrowScratch s(q, scratch);
   const MatrixUnit unit;
   s.tables.fill<T>(q, Act::kInputScale);

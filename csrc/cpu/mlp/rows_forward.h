@@ -24,30 +24,21 @@ constexpr int64_t kBlock = 32;  // rows of a weight, channels, or tokens of a bl
 
 // ---- packed weights
 
-// 32 elements of a row as bfloat16s. SPLIT: the even ones, then the odd ones.
-template <bool SPLIT, class Source>
+// 32 elements of a row as bfloat16s.
+PK_INLINE __m512i packed_row(const bf16* from) { return read<__m512i>(from); }
+template <class Source>
 PK_INLINE __m512i packed_row(const Source* from) {
-  __m512i row;
-  if constexpr (__is_same(Source, bf16))
-    row = read<__m512i>(from);
-  else
-    row = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from));
-  if constexpr (!SPLIT) return row;
-  typedef uint16_t Words __attribute__((vector_size(64)));
-  Words order{};
-  for (int i = 0; i < kLanes; ++i) order[i] = 2 * i, order[kLanes + i] = 2 * i + 1;
-  return _mm512_permutexvar_epi16((__m512i)order, row);
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from));
 }
 
 // Two tiles of 16 rows and 32 columns of a weight, so that a product of tokens and the tiles sums over the columns.
-// SPLIT_ROWS: the first tile has the even ones of the 32 rows, the second one the odd ones, else the first and the last
-// 16. SPLIT: the same of the columns, for operands whose channels are split.
-template <bool SPLIT_ROWS, bool SPLIT, class Source>
+// SPLIT: the first tile has the even ones of the 32 rows, the second one the odd ones, else the first and the last 16.
+template <bool SPLIT, class Source>
 PK_INLINE void pack_tiles(const Source* from, int64_t step, packed32* out) {
   for (int half = 0; half < 2; ++half) {
-    const Source* first = from + (SPLIT_ROWS ? half : 16 * half) * step;
+    const Source* first = from + (SPLIT ? half : 16 * half) * step;
     __m512i rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = packed_row<SPLIT>(first + i * (SPLIT_ROWS ? 2 : 1) * step);
+    for (int i = 0; i < 16; ++i) rows[i] = packed_row(first + i * (SPLIT ? 2 : 1) * step);
     transpose_block([&](int64_t i) PK_FORCED { return &rows[i]; }, reinterpret_cast<char*>(out + half * 256), 64);
   }
 }
@@ -81,8 +72,7 @@ void mlp_rows_pack(const MlpParams& p, int64_t item, packed32* packed) {
   if (item < shape.hidden) {
     packed32* out = packed + item * shape.channels * kStepWords;
     return weight_at(p.w1, item * kBlock, 0, [&](auto* from) PK_FORCED {
-      for (int64_t k = 0; k < shape.channels; ++k)
-        pack_tiles<true, kSplit>(from + k * kBlock, p.w1.step, out + k * kStepWords);
+      for (int64_t k = 0; k < shape.channels; ++k) pack_tiles<true>(from + k * kBlock, p.w1.step, out + k * kStepWords);
     });
   }
   const int64_t c = item - shape.hidden;
@@ -91,7 +81,7 @@ void mlp_rows_pack(const MlpParams& p, int64_t item, packed32* packed) {
       const int64_t size = shape.chunk_size(begin);
       packed32* out = packed + (shape.hidden * shape.channels + begin * shape.out + c * size) * kStepWords;
       for (int64_t k = 0; k < size; ++k)
-        pack_tiles<kSplit, false>(from + (begin + k) * kBlock, p.w2.step, out + k * kStepWords);
+        pack_tiles<kSplit>(from + (begin + k) * kBlock, p.w2.step, out + k * kStepWords);
     }
   });
 }
@@ -230,7 +220,10 @@ __attribute__((noinline)) void normalise_rows(const MlpParams& p, const ChannelT
         const float *gamma = tables.gamma + k * kBlock, *beta = tables.beta + k * kBlock;
         const vf a = (v.a - mean) * rstd * load(gamma) + load(beta);
         const vf c = (v.b - mean) * rstd * load(gamma + kLanes) + load(beta + kLanes);
-        write(out + k * kStepWords, _mm512_cvtne2ps_pbh((__m512)c, (__m512)a));
+        if constexpr (__is_same(T, bf16))
+          store_pair(reinterpret_cast<bf16*>(out + k * kStepWords), {a, c});
+        else
+          write(out + k * kStepWords, _mm512_cvtne2ps_pbh((__m512)c, (__m512)a));
       }
     }
   });
@@ -323,29 +316,8 @@ __attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& sha
     }
 }
 
-// Mean and M2 of each token's channels.
-template <class T>
-__attribute__((noinline)) void row_moments(const T* rows, int64_t channels, int64_t count, float* out) {
-  const float size = channels;
-  for (int64_t t = 0; t < count; ++t, rows += channels) {
-    vf a{}, b{};
-    for (int64_t c = 0; c < channels; c += kBlock) {
-      const Pair v = load_pair(rows + c);
-      a += v.a, b += v.b;
-    }
-    const float mean = _mm512_reduce_add_ps((__m512)(a + b)) / size;
-    a = vf{}, b = vf{};
-    for (int64_t c = 0; c < channels; c += kBlock) {
-      const Pair v = load_pair(rows + c);
-      a += (v.a - mean) * (v.a - mean), b += (v.b - mean) * (v.b - mean);
-    }
-    out[2 * t] = mean;
-    out[2 * t + 1] = _mm512_reduce_add_ps((__m512)(a + b));
-  }
-}
-
 template <class T, class Act>
-void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
+__attribute__((noinline)) void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
   const RowsScratch s(q, scratch);
   const RowsShape shape(q);
   const TokenPanel panel(first, count);

@@ -230,5 +230,28 @@ __attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels,
   }
 }
 
+#if PK_LEVEL == 4
+// The same of tokens as rows of channels, which are a multiple of 2 kLanes.
+template <class T>
+__attribute__((noinline)) void row_moments(const T* rows, int64_t channels, int64_t count, float* out) {
+  const float size = channels;
+  for (int64_t t = 0; t < count; ++t, rows += channels) {
+    vf a{}, b{};
+    for (int64_t c = 0; c < channels; c += 32) {
+      const Pair v = load_pair(rows + c);
+      a += v.a, b += v.b;
+    }
+    const float mean = _mm512_reduce_add_ps((__m512)(a + b)) / size;
+    a = vf{}, b = vf{};
+    for (int64_t c = 0; c < channels; c += 32) {
+      const Pair v = load_pair(rows + c);
+      a += (v.a - mean) * (v.a - mean), b += (v.b - mean) * (v.b - mean);
+    }
+    out[2 * t] = mean;
+    out[2 * t + 1] = _mm512_reduce_add_ps((__m512)(a + b));
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace pk
