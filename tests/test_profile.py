@@ -18,6 +18,7 @@ from poolformer_kernels.profiling import limits as limits_module
 from poolformer_kernels.profiling import paper_figures, profile
 from poolformer_kernels.profiling.layers import layers
 from poolformer_kernels.profiling.macs import eager_cost
+from poolformer_kernels.profiling.throughput import Sample
 
 S12_TORCH = 1_812_267_008  # convolutions and the classifier: fvcore's count less its norms
 COUNTS = ("params", "macs_fvcore", "macs_flop_counter", "bytes_eager", "bytes_fused")
@@ -253,8 +254,7 @@ def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
     for dtype, chosen in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         probes = limits_module.LimitProbes("cpu", dtype)
         assert probes.calls["matmul"].args[0].dtype == chosen
-        copied = profiling.Timing(2.0, 2.0, 2.0, 1)
-        limits = probes.limits({"copy": copied, "matmul": profiling.Timing(4.0, 4.0, 4.0, 1)})
+        limits = probes.limits({"copy": [Sample(2.0)], "matmul": [Sample(4.0)]})
         flops = 2 * 256**3 * torch.get_num_threads()  # each thread has a product
         assert (limits.copy, limits.matmul) == (2**21, flops / 4)  # 2 MiB read, 2 MiB written in 2 s
         assert limits.seconds(2**22, 2**22) == 2.0
@@ -453,7 +453,7 @@ def test_command_times(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     head = next(line for line in text.splitlines() if line.split()[:1] == ["head"])
     assert head.rstrip().endswith("%")
-    assert "GB/s, matrix product" in text
+    assert "GB/s, products" in text
 
 
 @pytest.mark.parametrize(

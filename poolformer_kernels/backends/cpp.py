@@ -27,8 +27,8 @@ DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
 
 try:
-    from .. import _C
     from .._C import build_info
+    from .._C import multiply_rate as _multiply_rate
 except ImportError as error:
     if importlib.util.find_spec("poolformer_kernels._C") is None:
         UNAVAILABLE = (
@@ -87,7 +87,7 @@ def multiply_rate(bfloat16: bool, seconds: float, level: str | None = None) -> f
     Raises:
         ValueError: a level that does not run here, or seconds that are not in (0, 60].
     """
-    return _C.multiply_rate(level or build_info()["isa_supported"][-1], bfloat16, seconds)
+    return _multiply_rate(level or build_info()["isa_supported"][-1], bfloat16, seconds)
 
 
 register("cpp", sys.modules[__name__])

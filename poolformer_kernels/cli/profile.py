@@ -98,7 +98,7 @@ def print_profile(measured: Profile, environment: dict[str, str]) -> None:
         limits = measured.limits
         console.print(
             f"  limits, measured in the same rounds: copy {_digits(limits.copy / 1e9)} GB/s, "
-            f"matrix product {_digits(limits.matmul / 1e9)} GFLOP/s"
+            f"products {_digits(limits.matmul / 1e9)} GFLOP/s"
         )
     console.print(
         f"  {total.params:,} parameters\n"

@@ -13,7 +13,7 @@ from .layers import Layer
 from .layers import layers as model_layers
 from .limits import LimitProbes, Limits
 from .macs import EagerCost, eager_cost
-from .throughput import Timing, time_interleaved
+from .throughput import Timing
 
 __all__ = ["Profile", "Row", "profile"]
 
@@ -104,8 +104,9 @@ def profile(
     - ``limit_s``: ``max(bytes_fused / copy, 2 * macs_flop_counter / matmul)`` with the rates of `Limits`,
       measured in the same rounds (each the best of the medians beside every layer) for the largest
       activation, which the stem returns; for a stage or the model the sum over its layers. ``fraction`` is
-      its share of the time. It exceeds 1 where a layer's data lie nearer than the copy's, or where its
-      product is faster than PyTorch's.
+      its share of the time. It exceeds 1 where a layer's data lie nearer than the copy's, or on CUDA where
+      its product is faster than PyTorch's. Where the CPU is throttled for a while, times are those of the
+      fast state if a layer was called in it often enough (`poolformer_kernels.profiling.states`).
 
     The model is not touched: the work is done on a copy, in eval mode and without hooks.
 
@@ -237,10 +238,9 @@ def _time(model: PoolFormer, x: Tensor, rounds: int) -> tuple[Limits, dict[str, 
     measured: list[Limits] = []
 
     def timed(call: Callable[[], object], budget_s: float) -> Timing:
-        calls = {"ours": call, **probes.calls}
-        timings = time_interleaved(calls, device=x.device, rounds=rounds, budget_s=budget_s)
-        measured.append(probes.limits(timings))
-        return timings["ours"]
+        samples = next(iter(probes.sample({"ours": call}, rounds=rounds, budget_s=budget_s).values()))
+        measured.append(probes.limits(samples, "ours"))
+        return Timing.of([sample.seconds for sample in samples["ours"]])
 
     times = {model.config.name: timed(lambda: model(x), _MODEL_S)}
     y, stats, stage = x, None, 0
