@@ -116,6 +116,17 @@ def test_rounds_go_on_until_they_are_enough(answers: list[bool], rounds: int) ->
     assert len(taken["a"]) == rounds
 
 
+@pytest.mark.parametrize(("budget_s", "calls"), [(1e-9, 0), (0.5, 1)])
+def test_the_budget_grows_threefold(budget_s: float, calls: int, monkeypatch) -> None:
+    seconds = iter(range(1000))  # each look at the clock is a second later
+    monkeypatch.setattr("poolformer_kernels.profiling.throughput._sample_cpu", lambda call, repeats: 1.0)
+    monkeypatch.setattr("time.perf_counter", lambda: 0.4 * next(seconds))
+    asked = []
+    options = {"rounds": 100, "warmup": 0, "probe": lambda: 1.0, "budget_s": budget_s}
+    taken = sample_interleaved({"a": int}, enough=lambda samples: bool(asked.append(1)), **options)
+    assert (len(taken["a"]), len(asked)) == (3 + calls, calls)
+
+
 def test_only_the_cpu_is_probed(monkeypatch) -> None:
     assert states.rate_probe(torch.device("cuda"), torch.bfloat16) is None
     monkeypatch.setattr(cpp, "UNAVAILABLE", "not built")

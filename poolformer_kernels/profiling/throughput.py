@@ -85,7 +85,8 @@ def sample_interleaved(
         warmup: calls of each provider before the first round.
         budget_s: stop after this many seconds, but not before 3 rounds (or ``rounds``, if fewer).
         probe: called between the samples; a sample has what it gave before and after it.
-        enough: whether ``rounds`` rounds are; if not, there are more, three times as many at the most.
+        enough: whether the samples are; where they are not, ``rounds`` and ``budget_s`` are three times as
+            large at the most.
 
     Raises:
         ValueError: no provider, or ``rounds`` < 1.
@@ -99,19 +100,18 @@ def sample_interleaved(
     repeats = {name: _repeats(call, sample, warmup) for name, call in providers.items()}
     order, shuffle = list(providers), random.Random(0).shuffle
     samples: Samples = {name: [] for name in order}
-    most = rounds if enough is None else 3 * rounds
     start = time.perf_counter()
     before = probe and probe()
-    for done in range(1, most + 1):
+    for done in range(1, 3 * rounds + 1):
         shuffle(order)
         for name in order:
             seconds = sample(providers[name], repeats[name])
             after = probe and probe()
             samples[name].append(Sample(seconds, before, after))
             before = after
-        if done >= min(3, rounds) and time.perf_counter() - start > budget_s:
-            break
-        if done >= rounds and (enough is None or enough(samples)):
+        spent = time.perf_counter() - start
+        over = done >= rounds or (done >= 3 and spent > budget_s)
+        if over and (enough is None or spent > 3 * budget_s or enough(samples)):
             break
     return samples
 
