@@ -123,8 +123,14 @@ def arguments(
     add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")
     add("--batch", type=positive, nargs="+", metavar="N", help=f"default: {batch}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
-    add("--rounds", type=positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
+    add(
+        "--threads", type=positive, default=torch.get_num_threads(), metavar="N",
+        help="default: %(default)s; on the CPU another number has a CSV file of its own",
+    )  # fmt: skip
+    add(
+        "--rounds", type=positive, default=rounds, metavar="N",
+        help="at the most, thrice as many where the machine's state changes; default: %(default)s",
+    )  # fmt: skip
     add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
     add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
     return parser
