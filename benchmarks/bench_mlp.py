@@ -180,5 +180,5 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         with torch.inference_mode(case.direction == "forward"):
             built = builders(x, case.direction, args.providers)
             if calls := working(built, results, case, args.device):
-                results.add(measure(case, calls, x, rounds=args.rounds))
+                results.extend(measure(case, calls, x, rounds=args.rounds))
     return finish("MLP sub-block", results, args)

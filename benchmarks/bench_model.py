@@ -15,6 +15,7 @@ Providers: {providers}
 
 import argparse
 import itertools
+from collections import Counter
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from poolformer_kernels.models import list_models, model_config
 from .harness import Names, arguments, finish, image, record, start, steps
 from .parts import cost
 from .providers import PROVIDERS, compare, default_providers, make_pair
-from .rows import Case, Point, Results
+from .rows import STATES, Case, Point, Results
 
 BUDGET_S = 10.0  # of one case's rounds
 BATCH = {"cpu": (8, 1), "cuda": (256, 1)}
@@ -75,11 +76,16 @@ def measure_all(args: argparse.Namespace, results: Results) -> None:
 
 
 def exponents(results: Results, args: argparse.Namespace) -> list[str]:
-    """Lines that say with which power of the batch and of the pixels our time grows (a log-log fit)."""
+    """Lines that say with which power of the batch and of the pixels our time grows (a log-log fit).
+
+    The times are those of one state of the machine, the one of most cases.
+    """
     lines = []
     for what, fixed in (("batch", args.image_size[0]), ("pixels", args.batch[0])):
         values, times = [], []
-        for row in (row for group in results.groups for row in group):
+        states = Counter(row.state for group in results.groups for row in group[:1])
+        state = max(states, key=lambda name: (states[name], -STATES.index(name)), default="")
+        for row in (row for group in results.groups for row in group if row.state == state):
             side = int(row.shape.split("x")[1])
             value, other = (row.batch, side) if what == "batch" else (side**2, row.batch)
             if row.provider == "ours" and row.model == args.models[0] and other == fixed:

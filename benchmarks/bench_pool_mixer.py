@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         with torch.inference_mode(case.direction == "forward"):
             built = builders(x, case.direction, args.providers)
             if calls := working(built, results, case, args.device):
-                results.add(measure(case, calls, x, rounds=args.rounds))
+                results.extend(measure(case, calls, x, rounds=args.rounds))
     code = finish("Token mixer sub-block", results, args)
     if args.device == "cpu":
         overhead = ", ".join(f"{name} {us:.1f} us" for name, us in call_overhead(args.rounds).items())

@@ -241,22 +241,20 @@ def measure_point(point: Point, args: argparse.Namespace, results: Results) -> N
     )
     with torch.inference_mode():
         largest = ours.patch_embed(x).to(dtype).clone()
-    rows = measure(case, calls, largest, rounds=args.rounds, budget_s=BUDGET_S)
-    results.add(
-        [
-            TrainingRow(
-                **asdict(row),
-                loss_error=errors.get(row.provider),
-                saved_bytes=saved.get(row.provider),
-                saved_fraction=saved[row.provider] / saved["eager"]
-                if {row.provider, "eager"} <= saved.keys()
-                else None,
-            )
-            for row in rows
-        ]
-    )
+    for rows in measure(case, calls, largest, rounds=args.rounds, budget_s=BUDGET_S):
+        results.add([_training_row(row, errors, saved) for row in rows])
     del calls, training, model
     gc.collect()
+
+
+def _training_row(row: Row, errors: dict[str, float], saved: dict[str, int]) -> TrainingRow:
+    kept, eager = saved.get(row.provider), saved.get("eager")
+    return TrainingRow(
+        **asdict(row),
+        loss_error=errors.get(row.provider),
+        saved_bytes=kept,
+        saved_fraction=kept / eager if kept is not None and eager is not None else None,
+    )
 
 
 def memory_lines(groups: list[list[TrainingRow]]) -> list[str]:
@@ -269,7 +267,7 @@ def memory_lines(groups: list[list[TrainingRow]]) -> list[str]:
                 f"{row.provider}, {row.model}, {row.dtype}, batch {row.batch}: {row.saved_bytes / 1e6:.1f} MB"
                 f" kept for the backward{share}; loss error {row.loss_error:.1e}"
             )
-    return lines
+    return list(dict.fromkeys(lines))  # a case in two states has them twice
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:

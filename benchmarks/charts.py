@@ -1,11 +1,13 @@
 """What the plots share: a selection of rows, colours, and a titled figure."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 
 from matplotlib.figure import Figure
 
-from .rows import LIMITS, RecordedRow
+from .rows import LIMITS, STATES, RecordedRow
 
 __all__ = [
     "MissingRowsError",
@@ -15,6 +17,7 @@ __all__ = [
     "model_size",
     "select",
     "short_number",
+    "state_label",
 ]
 
 SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
@@ -53,15 +56,42 @@ class MissingRowsError(LookupError):
 
 
 def select(rows: Iterable[RecordedRow], *benchmarks: str) -> list[RecordedRow]:
-    """The forward rows of these benchmarks without the limits, one for each measurement, ours first."""
+    """The forward rows of these benchmarks without the limits, one for each measurement, ours first.
+
+    A case that was measured in several states of the machine is shown in one of them, so that its rows
+    compare: where most of its providers were measured, then that of most cases, then the faster.
+    """
     chosen, order = {}, list(COLOURS)
-    for r in sorted(rows, key=lambda r: r.layout == "channels_last"):
-        if r.benchmark in benchmarks and r.direction == "forward" and r.provider not in LIMITS:
-            chosen[r.benchmark, r.model, r.shape, r.stage, r.dtype, r.batch, r.provider] = r
+    wanted = [
+        r for r in rows if r.benchmark in benchmarks and r.direction == "forward" and r.provider not in LIMITS
+    ]
+    favoured = {(_case(r), r.provider) for r in wanted if r.layout == "channels_last"}
+    wanted = [r for r in wanted if r.layout == "channels_last" or (_case(r), r.provider) not in favoured]
+    states = _shown_states(wanted)
+    for r in wanted:
+        if r.state == states[_case(r)]:
+            chosen[_case(r), r.provider] = r
     if not chosen:
         raise MissingRowsError(f"no rows with benchmark {' or '.join(benchmarks)}, direction forward")
     order += sorted({r.provider for r in chosen.values()} - set(order))
     return sorted(chosen.values(), key=lambda r: order.index(r.provider))
+
+
+def _case(r: RecordedRow) -> tuple:
+    return r.benchmark, r.model, r.shape, r.stage, r.dtype, r.batch, r.threads
+
+
+def _shown_states(rows: Iterable[RecordedRow]) -> dict[tuple, str]:
+    """By case the state in which it is shown."""
+    providers: dict[tuple, dict[str, set[str]]] = {}
+    for r in rows:
+        providers.setdefault(_case(r), {}).setdefault(r.state, set()).add(r.provider)
+    cases = Counter(state for found in providers.values() for state in found)
+
+    def rank(case: tuple, state: str) -> tuple:
+        return len(providers[case][state]), cases[state], -STATES.index(state)
+
+    return {case: max(found, key=partial(rank, case)) for case, found in providers.items()}
 
 
 def group_by(
@@ -87,6 +117,17 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
+def state_label(rows: Iterable[RecordedRow]) -> str:
+    """The state of the machine and the rate at which it multiplied; empty where rows have no rate."""
+    rows = list(rows)
+    rates = sorted(r.rate_tflops for r in rows if r.rate_tflops)
+    if not rates:
+        return ""
+    states = ", ".join(state for state in STATES if state and any(r.state == state for r in rows))
+    low, high = short_number(rates[0]), short_number(rates[-1])
+    return f"{states or 'steady'}, {low if low == high else f'{low} to {high}'} TFLOP/s"
+
+
 def empty_figure(
     rows: Sequence[RecordedRow], title: str, subtitle: str, height: float, top: float = 0.58
 ) -> Figure:
@@ -96,6 +137,8 @@ def empty_figure(
         ", ".join(sorted({getattr(r, name) for r in rows})) for name in names
     )
     caption = f"{device} · threads: {threads} · torch {torch} · commit {commit} · {dtype}"
+    state = state_label(rows)
+    caption += f" · machine {state}" if state else ""
     caption = textwrap.fill(f"{caption} · forward pass, medians", 135)
     bottom = 0.34 + 0.14 * caption.count("\n")
     height += top + bottom

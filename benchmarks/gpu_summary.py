@@ -33,7 +33,7 @@ BENCHMARKS = {
     "model": "Whole model",
     "training": "Training step",
 }
-_CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
+_CASE = ("direction", "model", "stage", "shape", "dtype", "layout", "batch", "state")
 
 
 def summary(rows: list[RecordedRow], versions: dict[str, str], kernel_lines: list[str]) -> str:

@@ -1,7 +1,8 @@
 """What the benchmarks share: options, a settled process, limits, tables and files.
 
 A case is one operation on one input. Its providers, a copy and a large matrix product are timed in the same
-interleaved rounds, so every figure has its limits beside it.
+interleaved rounds, so every figure has its limits beside it. On the CPU the rate of the multipliers is taken
+beside each timed call, and rows are of calls in one state of the machine.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import poolformer_kernels as pk
 from poolformer_kernels.cli.errors import CommandError, check_writable
 from poolformer_kernels.cli.options import Parser, positive
 from poolformer_kernels.models import list_models, model_config
-from poolformer_kernels.profiling import LimitProbes, time_interleaved
+from poolformer_kernels.profiling import LimitProbes, Timing
+from poolformer_kernels.profiling.states import median_rate
+from poolformer_kernels.profiling.throughput import Samples
 
 from .facts import csv_path, facts_of, processor_name, results_folder
 from .rows import LIMITS, Case, Results, Row, UnavailableError
@@ -51,6 +54,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH = {"cpu": [8], "cuda": [256]}
+_OWN_THREADS = torch.get_num_threads()  # before --threads sets it
 
 # glibc returns large freed blocks to the system at once, and the next output has to be paged in again. That
 # can be half the time of these operators, for every provider that allocates. The heap of a long-running
@@ -119,8 +123,14 @@ def arguments(
     add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")
     add("--batch", type=positive, nargs="+", metavar="N", help=f"default: {batch}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
-    add("--rounds", type=positive, default=rounds, metavar="N", help="at the most; default: %(default)s")
+    add(
+        "--threads", type=positive, default=torch.get_num_threads(), metavar="N",
+        help="default: %(default)s; on the CPU another number has a CSV file of its own",
+    )  # fmt: skip
+    add(
+        "--rounds", type=positive, default=rounds, metavar="N",
+        help="at the most, thrice as many where the machine's state changes; default: %(default)s",
+    )  # fmt: skip
     add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
     add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
     return parser
@@ -140,7 +150,9 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def record(name: str, args: argparse.Namespace) -> Results:
-    """Results whose rows go to the file of this benchmark as they come."""
+    """Results whose rows go to the file of this benchmark (and number of threads, if given) as they come."""
+    if args.csv is None and args.device == "cpu" and args.threads != _OWN_THREADS:
+        name = f"{name}_threads_{args.threads}"
     return Results(csv_path(name, args.device, args.csv), facts_of(args.device))
 
 
@@ -174,26 +186,41 @@ def measure(
     budget_s: float = float("inf"),
     errors: dict[str, float] | None = None,
     layouts: dict[str, str] | None = None,
-) -> list[Row]:
-    """Time the providers and the limits (see `LimitProbes`) of the same dtype, interleaved; a row each.
+) -> list[list[Row]]:
+    """Time the providers and the limits (see `LimitProbes`) of the same dtype, interleaved.
 
     Args:
         calls: provider -> call.
         largest: the input, or the largest activation: the limits are taken for its size, dtype and device.
         errors: provider -> relative error of its result.
         layouts: provider -> its layout, where that is not the case's.
+
+    Returns:
+        A group of rows, one for each provider and limit, for each state (`profiling.states`) in which all of
+        them were timed often enough; on CUDA one group.
     """
     with torch.no_grad():  # a backward's calls differentiate graphs that exist
         probes = LimitProbes(largest.device, largest.dtype, largest.nbytes)
-        every_call = {**calls, **probes.calls}
-        times = time_interleaved(every_call, device=largest.device, rounds=rounds, budget_s=budget_s)
-    limit_s = probes.limits(times).seconds(*case.least)
-    measured = []
-    for provider, t in times.items():
-        limit = provider in LIMITS
+        states = probes.sample(calls, rounds=rounds, budget_s=budget_s)
+    return [_rows(case, state, taken, probes, errors or {}, layouts or {}) for state, taken in states.items()]
+
+
+def _rows(
+    case: Case,
+    state: str,
+    samples: Samples,
+    probes: LimitProbes,
+    errors: dict[str, float],
+    layouts: dict[str, str],
+) -> list[Row]:
+    """A row for each provider, of samples of one state; the limits come last."""
+    rows = []
+    for provider, taken in samples.items():
+        t, rate = Timing.of([sample.seconds for sample in taken]), median_rate(taken)
+        limits = probes.limits(samples, provider)
         moved = {"copy": probes.copied, "matmul": None}.get(provider, case.least[0])
         done = {"copy": None, "matmul": probes.flops}.get(provider, case.least[1])
-        measured.append(
+        rows.append(
             Row(
                 benchmark=case.benchmark,
                 direction=case.direction,
@@ -201,20 +228,22 @@ def measure(
                 shape="x".join(map(str, case.shape)),
                 stage=case.stage,
                 dtype=case.dtype,
-                layout=(layouts or {}).get(provider, case.layout),
+                layout=layouts.get(provider, case.layout),
                 batch=case.batch,
                 provider=provider,
                 median_s=t.median,
                 p20_s=t.p20,
                 p80_s=t.p80,
-                img_per_s=None if limit else case.batch / t.median,
+                img_per_s=None if provider in LIMITS else case.batch / t.median,
                 gb_per_s=moved and moved / t.median / 1e9,
                 tflop_per_s=done and done / t.median / 1e12,
-                fraction=1.0 if limit else limit_s / t.median,
-                error_l2=(errors or {}).get(provider),
+                fraction=limits.seconds(moved or 0, done or 0) / t.median,
+                error_l2=errors.get(provider),
+                rate_tflops=rate and rate / 1e12,
+                state=state,
             )
         )
-    return measured
+    return rows
 
 
 def default_providers(providers: Iterable[str], device: str) -> list[str]:

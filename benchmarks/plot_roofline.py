@@ -67,7 +67,9 @@ def _kernels(
 def roofline(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Every kernel's arithmetic intensity and rate, below the copy bandwidth and matrix rate of the same run.
 
-    Relative rates are fractions of the median matrix rate. Drawn is the batch that most rows have.
+    The matrix rate is that of the processor's products beside the calls, where rows have it (on the CPU),
+    else that of PyTorch's. Relative rates are fractions of its median. Drawn is the batch that most rows
+    have.
     """
     chosen = select(rows, "pool_mixer", "mlp", "block", "model")
     chosen = [r for r in chosen if r.gb_per_s and r.tflop_per_s]
@@ -75,16 +77,19 @@ def roofline(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     batch = max(batches, key=lambda n: (batches.count(n), n), default=0)
     chosen = [r for r in chosen if r.batch == batch]
     kernels = _kernels(chosen)
-    limits = [r for r in rows if r.direction == "forward" and r.batch in (batch, None)]
+    states = {r.state for r in chosen}
+    limits = [r for r in rows if r.direction == "forward" and r.batch in (batch, None) and r.state in states]
     copy = sorted(r.gb_per_s / 1e3 for r in limits if r.provider == "copy" and r.gb_per_s)
-    matrix = sorted(r.tflop_per_s for r in limits if r.provider == "matmul" and r.tflop_per_s)
+    matrix = sorted(r.rate_tflops for r in chosen if r.rate_tflops)
+    product = "matrix product" if not matrix else "multipliers"
+    matrix = matrix or sorted(r.tflop_per_s for r in limits if r.provider == "matmul" and r.tflop_per_s)
     needed = {"ours, compile or eager with gb_per_s and tflop_per_s": kernels, "copy": copy, "matmul": matrix}
     if missing := [name for name, found in needed.items() if not found]:
         raise MissingRowsError(f"no rows with batch {batch} and provider {', nor '.join(missing)}")
     names = "copy bandwidth", "matrix rate"
     if not relative:
         rates = short_number(1e3 * statistics.median(copy)), short_number(statistics.median(matrix))
-        names = f"copy, {rates[0]} GB/s", f"matrix product, {rates[1]} TFLOP/s"
+        names = f"copy, {rates[0]} GB/s", f"{product}, {rates[1]} TFLOP/s"
     unit = statistics.median(matrix) if relative else 1.0
     roofs = [(f(copy) / unit, f(matrix) / unit) for f in (min, statistics.median, max)]
 

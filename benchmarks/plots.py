@@ -5,7 +5,8 @@
 `throughput` compares providers on whole models, `stages` shows where a model's time goes, `roofline` places
 every kernel below the limits measured beside it, `scaling` fits the cost of larger inputs and models.
 ``--relative`` draws ratios only: absolute times of one CPU say little of another. Of a measurement that the
-results hold twice the last row counts, and channels_last before NCHW.
+results hold twice the last row counts, and channels_last before NCHW; of one in two states of the machine the
+rows of one state. Only `throughput` shows several numbers of threads, the others the largest.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from .charts import (
     model_size,
     select,
     short_number,
+    state_label,
 )
 from .plot_roofline import roofline
 from .rows import RecordedRow, read_results
@@ -84,9 +86,10 @@ def _name_bars(ax: Axes, names: dict[float, str]) -> None:
 def throughput(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     """Images per second of models and providers, or times as fast as the reference, by dtype and batch."""
     rows = select(rows, "model")
-    groups = group_by(rows, lambda r: (r.dtype, r.batch, r.shape, model_size(r.model)))
+    groups = group_by(rows, lambda r: (r.dtype, r.batch, r.shape, r.threads, model_size(r.model)))
     reference = _reference(groups.values()) if relative else ""
-    panels = list(group_by(groups, lambda key: key[:3]).items())
+    panels = list(group_by(groups, lambda key: key[:4]).items())
+    several = len({r.threads for r in rows}) > 1
     columns = min(2, len(panels))
     lines = [sum(len(groups[key]) + 1.6 for key in keys) for _, keys in panels]
     lines = [max(lines[i : i + columns]) for i in range(0, len(lines), columns)]
@@ -94,10 +97,11 @@ def throughput(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
     subtitle = "longer is better; whiskers: 20th to 80th percentile of the time"
     figure = empty_figure(rows, f"Whole models, {unit}", subtitle, sum(0.135 * n + 0.55 for n in lines))
     axes = list(figure.subplots(len(lines), columns, squeeze=False, height_ratios=lines).flat)
-    for ax, ((dtype, batch, shape), keys) in zip(axes, panels, strict=False):
+    for ax, ((dtype, batch, shape, threads), keys) in zip(axes, panels, strict=False):
         names, y, right = {}, 0.0, 0.0
         for key in keys:
-            ax.text(0, y, f" {key[3][2]}", va="center", weight="bold")
+            state = state_label(groups[key])
+            ax.text(0, y, f" {key[4][2]}" + (f" ({state})" if state else ""), va="center", weight="bold")
             scale = {r.provider: r.median_s for r in groups[key]}[reference] if relative else batch
             for r in groups[key]:
                 y += 1
@@ -110,7 +114,11 @@ def throughput(rows: Sequence[RecordedRow], relative: bool = False) -> Figure:
                 right = max(right, value, ends[1])
             y += 1.6
         _name_bars(ax, names)
-        ax.set(xlim=(0, 1.13 * right), xlabel=unit, title=f"{dtype}, batch {batch}, {shape[2:]}")
+        ax.set(
+            xlim=(0, 1.13 * right),
+            xlabel=unit,
+            title=f"{dtype}, batch {batch}, {shape[2:]}{f', threads: {threads}' * several}",
+        )
         ax.locator_params(axis="x", nbins=6)
         ax.xaxis.set_major_formatter("{x:,g}")
         if relative:
@@ -246,8 +254,9 @@ def _write(results: Path | None, out: Path | None, relative: bool, dtype: str | 
     dtypes = sorted({r.dtype for r in rows})
     if dtype and dtype not in dtypes:
         raise CommandError(f"--dtype is {dtype!r}; the results hold {', '.join(dtypes)}")
-    by_dtype = {name: [r for r in rows if r.dtype == name] for name in ([dtype] if dtype else dtypes)}
-    jobs = {"throughput": partial(throughput, by_dtype.get(dtype, rows), relative)}
+    most = [r for r in rows if int(r.threads) == max(int(r.threads) for r in rows)]
+    by_dtype = {name: [r for r in most if r.dtype == name] for name in ([dtype] if dtype else dtypes)}
+    jobs = {"throughput": partial(throughput, [r for r in rows if r.dtype == (dtype or r.dtype)], relative)}
     for plot in (stages, roofline, scaling):
         jobs |= {f"{plot.__name__}_{name}": partial(plot, r, relative) for name, r in by_dtype.items()}
     skipped = 0

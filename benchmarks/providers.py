@@ -260,7 +260,7 @@ def compare(
             "layouts": LAYOUTS,
         }
         with torch.inference_mode():
-            results.add(measure(case, prepared.calls, x if largest is None else largest, **options))
+            results.extend(measure(case, prepared.calls, x if largest is None else largest, **options))
     del prepared
     gc.collect()  # compiled models hold copies of the weights
 

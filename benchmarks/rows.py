@@ -11,12 +11,17 @@ Rows of the CSV, in this order::
     median_s, p20_s, p80_s     seconds per call
     img_per_s     samples per second
     gb_per_s, tflop_per_s      of the operation's least bytes and FLOPs, the same for every provider
-    fraction      max(bytes / copy rate, FLOPs / matrix rate) / time
+    fraction      max(bytes / copy rate, FLOPs / rate) / time; the rate is that of the next column, on CUDA
+                  and without the extension that of the limit "matmul"
     error_l2      of the logits against float64, relative (whole models)
+    rate_tflops   at which the CPU multiplied beside these calls (`poolformer_kernels.profiling.states`)
+    state         of the machine during all of these calls: fast, throttled, mixed; empty where it does not
+                  throttle, and on CUDA. The rows of a case that compare have the same state
     device, threads, torch, commit
 
 The limits are rows of their own, with provider "copy" (its gb_per_s) and "matmul" (its tflop_per_s); they end
-a case. Providers that are not timed have no row: beside ``model.csv`` they are in ``model.missing.txt``, a
+a case in one state. Files from before they had the columns rate_tflops and state are read as if those were
+empty. Providers that are not timed have no row: beside ``model.csv`` they are in ``model.missing.txt``, a
 line each with the reason. That file exists only where a provider is missing.
 """
 
@@ -31,6 +36,7 @@ from poolformer_kernels.cli.errors import CommandError, check_writable
 
 __all__ = [
     "LIMITS",
+    "STATES",
     "Case",
     "Point",
     "RecordedRow",
@@ -42,6 +48,7 @@ __all__ = [
 ]
 
 LIMITS = ("copy", "matmul")
+STATES = ("", "fast", "throttled", "mixed")
 
 
 class UnavailableError(Exception):
@@ -110,6 +117,8 @@ class Row:
     tflop_per_s: float | None
     fraction: float | None
     error_l2: float | None
+    rate_tflops: float | None = None
+    state: str = ""
 
 
 @dataclass
@@ -138,8 +147,13 @@ class Results:
         """The providers that were not timed in at least one case, and why."""
         return self.unavailable | self.wrong | self.failed
 
+    def extend(self, groups: list[list[Row]]) -> None:
+        """Add the rows of one case, a group for each state."""
+        for rows in groups:
+            self.add(rows)
+
     def add(self, rows: list[Row]) -> None:
-        """Add the rows of one case, and append them to the file."""
+        """Add the rows of one case in one state, and append them to the file."""
         self.groups.append(rows)
         if self.path is None:
             return
@@ -208,7 +222,10 @@ def _reason(error: Exception) -> str:
 # ---- read back ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+_LATER_COLUMNS = {"rate_tflops", "state"}  # that files of earlier versions lack
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordedRow(Row):
     """A row of a CSV file: a measurement and where it was taken. A limit may have its rate alone."""
 
@@ -230,8 +247,8 @@ def read_results(folder: Path) -> list[RecordedRow]:
             continue
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            columns = [column.name for column in fields(RecordedRow)]
-            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            needed = {column.name for column in fields(RecordedRow)} - _LATER_COLUMNS
+            if missing := sorted(needed - set(reader.fieldnames or ())):
                 raise CommandError(f"{path}: missing columns: {', '.join(missing)}")
             for line in reader:
                 where = f"{path}, line {reader.line_num}"
@@ -249,7 +266,10 @@ def read_results(folder: Path) -> list[RecordedRow]:
 
 
 def _value(line: dict[str, str], column: Field, where: str) -> str | int | float | None:
-    text = line[column.name]
+    text = line.get(column.name, "")
+    if column.name == "state" and text not in STATES:
+        allowed = ", ".join(state or "nothing" for state in STATES)
+        raise CommandError(f"{where}: state is {text!r}; allowed: {allowed}")
     if column.type is str:
         return text
     if not text and (column.type == float | None or line["provider"] in LIMITS):

@@ -12,7 +12,7 @@ from .rows import LIMITS, Row
 __all__ = ["print_summary"]
 
 _WIDTH = 160  # of the tables, where stdout is no terminal
-_FIELDS = ("direction", "model", "stage", "shape", "dtype", "layout", "batch")
+_FIELDS = ("direction", "model", "stage", "shape", "dtype", "layout", "batch", "state")
 # (used where the fastest call takes less than so many seconds, name, how many make a second)
 _UNITS = ((1e-3, "us", 1e6), (float("inf"), "ms", 1e3))
 
@@ -22,8 +22,8 @@ Groups = list[list[Row]]
 def print_summary(groups: Groups, title: str, machine: str, missing: dict[str, str]) -> None:
     """Print the cases, a list of rows each, and the providers that are missing.
 
-    A field that is the same in every case stands above the table. A narrow terminal gets ratios alone,
-    without the limits.
+    A field that is the same in every case stands above the table. A case in two states of the machine is two
+    lines: ratios are of calls in one state. A narrow terminal gets ratios alone, without the limits.
     """
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
     console = Console(width=width, highlight=False)
@@ -39,6 +39,8 @@ def print_summary(groups: Groups, title: str, machine: str, missing: dict[str, s
         console.print(table)
         if any(_noisy(row) for group in groups for row in group):
             console.print("~ : the machine was busy (20th and 80th percentile differ twofold), measure again")
+        if any(_base(group).state == "mixed" for group in groups):
+            console.print("mixed: too few calls of each provider in one state of the machine, measure again")
         if any(row.error_l2 is not None for group in groups for row in group):
             console.print("\n[bold]Relative L2 error of the logits against float64[/]\n")
             console.print(_errors(groups, varying))
@@ -49,15 +51,17 @@ def print_summary(groups: Groups, title: str, machine: str, missing: dict[str, s
 def _times(groups: Groups, varying: list[str], factor: float, *, ratios_only: bool) -> Table:
     providers = _providers(groups)
     table = _table(varying, providers)
-    headings = ["copy\nGB/s", "matmul\nTFLOP/s", "ours of\nthe limit"][2 * ratios_only :]
-    for heading in headings:
+    rated = any(row.rate_tflops for group in groups for row in group)
+    headings = ["copy\nGB/s", "matmul\nTFLOP/s", *["rate\nTFLOP/s"] * rated, "ours of\nthe limit"]
+    for heading in headings[2 * ratios_only :]:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups:
         rows, base = {row.provider: row for row in group}, _base(group)
         cells = [_cell(rows.get(p), base, factor, ratios_only) for p in providers]
         copied, product = rows["copy"].gb_per_s, rows["matmul"].tflop_per_s
         unsure = "~" if any(map(_noisy, (rows["copy"], rows["matmul"], base))) else ""
-        limits = [f"{copied:,.0f}", f"{product:.3g}", f"{unsure}{base.fraction:.0%}"]
+        rate = [f"{base.rate_tflops:.3g}" if base.rate_tflops else "-"] * rated
+        limits = [f"{copied:,.0f}", f"{product:.3g}", *rate, f"{unsure}{base.fraction:.0%}"]
         table.add_row(*_labels(base, varying), *cells, *limits[2 * ratios_only :])
     return table
 
@@ -85,11 +89,13 @@ def _fields(groups: Groups) -> tuple[list[str], list[str]]:
     cases = [{field: getattr(_base(group), field) for field in _FIELDS} for group in groups]
     varying = [field for field in _FIELDS if len({case[field] for case in cases}) > 1]
     common = {k: v for k, v in cases[0].items() if k not in varying and v}
-    return varying, [f"batch {v}" if k == "batch" else v for k, v in common.items()]
+    named = {"batch": "batch {}", "state": "machine {}"}
+    return varying, [named.get(k, "{}").format(v) for k, v in common.items()]
 
 
 def _labels(row: Row, fields: list[str]) -> list[str]:
-    return [str(getattr(row, field)) or "one block" for field in fields]  # the only case without a stage
+    empty = {"stage": "one block", "state": "-"}
+    return [str(getattr(row, field)) or empty[field] for field in fields]
 
 
 def _providers(groups: Groups) -> list[str]:

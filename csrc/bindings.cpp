@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <stdexcept>
 
 #include "cpu/isa/isa.h"
+#include "cpu/rate/rate.h"
 #include "cuda/core/kernels.h"
 #include "cuda/core/stream.h"
 #include "launch/launches.h"
@@ -101,6 +103,13 @@ static py::dict build_info() {
   return info;
 }
 
+static double multiply_rate(const std::string& level, bool bfloat16, double seconds) {
+  if (!(seconds > 0 && seconds <= 60)) throw std::invalid_argument("seconds must be above 0 and at most 60");
+  for (auto isa : pk::isa_supported())
+    if (level == pk::isa_name(isa)) return pk::multiply_rate(isa, bfloat16, seconds);
+  throw std::invalid_argument("level is '" + level + "', which this machine or this build has not");
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of poolformer_kernels";
   pk::isa_chosen();  // a wrong POOLFORMER_KERNELS_ISA fails the import, not the first call
@@ -112,5 +121,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_launches", &kernel_launches,
         "How the CUDA kernels are launched: name, threads of a block, bytes of dynamic shared memory.");
   m.def("kernel_uses", &kernel_uses, "What the current CUDA device says of the kernels' launches; it must exist.");
+  m.def(
+      "multiply_rate", &multiply_rate, py::arg("level"), py::arg("bfloat16"), py::arg("seconds"),
+      py::call_guard<py::gil_scoped_release>(),
+      "FLOPs a second that torch's threads multiply together at an instruction-set level, on random operands in their "
+      "L1 caches, while each of them does nothing else for so many seconds.");
   pk::add_launching(m);
 }

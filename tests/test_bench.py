@@ -17,14 +17,16 @@ import poolformer_kernels as pk
 from poolformer_kernels.accelerate import unfused_reasons
 from poolformer_kernels.cli import main as cli
 from poolformer_kernels.cli.errors import CommandError
-from poolformer_kernels.profiling import LimitProbes, Timing, count_macs
+from poolformer_kernels.profiling import LimitProbes, count_macs
 from poolformer_kernels.profiling import limits as limits_module
+from poolformer_kernels.profiling.states import RateProbe
+from poolformer_kernels.profiling.throughput import Sample
 
 HEADER = (
     "benchmark,direction,model,shape,stage,dtype,layout,batch,provider,median_s,p20_s,p80_s,img_per_s,"
-    "gb_per_s,tflop_per_s,fraction,error_l2,device,threads,torch,commit"
+    "gb_per_s,tflop_per_s,fraction,error_l2,rate_tflops,state,device,threads,torch,commit"
 )
-MEASURED = HEADER.split(",")[:17]
+MEASURED = HEADER.split(",")[:19]
 
 
 pytestmark = pytest.mark.usefixtures("benchmark_process")
@@ -66,13 +68,11 @@ def test_model(tmp_path, capsys) -> None:
         + 1000
     )
     moved = 4 * (2 * moved + sum(p.numel() for p in peer.parameters()))
-    limit = max(
-        moved / float(by_provider["copy"]["gb_per_s"]) / 1e9,
-        flops / float(by_provider["matmul"]["tflop_per_s"]) / 1e12,
-    )
     for provider in ("ours", "accelerate", "eager"):
         row = by_provider[provider]
         seconds = float(row["median_s"])
+        rate = float(row["rate_tflops"] or by_provider["matmul"]["tflop_per_s"])
+        limit = max(moved / float(by_provider["copy"]["gb_per_s"]) / 1e9, flops / rate / 1e12)
         assert 0 < float(row["p20_s"]) <= seconds <= float(row["p80_s"])
         assert float(row["img_per_s"]) == pytest.approx(2 / seconds, rel=1e-5)
         assert float(row["tflop_per_s"]) == pytest.approx(flops / seconds / 1e12, rel=1e-5)
@@ -85,7 +85,15 @@ def test_model(tmp_path, capsys) -> None:
         assert (row["threads"], row["torch"]) == ("1", torch.__version__)
     for provider, empty in (("copy", "tflop_per_s"), ("matmul", "gb_per_s")):
         row = by_provider[provider]
-        assert [row[name] for name in (empty, "img_per_s", "error_l2", "fraction")] == ["", "", "", "1"]
+        assert [row[name] for name in (empty, "img_per_s", "error_l2")] == ["", "", ""]
+    assert by_provider["copy"]["fraction"] == "1"
+    product = by_provider["matmul"]
+    share = float(product["tflop_per_s"]) / float(product["rate_tflops"] or product["tflop_per_s"])
+    assert float(product["fraction"]) == pytest.approx(share, rel=1e-4)
+    probed = pk.available_backends()["cpp"] is None
+    assert {bool(row["rate_tflops"]) for row in by_provider.values()} == {probed}
+    (state,) = {row["state"] for row in by_provider.values()}
+    assert state in ("", "fast", "throttled", "mixed")
 
     content = json.loads((tmp_path / "m.json").read_text())
     assert [row["provider"] for row in content["rows"]] == list(by_provider)
@@ -170,23 +178,48 @@ def test_requests_that_cannot_be_met(name, arguments, message, capsys) -> None:
     assert lines[0].startswith(f"poolformer-kernels: error: {message}")
 
 
-def test_the_limits_are_those_of_the_profile(monkeypatch) -> None:
+@pytest.mark.parametrize("best", [None, 3e12])
+def test_the_limits_are_those_of_the_profile(best, monkeypatch) -> None:
     from poolformer_kernels.benchmarks import harness
     from poolformer_kernels.benchmarks.rows import Case
 
     monkeypatch.setitem(limits_module._LARGEST_SIDE, "cpu", 256)  # both choose one side
+    monkeypatch.setattr(limits_module, "rate_probe", lambda *_: best and RateProbe(lambda: best))
     seconds = {"ours": 3.0, "copy": 2.0, "matmul": 4.0}
-    timed = {name: Timing(s, s, s, 1) for name, s in seconds.items()}
-    monkeypatch.setattr(harness, "time_interleaved", lambda calls, **options: {n: timed[n] for n in calls})
+    taken = {name: [Sample(s, best, best)] for name, s in seconds.items()}
+    monkeypatch.setattr(limits_module, "sample_interleaved", lambda calls, **_: {n: taken[n] for n in calls})
     for shape in ((16, 8, 8), (16, 256, 256)):  # below the least copy, and above it
         x = harness.image(2, shape, "cpu", torch.bfloat16, "channels_last")
         case = Case("mlp", shape, "bfloat16", 2, (x.nbytes, 10**6))
-        ours, copy, product = harness.measure(case, {"ours": int}, x, rounds=1)
+        ((ours, copy, product),) = harness.measure(case, {"ours": int}, x, rounds=1)
         probes = LimitProbes("cpu", torch.bfloat16, x.nbytes)
-        limits = probes.limits(timed)
+        limits = probes.limits(taken, "ours")
         assert 1e9 * copy.gb_per_s == pytest.approx(limits.copy) == pytest.approx(max(x.nbytes, 2**21))
-        assert 1e12 * product.tflop_per_s == pytest.approx(limits.matmul)
+        assert 1e12 * product.tflop_per_s == pytest.approx(probes.flops / 4)
+        assert limits.matmul == pytest.approx(best or probes.flops / 4)
         assert ours.fraction == pytest.approx(limits.seconds(*case.least) / 3)
+        assert (ours.rate_tflops, ours.state) == (best and best / 1e12, "")
+
+
+def test_rows_of_two_states_are_two_groups(monkeypatch) -> None:
+    from poolformer_kernels.benchmarks import harness
+    from poolformer_kernels.benchmarks.rows import Case
+
+    rate = RateProbe(lambda: 1e12)
+    rate()
+    monkeypatch.setattr(limits_module, "rate_probe", lambda *_: rate)
+    fast, slow, mixed = Sample(1.0, 1e12, 9e11), Sample(3.0, 3e11, 3e11), Sample(9.0, 1e12, 3e11)
+    taken = [fast, slow, mixed] * 5
+    monkeypatch.setattr(limits_module, "sample_interleaved", lambda calls, **_: dict.fromkeys(calls, taken))
+    x = harness.image(2, (16, 8, 8), "cpu", torch.float32, "channels_last")
+    case = Case("mlp", (16, 8, 8), "float32", 2, (0, 10**6))
+    groups = harness.measure(case, {"ours": int, "eager": int}, x, rounds=1)
+    assert [[row.provider for row in group] for group in groups] == [["ours", "eager", "copy", "matmul"]] * 2
+    for group, state, seconds, tflops in zip(groups, ("fast", "throttled"), (1, 3), (0.95, 0.3), strict=True):
+        for row in group:
+            assert (row.state, row.median_s, row.p20_s, row.p80_s) == (state, seconds, seconds, seconds)
+            assert row.rate_tflops == pytest.approx(tflops)
+        assert group[0].fraction == pytest.approx(1e6 / (tflops * 1e12) / seconds)
 
 
 def test_missing_extras_are_one_line(monkeypatch, capsys) -> None:

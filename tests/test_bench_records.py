@@ -30,6 +30,41 @@ def test_default_file_and_six_digits(tmp_path) -> None:
     assert row["device"] == facts.processor_name("cpu")
 
 
+def test_ratios_are_of_calls_in_one_state(capsys, monkeypatch) -> None:
+    from poolformer_kernels.benchmarks.rows import Row
+    from poolformer_kernels.benchmarks.summary import print_summary
+
+    def group(state: str, rate: float, times: dict[str, float]) -> list[Row]:
+        common = dict.fromkeys(MEASURED, "") | {"model": "s12", "batch": 8, "error_l2": None, "state": state}
+        common |= {"gb_per_s": 20.0, "tflop_per_s": 1.0, "fraction": 0.5, "rate_tflops": rate}
+        times = times | {"copy": 1.0, "matmul": 1.0}
+        spread = [{"provider": p, "median_s": t, "p20_s": t, "p80_s": t} for p, t in times.items()]
+        return [Row(**common | fields) for fields in spread]
+
+    monkeypatch.setenv("COLUMNS", "200")
+    fast = group("fast", 2.25, {"ours": 0.01, "eager": 0.02})
+    slow = group("throttled", 0.6, {"ours": 0.02, "eager": 0.06})
+    print_summary([fast, slow], "Model", "a machine", {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fast", "10.0", "20.0", "2.00×", "20", "1", "2.25", "50%"] in lines
+    assert ["throttled", "20.0", "60.0", "3.00×", "20", "1", "0.6", "50%"] in lines
+    print_summary([group("mixed", 1.0, {"ours": 0.01})], "Model", "a machine", {})
+    out = capsys.readouterr().out
+    assert "Model: s12, batch 8, machine mixed" in out
+    assert "mixed: too few calls of each provider in one state" in out
+
+
+def test_each_number_of_threads_has_its_file(monkeypatch, tmp_path) -> None:
+    from poolformer_kernels.benchmarks import harness
+
+    monkeypatch.setattr(harness, "_OWN_THREADS", 2)
+    for threads, name in ((2, "model.csv"), (1, "model_threads_1.csv")):
+        args = argparse.Namespace(device="cpu", csv=None, threads=threads)
+        assert harness.record("model", args).path.name == name
+    args.csv = str(tmp_path / "given.csv")
+    assert harness.record("model", args).path.name == "given.csv"
+
+
 def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch) -> None:
     from poolformer_kernels.benchmarks import harness, providers
 

@@ -96,7 +96,7 @@ def test_levels_share_nothing_with_the_linker(level, tmp_path):
     command = ["nm", "--demangle", "--defined-only", "--extern-only", str(target)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split(maxsplit=2)[2] for line in listed.splitlines()} - {"DW.ref.__gxx_personality_v0"}
-    tables = {f"pk::{operator}_{level}" for operator in ("mlp", "patch_embed", "pool_mixer")}
+    tables = {f"pk::{operator}_{level}" for operator in ("mlp", "patch_embed", "pool_mixer", "rate")}
     assert names == (tables - {"pk::pool_mixer_amx"})
 
 

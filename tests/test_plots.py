@@ -44,7 +44,8 @@ def model_rows(row: Callable) -> list:
     times = {"eager": 4.0, "compile": 2.0, "copy": 9.0, "ours": 0.5}
     rows = [row(t, provider=p, dtype=d) for p, t in times.items() for d in ("bfloat16", "float32")]
     # neither counts: the other direction, and another layout of what is there in channels_last
-    return [*rows, row(7.0, direction="backward"), row(7.0, layout="NCHW")]
+    other = [row(7.0, layout="NCHW"), row(7.0, layout="NCHW", state="fast")]
+    return [*rows, row(7.0, direction="backward"), *other]
 
 
 def bars(ax) -> dict[str, float]:
@@ -98,6 +99,37 @@ def test_throughput_relative_to_compile_else_eager(
     assert "eager" in ax.get_xlabel()
     with pytest.raises(plots.MissingRowsError, match=r"compile, nor eager"):
         plots.throughput([row()], relative=True)
+
+
+def test_bars_of_a_case_are_of_one_state(plots: ModuleType, row: Callable) -> None:
+    def case(state: str, rate: float, times: dict[str, float], **fields) -> list:
+        return [row(t, provider=p, state=state, rate_tflops=rate, **fields) for p, t in times.items()]
+
+    slow = {"ours": 2.0, "eager": 6.0}
+    rows = case("throttled", 0.6, slow) + case("fast", 2.0, {"ours": 0.5, "eager": 1.0})
+    for given in (rows, rows[::-1]):
+        figure = plots.throughput(given, relative=True)
+        assert bars(figure.axes[0]) == pytest.approx({"ours": 2.0, "eager": 1.0})
+        assert "poolformer_s12 (fast, 2.00 TFLOP/s)" in texts(figure.axes[0])
+        assert "machine fast, 2.00 TFLOP/s" in " ".join(text.get_text() for text in figure.texts)
+    # a state that most cases were measured in goes first, and one that has more providers before it
+    rows += case("throttled", 0.7, slow, batch=1)
+    figure = plots.throughput(rows, relative=True)
+    for ax in figure.axes:
+        assert bars(ax) == pytest.approx({"ours": 3.0, "eager": 1.0})
+    assert "machine throttled, 0.600 to 0.700 TFLOP/s" in " ".join(text.get_text() for text in figure.texts)
+    rows += case("fast", 2.0, {"compile": 0.75})
+    assert bars(plots.throughput(rows).axes[1]) == pytest.approx(
+        {"ours": 16, "compile": 8 / 0.75, "eager": 8}
+    )
+
+
+def test_bars_of_several_numbers_of_threads(plots: ModuleType, row: Callable) -> None:
+    rows = [row(1.0 / int(n), threads=n) for n in ("1", "2")]
+    axes = plots.throughput(rows).axes
+    titles = [f"bfloat16, batch 8, 224x224, threads: {n}" for n in "12"]
+    assert [ax.get_title("left") for ax in axes] == titles
+    assert [bars(ax)["ours"] for ax in axes] == pytest.approx([8.0, 16.0])
 
 
 def test_stages_stack_and_leave_out_the_incomplete(plots: ModuleType, row: Callable, capsys) -> None:
@@ -164,6 +196,11 @@ def test_roofline_points_roofs_and_labels(plots: ModuleType, row: Callable) -> N
         }
         boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]
         assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    # on the CPU the flat roof is the processor's own rate, beside the rows that are shown
+    rated = [replace(r, rate_tflops=5.0, state="fast") for r in rows] + [row(provider="copy", gb_per_s=1.0)]
+    (roof,) = (line for line in plots.roofline(rated).axes[0].lines if line.get_gid() == "roof")
+    for x, y in roof.get_xydata():
+        assert y == pytest.approx(min(100.0 * x / 1e3, 5.0))
     with pytest.raises(plots.MissingRowsError, match=r"batch 8 and provider copy, nor matmul"):
         plots.roofline(rows[:-4])  # without the limits
 
@@ -198,8 +235,8 @@ def test_scaling_points_and_exponents(plots: ModuleType, row: Callable) -> None:
         plots.scaling([r for r in rows if r.model == "poolformer_s12"])
 
 
-def write(path: Path, rows: list, drop: str = "", **changes: str) -> None:
-    lines = [{k: v for k, v in asdict(r).items() if k != drop} for r in rows]
+def write(path: Path, rows: list, drop: tuple[str, ...] = (), **changes: str) -> None:
+    lines = [{k: v for k, v in asdict(r).items() if k not in drop} for r in rows]
     lines[-1] |= changes
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, lines[0])
@@ -213,6 +250,20 @@ def test_rows_survive_the_file(plots: ModuleType, row: Callable, tmp_path: Path)
     rows = [row(0.25, img_per_s=32.0), row(provider="copy", gb_per_s=3.5)]
     write(tmp_path / "a.csv", rows)
     assert read_results(tmp_path) == rows
+
+
+def test_files_from_before_the_state_was_known_are_read(
+    plots: ModuleType, row: Callable, tmp_path: Path
+) -> None:
+    from poolformer_kernels.benchmarks.rows import read_results
+
+    rows = [row(0.25), row(0.5, provider="eager")]
+    write(tmp_path / "old.csv", rows, drop=("rate_tflops", "state"))
+    assert "state" not in (tmp_path / "old.csv").read_text()
+    newer = [row(0.25, rate_tflops=1.5, state="throttled")]
+    write(tmp_path / "young.csv", newer)
+    assert read_results(tmp_path) == rows + newer
+    assert plots.main(["--results", str(tmp_path)]) == 0
 
 
 def test_files_of_one_run_and_of_the_next_are_the_same(
@@ -239,9 +290,10 @@ def test_files_of_one_run_and_of_the_next_are_the_same(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"drop": "gb_per_s"}, "model.csv: missing columns: gb_per_s"),
+        ({"drop": ("gb_per_s",)}, "model.csv: missing columns: gb_per_s"),
         ({"median_s": "fast"}, "model.csv, line 3: median_s is 'fast', not a number"),
         ({"p20_s": ""}, "line 3: p20_s is '', not a number"),
+        ({"state": "slow"}, "line 3: state is 'slow'; allowed: nothing, fast, throttled, mixed"),
         ({"device": "Another CPU"}, "rows of several devices, Another CPU, Some CPU"),
         (
             {"benchmark": "mlp", "dtype": "float16"},

@@ -18,6 +18,7 @@ from poolformer_kernels.profiling import limits as limits_module
 from poolformer_kernels.profiling import paper_figures, profile
 from poolformer_kernels.profiling.layers import layers
 from poolformer_kernels.profiling.macs import eager_cost
+from poolformer_kernels.profiling.throughput import Sample
 
 S12_TORCH = 1_812_267_008  # convolutions and the classifier: fvcore's count less its norms
 COUNTS = ("params", "macs_fvcore", "macs_flop_counter", "bytes_eager", "bytes_fused")
@@ -238,8 +239,11 @@ def test_times_limits_and_fractions():
         assert r.time.rounds == 1
         assert r.fraction == r.limit_s / r.time.median
     for r in result.layers:
-        assert r.limit_s == max(r.bytes_fused / limits.copy, 2 * r.macs_flop_counter / limits.matmul)
-    assert result.total.limit_s == pytest.approx(sum(r.limit_s for r in result.layers))
+        assert r.limit_s == max(r.bytes_fused / limits.copy, 2 * r.macs_flop_counter / r.rate)
+        assert 0 < r.rate <= limits.matmul  # that of the moment, and the best
+    total = result.total
+    at_once = [max(r.bytes_fused / limits.copy, 2 * r.macs_flop_counter / total.rate) for r in result.layers]
+    assert total.limit_s == pytest.approx(sum(at_once))
     assert (result.dtype, result.device) == (torch.bfloat16, "cpu")
     counted = profile(model, 32, dtype=torch.bfloat16, measure=False)
     assert [getattr(counted.total, c) for c in COUNTS] == [getattr(result.total, c) for c in COUNTS]
@@ -253,8 +257,7 @@ def test_the_products_rate_is_that_of_the_faster_dtype(monkeypatch):
     for dtype, chosen in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         probes = limits_module.LimitProbes("cpu", dtype)
         assert probes.calls["matmul"].args[0].dtype == chosen
-        copied = profiling.Timing(2.0, 2.0, 2.0, 1)
-        limits = probes.limits({"copy": copied, "matmul": profiling.Timing(4.0, 4.0, 4.0, 1)})
+        limits = probes.limits({"copy": [Sample(2.0)], "matmul": [Sample(4.0)]})
         flops = 2 * 256**3 * torch.get_num_threads()  # each thread has a product
         assert (limits.copy, limits.matmul) == (2**21, flops / 4)  # 2 MiB read, 2 MiB written in 2 s
         assert limits.seconds(2**22, 2**22) == 2.0
@@ -453,7 +456,7 @@ def test_command_times(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     head = next(line for line in text.splitlines() if line.split()[:1] == ["head"])
     assert head.rstrip().endswith("%")
-    assert "GB/s, matrix product" in text
+    assert "GB/s, products" in text
 
 
 @pytest.mark.parametrize(

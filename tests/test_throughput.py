@@ -18,7 +18,7 @@ def test_medians_of_known_durations() -> None:
         assert t.rounds == 5
 
 
-def test_rounds_interleave_and_rotate() -> None:
+def test_rounds_interleave_and_are_shuffled() -> None:
     order: list[str] = []
 
     def call(name: str):
@@ -28,10 +28,18 @@ def test_rounds_interleave_and_rotate() -> None:
 
         return run
 
-    time_interleaved({name: call(name) for name in "abc"}, rounds=4, warmup=1)
-    calibration, rounds = order[: 3 * 4], order[3 * 4 :]  # one warm-up and three calls to choose the repeats
-    assert calibration == list("aaaabbbbcccc")
-    assert rounds == list("abc" + "acb" + "cab" + "cba")
+    def run() -> list[str]:
+        order.clear()
+        time_interleaved({name: call(name) for name in "abc"}, rounds=8, warmup=1)
+        calibration = 3 * 4  # one warm-up and three calls to choose the repeats
+        assert order[:calibration] == list("aaaabbbbcccc")
+        return ["".join(order[i : i + 3]) for i in range(calibration, len(order), 3)]
+
+    rounds = run()
+    assert len(rounds) == 8
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+    assert run() == rounds  # random, but the same in every run
 
 
 def test_budget_ends_the_rounds_but_leaves_three() -> None:

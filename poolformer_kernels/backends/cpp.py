@@ -18,6 +18,7 @@ __all__ = [
     "hidden_kept_from",
     "mlp_stats_tiles",
     "mlp_unsupported",
+    "multiply_rate",
     "stats_tiles",
     "unavailable",
 ]
@@ -27,6 +28,7 @@ UNAVAILABLE: str | None = None
 
 try:
     from .._C import build_info
+    from .._C import multiply_rate as _multiply_rate
 except ImportError as error:
     if importlib.util.find_spec("poolformer_kernels._C") is None:
         UNAVAILABLE = (
@@ -72,6 +74,20 @@ def hidden_kept_from() -> float:
     With fewer there is more to keep and less to compute again, and a matrix unit computes it sooner.
     """
     return math.inf if ISA == "amx" else 256
+
+
+def multiply_rate(bfloat16: bool, seconds: float, level: str | None = None) -> float:
+    """FLOPs a second that the processor multiplies just now, all of torch's threads together.
+
+    Args:
+        bfloat16: with the instructions for it, where the level has some; else float32.
+        seconds: how long each thread multiplies.
+        level: an instruction-set level; by default the best that runs here, whatever the kernels' is.
+
+    Raises:
+        ValueError: a level that does not run here, or seconds that are not in (0, 60].
+    """
+    return _multiply_rate(level or build_info()["isa_supported"][-1], bfloat16, seconds)
 
 
 register("cpp", sys.modules[__name__])

@@ -98,7 +98,7 @@ def print_profile(measured: Profile, environment: dict[str, str]) -> None:
         limits = measured.limits
         console.print(
             f"  limits, measured in the same rounds: copy {_digits(limits.copy / 1e9)} GB/s, "
-            f"matrix product {_digits(limits.matmul / 1e9)} GFLOP/s"
+            f"products up to {_digits(limits.matmul / 1e9)} GFLOP/s"
         )
     console.print(
         f"  {total.params:,} parameters\n"
@@ -127,7 +127,7 @@ def print_profile(measured: Profile, environment: dict[str, str]) -> None:
     )
     if timed:
         console.print(
-            "of limit: max(fused bytes / copy, FLOPs / matrix product) over the time; "
+            "of limit: max(fused bytes / copy, FLOPs / rate of products beside it) over the time; "
             "a stage's limit is its layers' sum."
         )
         if any(row.time.noisy for row in (*measured.layers, *measured.stages, total)):

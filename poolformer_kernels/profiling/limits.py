@@ -1,8 +1,11 @@
 """The two limits of a layer's time: how fast this device copies, and how fast it multiplies matrices.
 
 `poolformer_kernels.profiling.profile` and the benchmarks both measure them here, so that their fractions of
-the limit compare. The limits are rates that PyTorch reaches on this device, not its peaks, and they are timed
-in the same rounds as the calls that they limit.
+the limit compare. They are timed in the same rounds as the calls that they limit. The copy, and on CUDA the
+product, are rates that PyTorch reaches on this device, not its peaks. On the CPU the second limit is the rate
+at which the processor multiplies beside the limited call (`poolformer_kernels.profiling.states`): PyTorch's
+product, which no library computes at quite that rate, is timed for comparison. Without the extension there is
+no such rate, and the product is the limit as on CUDA.
 
 The copy is ``out.copy_(x)``; its bytes are those read and those written. Its x is as large as the tensor that
 the limited calls read: a call that reads a tensor and writes another of that size can at best do what this
@@ -25,7 +28,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .throughput import Timing, time_interleaved
+from .states import ENOUGH, median_rate, rate_probe
+from .throughput import Samples, Timing, sample_interleaved, time_interleaved
 
 __all__ = ["LimitProbes", "Limits", "measure_limits"]
 
@@ -38,7 +42,7 @@ _LONG_S = 2.5e-3
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of one device in one dtype: bytes per second of a copy, FLOPs per second of a matrix product."""
+    """Rates of one device in one dtype: bytes per second of a copy, FLOPs per second of products."""
 
     copy: float
     matmul: float
@@ -60,10 +64,12 @@ class LimitProbes:
         calls: the two calls, ``"copy"`` and ``"matmul"``.
         copied: bytes that a copy reads and writes.
         flops: FLOPs of a product.
+        rate: the probe of the processor's own rate; None where there is none.
     """
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, tensor_bytes: int = 0) -> None:
-        device = torch.device(device)
+        self.device = device = torch.device(device)
+        self.rate = rate_probe(device, dtype)
         elements = max(tensor_bytes, _LEAST_COPY_BYTES[device.type]) // dtype.itemsize
         x = torch.randn(elements, device=device, dtype=dtype)
         out = torch.empty_like(x)
@@ -76,9 +82,22 @@ class LimitProbes:
             convolution = _as_convolution(product)
             self.calls["matmul"] = min(product, convolution, key=lambda call: _seconds(call, device))
 
-    def limits(self, times: dict[str, Timing]) -> Limits:
-        """The rates, from the times of `calls`."""
-        return Limits(self.copied / times["copy"].median, self.flops / times["matmul"].median)
+    def sample(
+        self, limited: dict[str, Callable[[], object]], *, rounds: int, budget_s: float = float("inf")
+    ) -> dict[str, Samples]:
+        """Samples of the limited calls and of `calls`, interleaved; by state, the faster first."""
+        options = {"device": self.device, "rounds": rounds, "budget_s": budget_s}
+        every_call = {**limited, **self.calls}
+        if self.rate is None:
+            return {"": sample_interleaved(every_call, **options)}
+        enough = self.rate.enough if rounds > ENOUGH else None  # a few rounds are asked for to be quick
+        samples = sample_interleaved(every_call, probe=self.rate, enough=enough, **options)
+        return self.rate.split(samples)
+
+    def limits(self, samples: Samples, call: str = "matmul") -> Limits:
+        """The limits of a call, from the samples of one state."""
+        copy, product = (Timing.of([s.seconds for s in samples[name]]).median for name in ("copy", "matmul"))
+        return Limits(self.copied / copy, median_rate(samples[call]) or self.flops / product)
 
 
 def _choose_product(device: torch.device, dtype: torch.dtype) -> partial[torch.Tensor]:
@@ -119,4 +138,4 @@ def measure_limits(device: torch.device | str, dtype: torch.dtype, *, rounds: in
     """Measure both rates of `LimitProbes`, interleaved, as medians of so many rounds."""
     with torch.inference_mode():
         probes = LimitProbes(device, dtype)
-        return probes.limits(time_interleaved(probes.calls, device=device, rounds=rounds))
+        return probes.limits(next(iter(probes.sample({}, rounds=rounds).values())))

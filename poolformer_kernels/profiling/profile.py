@@ -13,7 +13,7 @@ from .layers import Layer
 from .layers import layers as model_layers
 from .limits import LimitProbes, Limits
 from .macs import EagerCost, eager_cost
-from .throughput import Timing, time_interleaved
+from .throughput import Timing
 
 __all__ = ["Profile", "Row", "profile"]
 
@@ -27,7 +27,8 @@ class Row:
 
     ``name`` is the state-dict path; ``kind`` is ``"stem"``, ``"downsample"``, ``"mixer"``, ``"mlp"``,
     ``"norm"``, ``"pooling"``, ``"classifier"``, ``"stage"`` or ``"model"``; ``stage`` counts from 1 and is
-    None outside the stages. What the figures stand for is in `profile`.
+    None outside the stages. What the figures stand for is in `profile`; ``rate`` is the FLOPs per second of
+    products that ``limit_s`` is of.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Row:
     bytes_fused: int
     limit_s: float | None = None
     time: Timing | None = None
+    rate: float | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -101,11 +103,13 @@ def profile(
     - ``time``: the median of a call of ours, on what the layer before it returned. Inside a stage a layer
       gets the statistics of its input and leaves those of its output. Stages and the model are timed as
       such, not summed;
-    - ``limit_s``: ``max(bytes_fused / copy, 2 * macs_flop_counter / matmul)`` with the rates of `Limits`,
-      measured in the same rounds (each the best of the medians beside every layer) for the largest
-      activation, which the stem returns; for a stage or the model the sum over its layers. ``fraction`` is
-      its share of the time. It exceeds 1 where a layer's data lie nearer than the copy's, or where its
-      product is faster than PyTorch's.
+    - ``limit_s``: ``max(bytes_fused / copy, 2 * macs_flop_counter / rate)``, the rates measured in the same
+      rounds, for the largest activation, which the stem returns; for a stage or the model the sum of this
+      over its layers. ``copy``, and on CUDA ``rate``, are the best of the medians beside every layer, as in
+      `Limits`. On the CPU ``rate`` is that of the processor beside the very layer, stage or model: it may be
+      throttled for a while. Times are those of the fast state if there are enough of them
+      (`poolformer_kernels.profiling.states`). ``fraction`` is the limit's share of the time. It exceeds 1
+      where a layer's data lie nearer than the copy's, or on CUDA where its product is faster than PyTorch's.
 
     The model is not touched: the work is done on a copy, in eval mode and without hooks.
 
@@ -135,24 +139,24 @@ def profile(
     backend = select_backend(device, dtype) if measure else None
     shape = (batch, model.in_chans, height, width)
     work = _without_hooks(model)
-    limits, times = None, {}
+    timings = None
     if measure:
         work.to(device=device, dtype=dtype, memory_format=memory_format)
         rng = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=rng).to(device, dtype).contiguous(memory_format=memory_format)
         with torch.inference_mode():
-            limits, times = _time(work, x, rounds)
-    layers = _count(work.to("meta", dtype), torch.empty(shape, dtype=dtype, device="meta"), limits, times)
+            timings = _time(work, x, rounds)
+    layers = _count(work.to("meta", dtype), torch.empty(shape, dtype=dtype, device="meta"), timings)
     return Profile(
         model=model.config.name,
         input_shape=shape,
         dtype=dtype,
         device=str(device),
         backend=backend,
-        limits=limits,
+        limits=timings and timings.best,
         layers=layers,
-        stages=tuple(_stages(layers, times)),
-        total=_sum(layers, model.config.name, "model", None, times),
+        stages=tuple(_stages(layers, timings)),
+        total=_sum(layers, model.config.name, "model", None, timings),
     )
 
 
@@ -200,21 +204,38 @@ def _without_hooks(model: PoolFormer) -> PoolFormer:
     return copy.deepcopy(model, {id(registered): type(registered)() for registered in hooks}).eval()
 
 
-def _count(model: PoolFormer, x: Tensor, limits: Limits | None, times: dict[str, Timing]) -> tuple[Row, ...]:
+@dataclass(frozen=True)
+class _Timings:
+    """By layer, stage and model the time, and the limits beside it."""
+
+    times: dict[str, Timing]
+    limits: dict[str, Limits]
+    throttles: bool  # the limit of products is that of the moment, as the processor may be throttled
+
+    @property
+    def best(self) -> Limits:
+        """The highest medians are the device's rates; the others were disturbed."""
+        measured = self.limits.values()
+        return Limits(max(m.copy for m in measured), max(m.matmul for m in measured))
+
+    def limit(self, name: str) -> Limits:
+        return Limits(self.best.copy, (self.limits[name] if self.throttles else self.best).matmul)
+
+
+def _count(model: PoolFormer, x: Tensor, timings: _Timings | None) -> tuple[Row, ...]:
     """The layers' rows: a walk through the model on meta tensors."""
     rows = []
     with use_backend("reference"):
         for layer in model_layers(model):
             cost, y = eager_cost(layer.eager, x)
-            rows.append(_row(layer, cost, x, y, limits, times.get(layer.name)))
+            rows.append(_row(layer, cost, x, y, timings))
             x = x if layer.side else y
     return tuple(rows)
 
 
-def _row(
-    layer: Layer, cost: EagerCost, x: Tensor, y: Tensor, limits: Limits | None, time: Timing | None
-) -> Row:
+def _row(layer: Layer, cost: EagerCost, x: Tensor, y: Tensor, timings: _Timings | None) -> Row:
     fused = x.nbytes + y.nbytes + sum(p.nbytes for p in layer.parameters)
+    limits = timings and timings.limit(layer.name)
     return Row(
         name=layer.name,
         kind=layer.kind,
@@ -226,49 +247,50 @@ def _row(
         bytes_eager=cost.moved,
         bytes_fused=fused,
         limit_s=limits and limits.seconds(fused, 2 * cost.macs_flop_counter),
-        time=time,
+        time=timings and timings.times[layer.name],
+        rate=limits and limits.matmul,
     )
 
 
-def _time(model: PoolFormer, x: Tensor, rounds: int) -> tuple[Limits, dict[str, Timing]]:
-    """The limits, and the times of layers, stages and the model by name: a walk on their own activations."""
+def _time(model: PoolFormer, x: Tensor, rounds: int) -> _Timings:
+    """The times of layers, stages and the model: a walk on their own activations."""
     largest = model.patch_embed(x)
     probes = LimitProbes(x.device, x.dtype, largest.nbytes)
-    measured: list[Limits] = []
+    timings = _Timings({}, {}, throttles=probes.rate is not None)
 
-    def timed(call: Callable[[], object], budget_s: float) -> Timing:
-        calls = {"ours": call, **probes.calls}
-        timings = time_interleaved(calls, device=x.device, rounds=rounds, budget_s=budget_s)
-        measured.append(probes.limits(timings))
-        return timings["ours"]
+    def take(name: str, call: Callable[[], object], budget_s: float) -> None:
+        samples = next(iter(probes.sample({"ours": call}, rounds=rounds, budget_s=budget_s).values()))
+        timings.limits[name] = probes.limits(samples, "ours")
+        timings.times[name] = Timing.of([sample.seconds for sample in samples["ours"]])
 
-    times = {model.config.name: timed(lambda: model(x), _MODEL_S)}
+    take(model.config.name, lambda: model(x), _MODEL_S)
     y, stats, stage = x, None, 0
     for layer in model_layers(model):
         if layer.kind in ("stem", "downsample"):
             stage += 1
             embedding, blocks = model.get_submodule(layer.name), model.network[2 * stage - 2]
-            times[f"stage {stage}"] = timed(lambda e=embedding, b=blocks, y=y: b(e(y)), _MODEL_S)
-        times[layer.name] = timed(lambda f=layer.ours, y=y, s=stats: f(y, s), _LAYER_S)
+            take(f"stage {stage}", lambda e=embedding, b=blocks, y=y: b(e(y)), _MODEL_S)
+        take(layer.name, lambda f=layer.ours, y=y, s=stats: f(y, s), _LAYER_S)
         if not layer.side:
             y, stats = layer.ours(y, stats)
-    # the highest medians are the device's rates; the others were disturbed
-    return Limits(max(m.copy for m in measured), max(m.matmul for m in measured)), times
+    return timings
 
 
-def _stages(layers: tuple[Row, ...], times: dict[str, Timing]) -> Iterator[Row]:
+def _stages(layers: tuple[Row, ...], timings: _Timings | None) -> Iterator[Row]:
     for stage in range(1, 1 + max(row.stage or 0 for row in layers)):
-        yield _sum([row for row in layers if row.stage == stage], f"stage {stage}", "stage", stage, times)
+        yield _sum([row for row in layers if row.stage == stage], f"stage {stage}", "stage", stage, timings)
 
 
-def _sum(rows: Sequence[Row], name: str, kind: str, stage: int | None, times: dict[str, Timing]) -> Row:
+def _sum(rows: Sequence[Row], name: str, kind: str, stage: int | None, timings: _Timings | None) -> Row:
     counts = ("params", "macs_fvcore", "macs_flop_counter", "bytes_eager", "bytes_fused")
+    limits = timings and timings.limit(name)
     return Row(
         name=name,
         kind=kind,
         stage=stage,
         input_shape=rows[0].input_shape,
         **{count: sum(getattr(row, count) for row in rows) for count in counts},
-        limit_s=None if rows[0].limit_s is None else sum(row.limit_s for row in rows),
-        time=times.get(name),
+        limit_s=limits and sum(limits.seconds(row.bytes_fused, 2 * row.macs_flop_counter) for row in rows),
+        time=timings and timings.times[name],
+        rate=limits and limits.matmul,
     )

@@ -1,5 +1,6 @@
 """Median times of several implementations, measured side by side in one run."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "time_interleaved"]
+__all__ = ["Sample", "Timing", "sample_interleaved", "time_interleaved"]
 
 _SAMPLE_S = 2e-3  # one sample repeats a call until it lasts this long: timer and wake-up noise stay below 1 %
 
@@ -35,6 +36,18 @@ class Timing:
         return Timing(statistics.median(samples), cuts[0], cuts[3], len(samples))
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call, and what a probe of the machine gave right before it and right after it."""
+
+    seconds: float
+    before: float | None = None
+    after: float | None = None
+
+
+Samples = dict[str, list[Sample]]
+
+
 def time_interleaved(
     providers: dict[str, Callable[[], object]],
     *,
@@ -43,10 +56,27 @@ def time_interleaved(
     warmup: int = 2,
     budget_s: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time every provider, one sample of each per round, the first of a round rotating.
+    """`sample_interleaved`'s samples as medians and percentiles: the same arguments, without a probe."""
+    options = {"device": device, "rounds": rounds, "warmup": warmup, "budget_s": budget_s}
+    samples = sample_interleaved(providers, **options)
+    return {name: Timing.of([sample.seconds for sample in taken]) for name, taken in samples.items()}
+
+
+def sample_interleaved(
+    providers: dict[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int = 20,
+    warmup: int = 2,
+    budget_s: float = float("inf"),
+    probe: Callable[[], float] | None = None,
+    enough: Callable[[Samples], bool] | None = None,
+) -> Samples:
+    """Time every provider, one sample of each per round, each round in another order.
 
     Interleaved, because a machine's speed drifts (turbo, neighbours): a drift then hits all of them alike,
-    and medians ignore the rounds in which a thread was preempted.
+    and medians ignore the rounds in which a thread was preempted. Shuffled, because a call is slower after
+    some calls than after others. The orders are random, but the same in every run.
 
     Args:
         providers: name -> call without arguments.
@@ -54,6 +84,9 @@ def time_interleaved(
         rounds: samples per provider.
         warmup: calls of each provider before the first round.
         budget_s: stop after this many seconds, but not before 3 rounds (or ``rounds``, if fewer).
+        probe: called between the samples; a sample has what it gave before and after it.
+        enough: whether the samples are; where they are not, ``rounds`` and ``budget_s`` are three times as
+            large at the most.
 
     Raises:
         ValueError: no provider, or ``rounds`` < 1.
@@ -64,24 +97,33 @@ def time_interleaved(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     device = torch.device(device)
     sample = _sample_cuda if device.type == "cuda" else _sample_cpu
-    repeats = {}
-    for name, call in providers.items():
-        for _ in range(warmup):
-            call()
-        fastest = sample(call, 1)
-        if fastest < 0.1:  # a short call may have been preempted, and would get too few repeats
-            fastest = min(fastest, sample(call, 1), sample(call, 1))
-        repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(fastest, 1e-7))))
-    names = list(providers)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    repeats = {name: _repeats(call, sample, warmup) for name, call in providers.items()}
+    order, shuffle = list(providers), random.Random(0).shuffle
+    samples: Samples = {name: [] for name in order}
     start = time.perf_counter()
-    for i in range(rounds):
-        order = names[i % len(names) :] + names[: i % len(names)]
-        for name in order[:: -1 if i % 2 else 1]:  # no provider always follows the same other one
-            samples[name].append(sample(providers[name], repeats[name]))
-        if i >= 2 and time.perf_counter() - start > budget_s:
+    before = probe and probe()
+    for done in range(1, 3 * rounds + 1):
+        shuffle(order)
+        for name in order:
+            seconds = sample(providers[name], repeats[name])
+            after = probe and probe()
+            samples[name].append(Sample(seconds, before, after))
+            before = after
+        spent = time.perf_counter() - start
+        over = done >= rounds or (done >= 3 and spent > budget_s)
+        if over and (enough is None or spent > 3 * budget_s or enough(samples)):
             break
-    return {name: Timing.of(values) for name, values in samples.items()}
+    return samples
+
+
+def _repeats(call: Callable[[], object], sample: Callable[..., float], warmup: int) -> int:
+    """How many calls make a sample that is long enough."""
+    for _ in range(warmup):
+        call()
+    fastest = sample(call, 1)
+    if fastest < 0.1:  # a short call may have been preempted, and would get too few repeats
+        fastest = min(fastest, sample(call, 1), sample(call, 1))
+    return max(1, min(1000, round(_SAMPLE_S / max(fastest, 1e-7))))
 
 
 def _sample_cpu(call: Callable[[], object], repeats: int) -> float:

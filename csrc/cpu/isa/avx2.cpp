@@ -4,6 +4,7 @@
 #include "../chain/patch_embed_kernels.h"
 #include "../mlp/kernels.h"
 #include "../pool_mixer/kernels.h"
+#include "../rate/kernels.h"
 
 namespace pk {
 
@@ -15,6 +16,8 @@ const MlpKernels mlp_avx2[5] = {mlp_kernels<float, float>(), mlp_kernels<bf16, b
 
 const PatchEmbedKernels patch_embed_avx2[3] = {patch_embed_kernels<float>(), patch_embed_kernels<bf16>(),
                                                patch_embed_kernels<fp16>()};
+
+const RateKernel rate_avx2[1] = {rate_of_vectors<Floats>()};
 
 }  // namespace pk
 #endif

@@ -4,6 +4,7 @@
 #include "../chain/patch_embed_kernels.h"
 #include "../mlp/kernels.h"
 #include "../pool_mixer/kernels.h"
+#include "../rate/kernels.h"
 
 namespace pk {
 
@@ -16,6 +17,8 @@ const MlpKernels mlp_avx512_bf16[5] = {mlp_kernels<float, float>(), mlp_kernels<
 
 const PatchEmbedKernels patch_embed_avx512_bf16[3] = {patch_embed_kernels<float>(), patch_embed_kernels<bf16>(),
                                                       patch_embed_kernels<fp16>()};
+
+const RateKernel rate_avx512_bf16[2] = {rate_of_vectors<Floats>(), rate_of_vectors<Bf16Pairs>()};
 
 }  // namespace pk
 #endif

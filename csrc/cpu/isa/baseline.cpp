@@ -3,6 +3,7 @@
 #include "../chain/patch_embed_kernels.h"
 #include "../mlp/kernels.h"
 #include "../pool_mixer/kernels.h"
+#include "../rate/kernels.h"
 
 namespace pk {
 
@@ -14,5 +15,7 @@ const MlpKernels mlp_baseline[5] = {mlp_kernels<float, float>(), mlp_kernels<bf1
 
 const PatchEmbedKernels patch_embed_baseline[3] = {patch_embed_kernels<float>(), patch_embed_kernels<bf16>(),
                                                    patch_embed_kernels<fp16>()};
+
+const RateKernel rate_baseline[1] = {rate_of_vectors<Floats>()};
 
 }  // namespace pk

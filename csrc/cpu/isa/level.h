@@ -22,6 +22,7 @@
 #include "../mlp/mlp.h"
 #include "../pool_mixer/pool_mixer.h"
 #include "../product/weight.h"
+#include "../rate/rate.h"
 
 #if PK_LEVEL >= 3
 #define PK_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"
