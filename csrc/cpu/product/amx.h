@@ -19,10 +19,7 @@ struct TileConfig {
 #if !defined(PK_EMULATE_TILES)
 // Configures the tile registers, and releases them when it is destroyed. Every kernel that multiplies has one.
 struct MatrixUnit {
-  PK_INLINE MatrixUnit() {
-    const TileConfig config;
-    asm volatile("ldtilecfg %0" : : "m"(config));
-  }
+  PK_INLINE MatrixUnit(const TileConfig& config = {}) { asm volatile("ldtilecfg %0" : : "m"(config)); }
   PK_INLINE ~MatrixUnit() { asm volatile("tilerelease"); }
 };
 template <int TILE>
@@ -33,6 +30,11 @@ template <int TILE>
 PK_INLINE void tile_load(const void* p, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
 }
+// As tile_load, but lines that come from L2 do not displace others in L1: for an operand that streams.
+template <int TILE>
+PK_INLINE void tile_stream(const void* p, int64_t step) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
+}
 template <int TILE>
 PK_INLINE void tile_store(void* p, int64_t step) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(p), "r"(step) : "memory");
@@ -42,25 +44,35 @@ PK_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 #else
-struct MatrixUnit {};
+uint8_t tile_rows[8];
 packed32 tiles[8][16][16];
+struct MatrixUnit {
+  MatrixUnit(const TileConfig& config = {}) { __builtin_memcpy(tile_rows, config.rows, sizeof tile_rows); }
+  ~MatrixUnit() { __builtin_memset(tile_rows, 0, sizeof tile_rows); }
+};
 template <int TILE>
 void tile_zero() {
   __builtin_memset(tiles[TILE], 0, sizeof tiles[TILE]);
 }
 template <int TILE>
 void tile_load(const void* p, int64_t step) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+  for (int r = 0; r < tile_rows[TILE]; ++r)
+    __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+}
+template <int TILE>
+void tile_stream(const void* p, int64_t step) {
+  tile_load<TILE>(p, step);
 }
 template <int TILE>
 void tile_store(void* p, int64_t step) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
+  for (int r = 0; r < tile_rows[TILE]; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
 }
 template <int SUM, int A, int B>
 void tile_multiply_add() {
   const auto low = [](packed32 w) { return __builtin_bit_cast(float, w << 16); };
   const auto high = [](packed32 w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
-  for (int r = 0; r < 16; ++r)
+  if (tile_rows[SUM] != tile_rows[A] || tile_rows[B] != 16) __builtin_trap();  // the instruction would fault
+  for (int r = 0; r < tile_rows[SUM]; ++r)
     for (int c = 0; c < 16; ++c) {
       float sum = __builtin_bit_cast(float, tiles[SUM][r][c]);
       for (int k = 0; k < 16; ++k) {
