@@ -280,20 +280,32 @@ Results backward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
 struct Convolution {
   const char* name;
   int64_t batch, channels, height, width, out, kernel_h, kernel_w, stride, padding;
+  bool rows;  // whether tokens are rows on the tiles
 };
 
 struct ConvolutionInputs {
-  Array x, w;
+  Array x, w, planar;  // the weight also as [out, C, kernel_h, kernel_w]
   std::vector<float> bias;
 
-  ConvolutionInputs(const Convolution& q)
+  ConvolutionInputs(const Convolution& q, bool infinite)
       : x(normal(1, q.batch * q.height * q.width * q.channels, -2.3f, 0.5f)),
         w(weights(1, q.out, q.kernel_h * q.kernel_w * q.channels, q.kernel_h * q.kernel_w * q.channels)),
-        bias(parameter(q.out, 0.2f, 0.5f)) {}
+        planar(1, w.size()),
+        bias(parameter(q.out, 0.2f, 0.5f)) {
+    const int64_t taps = q.kernel_h * q.kernel_w;
+    for (int64_t i = 0; i < w.size(); ++i) {
+      const int64_t row = i / (taps * q.channels), tap = i / q.channels % taps, c = i % q.channels;
+      planar.set((row * q.channels + c) * taps + tap, w.get(i));
+    }
+    if (infinite) {
+      x.set(x.size() / 2, INFINITY);
+      x.set(x.size() - 1, -INFINITY);
+      x.set(0, NAN);
+    }
+  }
 };
 
-// Groups of rows in runs of `at_once`, as threads share them.
-Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, ConvolutionInputs& in, int64_t at_once) {
+pk::PatchEmbedParams params_of(const Convolution& q, ConvolutionInputs& in, bool planar, Array& y) {
   pk::PatchEmbedParams p{};
   p.batch = q.batch, p.channels = q.channels, p.height = q.height, p.width = q.width;
   p.out = q.out, p.kernel_h = q.kernel_h, p.kernel_w = q.kernel_w, p.stride = q.stride, p.padding = q.padding;
@@ -301,12 +313,36 @@ Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, Co
   p.out_w = (q.width + 2 * q.padding - q.kernel_w) / q.stride + 1;
   p.tokens = p.batch * p.out_h * p.out_w;
   p.x = in.x.data();
-  p.w = {in.w.data(), p.patch_size(), 1};
+  p.w = {(planar ? in.planar : in.w).data(), p.patch_size(), 1};
+  p.planar_w = planar;
   p.bias = in.bias.data();
-  p.group = pk::kEmbedRows;
-  Array y(1, p.tokens * p.out);
-  std::vector<float> moments = unwritten<float>(2 * p.tokens * p.groups());
+  y = Array(1, p.tokens * p.out);
   p.y = y.data();
+  return p;
+}
+
+// y, with infinities and NaN as numbers that no other value has, and the mean and variance of each sample.
+Results convolution_results(const Array& y, const std::vector<double>& sums, int64_t batch) {
+  std::vector<float> values = floats(y), moments;
+  for (float& v : values) v = std::isnan(v) ? 64.0f : std::isinf(v) ? std::copysign(128.0f, v) : v;
+  for (int64_t b = 0; b < batch; ++b) {
+    const double mean = sums[3 * b + 1] / sums[3 * b], variance = sums[3 * b + 2] / sums[3 * b] - mean * mean;
+    for (const double v : {mean, variance}) moments.push_back(std::isfinite(v) ? v : 64.0);
+  }
+  return {{"embedded", values}, {"embedded_moments", moments}};
+}
+
+// Adds n values of that mean and that sum of squares around it.
+void add_moments(double* sums, double n, double mean, double m2) {
+  sums[0] += n, sums[1] += n * mean, sums[2] += m2 + n * mean * mean;
+}
+
+// Groups of rows in runs of `at_once`, as threads share them.
+Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, ConvolutionInputs& in, int64_t at_once) {
+  Array y(1, 0);
+  pk::PatchEmbedParams p = params_of(q, in, false, y);
+  p.group = pk::kEmbedRows;
+  std::vector<float> moments = unwritten<float>(2 * p.tokens * p.groups());
   p.token_moments = moments.data();
   const int64_t vectors = (p.tokens + 15) / 16,
                 most = std::clamp<int64_t>(pk::kCacheBytes / (2 * p.patch_size()) / 16, 3, pk::kTileTokens / 16);
@@ -318,7 +354,31 @@ Results convolved(const pk::PatchEmbedKernels& kernels, const Convolution& q, Co
       auto scratch = unwritten<uint32_t>(kernels.scratch(p));
       kernels.forward(p, first, std::min(last, p.tokens) - first, g, std::min(g + at_once, p.groups()), scratch.data());
     }
-  return {{"embedded", floats(y)}, {"embedded_moments", moments}};
+  std::vector<double> sums(3 * p.batch);
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t g = 0; g < p.groups(); ++g)
+      add_moments(&sums[t / (p.out_h * p.out_w) * 3], std::min(p.group, p.out - g * p.group),
+                  moments[2 * (g * p.tokens + t)], moments[2 * (g * p.tokens + t) + 1]);
+  return convolution_results(y, sums, p.batch);
+}
+
+// Rows of y and blocks of channels in runs of so many.
+Results convolved_by_rows(const pk::PatchEmbedKernels& kernels, const Convolution& q, ConvolutionInputs& in,
+                          bool planar, int64_t rows_at_once, int64_t blocks_at_once) {
+  Array y(1, 0);
+  pk::PatchEmbedParams p = params_of(q, in, planar, y);
+  const int64_t rows = p.batch * p.out_h, runs = kernels.row_runs(p), parts = runs * p.blocks();
+  std::vector<float> moments = unwritten<float>(3 * rows * parts);
+  p.run_moments = moments.data();
+  for (int64_t r = 0; r < rows; r += rows_at_once)
+    for (int64_t b = 0; b < p.blocks(); b += blocks_at_once) {
+      auto scratch = unwritten<uint32_t>(kernels.rows_scratch(p));
+      kernels.rows(p, r, std::min(rows, r + rows_at_once), b, std::min(p.blocks(), b + blocks_at_once), scratch.data());
+    }
+  std::vector<double> sums(3 * p.batch);
+  for (int64_t i = 0; i < rows * parts; ++i)
+    add_moments(&sums[i / (p.out_h * parts) * 3], moments[3 * i], moments[3 * i + 1], moments[3 * i + 2]);
+  return convolution_results(y, sums, p.batch);
 }
 
 // ---- deviations
@@ -376,21 +436,42 @@ int main() {
       print(q.name, type, gradients, backward(vectors, q, in));
     }
   const Convolution convolutions[] = {
-      // batch, channels, height, width, out, kernel_h, kernel_w, stride, padding
-      {"stem", 2, 3, 30, 29, 64, 7, 7, 4, 2},
-      {"down_c64", 3, 64, 13, 14, 128, 3, 3, 2, 1},
-      {"down_c320", 1, 320, 14, 14, 96, 3, 3, 2, 1},
-      {"c17_out7", 2, 17, 9, 11, 7, 3, 3, 1, 1},
-      {"c33_out100", 1, 33, 12, 7, 100, 5, 3, 2, 2},
-      {"c32_many_tiles", 1, 32, 21, 23, 33, 3, 3, 1, 0},
-      {"c1_out1", 3, 1, 8, 8, 1, 1, 1, 3, 0},
-      {"linear", 5, 96, 1, 1, 70, 1, 1, 1, 0},
-      {"beyond_the_image", 2, 32, 3, 2, 40, 7, 7, 4, 3},
+      // batch, channels, height, width, out, kernel_h, kernel_w, stride, padding; rows
+      {"stem", 2, 3, 30, 29, 64, 7, 7, 4, 2, true},
+      {"stem_wide", 1, 3, 17, 131, 70, 7, 7, 4, 2, true},
+      {"down_c64", 3, 64, 13, 14, 128, 3, 3, 2, 1, true},
+      {"down_c320", 3, 320, 14, 14, 96, 3, 3, 2, 1, true},
+      {"narrow", 5, 32, 17, 8, 40, 3, 3, 2, 1, true},
+      {"in_parts", 3, 320, 14, 12, 300, 3, 3, 2, 1, true},
+      {"wide", 1, 32, 6, 70, 33, 3, 5, 1, 2, true},
+      {"gaps", 2, 32, 40, 43, 32, 2, 2, 5, 0, true},
+      {"c33_out100", 1, 33, 12, 17, 100, 5, 3, 2, 2, true},
+      {"c17_out7", 2, 17, 9, 11, 7, 3, 3, 1, 1, true},
+      {"c32_many_tiles", 1, 32, 21, 23, 33, 3, 3, 1, 0, true},
+      {"c1_out1", 3, 1, 8, 8, 1, 1, 1, 3, 0, false},
+      {"linear", 5, 96, 1, 1, 70, 1, 1, 1, 0, false},
+      {"beyond_the_image", 2, 32, 3, 2, 40, 7, 7, 4, 3, false},
+      {"rows_beyond_the_image", 2, 32, 9, 9, 40, 7, 7, 1, 6, true},
   };
-  for (const Convolution& q : convolutions) {
-    ConvolutionInputs in(q);
-    const Results expected = convolved(pk::patch_embed_avx512_bf16[1], q, in, 8);
-    print(q.name, "bfloat16", convolved(pk::patch_embed_amx[0], q, in, 8), expected);
-    print(q.name, "bfloat16", convolved(pk::patch_embed_amx[0], q, in, 1), expected);
-  }
+  const pk::PatchEmbedKernels &tiles = pk::patch_embed_amx[0], &vectors = pk::patch_embed_avx512_bf16[1];
+  for (const Convolution& q : convolutions)
+    for (const bool infinite : {false, true}) {
+      const std::string name = std::string(q.name) + (infinite ? "_infinite" : "");
+      ConvolutionInputs in(q, infinite);
+      const Results expected = convolved(vectors, q, in, 8);
+      print(name.c_str(), "bfloat16", convolved(tiles, q, in, 8), expected);
+      print(name.c_str(), "bfloat16", convolved(tiles, q, in, 1), expected);
+      Array y(1, 0);
+      if ((tiles.row_runs(params_of(q, in, false, y)) > 0) != q.rows) return std::printf("%s: other form\n", q.name), 1;
+      if (!q.rows) continue;
+      Results first;
+      for (const int64_t rows : {1, 3, 1000})
+        for (const bool planar : {false, true}) {
+          const Results by_rows = convolved_by_rows(tiles, q, in, planar, rows, planar ? 1 : 8);
+          print(name.c_str(), "bfloat16", by_rows, expected);
+          print(name.c_str(), "bfloat16", convolved_by_rows(vectors, q, in, planar, rows, planar ? 8 : 2), expected);
+          if (first.empty()) first = by_rows;
+          if (first != by_rows) return std::printf("%s: other bits\n", q.name), 1;
+        }
+    }
 }

@@ -2,17 +2,20 @@
 
 import copy
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from helpers import assert_close_to_fp64, randn
+from helpers import HALVES, assert_close_to_fp64, randn
 from peers import randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import PoolFormer, model_config
+from poolformer_kernels.ops.chain import Chain
 
+DTYPES = (torch.float32, *HALVES)
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 ONE = {"chain_cpp": 1}
 RIGHT = 3e-6  # of fp32 logits to those of fp64
@@ -79,3 +82,30 @@ def calls(model: nn.Module, x: Tensor) -> dict[str, int]:
     with Calls() as counted:
         infer(model, x)
     return counted.kernels()
+
+
+@contextmanager
+def threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def convolve(x, weight, bias=None, stride=1, padding=0):
+    chain = Chain()
+    chain.conv(weight, bias, stride, padding)
+    with torch.no_grad():
+        y = chain.run(x, True)
+    assert y.is_contiguous(memory_format=LAST) or y.numel() == 0
+    return y
+
+
+def problem(batch, channels, out, height, width, kernel, dtype, bias=True, mean=0.0, sigma=1.0):
+    x = randn(batch, channels, height, width, dtype=dtype, mean=mean, sigma=sigma, seed=1)
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    fan = channels * kernel[0] * kernel[1]
+    weight = randn(out, channels, *kernel, dtype=dtype, sigma=fan**-0.5, seed=2)
+    return x, weight, randn(out, dtype=dtype, mean=0.2, seed=3) if bias else None

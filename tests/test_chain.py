@@ -4,13 +4,25 @@ The tests named ``core`` are also run by test_isa.py, once for each instruction 
 """
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
-from chain_helpers import FIRST, LAST, ONE, SMALL, assert_logits_right, calls, images, infer, make_model
-from helpers import HALVES, as_layout, assert_close_to_fp64, bits, randn
+from chain_helpers import (
+    DTYPES,
+    FIRST,
+    LAST,
+    ONE,
+    SMALL,
+    assert_logits_right,
+    calls,
+    convolve,
+    images,
+    infer,
+    make_model,
+    problem,
+    threads,
+)
+from helpers import as_layout, assert_close_to_fp64, bits, randn
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference
@@ -18,17 +30,6 @@ from poolformer_kernels.models import HEADS, model_config
 from poolformer_kernels.ops.chain import Chain
 
 pytestmark = pytest.mark.usefixtures("kernels")
-DTYPES = (torch.float32, *HALVES)
-
-
-@contextmanager
-def threads(number: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -96,116 +97,6 @@ def test_logits_of_a_half_model_with_float_vectors():
     logits = infer(model, x)
     assert not torch.equal(logits, infer(make_model(dtype=torch.bfloat16), x))
     assert_logits_right(logits, model, x)
-
-
-# ---- single convolutions -----------------------------------------------------------------------------------
-
-
-def convolve(x, weight, bias=None, stride=1, padding=0):
-    chain = Chain()
-    chain.conv(weight, bias, stride, padding)
-    with torch.no_grad():
-        y = chain.run(x, True)
-    assert y.is_contiguous(memory_format=LAST) or y.numel() == 0
-    return y
-
-
-def problem(batch, channels, out, height, width, kernel, dtype, bias=True, mean=0.0, sigma=1.0):
-    x = randn(batch, channels, height, width, dtype=dtype, mean=mean, sigma=sigma, seed=1)
-    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    fan = channels * kernel[0] * kernel[1]
-    weight = randn(out, channels, *kernel, dtype=dtype, sigma=fan**-0.5, seed=2)
-    return x, weight, randn(out, dtype=dtype, mean=0.2, seed=3) if bias else None
-
-
-def assert_convolution_right(x, weight, bias, stride, padding):
-    wide = [t if t is None else t.double() for t in (x, weight, bias)]
-    exact = F.conv2d(*wide, stride, padding)
-    terms = F.conv2d(wide[0] ** 2, wide[1] ** 2, None, stride, padding).sqrt()
-    before = x.clone()
-    y = convolve(x, weight, bias, stride, padding)
-    eager = F.conv2d(x, weight, bias, stride, padding)
-    assert_close_to_fp64(y, eager, exact, scale=torch.maximum(exact.abs(), terms))
-    assert torch.equal(bits(x), bits(before))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7, (3, 5), (4, 2)], ids=str)
-def test_core_cpp_convolutions_of_any_step(dtype, kernel):
-    for stride, padding in itertools.product((1, 2, 3, 4), (0, 1, 2, 3)):
-        assert_convolution_right(*problem(2, 3, 7, 11, 14, kernel, dtype), stride, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 16, 17, 32, 33, 64])
-def test_core_cpp_convolutions_of_any_width(dtype, channels):
-    for out, bias in itertools.product((1, 7, 64, 100), (True, False)):
-        assert_convolution_right(*problem(2, channels, out, 9, 10, 3, dtype, bias), 2, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convolutions_of_any_number_of_tokens(dtype):
-    for width in (1, 2, 15, 16, 17, 31, 33, 47, 48, 49, 65, 207, 208, 209, 417):
-        assert_convolution_right(*problem(1, 32, 33, 1, width, 3, dtype), 1, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convolutions_whose_kernel_reaches_beyond_the_image(dtype):
-    for height, width, padding in [(1, 1, 3), (2, 1, 3), (1, 9, 3), (3, 3, 2), (5, 2, 3), (6, 6, 6)]:
-        for channels in (3, 32):
-            assert_convolution_right(*problem(3, channels, 5, height, width, 7, dtype), 4, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("mean", "sigma"), [(-2.3, 0.5), (100, 1), (0, 1e-3)])
-def test_convolutions_of_shifted_data(dtype, mean, sigma):
-    for kernel, stride, padding in [(7, 4, 2), (3, 2, 1)]:
-        given = problem(2, 32, 33, 30, 28, kernel, dtype, mean=mean, sigma=sigma)
-        assert_convolution_right(*given, stride, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_cpp_convolutions_in_a_row(dtype):
-    """Larger and smaller activations from one to the next: the bits of convolutions one by one."""
-    widths = (5, 3, 40, 7, 33, 2, 64)
-    for batch, number in itertools.product((1, 3, 8), (1, 2)):
-        x, chain = randn(batch, 5, 19, 17, dtype=dtype, seed=1), Chain()
-        y = x
-        for i, (channels, out) in enumerate(itertools.pairwise(widths)):
-            weight = randn(out, channels, 3, 3, dtype=dtype, sigma=(9 * channels) ** -0.5, seed=i)
-            bias = randn(out, dtype=dtype, seed=i + 1)
-            chain.conv(weight, bias, 1, i % 3)
-            y = convolve(y, weight, bias, 1, i % 3)
-        with threads(number), torch.no_grad():
-            assert torch.equal(bits(chain.run(x, True)), bits(y))
-
-
-@pytest.mark.parametrize("layout", ["nchw", "sliced_c", "sliced_hw_last", "expanded", "offset_last"])
-def test_convolutions_of_strided_tensors(layout):
-    x, weight, bias = problem(2, 17, 33, 12, 13, 3, torch.float32)
-    wide = as_layout(weight, "sliced_c_last")
-    strided = torch.full((33, 2), float("nan"))[:, 1].copy_(bias)
-    assert_convolution_right(as_layout(x, layout), wide, strided, 2, 1)
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [3, 32])
-def test_core_cpp_convolutions_are_not_finite_where_eager_is_not(dtype, bad, channels):
-    for where in ("x", "weight", "bias"):
-        x, weight, bias = problem(2, channels, 7, 13, 11, 3, dtype)
-        {"x": x[0, 1, 4], "weight": weight[3, 2, 1], "bias": bias}[where][2] = bad
-        expected = F.conv2d(x, weight, bias, 2, 1)
-        y = convolve(x, weight, bias, 2, 1)
-        odd = ~expected.isfinite()
-        assert odd.any()
-        assert not odd.all()
-        if where == "weight":  # beyond the border its taps are multiplied by zeros, or left out
-            inside = (..., slice(1, -1), slice(1, -1))
-            y, expected, odd = y[inside], expected[inside], odd[inside]
-        assert torch.equal(y.isfinite(), ~odd)
-        assert torch.equal(y.isnan(), expected.isnan())
-        assert torch.equal(y[odd].nan_to_num(), expected[odd].nan_to_num())
 
 
 # ---- statistics that a convolution hands on ----------------------------------------------------------------

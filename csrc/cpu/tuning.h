@@ -94,6 +94,19 @@ constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden =
 // Rows of the weight that a work item multiplies: they are shared out where tokens are too few for the threads.
 constexpr int64_t kEmbedRows = 64;
 
+// Tokens are rows of the products where a sample has so many of them, in rows of so many.
+constexpr int64_t kRowsTokens = 32, kRowsWidth = 4;
+
+// Multiply-adds that take as long as an element of weights or of an image that is copied for them.
+constexpr int64_t kEmbedCopyWork = 64;
+
+// Where tokens are rows: bytes of packed weights that tokens pass over at a time, and of padded images that pass over
+// one such part after the other.
+constexpr int64_t kPanelBytes = 768 << 10, kImageBytes = 3 << 20;
+
+// Packed weights up to so many bytes stay in the L1 cache while tokens pass over them.
+constexpr int64_t kLoopBytes = 32 << 10;
+
 // Vectors of kLanesMax tokens of a tile, at least, however large the windows of the convolution are.
 constexpr int64_t kLeastEmbedVectors = 3;
 

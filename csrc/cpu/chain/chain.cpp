@@ -175,7 +175,8 @@ Images prepare(Layer& layer, Images x) {
       STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.dtype && w.size(0) > 0 && w.size(1) == c &&
                           kernel_size(w, 2) > 0 && kernel_size(w, 3) > 0,
                       "chain_cpp: a convolution's weight must be a CPU tensor [out, ", c, ", h, w] of x's dtype");
-      w = in_layout(w, w.dim() == 4);
+      if (w.dim() != 4 || !w.is_contiguous() || !patch_embed_takes_planar(x, layer.conv))
+        w = in_layout(w, w.dim() == 4);
       x.channels = w.size(0);
       x.height = embedded_size(x.height, kernel_size(w, 2), layer.conv);
       x.width = embedded_size(x.width, kernel_size(w, 3), layer.conv);

@@ -9,6 +9,9 @@
 #include "../product/operands.h"
 #include "../product/token_tile.h"
 #include "patch_embed.h"
+#if PK_LEVEL >= 2
+#include "patch_embed_rows.h"
+#endif
 
 namespace pk {
 namespace {
@@ -155,7 +158,12 @@ int64_t patch_embed_scratch(const PatchEmbedParams& p) {
 
 template <class T>
 constexpr PatchEmbedKernels patch_embed_kernels() {
-  return {patch_embed_scratch<T>, patch_embed_forward<T>};
+#if PK_LEVEL >= 2
+  return {patch_embed_scratch<T>, patch_embed_forward<T>, patch_embed_row_runs<T>, patch_embed_rows_scratch<T>,
+          patch_embed_rows<T>};
+#else
+  return {patch_embed_scratch<T>, patch_embed_forward<T>, nullptr, nullptr, nullptr};
+#endif
 }
 
 }  // namespace

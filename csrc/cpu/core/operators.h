@@ -58,9 +58,10 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
              float* y_stats, void* hidden);
 
 struct PatchEmbedArguments {
-  torch::stable::Tensor weight;  // [out, C, kernel_h, kernel_w] in channels_last, or [out, C], of x's dtype
-  Parameter bias;                // [out]; absent: 0
-  int64_t stride, padding;       // pixels
+  // [out, C, kernel_h, kernel_w], dense in channels_last or as patch_embed_takes_planar says, or [out, C]; of x's dtype
+  torch::stable::Tensor weight;
+  Parameter bias;           // [out]; absent: 0
+  int64_t stride, padding;  // pixels
 };
 
 // Pixels of the convolution's kernel along dimension `dim` of its weight.
@@ -73,6 +74,9 @@ inline int64_t embedded_size(int64_t size, int64_t kernel, const PatchEmbedArgum
   const int64_t room = size + 2 * args.padding - kernel;
   return room < 0 ? 0 : room / args.stride + 1;
 }
+
+// Whether a contiguous weight, [out, C, kernel_h, kernel_w], may be given as it is.
+bool patch_embed_takes_planar(const Images& x, const PatchEmbedArguments& args);
 
 // Writes y [B, out, out_h, out_w] in channels_last, as x must be, and the statistics of y [B, 1, 3] where not null.
 void run_patch_embed(const Images& x, const PatchEmbedArguments& args, void* y, float* y_stats);

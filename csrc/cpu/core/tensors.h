@@ -173,5 +173,26 @@ inline void merge_tokens(const float* moments, int64_t batch, int64_t pixels, in
   });
 }
 
+// The same from `partials` [batch, n, 3] of (count, mean, M2).
+inline void merge_runs(const float* partials, int64_t batch, int64_t n, float* out) {
+  torch::stable::parallel_for(0, batch, 1 + kGrainTokens / n, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const float* const first = partials + 3 * b * n;
+      const double shift = first[1];  // some mean, so that a large one costs no digits below
+      double count = 0, sum = 0, m2 = 0;
+      for (const float* at = first; at < first + 3 * n; at += 3) {
+        const double mean = at[1] - shift;
+        count += at[0];
+        sum += at[0] * mean;
+        m2 += at[2] + at[0] * mean * mean;
+      }
+      m2 -= sum * (sum / count);
+      out[3 * b] = count;
+      out[3 * b + 1] = shift + sum / count;
+      out[3 * b + 2] = m2 < 0 ? 0 : m2;  // a NaN is not less than 0, so it stays
+    }
+  });
+}
+
 }  // namespace
 }  // namespace pk

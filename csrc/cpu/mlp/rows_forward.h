@@ -321,7 +321,7 @@ __attribute__((noinline)) void rows_forward(const MlpParams& q, int64_t first, i
   const RowsScratch s(q, scratch);
   const RowsShape shape(q);
   const TokenPanel panel(first, count);
-  const MatrixUnit unit(panel.rows);
+  const MatrixUnit unit(token_tiles(panel.rows));
   s.tables.fill<T>(q, Act::kInputScale);
   normalise_rows<T>(q, s.tables, s.n, panel);
   const packed32 *w1 = q.packed, *w2 = q.packed + shape.hidden * shape.channels * kStepWords;

@@ -10,23 +10,23 @@
 namespace pk {
 namespace {
 
-// Tiles 0 to 5, the sums and the first operands of products, have `rows` rows; 6 and 7, the second operands, have 16.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16];
-  explicit PK_INLINE TileConfig(int64_t n) : rows{} {
-    for (int i = 0; i < 8; ++i) rows[i] = i < 6 ? uint8_t(n) : 16;
-  }
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+// The tile registers where tokens are rows: 0 .. 3 hold sums of `rows` tokens, 4 and 5 tokens, 6 and 7 weights.
+PK_INLINE TileConfig token_tiles(int64_t rows) {
+  TileConfig config;
+  for (int i = 0; i < 6; ++i) config.rows[i] = rows;
+  return config;
+}
 
 #if !defined(PK_EMULATE_TILES)
 // Configures the tile registers, and releases them when it is destroyed. Every kernel that multiplies has one.
 struct MatrixUnit {
-  explicit PK_INLINE MatrixUnit(int64_t rows = 16) {
-    const TileConfig config(rows);
-    asm volatile("ldtilecfg %0" : : "m"(config));
-  }
+  PK_INLINE MatrixUnit(const TileConfig& config = {}) { asm volatile("ldtilecfg %0" : : "m"(config)); }
   PK_INLINE ~MatrixUnit() { asm volatile("tilerelease"); }
 };
 template <int TILE>
@@ -37,8 +37,7 @@ template <int TILE>
 PK_INLINE void tile_load(const void* p, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
 }
-// As `tile_load`, but lines that come from the L2 cache are not left in the L1: for an operand that is read once, so
-// that the one that is read again and again stays there.
+// As tile_load, but lines that come from L2 do not displace others in L1: for an operand that streams.
 template <int TILE>
 PK_INLINE void tile_stream(const void* p, int64_t step) {
   asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
@@ -52,23 +51,19 @@ PK_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 #else
+uint8_t tile_rows[8];
 packed32 tiles[8][16][16];
-int64_t rows_of_tiles = 16;
 struct MatrixUnit {
-  explicit MatrixUnit(int64_t rows = 16) { rows_of_tiles = rows; }
-  ~MatrixUnit() { rows_of_tiles = 16; }
+  MatrixUnit(const TileConfig& config = {}) { __builtin_memcpy(tile_rows, config.rows, sizeof tile_rows); }
+  ~MatrixUnit() { __builtin_memset(tile_rows, 0, sizeof tile_rows); }
 };
-template <int TILE>
-int64_t tile_rows() {
-  return TILE < 6 ? rows_of_tiles : 16;
-}
 template <int TILE>
 void tile_zero() {
   __builtin_memset(tiles[TILE], 0, sizeof tiles[TILE]);
 }
 template <int TILE>
 void tile_load(const void* p, int64_t step) {
-  for (int r = 0; r < tile_rows<TILE>(); ++r)
+  for (int r = 0; r < tile_rows[TILE]; ++r)
     __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
 }
 template <int TILE>
@@ -77,13 +72,14 @@ void tile_stream(const void* p, int64_t step) {
 }
 template <int TILE>
 void tile_store(void* p, int64_t step) {
-  for (int r = 0; r < tile_rows<TILE>(); ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
+  for (int r = 0; r < tile_rows[TILE]; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
 }
 template <int SUM, int A, int B>
 void tile_multiply_add() {
   const auto low = [](packed32 w) { return __builtin_bit_cast(float, w << 16); };
   const auto high = [](packed32 w) { return __builtin_bit_cast(float, w & 0xffff0000u); };
-  for (int r = 0; r < tile_rows<SUM>(); ++r)
+  if (tile_rows[SUM] != tile_rows[A] || tile_rows[B] != 16) __builtin_trap();  // the instruction would fault
+  for (int r = 0; r < tile_rows[SUM]; ++r)
     for (int c = 0; c < 16; ++c) {
       float sum = __builtin_bit_cast(float, tiles[SUM][r][c]);
       for (int k = 0; k < 16; ++k) {

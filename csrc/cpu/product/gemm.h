@@ -29,6 +29,7 @@ struct Floats {
   static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
   }
+  static PK_INLINE vf multiply_add(vf sum, vu a, vu b) { return sum + (vf)a * (vf)b; }
 };
 
 #if PK_LEVEL == 3
@@ -39,6 +40,9 @@ struct Bf16Pairs {
   using Element = bf16;
   static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
+  static PK_INLINE vf multiply_add(vf sum, vu a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
 #endif
