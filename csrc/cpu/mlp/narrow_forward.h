@@ -173,7 +173,7 @@ void mlp_rows_forward(const MlpParams& p, int64_t first, int64_t count, packed32
 }
 
 int64_t mlp_rows_scratch(const MlpParams& p) {
-  return is_narrow(p) ? NarrowScratch(p, nullptr).size : RowsScratch(p, nullptr).size;
+  return is_narrow(p) ? NarrowScratch(p, nullptr).size : PanelScratch(p, nullptr).size;
 }
 
 }  // namespace

@@ -170,17 +170,17 @@ struct ChannelTables {
   }
 };
 
-struct RowsScratch {
+struct PanelScratch {
   packed32 *n, *p;  // [blocks of tokens][blocks of channels][rows][32], operands of fc1 and of fc2
   float* h;         // two blocks of sums of fc1
   float* o;         // sums of fc2: of one block, or of all where there are several chunks
   ChannelTables tables;
   int64_t size;  // words of all of them
 
-  RowsScratch(const MlpParams& q, packed32* base) : RowsScratch(q, ScratchArena(base)) {}
+  PanelScratch(const MlpParams& q, packed32* base) : PanelScratch(q, ScratchArena(base)) {}
 
  private:
-  RowsScratch(const MlpParams& q, ScratchArena arena) : tables(q, arena) {
+  PanelScratch(const MlpParams& q, ScratchArena arena) : tables(q, arena) {
     const RowsShape shape(q);
     const int64_t blocks = (q.lanes + kBlock - 1) / kBlock;
     n = arena.words(blocks * shape.channels * kStepWords);
@@ -248,7 +248,7 @@ PK_INLINE void rows_step(const packed32* a, const packed32* w, int64_t rows, Act
 
 // p of hidden blocks begin .. begin + size - 1. ROWS: rows that are activated in one step of a product.
 template <int ROWS, class Act>
-__attribute__((noinline)) void rows_fc1(const RowsShape& shape, const RowsScratch& s, const TokenPanel& panel,
+__attribute__((noinline)) void rows_fc1(const RowsShape& shape, const PanelScratch& s, const TokenPanel& panel,
                                         const packed32* w1, int64_t begin, int64_t size) {
   Act act;  // not const, see GeluTable
   DueBlock due;
@@ -296,7 +296,7 @@ __attribute__((noinline)) void write_block(const MlpParams& p, const ChannelTabl
 
 // fc2's sums over the hidden blocks of a chunk, and y after the last one.
 template <class T, class Act>
-__attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& shape, const RowsScratch& s,
+__attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& shape, const PanelScratch& s,
                                         const TokenPanel& panel, const packed32* w2, int64_t begin, int64_t size) {
   Act act;
   const bool first = begin == 0, last = begin + size == shape.hidden;
@@ -318,7 +318,7 @@ __attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& sha
 
 template <class T, class Act>
 __attribute__((noinline)) void rows_forward(const MlpParams& q, int64_t first, int64_t count, packed32* scratch) {
-  const RowsScratch s(q, scratch);
+  const PanelScratch s(q, scratch);
   const RowsShape shape(q);
   const TokenPanel panel(first, count);
   const MatrixUnit unit(token_tiles(panel.rows));
