@@ -9,6 +9,7 @@
 #include "../product/token_tile.h"
 #include "../tuning.h"
 #include "activations.h"
+#include "gelu_exact.h"
 #include "gelu_table.h"
 #include "mlp.h"
 
@@ -91,6 +92,16 @@ struct Activate<Activation::gelu, false, E> {
       write(p.word(i, l), upper_halves(v.a, v.b));
     else
       p.put(i, l, v);
+  }
+};
+template <class E>
+struct Activate<Activation::gelu, true, E> {
+  static constexpr float kInputScale = 1;
+  ExactGelu gelu;
+  PK_INLINE Activate() {}
+  template <class P>
+  PK_INLINE void operator()(Pair h, Pair bias, const P& p, int64_t i, int64_t l) {
+    p.put(i, l, {gelu(h.a + bias.a), gelu(h.b + bias.b)});
   }
 };
 #endif

@@ -22,9 +22,10 @@ constexpr int kBlockRows = PK_LEVEL >= 2 ? 8 : 4, kBlockVecs = 3;
 
 // What a product's operands are: this or Bf16Pairs.
 struct Floats {
-  static constexpr int kPer = 1;            // elements of a word
-  static constexpr int kStep = 1;           // the words of a row of a are a multiple of it
-  static constexpr int kRows = kBlockRows;  // the rows of a are a multiple of it
+  static constexpr int kPer = 1;         // elements of a word
+  static constexpr int kStep = 1;        // the words of a row of a are a multiple of it
+  static constexpr int kRows = 32;       // the rows of a are a multiple of it
+  static constexpr int kSumWords = 128;  // longer sums are made of sums of so many words
   using Element = float;
   static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return sum + splat(__builtin_bit_cast(float, a)) * (vf)b;
@@ -37,6 +38,7 @@ struct Bf16Pairs {
   static constexpr int kPer = 2;
   static constexpr int kStep = 1;
   static constexpr int kRows = kBlockRows;
+  static constexpr int kSumWords = 256;
   using Element = bf16;
   static PK_INLINE vf multiply_add(vf sum, packed32 a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -85,21 +87,20 @@ PK_INLINE void multiply_vecs(int64_t vecs, const packed32* a, int64_t a_row, con
   multiply_block<Op, kBlockVecs>(a, a_row, b, b_row, k, out, out_row, add, next);
 }
 
-// Longer sums are made of sums of so many words, since rounding errors grow with the length of a running sum.
-constexpr int64_t kSumWords = 256;
-
 // a: [rows, k] words, rows `a_row` words apart; rows is a multiple of Op::kRows. b: [k, lanes] words, rows `b_row`
 // apart; lanes is a multiple of kLanes. out: [rows, lanes] floats, rows `out_row` apart; `add` adds to what is there.
 // `next`: rows that another call will multiply, Op::kRows at the most, which are prefetched.
+// Sums are made of sums of Op::kSumWords words, since rounding errors grow with the length of a running sum; of Floats,
+// so many rows of b, kBlockVecs vectors wide, stay in the L1 cache while all rows of a are multiplied by them.
 template <class Op>
 void multiply(const packed32* a, int64_t a_row, int64_t rows, const packed32* b, int64_t b_row, int64_t lanes,
               int64_t k, float* out, int64_t out_row, bool add, PrefetchRows next = {}) {
   for (int64_t left = lanes / kLanes; left > 0; next = {}) {
     const int64_t vecs = left == 4 ? 2 : left < kBlockVecs ? left : kBlockVecs;
-    for (int64_t i = 0; i < k; i += kSumWords)
+    for (int64_t i = 0; i < k; i += Op::kSumWords)
       for (int64_t r = 0; r < rows; r += kBlockRows)
-        multiply_vecs<Op>(vecs, a + r * a_row + i, a_row, b + i * b_row, b_row, k - i < kSumWords ? k - i : kSumWords,
-                          out + r * out_row, out_row, add || i > 0, next.after(i));
+        multiply_vecs<Op>(vecs, a + r * a_row + i, a_row, b + i * b_row, b_row, least(Op::kSumWords, k - i),
+                          out + r * out_row, out_row, add || i > 0, next.after(r, i));
     b += vecs * kLanes;
     out += vecs * kLanes;
     left -= vecs;

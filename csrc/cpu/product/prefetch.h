@@ -12,9 +12,9 @@ namespace {
 struct PrefetchRows {
   const char* rows = nullptr;  // null: there are none
   int64_t step = 0;            // bytes from a row to the next
-  // The rows from word `words` on.
-  PK_INLINE PrefetchRows after(int64_t words) const {
-    return rows ? PrefetchRows{rows + words * sizeof(packed32), step} : PrefetchRows{};
+  // Those from row `row` on, from word `words` on.
+  PK_INLINE PrefetchRows after(int64_t row, int64_t words) const {
+    return rows ? PrefetchRows{rows + row * step + words * sizeof(packed32), step} : PrefetchRows{};
   }
   // The cache line at word i of the first `count` rows.
   PK_INLINE void fetch(int64_t i, int64_t count) const {
