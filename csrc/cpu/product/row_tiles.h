@@ -80,7 +80,7 @@ __attribute__((noinline)) void multiply_row_block(const TokenRows& a, const pack
     for (int t = 0; t < 2; ++t)
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) sum[t][r][0] = sum[t][r][1] = vf{};
-    for (int64_t left = kSumWords; left > 0 && run < a.runs;) {
+    for (int64_t left = Op::kSumWords; left > 0 && run < a.runs;) {
       const int64_t count = least(a.words - word, left), at = a.runs_at[run] + 4 * word;
       const char *first = a.tile[0] + at, *second = a.tile[1] + at;
       for (int64_t i = 0; i < count; ++i) {
