@@ -98,7 +98,7 @@ def test_the_build_has_the_tile_instructions():
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     library = importlib.util.find_spec("poolformer_kernels._C").origin
-    names = "tdpbf16ps|ldtilecfg|tilerelease|tileloadd|tilestored|tilezero"
+    names = "tdpbf16ps|ldtilecfg|tilerelease|tileloadd|tileloaddt1|tilestored|tilezero"
     counts = dict.fromkeys(names.split("|"), 0)
     for name in re.findall(rf"\t({names})\b", run(["objdump", "-d", "--no-show-raw-insn", library])):
         counts[name] += 1

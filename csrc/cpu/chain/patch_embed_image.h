@@ -15,26 +15,22 @@ namespace {
 
 // Copies n elements and returns whether one of them is infinite or NaN.
 PK_INLINE bool copy_checked(const bf16* from, bf16* to, int64_t n) {
-#if PK_LEVEL >= 2
   __m512i largest{};  // magnitudes, times two
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    const __m512i v = read<__m512i>(from + i);
-    write(to + i, v);
+  const auto part = [&](int64_t count) PK_FORCED {
+    const __mmask32 mask = (__mmask32)((uint64_t{1} << count) - 1);
+    const __m512i v = _mm512_maskz_loadu_epi16(mask, from);
+    _mm512_mask_storeu_epi16(to, mask, v);
+    largest = _mm512_max_epu16(largest, _mm512_add_epi16(v, v));
+    from += count, to += count, n -= count;
+  };
+  part(least(n, 32 - reinterpret_cast<uintptr_t>(to) / 2 % 32));  // stores that cross cache lines are slow
+  for (; n >= 32; from += 32, to += 32, n -= 32) {
+    const __m512i v = read<__m512i>(from);
+    write(to, v);
     largest = _mm512_max_epu16(largest, _mm512_add_epi16(v, v));
   }
-  if (i < n) {
-    const __mmask32 rest = (__mmask32)((uint64_t{1} << (n - i)) - 1);
-    const __m512i v = _mm512_maskz_loadu_epi16(rest, from + i);
-    _mm512_mask_storeu_epi16(to + i, rest, v);
-    largest = _mm512_max_epu16(largest, _mm512_add_epi16(v, v));
-  }
+  part(n);
   return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((short)0xff00)) != 0;
-#else
-  bool infinite = false;
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i], infinite |= (from[i].bits & 0x7f80) == 0x7f80;
-  return infinite;
-#endif
 }
 
 template <class T, class E>

@@ -49,15 +49,24 @@ struct RowsPlan {
   }
   // Whether windows are read with more elements than they have, which meet zeros of the weights.
   bool neighbours() const { return weights.row != weights.words * Op::kPer; }
-
-  // Samples whose images are in the cache at a time. Where the weights are packed in parts, all images should be: each
-  // part passes over all of them.
-  static int64_t samples_at_once(const PatchEmbedParams& p) {
-    const RowsPlan one(p, p.out_h, 1);
-    const int64_t bytes = one.image.size(0) * sizeof(E);
-    return clamped((one.panel < one.blocks ? kImageBytes : kCacheBytes) / bytes, 1, p.batch);
-  }
 };
+
+// What is copied at a time: whole samples, or of larger ones some rows of y of one sample.
+struct RowsExtent {
+  int64_t samples, rows;
+};
+
+// As much as stays in the cache. Where the weights are packed in parts, it should be much: each part passes over all.
+template <class T>
+RowsExtent rows_extent(const PatchEmbedParams& p) {
+  using E = typename RowsPlan<T>::E;
+  const RowsPlan<T> one(p, p.out_h, 1);
+  const int64_t bytes = one.image.size(0) * sizeof(E);
+  const int64_t most = one.panel < one.blocks ? kImageBytes : kCacheBytes;
+  if (bytes <= most) return {least(most / bytes, p.batch), p.out_h};
+  const int64_t rows = most * p.out_h / bytes - p.kernel_h / p.stride;
+  return {1, rows < 1 ? 1 : rows};
+}
 
 template <class T>
 struct RowsScratch {
@@ -71,7 +80,8 @@ struct RowsScratch {
 
   RowsScratch(const PatchEmbedParams& p, packed32* base) {
     ScratchArena arena(base);
-    const RowsPlan<T> plan(p, p.out_h, RowsPlan<T>::samples_at_once(p));
+    const RowsExtent extent = rows_extent<T>(p);
+    const RowsPlan<T> plan(p, extent.rows, extent.samples);
     image = reinterpret_cast<E*>(arena.words(plan.image.size(plan.beyond(p)) * sizeof(E) / 4 + 1));
     weights = arena.words(plan.panel * plan.weights.k * kColumns);
     planar = arena.words(plan.weights.scratch());
@@ -82,54 +92,54 @@ struct RowsScratch {
   }
 };
 
-// The mean and M2 of n rows of kColumns floats, of which the first `columns` count. Each column is shifted by its first
-// value, so that a large mean costs no digits.
-template <class Row>
-PK_INLINE void moments_of(const Row& row, int64_t n, int64_t columns, float* out) {
-  vf shift[2], sum[2] = {}, squares[2] = {};
-  row(0, shift);
-  for (int64_t i = 1; i < n; ++i) {
-    vf v[2];
-    row(i, v);
-    for (int half = 0; half < 2; ++half) {
-      const vf d = v[half] - shift[half];
-      sum[half] += d;
-      squares[half] += d * d;
+// Count, mean and M2 of rows of kColumns floats, of which the first `columns` count. Each column is shifted by its
+// first value, so that a large mean costs no digits.
+struct ShiftedMoments {
+  vf shift[2]{}, sum[2]{}, squares[2]{};
+
+  PK_INLINE void add(bool first, vf low, vf high) {
+    if (first) shift[0] = low, shift[1] = high;
+    const vf a = low - shift[0], b = high - shift[1];
+    sum[0] += a, sum[1] += b;
+    squares[0] += a * a, squares[1] += b * b;
+  }
+  PK_INLINE void write(int64_t n, int64_t columns, float* out) const {
+    const float some = ((__m512)shift[0])[0];
+    vf from_some[2];  // of each column's mean
+    for (int i = 0; i < 2; ++i) from_some[i] = (shift[i] - splat(some)) + sum[i] / float(n);
+    const float middle = total(from_some[0], from_some[1], columns) / columns;
+    vf m2[2];
+    for (int i = 0; i < 2; ++i) {
+      const vf within = squares[i] - sum[i] * (sum[i] / float(n)), off = from_some[i] - splat(middle);
+      m2[i] = (within < 0.0f ? vf{} : within) + off * off * float(n);
     }
+    out[0] = n * columns;
+    out[1] = some + middle;
+    out[2] = total(m2[0], m2[1], columns);
   }
-  float mean[kColumns], m2[kColumns];
-  for (int half = 0; half < 2; ++half) {
-    write(mean + half * kLanes, shift[half] + sum[half] / float(n));
-    write(m2 + half * kLanes, squares[half] - sum[half] * (sum[half] / float(n)));
+
+ private:
+  static PK_INLINE float total(vf low, vf high, int64_t columns) {
+    const __m512 a = _mm512_maskz_mov_ps(lanes_below(least(columns, kLanes)), (__m512)low);
+    const int64_t rest = columns > kLanes ? columns - kLanes : 0;
+    return _mm512_reduce_add_ps(_mm512_add_ps(a, _mm512_maskz_mov_ps(lanes_below(rest), (__m512)high)));
   }
-  float total = 0, within = 0, between = 0;
-  for (int64_t c = 0; c < columns; ++c) total += mean[c] - mean[0];
-  const float middle = mean[0] + total / columns;
-  for (int64_t c = 0; c < columns; ++c) {
-    within += m2[c] < 0 ? 0 : m2[c];
-    between += (mean[c] - middle) * (mean[c] - middle);
-  }
-  out[0] = n * columns;
-  out[1] = middle;
-  out[2] = within + n * between;
-}
+};
 
 #if PK_LEVEL >= 3
-// Two rows of floats as one vector of bfloat16.
-PK_INLINE __m512i joined(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-// The moments of what `joined` made, by dot products and without a shift; false where the mean is so large that this
+// The same of bfloat16, by dot products and without a shift; `write` returns false where the mean is so large that this
 // costs digits. Columns that do not count are zero.
 struct QuickMoments {
   __m512 sum{}, squares{};
-  PK_INLINE void add(__m512i words) {
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)words, (__m512bh)_mm512_set1_epi16(0x3f80));
-    squares = _mm512_dpbf16_ps(squares, (__m512bh)words, (__m512bh)words);
+
+  PK_INLINE void add(__m512i row) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_set1_epi16(0x3f80));
+    squares = _mm512_dpbf16_ps(squares, (__m512bh)row, (__m512bh)row);
   }
-  PK_INLINE bool write(int64_t n, float* out) const {
+  PK_INLINE bool write(int64_t n, int64_t columns, float* out) const {
     const float first = _mm512_reduce_add_ps(sum), second = _mm512_reduce_add_ps(squares);
-    out[0] = n;
-    out[1] = first / n;
+    out[0] = n * columns;
+    out[1] = first / out[0];
     out[2] = second - first * out[1];
     return out[2] > second / 16;
   }
@@ -141,31 +151,32 @@ struct QuickMoments {
 template <class T>
 PK_INLINE void write_tokens(const float* sums, const float* bias, int64_t n, int64_t columns, T* y, int64_t step,
                             float* moments) {
-  const vf low = load(bias), high = load(bias + kLanes);
+  const vf bias_low = load(bias), bias_high = load(bias + kLanes);
+  const auto low = [&](int64_t i) PK_FORCED { return load(sums + i * kColumns) + bias_low; };
+  const auto high = [&](int64_t i) PK_FORCED { return load(sums + i * kColumns + kLanes) + bias_high; };
 #if PK_LEVEL >= 3
   if constexpr (__is_same(T, bf16)) {
     QuickMoments quick;
     const __mmask32 valid = (__mmask32)((uint64_t{1} << columns) - 1);
     for (int64_t i = 0; i < n; ++i) {
-      const __m512i v = joined(load(sums + i * kColumns) + low, load(sums + i * kColumns + kLanes) + high);
-      _mm512_mask_storeu_epi16(y + i * step, valid, v);
-      if (moments) quick.add(_mm512_maskz_mov_epi16(valid, v));
+      const __m512i row = (__m512i)_mm512_cvtne2ps_pbh((__m512)high(i), (__m512)low(i));
+      _mm512_mask_storeu_epi16(y + i * step, valid, row);
+      if (moments) quick.add(_mm512_maskz_mov_epi16(valid, row));
     }
-    if (!moments || quick.write(n * columns, moments)) return;
+    if (!moments || quick.write(n, columns, moments)) return;
   } else
 #endif
   {
     const int64_t first = least(columns, kLanes), second = columns - first;
     for (int64_t i = 0; i < n; ++i) {
-      store(y + i * step, load(sums + i * kColumns) + low, first);
-      if (second > 0) store(y + i * step + kLanes, load(sums + i * kColumns + kLanes) + high, second);
+      store(y + i * step, low(i), first);
+      if (second > 0) store(y + i * step + kLanes, high(i), second);
     }
+    if (!moments) return;
   }
-  const auto row = [&](int64_t i, vf v[2]) PK_FORCED {
-    v[0] = rounded(load(sums + i * kColumns) + low, y);
-    v[1] = rounded(load(sums + i * kColumns + kLanes) + high, y);
-  };
-  if (moments) moments_of(row, n, columns, moments);
+  ShiftedMoments exact;
+  for (int64_t i = 0; i < n; ++i) exact.add(i == 0, rounded(low(i), y), rounded(high(i), y));
+  exact.write(n, columns, moments);
 }
 
 // Where the rows of a tile go.
@@ -205,18 +216,32 @@ struct RowsPiece {
   }
 
   int64_t lines() const { return rows * samples; }  // rows of y
-  int64_t tiles() const { return (lines() + plan.together - 1) / plan.together * plan.runs; }
 
-  PK_INLINE const E* window(int64_t tile) const {
-    const int64_t line = tile / plan.runs * plan.together;
-    const int64_t h = plan.image.alternate ? line / samples : line % rows;
-    return s.image + plan.image.window(h, plan.image.alternate ? line % samples : line / rows) +
-           tile % plan.runs * plan.run * p.stride * p.channels;
+  // A tile: its first row of y, counted in lines, which is row h of sample s, and its run. Going on from one to the
+  // next spares divisions.
+  struct Cursor {
+    int64_t line = 0, h = 0, s = 0, run = 0;
+  };
+  PK_INLINE void next_line(int64_t& h, int64_t& s) const {
+    if (plan.image.alternate) {
+      if (++s == samples) s = 0, ++h;
+    } else {
+      if (++h == rows) h = 0, ++s;
+    }
+  }
+  PK_INLINE void next_tile(Cursor& at) const {
+    if (++at.run < plan.runs) return;
+    at.run = 0;
+    at.line += plan.together;
+    for (int64_t r = 0; r < plan.together; ++r) next_line(at.h, at.s);
+  }
+
+  PK_INLINE const E* window(const Cursor& at) const {
+    return s.image + plan.image.window(at.h, at.s) + at.run * plan.run * p.stride * p.channels;
   }
 
   // Copies the windows of a tile, with zeros behind the elements of each of their rows.
-  const E* copy_windows(int64_t tile, E* out) const {
-    const E* from = window(tile);
+  const E* copy_windows(const E* from, E* out) const {
     const int64_t row = plan.weights.row, whole = plan.weights.words * Op::kPer;
     for (int64_t i = 0; i < plan.tile; ++i)
       for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
@@ -227,16 +252,15 @@ struct RowsPiece {
     return out;
   }
 
-  void place(int64_t tile, TilePlace<T>& to) const {
-    const int64_t first = tile / plan.runs * plan.together, begin = tile % plan.runs * plan.run;
-    to.lines = tile < tiles() ? least(plan.together, lines() - first) : 0;
+  PK_INLINE void place(const Cursor& at, TilePlace<T>& to) const {
+    const int64_t begin = at.run * plan.run;
+    to.lines = least(plan.together, lines() - at.line);
     to.count = least(plan.run, p.out_w - begin);
-    for (int64_t r = 0; r < to.lines; ++r) {
-      const int64_t at = first + r, h = plan.image.alternate ? at / samples : at % rows;
-      const int64_t b = sample + (plan.image.alternate ? at % samples : at / rows);
-      const int64_t line = b * p.out_h + first_row + h;
+    int64_t h = at.h, b = at.s;
+    for (int64_t r = 0; r < to.lines; ++r, next_line(h, b)) {
+      const int64_t line = (sample + b) * p.out_h + first_row + h;
       to.y[r] = static_cast<T*>(p.y) + (line * p.out_w + begin) * p.out;
-      to.moments[r] = p.run_moments ? p.run_moments + 3 * (line * plan.runs + tile % plan.runs) * plan.blocks : nullptr;
+      to.moments[r] = p.run_moments ? p.run_moments + 3 * (line * plan.runs + at.run) * plan.blocks : nullptr;
     }
   }
 
@@ -248,7 +272,7 @@ struct RowsPiece {
   }
 
   void multiply(int64_t first_block, int64_t last_block) const {
-    const int64_t count = tiles(), block_words = plan.weights.k * kColumns, tile_sums = plan.tile * kColumns;
+    const int64_t block_words = plan.weights.k * kColumns, tile_sums = plan.tile * kColumns;
     TokenRows a{{}, p.stride * p.channels * int64_t(sizeof(E)), s.runs_at, p.kernel_h, plan.weights.words};
     if (copied) a.step = plan.weights.k * 4;
     TilePlace<T> places[2][2];    // of two pairs of tiles in turn
@@ -261,14 +285,15 @@ struct RowsPiece {
       write_tile(places[done_pair][0], done_block, done);
       write_tile(places[done_pair][1], done_block, done + tile_sums);
     };
-    for (int64_t t = 0; t < count; t += 2) {
-      const int64_t pair = t / 2 % 2;
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t tile = least(t + i, count - 1);
-        const E* from =
-            copied ? copy_windows(tile, s.windows + i * plan.tile * plan.weights.k * Op::kPer) : window(tile);
+    Cursor at;
+    for (int64_t pair = 0; at.line < lines(); pair ^= 1) {
+      for (int64_t i = 0; i < 2; ++i, next_tile(at)) {
+        place(at, places[pair][i]);
+        a.tile[i] = a.tile[0];
+        if (at.line >= lines()) continue;  // the last tile has no other: it is multiplied twice
+        const E* from = window(at);
+        if (copied) from = copy_windows(from, s.windows + i * plan.tile * plan.weights.k * Op::kPer);
         a.tile[i] = reinterpret_cast<const char*>(from);
-        place(t + i, places[pair][i]);
       }
       for (int64_t block = first_block; block < last_block; ++block) {
         const packed32* w = s.weights + (block - first_block) * block_words;
@@ -290,16 +315,17 @@ void patch_embed_rows(const PatchEmbedParams& p, int64_t first_row, int64_t last
                       int64_t last_block, packed32* scratch) {
   const RowsScratch<T> s(p, scratch);
   const RowsPlan<T> plan(p, 1, 1);
-  const int64_t at_once = RowsPlan<T>::samples_at_once(p), block_words = plan.weights.k * kColumns;
+  const RowsExtent most = rows_extent<T>(p);
+  const int64_t block_words = plan.weights.k * kColumns;
 #if PK_LEVEL == 4
   const MatrixUnit unit(token_tiles(plan.tile));
 #endif
   int64_t packed = -1;  // the first block of those that are packed
   for (int64_t row = first_row; row < last_row;) {
-    const int64_t sample = row / p.out_h, from = row % p.out_h, whole = (last_row - row) / p.out_h;
-    const bool part = from > 0 || whole == 0;
-    const int64_t samples = part ? 1 : least(at_once, whole),
-                  rows = part ? least(p.out_h - from, last_row - row) : p.out_h;
+    const int64_t sample = row / p.out_h, from = row % p.out_h, left = last_row - row;
+    const bool whole = from == 0 && left >= p.out_h && most.rows == p.out_h;
+    const int64_t samples = whole ? least(most.samples, left / p.out_h) : 1;
+    const int64_t rows = whole ? p.out_h : least(least(most.rows, p.out_h - from), left);
     const RowsPiece<T> piece(p, s, sample, samples, from, rows);
     for (int64_t first = first_block; first < last_block; first += plan.panel) {
       const int64_t last = least(first + plan.panel, last_block);

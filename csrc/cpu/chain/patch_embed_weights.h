@@ -25,7 +25,7 @@ struct ConvolutionWeights {
       : p(p), row(p.kernel_w * p.channels), words(words_of<Op>(row)), k(words * p.kernel_h) {}
 
   // Words that `pack` needs beside its output.
-  int64_t scratch() const { return p.planar_w ? (p.patch_size() + 2 * kPer) / kPer * 16 : 0; }
+  int64_t scratch() const { return p.planar_w ? (p.patch_size() + kPer - 1) / kPer * 16 : 0; }
 
   // Block `block` of columns to `out`.
   void pack(int64_t block, packed32* out, packed32* scratch) const {

@@ -10,6 +10,7 @@ namespace pk {
 namespace {
 
 constexpr int64_t kColumns = 32;  // columns of a block of weights
+static_assert(kColumns == kRowsMax);
 
 #if PK_LEVEL == 4
 constexpr int64_t kTileRows = 16;  // tokens of a tile, at most
@@ -35,6 +36,9 @@ struct TokenRows {
 // The weights of a block that stay in the L1 cache, or else pass through.
 template <bool STREAM, int TILE>
 PK_INLINE void load_weights(const packed32* w) {
+#if defined(PK_EMULATE_TILES)
+  if (reinterpret_cast<uintptr_t>(w) % 64) __builtin_trap();  // each row of the tile would be two cache lines
+#endif
   if constexpr (STREAM)
     tile_stream<TILE>(w, 64);
   else
