@@ -5,9 +5,21 @@
 #include "backward.h"
 #include "forward.h"
 #include "mlp.h"
+#if PK_LEVEL == 4
+#include "rows_backward.h"
+#endif
 
 namespace pk {
 namespace {
+
+// The backward with tokens as rows, which is for bfloat16 on AMX tiles.
+template <class T>
+constexpr const RowsBackwardKernels* rows_backward_of() {
+#if PK_LEVEL == 4
+  if constexpr (__is_same(T, bf16)) return &rows_backward_kernels;
+#endif
+  return nullptr;
+}
 
 // T: elements of x. S: what the operands of the products are rounded to.
 template <class T, class S>
@@ -16,7 +28,8 @@ constexpr MlpKernels mlp_kernels() {
           mlp_forward_part<T, S>, mlp_forward_join<T, S>,    mlp_backward_scratch<T, S>,
           OperandOf<S>::Op::kPer, mlp_pack_input<T, S>,      mlp_prepare<T, S>,
           mlp_hidden<T, S>,       mlp_input<T, S>,           mlp_reduce<T>,
-          mlp_finish<T>,          mlp_weight_items,          mlp_weights};
+          mlp_finish<T>,          mlp_weight_items,          mlp_weights,
+          rows_backward_of<T>()};
 }
 
 }  // namespace

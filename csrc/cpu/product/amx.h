@@ -33,6 +33,11 @@ template <int TILE>
 PK_INLINE void tile_load(const void* p, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
 }
+// As tile_load, but lines that come from L2 do not displace others in L1: for an operand that streams.
+template <int TILE>
+PK_INLINE void tile_stream(const void* p, int64_t step) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(p), "r"(step) : "memory");
+}
 template <int TILE>
 PK_INLINE void tile_store(void* p, int64_t step) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(p), "r"(step) : "memory");
@@ -51,6 +56,10 @@ void tile_zero() {
 template <int TILE>
 void tile_load(const void* p, int64_t step) {
   for (int r = 0; r < 16; ++r) __builtin_memcpy(tiles[TILE][r], static_cast<const char*>(p) + r * step, 64);
+}
+template <int TILE>
+void tile_stream(const void* p, int64_t step) {
+  tile_load<TILE>(p, step);
 }
 template <int TILE>
 void tile_store(void* p, int64_t step) {
