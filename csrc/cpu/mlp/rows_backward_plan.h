@@ -21,20 +21,21 @@ inline bool rows_backward_fits(const MlpGradients& p) {
          p.channels <= kRowsBackwardChannels && p.tokens >= kRowsBackwardTokens;
 }
 
-// How the call is cut up, from shapes alone.
-inline void plan_rows_backward(RowsBackwardParams& p) {
+// How the call is cut up, from shapes alone; with `block_tokens` that many tokens make a block.
+inline void plan_rows_backward(RowsBackwardParams& p, int64_t block_tokens = 0) {
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   const int64_t most = std::max<int64_t>(kRowsSide, std::min(kRowsBlockTokens, kRowsBlockElements / p.channels));
   const int64_t blocks = (p.tokens + most - 1) / most;
-  p.block_tokens = up((p.tokens + blocks - 1) / blocks, kRowsSide);
+  p.block_tokens = block_tokens ? block_tokens : up((p.tokens + blocks - 1) / blocks, kRowsSide);
   // Beside a block there is at most all but one token of the sample that it continues
   p.ring_tokens = up(std::min(p.tokens, p.pixels - 1 + p.block_tokens), p.block_tokens);
   p.dropped = false;
   for (int64_t b = 0; b < p.batch; ++b) p.dropped |= !(p.drop[b] == 1.0f);
 }
 
-// Hands out the arrays; `arena` may only measure.
-inline void take_rows_backward(ScratchArena& arena, RowsBackwardParams& p) {
+// Hands out the arrays; the arena may only measure.
+template <class Arena>
+void take_rows_backward(Arena& arena, RowsBackwardParams& p) {
   const auto halves = [&](int64_t n) { return reinterpret_cast<uint16_t*>(arena.words((n + 1) / 2)); };
   const int64_t c = p.channels, h = p.hidden, block = p.block_tokens, of_parameters = p.parameter_grads ? 1 : 0;
   p.b1_split = arena.floats(h), p.gamma_split = arena.floats(c), p.beta_split = arena.floats(c);
