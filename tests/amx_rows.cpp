@@ -218,7 +218,9 @@ int main() {
       {"c256", 2, 33, 256, 352, true, true, true, true, 0, 0},
       {"c320_blocks", 3, 49, 320, 1280, true, true, false, true, 32, 64},
       {"c320_frozen", 1, 47, 320, 96, true, false, false, false, 0, 32},
-      {"one_token", 1, 1, 64, 32, true, true, false, true, 0, 0},
+      {"c352", 1, 49, 352, 96, true, true, false, true, 0, 0},
+      {"c352_blocks", 2, 37, 352, 64, true, true, true, true, 1, 32},
+      {"one_token", 1, 1, 64, 512, true, true, false, true, 0, 0},
       {"long_sample", 2, 321, 32, 32, true, true, true, true, 0, 64},
   };
   for (const Problem& q : problems) {

@@ -14,7 +14,8 @@ namespace {
 // themselves on average, so they are larger before by as much; what is a bfloat16 stays one.
 constexpr double kBeforeCut = 1 + 0.72 / 256;
 
-constexpr float kGeluArgument = 4;  // of h, to get z; and of gelu, to get the value
+constexpr double kGeluEnd = 15.4375;            // of |z|, from where on Phi is 0 or 1
+constexpr double kLastCurve = 1.5 / (1 << 14);  // of the parabolas before it
 
 constexpr double exponential_of(double x) {  // x >= 0, at most about 7
   double sum = 1, term = 1;
@@ -34,7 +35,8 @@ struct PhiCoefficients {
   alignas(64) float a[32], b[32], c[32];  // of the cells of the integers -16 .. 15
 
   // In the cells b + 2 c z equals Phi's slope at two points, which makes the largest error of the slope least, and Phi
-  // is exact in the middle. Beyond |z| = 14.5 Phi is 0 or 1.
+  // is exact in the middle. In those of -15 and 15 parabolas end in 0 and 1, with slope 0: exactly, as their
+  // coefficients have few bits.
   constexpr PhiCoefficients() : a{}, b{}, c{} {
     constexpr double kPoint = 0.35355339059327373;  // from the middle: Chebyshev's points
     for (int i = 2; i < 31; ++i) {
@@ -44,10 +46,13 @@ struct PhiCoefficients {
       b[i] = slope * kBeforeCut;
       c[i] = curve * kBeforeCut;
     }
-    a[31] = kBeforeCut;
+    c[1] = kLastCurve, b[1] = 2 * kLastCurve * kGeluEnd, a[1] = kLastCurve * kGeluEnd * kGeluEnd;
+    c[31] = -c[1], b[31] = b[1], a[31] = kBeforeCut - a[1];
   }
 };
 constexpr PhiCoefficients kPhi;
+static_assert(alignof(PhiCoefficients) == 64);
+static_assert(float(kLastCurve * kGeluEnd * kGeluEnd) == kLastCurve * kGeluEnd * kGeluEnd);
 
 struct GeluAndSlope {
   vf value, slope;  // 4 gelu(z / 4) and gelu'(z / 4), both times kBeforeCut
@@ -64,7 +69,7 @@ struct GeluTable {
         b1(_mm512_load_ps(kPhi.b + 16)),
         c0(_mm512_load_ps(kPhi.c)),
         c1(_mm512_load_ps(kPhi.c + 16)),
-        end(_mm512_set1_ps(15.4375f)),
+        end(_mm512_set1_ps(kGeluEnd)),
         shift(_mm512_set1_ps(0x1.8p23f + 16)) {}
 
   // A NaN stays one, as it is z that is multiplied and not its clamped value, which is a number.

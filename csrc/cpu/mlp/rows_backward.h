@@ -133,21 +133,24 @@ PK_INLINE void add_products(const char* a, int64_t a_step, const char* b, int64_
 constexpr int64_t kBlockSums = kRowsSide * kRowsSide;
 
 struct RowsHiddenScratch {
-  float *h, *dp;  // [2][32, 32] sums of this block and of the one before
-  float* slope;   // [subs][32, 32] where h and dp have passes of their own
-  char *p, *dh;   // [subs] tile pairs
-  float* sums;    // [2][C / 32][32, 32] of the call's last block
-  int64_t size;   // words of all of them
+  float *h, *dp;      // [2][32, 32] sums of this block and of the one before
+  float* slope;       // [subs][32, 32] where h and dp have passes of their own
+  char *p, *dh;       // [subs] tile pairs
+  float* sums;        // [2][C / 32][32, 32] of the call's last block
+  uint16_t *w1, *w2;  // [C / 32] tile pairs where weights are not packed
+  int64_t size;       // words of all of them
 
   RowsHiddenScratch(const RowsBackwardParams& q, packed32* base) {
     ScratchArena arena(base);
-    const int64_t subs = q.block_tokens / kRowsSide;
+    const int64_t subs = q.block_tokens / kRowsSide, parameters = q.parameter_grads ? 1 : 0;
+    const auto halves = [&](int64_t n) { return reinterpret_cast<uint16_t*>(arena.words(n / 2)); };
     h = arena.floats(2 * kBlockSums), dp = arena.floats(2 * kBlockSums);
     slope = arena.floats(q.channels >= kRowsTwoPasses ? subs * kBlockSums : 0);
-    const int64_t pairs = subs * kTilePair / sizeof(packed32);
-    p = reinterpret_cast<char*>(arena.words(q.parameter_grads ? pairs : 0));
-    dh = reinterpret_cast<char*>(arena.words(q.parameter_grads ? pairs : 0));
-    sums = arena.floats(q.parameter_grads ? 2 * q.channels * kRowsSide : 0);
+    p = reinterpret_cast<char*>(halves(parameters * subs * kTilePair / 2));
+    dh = reinterpret_cast<char*>(halves(parameters * subs * kTilePair / 2));
+    sums = arena.floats(parameters * 2 * q.channels * kRowsSide);
+    const int64_t weights = q.packed ? 0 : q.channels * kRowsSide;
+    w1 = halves(weights), w2 = halves(weights);
     size = arena.taken();
   }
 };
@@ -158,19 +161,20 @@ struct HiddenPass {
   const RowsBackwardParams& q;
   const RowsBlock& block;
   const RowsHiddenScratch& s;
+  const char *w1, *w2;  // packed weights of the hidden channels
   const int64_t j, steps;
-  const char *w1, *w2;
   HiddenBlock work{};
   LinesAhead ahead;
 
-  PK_INLINE HiddenPass(const RowsBackwardParams& q, const RowsBlock& block, const RowsHiddenScratch& s, int64_t j)
+  PK_INLINE HiddenPass(const RowsBackwardParams& q, const RowsBlock& block, const RowsHiddenScratch& s,
+                       const uint16_t* w1, const uint16_t* w2, int64_t j)
       : q(q),
         block(block),
         s(s),
+        w1(reinterpret_cast<const char*>(w1)),
+        w2(reinterpret_cast<const char*>(w2)),
         j(j),
-        steps(q.channels / kRowsSide),
-        w1(reinterpret_cast<const char*>(q.w1_tiles) + j * steps * kTilePair),
-        w2(reinterpret_cast<const char*>(q.w2_tiles) + j * steps * kTilePair) {}
+        steps(q.channels / kRowsSide) {}
 
   PK_INLINE void begin(int64_t sub) {
     const int64_t sums = sub % 2 * kBlockSums;
@@ -237,8 +241,9 @@ struct HiddenPass {
 
 template <bool PARAMETERS, bool DROPPED>
 __attribute__((noinline)) void rows_hidden_pass(const RowsBackwardParams& q, const RowsBlock& block,
-                                                const RowsHiddenScratch& s, int64_t j) {
-  HiddenPass<PARAMETERS, DROPPED> pass(q, block, s, j);
+                                                const RowsHiddenScratch& s, const uint16_t* w1, const uint16_t* w2,
+                                                int64_t j) {
+  HiddenPass<PARAMETERS, DROPPED> pass(q, block, s, w1, w2, j);
   float* db1 = q.db1 + j * kRowsSide;
   const float* bias = q.b1_split + j * kRowsSide;
   for (int i = 0; i < 2; ++i) {
@@ -277,19 +282,23 @@ __attribute__((noinline)) void rows_weight_products(const RowsBackwardParams& q,
 void rows_hidden(const RowsBackwardParams& q, const RowsBlock& block, int64_t j, packed32* scratch) {
   [[maybe_unused]] const MatrixUnit unit;
   const RowsHiddenScratch s(q, scratch);
-  if (!q.parameter_grads)
-    return q.dropped ? rows_hidden_pass<false, true>(q, block, s, j) : rows_hidden_pass<false, false>(q, block, s, j);
-  if (q.dropped)
-    rows_hidden_pass<true, true>(q, block, s, j);
-  else
-    rows_hidden_pass<true, false>(q, block, s, j);
   const int64_t size = q.channels * kRowsSide, next = (j + 1) * kRowsSide % q.hidden * q.channels;
+  const uint16_t *w1 = q.packed ? q.w1_tiles + j * size : s.w1, *w2 = q.packed ? q.w2_tiles + j * size : s.w2;
+  if (!q.packed) pack_hidden(q, j, s.w1, s.w2);
+  if (!q.parameter_grads)
+    return q.dropped ? rows_hidden_pass<false, true>(q, block, s, w1, w2, j)
+                     : rows_hidden_pass<false, false>(q, block, s, w1, w2, j);
+  if (q.dropped)
+    rows_hidden_pass<true, true>(q, block, s, w1, w2, j);
+  else
+    rows_hidden_pass<true, false>(q, block, s, w1, w2, j);
+  LinesAhead ahead1, ahead2;
+  if (q.packed && q.channels >= kRowsTwoPasses)
+    ahead1 = {q.w1_tiles + next, size * 2}, ahead2 = {q.w2_tiles + next, size * 2};
   float *in = q.sums + j * 2 * size, *out = block.last ? s.sums : in;
-  LinesAhead w1, w2;
-  if (q.channels >= kRowsTwoPasses) w1 = {q.w1_tiles + next, size * 2}, w2 = {q.w2_tiles + next, size * 2};
-  rows_weight_products(q, block, q.g_tiles, s.p, in, out, w1);
-  rows_weight_products(q, block, q.x_tiles, s.dh, in + size, out + size, w2);
-  if (block.last) rows_parameters(q, j, out, out + size);
+  rows_weight_products(q, block, q.g_tiles, s.p, in, out, ahead1);
+  rows_weight_products(q, block, q.x_tiles, s.dh, in + size, out + size, ahead2);
+  if (block.last) rows_parameters(q, j, w1, out, out + size);
 }
 
 // ---- input
@@ -299,7 +308,6 @@ void rows_hidden(const RowsBackwardParams& q, const RowsBlock& block, int64_t j,
 PK_INLINE void rows_input_products(const RowsBackwardParams& q, const RowsBlock& block, int64_t first_sub,
                                    int64_t last_sub) {
   const int64_t all = q.hidden / kRowsSide, columns = q.channels / kRowsSide, most = kRowsInputHidden / kRowsSide;
-  float* e = q.e_of(block.first);
   for (int64_t k = 0; k < all; k += most) {
     const int64_t steps = least(most, all - k);
     const char* b = reinterpret_cast<const char*>(q.w1_rows_tiles) + k * columns * kTilePair;
@@ -308,7 +316,7 @@ PK_INLINE void rows_input_products(const RowsBackwardParams& q, const RowsBlock&
       if (q.channels >= kRowsTwoPasses && c + 1 < columns) ahead = {b + steps * kTilePair, steps * kTilePair};
       for (int64_t sub = first_sub; sub < last_sub; ++sub) {
         const char* a = reinterpret_cast<const char*>(q.dh_tiles) + (sub * all + k) * kTilePair;
-        float* out = e + sub * kRowsSide * q.channels + c * kRowsSide;
+        float* out = q.e_of(block.first + sub * kRowsSide) + c * kRowsSide;
         if (k > 0)
           load_block(out, q.channels);
         else

@@ -31,8 +31,9 @@ struct RowsBlock {
 // time. "Split": of every 32 elements the 16 even ones come first.
 struct RowsBackwardParams : MlpGradients {
   int64_t block_tokens;  // of a block at most, a multiple of kRowsSide
-  int64_t ring_tokens;   // tokens that `e` has room for, whole blocks: token t is row t % ring_tokens
+  int64_t ring_tokens;   // tokens that `e` has room for, a multiple of kRowsSide: token t is row t % ring_tokens
   bool dropped;          // whether any of drop_scale is not 1
+  bool packed;           // whether w1_tiles and w2_tiles are there; if not, `hidden` packs what it needs
 
   // The call's vectors and weights
   float *b1_split, *gamma_split, *beta_split;     // 4 b1, 4 gamma and 4 beta: h is needed four times as large
@@ -63,10 +64,10 @@ struct RowsBackwardKernels {
   int64_t (*scratch)(const RowsBackwardParams&);  // words that each of the following needs
   // Packs rows 32 j .. of W1 and columns 32 j .. of W2
   void (*pack)(const RowsBackwardParams&, int64_t j);
-  void (*load)(const RowsBackwardParams&, const RowsBlock&, int64_t sub, uint32_t* scratch);
+  void (*load)(const RowsBackwardParams&, const RowsBlock&, int64_t first_sub, int64_t last_sub, uint32_t* scratch);
   void (*hidden)(const RowsBackwardParams&, const RowsBlock&, int64_t j, uint32_t* scratch);
   void (*input)(const RowsBackwardParams&, const RowsBlock&, int64_t first_sub, int64_t last_sub);
-  // dx of tokens first .. first + tokens - 1, of one block
+  // dx of tokens first .. first + tokens - 1
   void (*finish)(const RowsBackwardParams&, int64_t first, int64_t tokens);
 };
 

@@ -24,11 +24,13 @@ inline bool rows_backward_fits(const MlpGradients& p) {
 // How the call is cut up, from shapes alone; with `block_tokens` that many tokens make a block.
 inline void plan_rows_backward(RowsBackwardParams& p, int64_t block_tokens = 0) {
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
-  const int64_t most = std::max<int64_t>(kRowsSide, std::min(kRowsBlockTokens, kRowsBlockElements / p.channels));
+  const int64_t elements = p.channels <= kRowsPackedChannels ? kRowsBlockElements : kRowsWideBlockElements;
+  const int64_t most = std::max<int64_t>(kRowsSide, std::min(kRowsBlockTokens, elements / p.channels));
   const int64_t blocks = (p.tokens + most - 1) / most;
   p.block_tokens = block_tokens ? block_tokens : up((p.tokens + blocks - 1) / blocks, kRowsSide);
-  // Beside a block there is at most all but one token of the sample that it continues
-  p.ring_tokens = up(std::min(p.tokens, p.pixels - 1 + p.block_tokens), p.block_tokens);
+  // Beside a block there is at most all but one token of the sample that it continues.
+  p.ring_tokens = up(std::min(p.tokens, p.pixels - 1 + p.block_tokens), kRowsSide);
+  p.packed = p.channels <= kRowsPackedChannels && p.tokens > p.block_tokens;
   p.dropped = false;
   for (int64_t b = 0; b < p.batch; ++b) p.dropped |= !(p.drop[b] == 1.0f);
 }
@@ -39,7 +41,8 @@ void take_rows_backward(Arena& arena, RowsBackwardParams& p) {
   const auto halves = [&](int64_t n) { return reinterpret_cast<uint16_t*>(arena.words((n + 1) / 2)); };
   const int64_t c = p.channels, h = p.hidden, block = p.block_tokens, of_parameters = p.parameter_grads ? 1 : 0;
   p.b1_split = arena.floats(h), p.gamma_split = arena.floats(c), p.beta_split = arena.floats(c);
-  p.w1_tiles = halves(h * c), p.w2_tiles = halves(h * c), p.w1_rows_tiles = halves(h * c);
+  p.w1_tiles = halves(p.packed ? h * c : 0), p.w2_tiles = halves(p.packed ? h * c : 0);
+  p.w1_rows_tiles = halves(h * c);
   p.n_tiles = halves(block * c);
   p.x_tiles = halves(of_parameters * block * c), p.g_tiles = halves(of_parameters * block * c);
   p.g_rest = halves(kRowsSide * c);
@@ -49,7 +52,7 @@ void take_rows_backward(Arena& arena, RowsBackwardParams& p) {
   p.e = arena.floats(p.ring_tokens * c), p.e_sum = arena.floats(p.ring_tokens),
   p.e_product = arena.floats(p.ring_tokens);
   p.k0 = arena.floats(p.batch), p.k1 = arena.floats(p.batch);
-  p.sums = arena.floats(of_parameters * 2 * h * c);
+  p.sums = arena.floats(p.tokens > block ? of_parameters * 2 * h * c : 0);
   p.db1 = arena.floats(of_parameters * h);
   const int64_t parts = of_parameters * h / kRowsSide * c;
   p.scale_sums = arena.floats(parts), p.gamma_sums = arena.floats(parts), p.beta_sums = arena.floats(parts);
@@ -72,7 +75,7 @@ class RowsBackwardRun {
     each(p.hidden / kRowsSide, [&](int64_t j, uint32_t*) { k.pack(p, j); });
     const RowsBlock first = block_at(0);
     start(first);
-    each(first.subs(), [&](int64_t i, uint32_t* scratch) { k.load(p, first, i, scratch); });
+    each(load_items(first), [&](int64_t i, uint32_t* scratch) { load(first, i, scratch); });
     int64_t done = 0;  // tokens of complete samples
     for (int64_t at = 0; at < p.tokens; at += p.block_tokens) {
       const RowsBlock block = block_at(at);
@@ -120,12 +123,19 @@ class RowsBackwardRun {
         std::min(block.subs(), threads * ((block.subs() + threads * kRowsInputSubs - 1) / (threads * kRowsInputSubs)));
     const RowsBlock next = block_at(std::min(p.tokens, block.first + p.block_tokens));
     start(next);
-    each(groups + next.subs(), [&](int64_t i, uint32_t* scratch) {
+    each(groups + load_items(next), [&](int64_t i, uint32_t* scratch) {
       if (i < groups)
         k.input(p, block, i * block.subs() / groups, (i + 1) * block.subs() / groups);
       else
-        k.load(p, next, i - groups, scratch);
+        load(next, i - groups, scratch);
     });
+  }
+
+  // Items of `load` and `finish` are of some tokens, so that each has something to do.
+  int64_t item_subs() const { return std::max<int64_t>(1, kRowsItemElements / (kRowsSide * p.channels)); }
+  int64_t load_items(const RowsBlock& block) const { return (block.subs() + item_subs() - 1) / item_subs(); }
+  void load(const RowsBlock& block, int64_t item, uint32_t* scratch) const {
+    k.load(p, block, item * item_subs(), std::min(block.subs(), (item + 1) * item_subs()), scratch);
   }
 
   void sum_gradient(const RowsBlock& block) const {
@@ -138,14 +148,13 @@ class RowsBackwardRun {
     const int64_t complete = (block.first + block.tokens) / p.pixels * p.pixels;
     if (complete == done) return done;
     for (int64_t b = done / p.pixels; b < complete / p.pixels; ++b) group_norm(b);
-    const int64_t first = done / kFinishTokens, last = (complete + kFinishTokens - 1) / kFinishTokens;
-    each(last - first, [&](int64_t i, uint32_t*) {
-      const int64_t at = std::max(done, (first + i) * kFinishTokens);
-      k.finish(p, at, std::min(complete, (first + i + 1) * kFinishTokens) - at);
+    const int64_t tokens = item_subs() * kRowsSide;
+    each((complete - done + tokens - 1) / tokens, [&](int64_t i, uint32_t*) {
+      const int64_t at = done + i * tokens;
+      k.finish(p, at, std::min(tokens, complete - at));
     });
     return complete;
   }
-  static constexpr int64_t kFinishTokens = kRowsSide;
 
   // k0 and k1 of a sample (docs/algebra.md, "MLP").
   void group_norm(int64_t b) const {

@@ -26,16 +26,14 @@ PK_INLINE uint16_t* tile_pair(uint16_t* tiles, int64_t row, int64_t columns, int
 // ---- packed weights
 
 // W1 for h = n W1^T: channels along k, so 16 rows of the weight are transposed; even and odd hidden channels.
-PK_INLINE void pack_w1(const RowsBackwardParams& p, int64_t j, int64_t k) {
-  char* out = reinterpret_cast<char*>(tile_pair(p.w1_tiles, j, p.channels / kRowsSide, k));
+PK_INLINE void pack_w1(const RowsBackwardParams& p, int64_t j, int64_t k, char* out) {
   for (int64_t half = 0; half < 2; ++half)
     transpose_block([&](int64_t i) PK_FORCED { return weight_row(p.w1, j * kRowsSide + half + 2 * i, k * kRowsSide); },
                     out + half * kTileBytes, 64);
 }
 
 // diag(s) W2 for dp = g (s W2): output channels along k; even and odd hidden channels.
-PK_INLINE void pack_w2(const RowsBackwardParams& p, int64_t j, int64_t k) {
-  uint16_t* out = tile_pair(p.w2_tiles, j, p.out / kRowsSide, k);
+PK_INLINE void pack_w2(const RowsBackwardParams& p, int64_t j, int64_t k, uint16_t* out) {
   for (int64_t i = 0; i < 16; ++i) {
     const int64_t c = k * kRowsSide + 2 * i;
     const vf scale_a = splat(p.scale[c]), scale_b = splat(p.scale[c + 1]);
@@ -62,13 +60,19 @@ PK_INLINE void pack_w1_rows(const RowsBackwardParams& p, int64_t j, int64_t c) {
   }
 }
 
+// The weights of 32 hidden channels for `hidden`: [C / 32] tile pairs each.
+__attribute__((noinline)) void pack_hidden(const RowsBackwardParams& p, int64_t j, uint16_t* w1, uint16_t* w2) {
+  for (int64_t k = 0; k < p.channels / kRowsSide; ++k) {
+    pack_w1(p, j, k, reinterpret_cast<char*>(tile_pair(w1, k, 1, 0)));
+    pack_w2(p, j, k, tile_pair(w2, k, 1, 0));
+  }
+}
+
 // See RowsBackwardKernels::pack.
 void rows_pack(const RowsBackwardParams& p, int64_t j) {
-  for (int64_t k = 0; k < p.channels / kRowsSide; ++k) {
-    pack_w1(p, j, k);
-    pack_w2(p, j, k);
-    pack_w1_rows(p, j, k);
-  }
+  const int64_t columns = p.channels / kRowsSide;
+  if (p.packed) pack_hidden(p, j, tile_pair(p.w1_tiles, j, columns, 0), tile_pair(p.w2_tiles, j, columns, 0));
+  for (int64_t c = 0; c < columns; ++c) pack_w1_rows(p, j, c);
 }
 
 // ---- a block's tokens
@@ -140,9 +144,8 @@ PK_INLINE void drop_rows(const RowsBackwardParams& p, const uint16_t* g, int64_t
 
 int64_t rows_load_scratch(const RowsBackwardParams& p) { return kRowsSide * p.channels / 2; }
 
-// See RowsBackwardKernels::load.
-void rows_load(const RowsBackwardParams& p, const RowsBlock& block, int64_t sub, packed32* scratch) {
-  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch);
+// `rows` [32, C] is scratch.
+PK_INLINE void load_sub(const RowsBackwardParams& p, const RowsBlock& block, int64_t sub, uint16_t* rows) {
   const int64_t at = sub * kRowsSide, first = block.first + at, count = least(kRowsSide, block.tokens - at);
   const int64_t subs = p.block_tokens / kRowsSide;
   normalise_rows(p, first, count, sub, rows);
@@ -161,6 +164,12 @@ void rows_load(const RowsBackwardParams& p, const RowsBlock& block, int64_t sub,
   } else {
     tokens_along_k(g, p.out, sub, subs, p.g_tiles, sums);
   }
+}
+
+// See RowsBackwardKernels::load.
+void rows_load(const RowsBackwardParams& p, const RowsBlock& block, int64_t first_sub, int64_t last_sub,
+               packed32* scratch) {
+  for (int64_t sub = first_sub; sub < last_sub; ++sub) load_sub(p, block, sub, reinterpret_cast<uint16_t*>(scratch));
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ PK_INLINE vf lane_sums(const Value& value) {
 // Output channels: with G = d g p summed over tokens, dW2 = diag(s) G and the part of dscale that is W2 G.
 PK_INLINE void output_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products) {
   const int64_t hidden = j * kRowsSide;
-  bf16* dw2 = static_cast<bf16*>(p.dw2) + hidden;
-  const bool more = hidden + kRowsSide < p.hidden;
+  const bool more = (c + 1) * kRowsSide < p.out;  // rows so far apart come from L3, or further away
   float* sums = p.scale_sums + j * p.out + c * kRowsSide;
 #pragma GCC unroll 1
   for (int64_t odd = 0; odd < 2; ++odd)
@@ -61,10 +60,12 @@ PK_INLINE void output_gradients(const RowsBackwardParams& p, int64_t j, int64_t 
                              const Pair g = load_split(products + (16 * odd + i) * kRowsSide);
                              const uint16_t* row = weight_row(p.w2, channel, hidden);
                              const Pair w = load_bf16_pair(row);
-                             bf16* out = dw2 + channel * p.hidden;
+                             bf16* out = static_cast<bf16*>(p.dw2) + channel * p.hidden + hidden;
                              const vf scale = splat(0.25f * p.scale[channel]);
                              store_pair(out, Pair{g.a * scale, g.b * scale});
-                             if (more) __builtin_prefetch(row + kRowsSide), __builtin_prefetch(out + kRowsSide, 1);
+                             if (more)
+                               __builtin_prefetch(row + kRowsSide * p.w2.step),
+                                   __builtin_prefetch(out + kRowsSide * p.hidden, 1);
                              return w.a * g.a + w.b * g.b;
                            }));
 }
@@ -95,9 +96,9 @@ PK_INLINE void input_gradients(const RowsBackwardParams& p, int64_t j, int64_t c
   }
 }
 
-// dgamma = sum over hidden channels of W1 M, dbeta of W1 db1: the part of these hidden channels.
-PK_INLINE void norm_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products) {
-  const uint16_t* w1 = tile_pair(p.w1_tiles, j, p.channels / kRowsSide, c);
+// dgamma = sum over hidden channels of W1 M, dbeta of W1 db1: the part of these hidden channels. `w1`: their tile pair.
+PK_INLINE void norm_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const uint16_t* w1,
+                              const float* products) {
   const Pair db1 = load_split(p.db1 + j * kRowsSide);
   const int64_t at = j * p.channels + c * kRowsSide;
 #pragma GCC unroll 2
@@ -117,12 +118,13 @@ PK_INLINE void norm_gradients(const RowsBackwardParams& p, int64_t j, int64_t c,
   }
 }
 
-__attribute__((noinline)) void rows_parameters(const RowsBackwardParams& p, int64_t j, const float* g_p,
-                                               const float* x_dh) {
+// `w1`: tile pairs of these hidden channels.
+__attribute__((noinline)) void rows_parameters(const RowsBackwardParams& p, int64_t j, const uint16_t* w1,
+                                               const float* g_p, const float* x_dh) {
   for (int64_t c = 0; c < p.channels / kRowsSide; ++c) {
     output_gradients(p, j, c, g_p + c * kRowsSide * kRowsSide);
     input_gradients(p, j, c, x_dh + c * kRowsSide * kRowsSide);
-    norm_gradients(p, j, c, x_dh + c * kRowsSide * kRowsSide);
+    norm_gradients(p, j, c, w1 + c * (kTilePair / 2), x_dh + c * kRowsSide * kRowsSide);
   }
 }
 
@@ -131,7 +133,7 @@ __attribute__((noinline)) void rows_parameters(const RowsBackwardParams& p, int6
 // e_sum and e_product of 32 tokens of the block.
 __attribute__((noinline)) void rows_token_sums(const RowsBackwardParams& p, const RowsBlock& block, int64_t sub) {
   const int64_t at = sub * kRowsSide, first = block.first + at, count = least(kRowsSide, block.tokens - at);
-  const float* e = p.e_of(block.first) + at * p.channels;
+  const float* e = p.e_of(first);
   const bf16* x = static_cast<const bf16*>(p.x) + first * p.channels;
   float sums[kRowsSide * 16], products[kRowsSide * 16];
   each_sample(p.pixels, first, count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
@@ -153,8 +155,8 @@ __attribute__((noinline)) void rows_token_sums(const RowsBackwardParams& p, cons
   }
 }
 
-// See RowsBackwardKernels::finish.
-void rows_finish(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
+// Tokens whose rows of e are one behind the other.
+PK_INLINE void finish_rows(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
   const float* e = p.e_of(first);
   const int64_t begin = first * p.channels;
   const bf16 *x = static_cast<const bf16*>(p.x) + begin, *g = static_cast<const bf16*>(p.grad) + begin;
@@ -170,6 +172,15 @@ void rows_finish(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
         store(dx + i, v);
       }
   });
+}
+
+// See RowsBackwardKernels::finish.
+void rows_finish(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
+  while (tokens > 0) {
+    const int64_t run = least(tokens, p.ring_tokens - first % p.ring_tokens);
+    finish_rows(p, first, run);
+    first += run, tokens -= run;
+  }
 }
 
 }  // namespace
