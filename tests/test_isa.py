@@ -15,7 +15,7 @@ from poolformer_kernels.backends import cpp
 
 VARIABLE = "POOLFORMER_KERNELS_ISA"
 TESTS = Path(__file__).parent
-CORE = ("pool_mixer", "pool_mixer_numerics", "mlp", "mlp_numerics", "chain", "chain_convolutions")
+CORE = ("pool_mixer", "pool_mixer_numerics", "mlp", "mlp_numerics", "mlp_rows", "chain", "chain_convolutions")
 PYTEST = """
 import sys
 import pytest

@@ -89,6 +89,29 @@ constexpr int64_t kGrainHidden = 4096;
 // output's products that are transposed at a time.
 constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden = 256;
 
+// ---- the MLP's backward with tokens as rows (mlp/rows_backward_params.h): `poolformer-kernels bench training`
+
+// Most input channels and fewest tokens with which it is taken.
+constexpr int64_t kRowsBackwardChannels = 512, kRowsBackwardTokens = 256;
+
+// So many tokens and elements of the input make a block, at most: its operands stay in the L2 cache.
+constexpr int64_t kRowsBlockTokens = 448, kRowsBlockElements = 1 << 17;
+
+// Up to so many channels weights are packed once a call. With more of them each block of tokens packs them again, so
+// blocks are larger.
+constexpr int64_t kRowsPackedChannels = 320, kRowsWideBlockElements = 1 << 18;
+
+// From so many channels on the weights of 32 hidden channels for both products of `hidden` do not fit the L1 cache
+// together, so they go over the block's tokens one after the other.
+constexpr int64_t kRowsTwoPasses = 256;
+
+// Hidden channels of W1 whose rows stay in the L1 cache in the products for the input's gradient; tokens, in units of
+// 32, that they are used for at a time.
+constexpr int64_t kRowsInputHidden = 640, kRowsInputSubs = 16;
+
+// Elements of the input of a work item in passes that do little more than read them.
+constexpr int64_t kRowsItemElements = 8192;
+
 // ---- the convolution between stages: `poolformer-kernels bench model`
 
 // Rows of the weight that a work item multiplies: they are shared out where tokens are too few for the threads.
@@ -119,5 +142,6 @@ static_assert(kInputChannels % kWidestVector == 0 && kOutputChannels % kWidestVe
 static_assert(kHiddenAtOnce % kMostRows == 0 && kHiddenChunk % kMostRows == 0 && kPartsHidden >= kParts * kMostRows);
 static_assert(kTransposedHidden % kWidestVector == 0 && kEmbedRows % kMostRows == 0);
 static_assert(kStatsChunk % kWidestVector == 0);
+static_assert(kRowsInputHidden % kMostRows == 0 && kRowsBlockTokens >= kMostRows);
 
 }  // namespace pk

@@ -20,6 +20,7 @@
 #include "../chain/patch_embed.h"
 #include "../core/stats.h"
 #include "../mlp/mlp.h"
+#include "../mlp/rows_backward_params.h"
 #include "../pool_mixer/pool_mixer.h"
 #include "../product/weight.h"
 #include "../rate/rate.h"

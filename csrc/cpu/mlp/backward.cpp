@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "call.h"
+#include "rows_backward_plan.h"
 
 namespace pk {
 namespace {
@@ -162,6 +163,22 @@ struct Backward {
   }
 };
 
+// The call with tokens as rows.
+void run_rows(const MlpCall& call, const RowsBackwardKernels& kernels, RowsBackwardParams p) {
+  plan_rows_backward(p);
+  ScratchArena measured(nullptr);
+  take_rows_backward(measured, p);
+  Tensor workspace = empty({measured.taken() + ScratchArena::kLine}, {1}, aoti_torch_dtype_float32());
+  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  ScratchArena arena(reinterpret_cast<void*>((address + 63) / 64 * 64));
+  take_rows_backward(arena, p);
+  const int64_t scratch = kernels.scratch(p);
+  const auto each = [&](int64_t count, const auto& f) {
+    call.for_items(count, [&](int64_t i) { f(i, worker_scratch(scratch)); });
+  };
+  RowsBackwardRun(kernels, p, torch::stable::get_num_threads(), each)();
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     Tensor gradient, Tensor input, Tensor mean_rstd, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
     OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor layer_scale, OptionalTensor drop_scale,
@@ -225,9 +242,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.db2 = floats(db2), p.dgamma = floats(dnorm_weight), p.dbeta = floats(dnorm_bias), p.dscale = floats(dlayer_scale);
   p.db1_out = floats(db1);
 
-  Backward backward(call, kernels, p, x.element_size());
-  backward.run();
-  if (drop_grad) std::copy(backward.drops.begin(), backward.drops.end(), floats(ddrop_scale));
+  if (kernels.rows_backward && rows_backward_fits(p)) {
+    run_rows(call, *kernels.rows_backward, {p});
+  } else {
+    Backward backward(call, kernels, p, x.element_size());
+    backward.run();
+    if (drop_grad) std::copy(backward.drops.begin(), backward.drops.end(), floats(ddrop_scale));
+  }
   return {dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale, ddrop_scale};
 }
 

@@ -34,8 +34,9 @@ alignas(64) constexpr GeluEntries kGelu = {
      0.00757630216f, 0.00252215913f, -0.000985465362f, -0.0028434759f, -0.00336125027f, -0.00303194253f,
      -0.00232759304f, -0.00158299506f, -0.000972435635f, -0.000545504503f, -0.000281350949f, 2.88933516e-05f}};
 // clang-format on
-// The same, times kCutFactor: cutting off the lower half of such a float leaves bfloat16s that are right on average.
-constexpr float kCutFactor = 1 + 0.72f / 256;
+// The same, times kBeforeCut. Results become bfloat16 by cutting off their lower halves (`upper_halves`), which makes
+// them smaller by 0.72 / 256 of themselves on average; what is a bfloat16 stays one.
+constexpr double kBeforeCut = 1 + 0.72 / 256;
 // clang-format off
 alignas(64) constexpr GeluEntries kGeluToCut = {
     {0.0f, 0.0f, -0.066193454f, -0.114217445f, -0.180813998f, -0.261523813f, -0.343755245f, -0.40774411f,

@@ -7,11 +7,21 @@
 #include "mlp.h"
 #if PK_LEVEL == 4
 #include "narrow_forward.h"
+#include "rows_backward.h"
 #include "tiles_forward.h"
 #endif
 
 namespace pk {
 namespace {
+
+// The backward with tokens as rows, which is for bfloat16 on AMX tiles.
+template <class T>
+constexpr const RowsBackwardKernels* rows_backward_of() {
+#if PK_LEVEL == 4
+  if constexpr (__is_same(T, bf16)) return &rows_backward_kernels;
+#endif
+  return nullptr;
+}
 
 // T: elements of x. S: what the operands of the products are rounded to.
 template <class T, class S>
@@ -47,7 +57,8 @@ constexpr MlpKernels mlp_kernels() {
           mlp_reduce<T>,
           mlp_finish<T>,
           mlp_weight_items,
-          mlp_weights};
+          mlp_weights,
+          rows_backward_of<T>()};
 }
 
 }  // namespace

@@ -35,14 +35,22 @@ struct MlpParams {
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 
-// Operands of products are arrays of words of 32 bits: a float, or two bfloat16 that are neighbours along the dimension
-// marked "in words", over which the product sums. Arrays have room for more: kRowsMax channels and kLanesMax tokens.
-struct MlpBackwardParams : MlpParams {
+// What the backward is given and writes.
+struct MlpGradients : MlpParams {
   const void* grad;      // dL/dy [B, out, H, W] in x's layout
   void* dx;              // [B, C, H, W]
   bool parameter_grads;  // whether the gradients of weights, biases, norm and LayerScale are computed
   bool drop_grad;        // whether drop_scale's is
 
+  void *dw1, *dw2;        // [hidden, C], [out, hidden] in the weights' dtype
+  float* db1_out;         // [hidden]
+  float *db2, *dscale;    // [out]
+  float *dgamma, *dbeta;  // [C]
+};
+
+// Operands of products are arrays of words of 32 bits: a float, or two bfloat16 that are neighbours along the dimension
+// marked "in words", over which the product sums. Arrays have room for more: kRowsMax channels and kLanesMax tokens.
+struct MlpBackwardParams : MlpGradients {
   // The block of tokens at work
   int64_t block_lanes;  // its tokens, rounded up to a multiple of 32
   int64_t input_lanes;  // most tokens of a tile of `input`
@@ -59,16 +67,14 @@ struct MlpBackwardParams : MlpParams {
   float* e;  // gamma W1^T dh, in x's layout
 
   // The whole call; rows and vectors are rounded up
-  uint32_t* w1t;          // [C, hidden in words] W1^T
-  float* g_p;             // [hidden, out] sum over tokens of d g p
-  float* x_dh;            // [hidden, C] sum of dh xhat
-  float* db1;             // [hidden] sum of dh
-  float* t;               // [out] sum of d g
-  void *dw1, *dw2;        // [hidden, C], [out, hidden] in the weights' dtype
-  float* db1_out;         // [hidden]
-  float *db2, *dscale;    // [out]
-  float *dgamma, *dbeta;  // [C]
+  uint32_t* w1t;  // [C, hidden in words] W1^T
+  float* g_p;     // [hidden, out] sum over tokens of d g p
+  float* x_dh;    // [hidden, C] sum of dh xhat
+  float* db1;     // [hidden] sum of dh
+  float* t;       // [out] sum of d g
 };
+
+struct RowsBackwardKernels;  // rows_backward_plan.h
 
 // Scratch is counted in words of 32 bits.
 struct MlpKernels {
@@ -114,6 +120,8 @@ struct MlpKernels {
   // The parameters' gradients from g_p, x_dh, db1 and t, one work item at a time
   int64_t (*weight_items)(const MlpBackwardParams&);
   void (*weights)(const MlpBackwardParams&, int64_t item);
+
+  const RowsBackwardKernels* rows_backward;  // the backward with tokens as rows, or null: the level has none
 };
 
 // For pairs of the elements of x and of the operands that products are computed from: (float32, float32), (bfloat16,

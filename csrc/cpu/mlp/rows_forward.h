@@ -10,12 +10,12 @@
 #include "../core/scratch.h"
 #include "../isa/vec.h"
 #include "../product/operands.h"
+#include "../product/tile_block.h"
 #include "../product/token_tile.h"
 #include "../tuning.h"
 #include "activations.h"
 #include "gelu_table.h"
 #include "mlp.h"
-#include "product_tiles.h"
 
 namespace pk {
 namespace {
@@ -258,12 +258,12 @@ __attribute__((noinline)) void rows_fc1(const RowsShape& shape, const PanelScrat
     const float* bias = s.tables.b1 + (begin + j) * kBlock;
     for (int64_t block = 0; block < panel.blocks; ++block) {
       const packed32 *a = s.n + block * steps * kStepWords, *w = w1 + (begin + j) * steps * kStepWords;
-      zero_sums();
+      zero_block();
       int64_t k = 0;
       if (due.h)
         for (; k < active; ++k) rows_step<ROWS>(a + k * kStepWords, w + k * kStepWords, rows, act, due, k * ROWS);
       for (; k < steps; ++k) rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, due, 0);
-      store_sums(sums, 128, rows);
+      store_block(sums, kBlock, rows);
       due.h = sums;
       due.p = s.p + (block * shape.chunk + j) * kStepWords;
       due.even = load(bias), due.odd = load(bias + kLanes);
@@ -306,12 +306,12 @@ __attribute__((noinline)) void rows_fc2(const MlpParams& q, const RowsShape& sha
       float* sums = s.o + (shape.chunk < shape.hidden ? block * shape.out + c : 0) * kBlockSums;
       const packed32 *a = s.p + block * shape.chunk * kStepWords, *w = w2 + c * size * kStepWords;
       if (first)
-        zero_sums();
+        zero_block();
       else
-        load_sums(sums, 128, rows);
+        load_block(sums, kBlock, rows);
 #pragma GCC unroll 2
       for (int64_t k = 0; k < size; ++k) rows_step<0>(a + k * kStepWords, w + k * kStepWords, rows, act, DueBlock{}, 0);
-      store_sums(sums, 128, rows);
+      store_block(sums, kBlock, rows);
       if (last) write_block<T>(q, s.tables, sums, panel.first + block * 2 * rows, panel.tokens_of(block), c * kBlock);
     }
 }

@@ -3,8 +3,8 @@
 // the tile stream past them. The activation of one block of fc1's output is computed between the products of the next.
 #pragma once
 
+#include "../product/tile_block.h"
 #include "forward.h"
-#include "product_tiles.h"
 
 namespace pk {
 namespace {
@@ -161,12 +161,12 @@ __attribute__((noinline)) void columns_fc1(const MlpParams& p, const TilesScratc
     const PrefetchRows next = r + 32 < size ? prefetch_rows(p.w1, begin + r + 32, 0) : prefetch_rows(p.w2, 0, begin);
     for (int64_t l = 0; l < count; l += 32) {
       const PrefetchRows now = l == 0 ? next : PrefetchRows{};
-      zero_sums();
+      zero_block();
       if (count - l > 16)
         columns_block<2, PAIRS>(s.panel, s.n.block(l), s.n.steps, act, due, now);
       else
         columns_block<1, PAIRS>(s.panel, s.n.block(l), s.n.steps, act, due, now);
-      store_sums(sums, 128, 16);
+      store_block(sums, 32);
       // An infinite x leaves NaN in the rows beyond the last hidden channel.
       if (size - r < 32) __builtin_memset(sums + (size - r) * 32, 0, (32 - (size - r)) * 32 * sizeof(float));
       if (p.saved) save_block(p, sums, begin + r, first + l, least(32, count - l));
@@ -193,19 +193,19 @@ PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t co
     const PrefetchRows now = l == 0 ? next : PrefetchRows{};
     const bool two = count - l > 16;
     if (!add)
-      zero_sums();
+      zero_block();
     else if (two)
-      load_sums(o + l, lanes * 4, 16);
+      load_block(o + l, lanes);
     else
-      load_left_sums(o + l, lanes * 4, 16);
+      load_left_tiles(o + l, lanes);
     if (two)
       columns_block<2, 1>(s.panel, s.p.block(l), (size + 31) / 32, act, none, now);
     else
       columns_block<1, 1>(s.panel, s.p.block(l), (size + 31) / 32, act, none, now);
     if (two)
-      store_sums(o + l, lanes * 4, 16);
+      store_block(o + l, lanes);
     else
-      store_left_sums(o + l, lanes * 4, 16);
+      store_left_tiles(o + l, lanes);
   }
 }
 

@@ -7,13 +7,13 @@
 namespace pk {
 namespace {
 
-// dst[c][r] = row(r)[c] for 16 x 16 words; dst's rows are dst_step bytes apart.
-template <class Row>
-PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
 #if PK_LEVEL >= 2
+// dst[c][r] = row(r)[c] for 16 vectors of words; dst's rows are dst_step bytes apart.
+template <class Row>
+PK_INLINE void transpose_vectors(const Row& row, char* dst, int64_t dst_step) {
   __m512i r[16], s[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = read<__m512i>(row(i));
+  for (int i = 0; i < 16; ++i) r[i] = row(i);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -36,6 +36,14 @@ PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
     write(dst + (8 + k) * dst_step, _mm512_shuffle_i32x4(low, low2, 0xdd));
     write(dst + (12 + k) * dst_step, _mm512_shuffle_i32x4(high, high2, 0xdd));
   }
+}
+#endif
+
+// dst[c][r] = row(r)[c] for 16 x 16 words, row(r) pointing to them; dst's rows are dst_step bytes apart.
+template <class Row>
+PK_INLINE void transpose_block(const Row& row, char* dst, int64_t dst_step) {
+#if PK_LEVEL >= 2
+  transpose_vectors([&](int i) PK_FORCED { return read<__m512i>(row(i)); }, dst, dst_step);
 #else
   packed32 block[16][16];
   for (int r = 0; r < 16; ++r) {
