@@ -53,15 +53,15 @@ constexpr int64_t kHiddenAtOnce = 320, kHiddenChunk = 256;
 // tokens: they compute so many parts of the hidden channels.
 constexpr int64_t kPartsHidden = 1024, kParts = 4;
 
-// On AMX tiles, channels_last: tokens are rows of the products up to so many channels, from so many tokens a channel on.
-// Beyond that, packing the weights in every call costs more than it brings.
+// On AMX tiles, channels_last: tokens are rows of the products up to so many channels, from so many tokens a channel
+// on. Beyond that, packing the weights in every call costs more than it brings.
 constexpr int64_t kRowsChannels = 320, kRowsTokensPerChannel = 4;
 
 // There: tokens of a panel, and hidden channels that are computed and used at a time, at most.
 constexpr int64_t kRowsPanel = 224, kRowsHiddenChunk = 640;
 
-// On AMX tiles, with tokens as columns: tokens that go through a product together, and hidden channels that are computed
-// and used at a time, at most.
+// On AMX tiles, with tokens as columns: tokens that go through a product together, and hidden channels that are
+// computed and used at a time, at most.
 constexpr int64_t kTilesTokens = 416, kTilesHiddenChunk = 640;
 
 // Chunks of statistics (core/stats.h) that each thread has at least.
