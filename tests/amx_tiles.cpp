@@ -425,6 +425,7 @@ int main() {
       {"c64_strided", 4, 30, 64, 256, 96, false, false, true, false, gelu, false, 8, 128},
       {"c64_odd_step_last", 1, 31, 64, 70, 64, true, true, false, true, gelu, false, 1, 32},
       {"c320_last", 1, 196, 320, 1280, 320, true, true, true, true, gelu, false, 0, 128},
+      {"unequal_parts", 1, 33, 32, 2656, 32, false, true, true, false, gelu, false, 0, 64},
       {"one_token", 1, 1, 96, 300, 96, true, true, true, false, gelu, false, 0, 32},
       {"short_block_last", 2, 163, 64, 256, 64, true, true, true, true, gelu, false, 0, 320},
       {"c64_rows", 3, 45, 64, 256, 64, true, true, true, false, gelu, true, 0, 128},

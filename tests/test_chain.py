@@ -16,6 +16,7 @@ from chain_helpers import (
     assert_logits_right,
     calls,
     convolve,
+    filled,
     images,
     infer,
     make_model,
@@ -205,6 +206,20 @@ def test_core_cpp_a_sample_has_the_same_bits_in_any_batch(dtype, config, size):
         with threads(number):
             logits = infer(model, x[-batch:])
             assert torch.equal(bits(logits), bits(alone[-batch:])), f"{number} threads, a batch of {batch}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_cpp_few_tokens_of_a_wide_mlp_have_the_same_bits(dtype):
+    """The call's tokens are so few that hidden channels are summed in parts, also where a thread has fewer yet."""
+    stage = filled(pk.nn.PoolFormerStage(pk.nn.PoolFormerBlock(32, mlp_ratio=32.0))).to(dtype)
+    for seed in range(8):
+        x, results = images(4, 32, 7, 7, dtype=dtype, seed=seed), []
+        for number in (1, 2, 4):
+            with threads(number):
+                results.append(bits(infer(stage, x)))
+                assert calls(stage, x) == ONE
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

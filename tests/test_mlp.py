@@ -377,3 +377,18 @@ def test_core_ten_runs_are_bitwise_equal(backend, dtype, shape, layout):
             assert_same(everything(), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+# ---- few tokens and many hidden channels -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "shape"),
+    [(1376, (1, 64, 7, 7)), (1376, (1, 64, 14, 14)), (2656, (1, 64, 7, 7)), (2656, (4, 64, 7, 7))],
+    ids=str,
+)
+def test_core_parts_of_unequal_size(backend, dtype, hidden, shape):
+    """The last part of the hidden channels, which threads share, is smaller than the others."""
+    inputs = make_inputs(shape, hidden, dtype)
+    assert_mlp_right(inputs, make_grad(inputs), "channels_last")

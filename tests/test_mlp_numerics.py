@@ -28,6 +28,38 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 INF, NAN = float("inf"), float("nan")
 
 
+# ---- gelu, value by value ----------------------------------------------------------------------------------
+
+
+def through_gelu(x, dtype):
+    """gelu(x) by an MLP of one channel: its weights are 1, there is no norm and no residual."""
+    one = torch.ones(1, 1, dtype=dtype)
+    y = mlp(x.to(dtype).view(1, 1, -1, 1), one, None, one, None, norm=False, residual=False)
+    return y.flatten()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_gelu_value_by_value(backend, dtype):
+    """In float32 to an ulp or two; where results are rounded to half precision, to 2.3e-4 besides."""
+    x = torch.linspace(-9, 9, 20011).to(dtype)
+    exact = torch.nn.functional.gelu(x.double())
+    rounding = {torch.float32: 1.5e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}[dtype]
+    allowed = {torch.float32: 3e-7, torch.float16: 1e-6, torch.bfloat16: 2.3e-4}[
+        dtype
+    ] + rounding * exact.abs()
+    assert ((through_gelu(x, dtype).double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_gelu_of_what_is_not_finite(backend, dtype):
+    x = torch.tensor([1.0, -INF, INF, NAN, -30.0, 30.0, 0.0, -2.0])
+    actual, eager_gelu = through_gelu(x, dtype), torch.nn.functional.gelu(x.to(dtype))
+    finite = eager_gelu.isfinite()
+    assert_same(actual.isnan(), eager_gelu.isnan())
+    assert actual[2] == INF
+    assert torch.allclose(actual[finite].double(), eager_gelu[finite].double(), rtol=2.0**-7, atol=3e-4)
+
+
 # ---- few digits --------------------------------------------------------------------------------------------
 
 

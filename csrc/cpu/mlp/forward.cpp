@@ -37,8 +37,8 @@ void fill_statistics(MlpCall& call, const MlpKernels& kernels, Partials stats, d
   }
 }
 
-// Whether tokens are the rows of the products (rows_forward.h), where the level has such kernels. That depends on
-// shapes alone.
+// Whether tokens are the rows of the products (rows_forward.h), where the level has such kernels. The results are the
+// same, to the last bit, as where they are columns.
 bool rows_fit(const MlpParams& p) {
   const int64_t wide = std::max(p.channels, p.out);
   return p.channels_last && !p.saved && wide <= kRowsChannels && p.tokens >= kRowsTokensPerChannel * wide &&
@@ -105,7 +105,10 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   if (args.norm) fill_statistics(call, kernels, stats, args.eps, x.element_size(), mean_rstd);
   std::vector<float> moments(y_stats ? 2 * p.tokens : 0);
   p.token_moments = y_stats ? moments.data() : nullptr;
-  if (kernels.rows_forward && rows_fit(p)) {
+  // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
+  // the same for any number of threads.
+  const bool few = std::max(x.batch, args.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
+  if (!few && kernels.rows_forward && rows_fit(p)) {
     run_rows(call, kernels);
     if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
     return;
@@ -113,9 +116,6 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax,
                 most = kernels.rows_forward ? kTilesTokens : kTileTokens;
   const int64_t tiles = call.tiles(vectors, most);
-  // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
-  // the same for any number of threads.
-  const bool few = std::max(x.batch, args.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
   p.parts = few ? kParts : 1;
   p.lanes = few ? vectors * kLanesMax : (vectors + tiles - 1) / tiles * kLanesMax;
   const int64_t words = kernels.forward_scratch(p);

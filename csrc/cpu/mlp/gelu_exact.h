@@ -10,7 +10,7 @@ namespace pk {
 namespace {
 
 // The tail T(a) = Phi(-a), a >= 0, around n / 5 is c[0] + c[1] r + .. + c[4] r^4, where r = 5 a - n; entry n belongs to
-// n = 0 .. 31. The last one is for what lies beyond, where gelu is exactly 0 or x. tests/test_gelu_exact.py computes
+// n = 0 .. 31. The last one is for what lies beyond, where gelu is taken for 0 or x. tests/test_gelu_exact.py computes
 // the numbers.
 struct TailEntries {
   float c[5][32];
@@ -66,7 +66,9 @@ struct ExactGelu {
     __m512 tail = entry(4, index);
 #pragma GCC unroll 4
     for (int i = 3; i >= 0; --i) tail = _mm512_fmadd_ps(tail, r, entry(i, index));
-    return (vf)_mm512_fnmadd_ps(a, tail, (__m512)larger(vf{}, x));
+    const __m512 value = _mm512_fnmadd_ps(a, tail, (__m512)larger(vf{}, x));
+    constexpr int kMinusInfinityToNan = 3 << 16;  // as x Phi(x) is in eager mode
+    return (vf)_mm512_fixupimm_ps(value, (__m512)x, _mm512_set1_epi32(kMinusInfinityToNan), 0);
   }
 
  private:

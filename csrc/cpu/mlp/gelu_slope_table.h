@@ -1,4 +1,4 @@
-// gelu and its slope from three lookups in tables of 32 entries, for AVX-512 (docs/algebra.md, "gelu from a table").
+// gelu and its slope from three lookups in tables of 32 entries, for AVX-512 (docs/algebra.md, "MLP").
 //
 // The argument is z = 4 h, so that the cells of the table are those around the integers. In the cell of the integer m
 // the normal distribution's Phi is close to a + z (b + c z), so that 4 gelu(h) = z Phi and gelu'(h) = Phi + z (b + 2 c
@@ -36,38 +36,38 @@ struct PhiCoefficients {
   // In the cells b + 2 c z equals Phi's slope at two points, which makes the largest error of the slope least, and Phi
   // is exact in the middle. In those of -15 and 15 parabolas end in 0 and 1, with slope 0: exactly, as their
   // coefficients have few bits.
-  constexpr PhiCoefficients() : a{}, b{}, c{} {
+  constexpr explicit PhiCoefficients(double factor) : a{}, b{}, c{} {
     constexpr double kPoint = 0.35355339059327373;  // from the middle: Chebyshev's points
     for (int i = 2; i < 31; ++i) {
       const double m = i - 16, low = normal_density((m - kPoint) / 4) / 4, high = normal_density((m + kPoint) / 4) / 4;
       const double curve = (high - low) / (2 * kPoint) / 2, slope = (low + high) / 2 - 2 * curve * m;
-      a[i] = (normal_phi(m / 4) - m * (slope + curve * m)) * kBeforeCut;
-      b[i] = slope * kBeforeCut;
-      c[i] = curve * kBeforeCut;
+      a[i] = (normal_phi(m / 4) - m * (slope + curve * m)) * factor;
+      b[i] = slope * factor;
+      c[i] = curve * factor;
     }
     c[1] = kLastCurve, b[1] = 2 * kLastCurve * kGeluEnd, a[1] = kLastCurve * kGeluEnd * kGeluEnd;
-    c[31] = -c[1], b[31] = b[1], a[31] = kBeforeCut - a[1];
+    c[31] = -c[1], b[31] = b[1], a[31] = factor - a[1];
   }
 };
-constexpr PhiCoefficients kPhi;
+constexpr PhiCoefficients kPhi(1), kPhiToCut(kBeforeCut);
 static_assert(alignof(PhiCoefficients) == 64);
 static_assert(float(kLastCurve * kGeluEnd * kGeluEnd) == kLastCurve * kGeluEnd * kGeluEnd);
 
 struct GeluAndSlope {
-  vf value, slope;  // 4 gelu(z / 4) and gelu'(z / 4), both times kBeforeCut
+  vf value, slope;  // 4 gelu(z / 4) and gelu'(z / 4), both times the table's factor
 };
 
 // Its constants are to stay in registers. So an object must not be const: gcc 12 leaves those in memory.
 struct GeluSlopeTable {
   __m512 a0, a1, b0, b1, c0, c1, end, shift;
 
-  PK_INLINE GeluSlopeTable()
-      : a0(_mm512_load_ps(kPhi.a)),
-        a1(_mm512_load_ps(kPhi.a + 16)),
-        b0(_mm512_load_ps(kPhi.b)),
-        b1(_mm512_load_ps(kPhi.b + 16)),
-        c0(_mm512_load_ps(kPhi.c)),
-        c1(_mm512_load_ps(kPhi.c + 16)),
+  explicit PK_INLINE GeluSlopeTable(const PhiCoefficients& phi)
+      : a0(_mm512_load_ps(phi.a)),
+        a1(_mm512_load_ps(phi.a + 16)),
+        b0(_mm512_load_ps(phi.b)),
+        b1(_mm512_load_ps(phi.b + 16)),
+        c0(_mm512_load_ps(phi.c)),
+        c1(_mm512_load_ps(phi.c + 16)),
         end(_mm512_set1_ps(kGeluEnd)),
         shift(_mm512_set1_ps(0x1.8p23f + 16)) {}
 

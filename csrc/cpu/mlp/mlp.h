@@ -30,8 +30,8 @@ struct MlpParams {
   int64_t lanes;           // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
   int64_t parts = 1;       // parts of the hidden channels, which threads share where tokens are few
   const uint32_t* packed;  // both weights for `rows_forward`
-  float*
-      part_sums;  // [parts, out, tokens] fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
+  // [parts, out, tokens]: fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
+  float* part_sums;
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 

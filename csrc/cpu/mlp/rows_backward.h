@@ -207,7 +207,7 @@ struct HiddenPass {
 
   // h and dp of 32 tokens, then of the next.
   PK_INLINE void one_pass() {
-    GeluSlopeTable gelu;
+    GeluSlopeTable gelu(kPhiToCut);
     h_block<HiddenWork::kNone>(0, 0, gelu);
     dp_block<HiddenWork::kNone>(0, 0, gelu);
     for (int64_t sub = 1; sub < block.subs(); ++sub) {
@@ -220,7 +220,7 @@ struct HiddenPass {
   }
   // h of all tokens, then dp.
   PK_INLINE void two_passes() {
-    GeluSlopeTable gelu;
+    GeluSlopeTable gelu(kPhiToCut);
     h_block<HiddenWork::kNone>(0, 0, gelu);
     for (int64_t sub = 1; sub < block.subs(); ++sub) {
       begin(sub - 1);

@@ -24,7 +24,7 @@ struct RowsBlock {
   bool add;   // whether sums of former blocks are in `sums` and `db1`
   bool last;  // of the call
 
-  int64_t subs() const { return (tokens + kRowsSide - 1) / kRowsSide; }  // of kRowsSide tokens, the last may have less
+  __attribute__((always_inline)) int64_t subs() const { return (tokens + kRowsSide - 1) / kRowsSide; }  // of kRowsSide tokens, the last may have less
 };
 
 // Arrays named `tiles` hold operands of bfloat16 as product/tile_block.h has them, kRowsSide x kRowsSide elements at a
@@ -57,7 +57,7 @@ struct RowsBackwardParams : MlpGradients {
   float *scale_sums, *gamma_sums, *beta_sums;  // [hidden / 32, C] each 32 hidden channels' part of the gradients, split
   double* t;                                   // [out] sum of d g, split
 
-  float* e_of(int64_t token) const { return e + token % ring_tokens * channels; }
+  __attribute__((always_inline)) float* e_of(int64_t token) const { return e + token % ring_tokens * channels; }
 };
 
 struct RowsBackwardKernels {

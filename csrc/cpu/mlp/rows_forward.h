@@ -94,7 +94,7 @@ int64_t mlp_rows_items(const MlpParams& p) { return (p.hidden + p.out) / kBlock;
 // Applies an activation to a row of 32 hidden channels, the even ones first, and writes it in their natural order.
 template <Activation A>
 struct RowActivation {
-  static constexpr float kInputScale = 1;  // of h and of the bias
+  static constexpr float kInputScale = 1;  // of the biases
   PK_INLINE void operator()(const float* h, packed32* out, vf even, vf odd) {
     store_pair(reinterpret_cast<bf16*>(out), {activate<A, false>(load(h) + even, Exponential{}).value,
                                               activate<A, false>(load(h + kLanes) + odd, Exponential{}).value});
@@ -106,7 +106,7 @@ struct RowActivation<Activation::gelu> {
   GeluTable gelu;
   PK_INLINE RowActivation() : gelu(kGeluToCut) {}
   PK_INLINE void operator()(const float* h, packed32* out, vf even, vf odd) {
-    write(out, upper_halves(gelu(load(h) + even), gelu(load(h + kLanes) + odd)));
+    write(out, upper_halves(gelu(load(h) * kInputScale + even), gelu(load(h + kLanes) * kInputScale + odd)));
   }
 };
 
@@ -154,15 +154,15 @@ struct ChannelTables {
         b2(arena.floats(q.out)),
         scale(arena.floats(q.out)) {}
 
-  // `input_scale`: of the activation's input.
+  // `input_scale`: of the hidden channels' biases.
   template <class T>
   PK_INLINE void fill(const MlpParams& q, float input_scale) const {
     constexpr bool kSplit = __is_same(T, bf16);
     if (q.norm) {
-      channel_table<kSplit>(q.gamma, q.channels, input_scale, gamma);
-      channel_table<kSplit>(q.beta, q.channels, input_scale, beta);
+      channel_table<kSplit>(q.gamma, q.channels, 1, gamma);
+      channel_table<kSplit>(q.beta, q.channels, 1, beta);
     } else {
-      for (int64_t c = 0; c < q.channels; ++c) gamma[c] = input_scale, beta[c] = 0;
+      for (int64_t c = 0; c < q.channels; ++c) gamma[c] = 1, beta[c] = 0;
     }
     channel_table<true>(q.b1, q.hidden, input_scale, b1);
     channel_table<kSplit>(q.b2, q.out, 1, b2);
@@ -283,7 +283,7 @@ __attribute__((noinline)) void write_block(const MlpParams& p, const ChannelTabl
   each_sample(p.pixels, first, count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf drop = splat(p.drop[b]);
     T* y = static_cast<T*>(p.y) + (first + lane) * p.out + c;
-    const T* x = static_cast<const T*>(p.x) + (first + lane) * p.out + c;
+    const T* x = static_cast<const T*>(p.residual ? p.x : p.y) + (first + lane) * p.out + c;
 #pragma GCC unroll 2
     for (int64_t t = lane; t < lane + run; ++t, x += p.out, y += p.out) {
       const float* row = o + t * kBlock;

@@ -213,7 +213,7 @@ PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t co
 template <class Act, class Sums, class Done>
 PK_INLINE void columns_products(const MlpParams& p, const TilesScratch& s, int64_t first, int64_t count, int64_t begin,
                                 int64_t end, const Sums& sums, const Done& done) {
-  const int64_t lanes = rounded_up(count, kLanes), chunk = TilesScratch::chunk(end - begin);
+  const int64_t lanes = rounded_up(count, kLanes), chunk = s.p.steps * 32;
   for (int64_t j = begin; j < end; j += chunk) {
     const int64_t size = least(chunk, end - j);
     if (s.n.steps >= 16)

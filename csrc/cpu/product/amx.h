@@ -71,10 +71,6 @@ void tile_stream(const void* p, int64_t step) {
   tile_load<TILE>(p, step);
 }
 template <int TILE>
-void tile_stream(const void* p, int64_t step) {
-  tile_load<TILE>(p, step);
-}
-template <int TILE>
 void tile_store(void* p, int64_t step) {
   for (int r = 0; r < tile_rows[TILE]; ++r) __builtin_memcpy(static_cast<char*>(p) + r * step, tiles[TILE][r], 64);
 }
