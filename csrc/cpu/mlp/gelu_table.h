@@ -1,4 +1,4 @@
-// gelu and its slope from three lookups in tables of 32 entries, for AVX-512 (docs/algebra.md, "gelu from a table").
+// gelu and its slope from three lookups in tables of 32 entries, for AVX-512 (docs/algebra.md, "MLP").
 //
 // The argument is z = 4 h, so that the cells of the table are those around the integers. In the cell of the integer m
 // the normal distribution's Phi is close to a + z (b + c z), so that 4 gelu(h) = z Phi and gelu'(h) = Phi + z (b + 2 c
