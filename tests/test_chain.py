@@ -210,7 +210,7 @@ def test_core_cpp_a_sample_has_the_same_bits_in_any_batch(dtype, config, size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_cpp_few_tokens_of_a_wide_mlp_have_the_same_bits(dtype):
-    """The call has so few tokens that hidden channels are summed in parts, also where a thread has fewer yet."""
+    """The call has so few tokens that hidden channels are summed in parts; a thread may have fewer yet."""
     stage = filled(pk.nn.PoolFormerStage(pk.nn.PoolFormerBlock(32, mlp_ratio=32.0))).to(dtype)
     for seed in range(8):
         x, results = images(4, 32, 7, 7, dtype=dtype, seed=seed), []

@@ -39,7 +39,7 @@ def through_gelu(x, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_gelu_value_by_value(backend, dtype):
+def test_core_cpp_gelu_value_by_value(kernels, dtype):
     """In float32 to an ulp or two; where results are rounded to half precision, to 2.3e-4 besides."""
     x = torch.linspace(-9, 9, 20011).to(dtype)
     exact = torch.nn.functional.gelu(x.double())
@@ -51,13 +51,15 @@ def test_core_gelu_value_by_value(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_gelu_of_what_is_not_finite(backend, dtype):
+def test_core_cpp_gelu_of_what_is_not_finite(kernels, dtype):
+    """x Phi(x): infinity stays, minus infinity times 0 is not a number."""
     x = torch.tensor([1.0, -INF, INF, NAN, -30.0, 30.0, 0.0, -2.0])
-    actual, eager_gelu = through_gelu(x, dtype), torch.nn.functional.gelu(x.to(dtype))
-    finite = eager_gelu.isfinite()
-    assert_same(actual.isnan(), eager_gelu.isnan())
+    actual = through_gelu(x, dtype)
+    assert actual.isnan().tolist() == [False, True, False, True, False, False, False, False]
     assert actual[2] == INF
-    assert torch.allclose(actual[finite].double(), eager_gelu[finite].double(), rtol=2.0**-7, atol=3e-4)
+    finite = x.isfinite()
+    exact = torch.nn.functional.gelu(x[finite].double())
+    assert torch.allclose(actual[finite].double(), exact, rtol=2.0**-7, atol=2.3e-4)
 
 
 # ---- few digits --------------------------------------------------------------------------------------------

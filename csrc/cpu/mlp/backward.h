@@ -18,7 +18,6 @@
 #include "../tuning.h"
 #include "activations.h"
 #include "forward.h"
-#include "gelu_slope_table.h"
 #include "mlp.h"
 
 namespace pk {
@@ -175,30 +174,12 @@ struct HiddenScratch {
   }
 };
 
-// The activation A of h and its slope there.
-template <Activation A, bool EXACT>
-struct ActivateWithSlope {
-  PK_INLINE Activated<vf> operator()(vf h) { return activate<A, EXACT>(h, Exponential{}); }
-};
-#if PK_LEVEL >= 2
-template <>
-struct ActivateWithSlope<Activation::gelu, false> {
-  GeluSlopeTable gelu;
-  PK_INLINE ActivateWithSlope() : gelu(kPhi) {}
-  PK_INLINE Activated<vf> operator()(vf h) {
-    const GeluAndSlope v = gelu(h * GeluTable::kInputScale);
-    return {v.value * (1 / GeluTable::kInputScale), v.slope};
-  }
-};
-#endif
-
 // From h and dp = W2^T s g of a tile: p = act(h) and dh = d dp act'(h), in the item's rows, and dh as an operand.
 template <Activation A, bool EXACT, class Op>
 __attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const HiddenScratch<Op>& s, int64_t row,
                                                int64_t lane, int64_t lanes) {
   using E = typename Op::Element;
   const Tile<E> dh_tile{p.dh + lane, p.block_lanes};
-  ActivateWithSlope<A, EXACT> act;  // not const, see GeluSlopeTable
   E *p_rows = reinterpret_cast<E*>(s.p) + lane, *dh_rows = reinterpret_cast<E*>(s.dh) + lane;
   float* drop_row = p.drop_rows + (1 + row / kItemRows) * p.block_lanes + lane;
   for (int64_t r = 0; r < kItemRows; r += 2) {
@@ -207,8 +188,8 @@ __attribute__((noinline)) void hidden_gradient(const MlpBackwardParams& p, const
     Pair sum{};
     for (int64_t l = 0; l < lanes; l += kLanes) {
       const vf d = load(p.drop_lanes + lane + l);
-      const auto a = act(load(h + l) + bias_a);
-      const auto b = act(load(h + lanes + l) + bias_b);
+      const auto a = activate<A, EXACT>(load(h + l) + bias_a, Exponential{});
+      const auto b = activate<A, EXACT>(load(h + lanes + l) + bias_b, Exponential{});
       const vf dp_a = load(dp + l), dp_b = load(dp + lanes + l);
       const Pair dh = {dp_a * d * a.slope, dp_b * d * b.slope};
       dh_tile.put((row + r) / 2, l, dh);

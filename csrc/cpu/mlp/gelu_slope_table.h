@@ -49,7 +49,7 @@ struct PhiCoefficients {
     c[31] = -c[1], b[31] = b[1], a[31] = factor - a[1];
   }
 };
-constexpr PhiCoefficients kPhi(1), kPhiToCut(kBeforeCut);
+constexpr PhiCoefficients kPhiToCut(kBeforeCut);
 static_assert(alignof(PhiCoefficients) == 64);
 static_assert(float(kLastCurve * kGeluEnd * kGeluEnd) == kLastCurve * kGeluEnd * kGeluEnd);
 
