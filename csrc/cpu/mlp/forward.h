@@ -223,7 +223,8 @@ PK_INLINE void products(const MlpParams& p, const ForwardScratch<T, typename Ope
   using Op = typename OperandOf<S>::Op;
   constexpr bool kExact = !__is_same(S, bf16);
   constexpr int64_t kRows = Op::kRows;
-  const int64_t lanes = rounded_up(count, kLanes), k1 = words_of<Op>(p.channels), chunk = hidden_chunk(part_channels(p));
+  const int64_t lanes = rounded_up(count, kLanes), k1 = words_of<Op>(p.channels),
+                chunk = hidden_chunk(part_channels(p));
   const Tile<typename Op::Element> hidden{s.p, lanes};
   for (int64_t j = begin; j < end; j += chunk) {
     const int64_t size = least(chunk, end - j), k2 = words_of<Op>(size);

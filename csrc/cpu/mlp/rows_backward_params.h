@@ -24,7 +24,9 @@ struct RowsBlock {
   bool add;   // whether sums of former blocks are in `sums` and `db1`
   bool last;  // of the call
 
-  __attribute__((always_inline)) int64_t subs() const { return (tokens + kRowsSide - 1) / kRowsSide; }  // of kRowsSide tokens, the last may have less
+  __attribute__((always_inline)) int64_t subs() const {
+    return (tokens + kRowsSide - 1) / kRowsSide;
+  }  // of kRowsSide tokens, the last may have less
 };
 
 // Arrays named `tiles` hold operands of bfloat16 as product/tile_block.h has them, kRowsSide x kRowsSide elements at a
