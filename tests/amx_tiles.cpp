@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cpu/mlp/mlp.h"
+#include "../csrc/cpu/mlp/shared_plan.h"
 #include "../csrc/cpu/chain/patch_embed.h"
 #include "../csrc/cpu/tuning.h"
 
@@ -175,9 +175,26 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   }
   Results results{{"y", floats(y)}, {"saved", floats(in.saved)}, {"token_moments", moments}};
 
-  // And as it is done where tokens are few: one tile, the hidden channels in parts.
-  p.parts = pk::kParts;
+  // And as it is done where tokens are few: threads share the weights, or parts of the hidden channels in one tile.
   p.lanes = vectors * 16;
+  if (kernels.shared_forward) {
+    const pk::SharedForwardKernels& shared = *kernels.shared_forward;
+    std::memset(y.data(), 0xff, y.bytes.size());
+    std::fill(moments.begin(), moments.end(), NAN);
+    auto operands = scratch_lines(shared.words(p));
+    p.shared = operands.get();
+    const auto step = [&](const auto& kernel, int64_t size, int64_t of_item) {
+      for (int64_t i = (size + of_item - 1) / of_item; i-- > 0;) kernel(p, i, scratch_lines(shared.scratch(p)).get());
+    };
+    step(shared.input, p.tokens, pk::kSharedTokens);
+    step(shared.hidden, p.hidden, pk::kSharedHidden);
+    step(shared.output, p.out, pk::kSharedOutput);
+    step(shared.moments, p.tokens, pk::kSharedTokens);
+    results.emplace_back("y_of_few", floats(y));
+    results.emplace_back("token_moments_of_few", moments);
+    return results;
+  }
+  p.parts = pk::kParts;
   auto sums = unwritten<float>(p.parts * rounded_up(p.out, kRowsMax) * p.lanes);
   p.part_sums = sums.data();
   std::memset(y.data(), 0xff, y.bytes.size());
@@ -190,8 +207,8 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
     auto scratch = unwritten<uint32_t>(kernels.forward_scratch(p));
     kernels.forward_join(p, first, std::min<int64_t>(48, p.tokens - first), scratch.data());
   }
-  results.emplace_back("y_of_parts", floats(y));
-  results.emplace_back("token_moments_of_parts", moments);
+  results.emplace_back("y_of_few", floats(y));
+  results.emplace_back("token_moments_of_few", moments);
   return results;
 }
 

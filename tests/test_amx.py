@@ -30,7 +30,7 @@ NEIGHBOUR = 1e-2
 ROUNDED, SUMMED = 1e-3, 2e-4
 EQUAL = ("t", "db2")  # no products
 ARRAYS = ("y", "saved", "token_moments", "e", "g_p", "x_dh", "db1", "t", "drop_terms", "dw1", "dw2", "db2")
-ARRAYS += ("dgamma", "dbeta", "dscale", "y_of_parts", "token_moments_of_parts", "y_of_rows")
+ARRAYS += ("dgamma", "dbeta", "dscale", "y_of_few", "token_moments_of_few", "y_of_rows")
 ARRAYS += ("token_moments_of_rows",)
 CONVOLVED = {("bfloat16", "embedded"), ("bfloat16", "embedded_moments")}
 # The backward with tokens as rows, against double precision: what rounding of operands leaves, in L2 norms.
@@ -99,7 +99,7 @@ def test_emulated_tiles_agree_with_vectors(link):
     wrong = []
     for problem, kind, array, largest, l2 in lines:
         rounded = array in ("saved", "dw1", "dw2", "embedded") or (
-            array in ("y", "y_of_parts", "y_of_rows") and kind == "bfloat16"
+            array in ("y", "y_of_few", "y_of_rows") and kind == "bfloat16"
         )
         most, bound = (0, 0) if array in EQUAL else (NEIGHBOUR, ROUNDED if rounded else SUMMED)
         if not (float(largest) <= most and float(l2) <= bound):  # a NaN is wrong

@@ -20,7 +20,7 @@ constexpr int64_t kTileTokens = 208;
 
 // Bytes of activations that a thread keeps in its core's L2 cache: a convolution's windows of one tile, and what the
 // layers of a chain hand on. `poolformer-kernels bench model`
-constexpr int64_t kCacheBytes = 512 << 10;
+constexpr int64_t kCacheBytes = 1 << 20;
 
 // Elements that each thread has at least, in passes that do little more than read them: packing weights, the mean over
 // pixels. `poolformer-kernels bench model`, `bench training`
@@ -55,7 +55,7 @@ constexpr int64_t kPartsHidden = 1024, kParts = 4;
 
 // On AMX tiles, channels_last: tokens are rows of the products up to so many channels, from so many tokens a channel
 // on. Beyond that, packing the weights in every call costs more than it brings.
-constexpr int64_t kRowsChannels = 320, kRowsTokensPerChannel = 4;
+constexpr int64_t kRowsChannels = 320, kRowsTokensPerChannel = 2;
 
 // There: tokens of a panel, and hidden channels that are computed and used at a time, at most.
 constexpr int64_t kRowsPanel = 224, kRowsHiddenChunk = 640;

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "call.h"
+#include "shared_plan.h"
 
 namespace pk {
 namespace {
@@ -62,6 +63,22 @@ void run_rows(MlpCall& call, const MlpKernels& kernels) {
   });
 }
 
+// y of few tokens, step by step; the threads share the weights.
+void run_shared(MlpCall& call, const SharedForwardKernels& kernels) {
+  MlpParams& p = call.p;
+  thread_local std::vector<float> kept;
+  p.lanes = (p.tokens + kLanesMax - 1) / kLanesMax * kLanesMax;
+  p.shared = reinterpret_cast<uint32_t*>(grown(kept, kernels.words(p)));
+  const int64_t words = kernels.scratch(p);
+  const auto step = [&](const auto& kernel, int64_t size, int64_t of_item) {
+    call.for_items((size + of_item - 1) / of_item, [&](int64_t i) { kernel(p, i, worker_scratch(words)); });
+  };
+  step(kernels.input, p.tokens, kSharedTokens);
+  step(kernels.hidden, p.hidden, kSharedHidden);
+  step(kernels.output, p.out, kSharedOutput);
+  if (p.token_moments) step(kernels.moments, p.tokens, kSharedTokens);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
                                                OptionalTensor norm_weight, OptionalTensor norm_bias,
                                                OptionalTensor layer_scale, OptionalTensor drop_scale,
@@ -108,8 +125,12 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
   // Where tokens are few, threads share wide weights instead of tokens. That depends on shapes alone, so that sums are
   // the same for any number of threads.
   const bool few = std::max(x.batch, args.batch) * p.pixels <= kTileTokens && p.hidden >= kPartsHidden;
-  if (!few && kernels.rows_forward && rows_fit(p)) {
-    run_rows(call, kernels);
+  const bool shared = few && kernels.shared_forward;
+  if (shared || (!few && kernels.rows_forward && rows_fit(p))) {
+    if (shared)
+      run_shared(call, *kernels.shared_forward);
+    else
+      run_rows(call, kernels);
     if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
     return;
   }

@@ -145,9 +145,10 @@ PK_INLINE void activate_rows(Activation activation, const Args&... args) {
 // ---- fc2's epilogue
 
 // y = x + d s (o + b2) for output channels c .. c + rows - 1. With a residual y's tile holds x, which is overwritten.
+// The tile's first channel is `begin`.
 template <class T>
 __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, int64_t rows, int64_t lanes,
-                                          const float* drop, int64_t c, const Tile<T>& y) {
+                                          const float* drop, int64_t c, const Tile<T>& y, int64_t begin = 0) {
   for (int64_t i = 0; i < rows / 2 && c + 2 * i < p.out; ++i) {
     const float *row_a = o + 2 * i * lanes, *row_b = row_a + lanes;
     const int64_t channel = c + 2 * i;
@@ -156,8 +157,8 @@ __attribute__((noinline)) void write_rows(const MlpParams& p, const float* o, in
     for (int64_t l = 0; l < lanes; l += kLanes) {
       const vf d = load(drop + l);
       const Pair v = {(load(row_a + l) + bias_a) * scale_a, (load(row_b + l) + bias_b) * scale_b};
-      const Pair x = p.residual ? y.get(channel / 2, l) : Pair{vf{}, vf{}};
-      y.put(channel / 2, l, {x.a + v.a * d, x.b + v.b * d});
+      const Pair x = p.residual ? y.get((channel - begin) / 2, l) : Pair{vf{}, vf{}};
+      y.put((channel - begin) / 2, l, {x.a + v.a * d, x.b + v.b * d});
     }
   }
 }

@@ -8,6 +8,7 @@
 #if PK_LEVEL == 4
 #include "narrow_forward.h"
 #include "rows_backward.h"
+#include "shared_forward.h"
 #include "tiles_forward.h"
 #endif
 
@@ -28,10 +29,11 @@ template <class T, class S>
 constexpr MlpKernels mlp_kernels() {
   return {sample_stats<T>,
 #if PK_LEVEL == 4
-          mlp_tiles_scratch<T>,
+          mlp_tiles_scratch,
           mlp_tiles_forward<T>,
-          mlp_tiles_part<T>,
-          mlp_forward_join<T, S>,
+          nullptr,
+          nullptr,
+          &shared_forward_kernels<T>,
           mlp_rows_scratch,
           mlp_rows_packed,
           mlp_rows_items,
@@ -42,6 +44,7 @@ constexpr MlpKernels mlp_kernels() {
           mlp_forward<T, S>,
           mlp_forward_part<T, S>,
           mlp_forward_join<T, S>,
+          nullptr,
           nullptr,
           nullptr,
           nullptr,

@@ -32,6 +32,7 @@ struct MlpParams {
   const uint32_t* packed;  // both weights for `rows_forward`
   // [parts, out, tokens]: fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
   float* part_sums;
+  uint32_t* shared;      // both products' operands, where threads share the weights without parts (shared_forward.h)
   float* token_moments;  // [tokens, 2]: mean and M2 of every token of y, or null
 };
 
@@ -74,7 +75,8 @@ struct MlpBackwardParams : MlpGradients {
   float* t;       // [out] sum of d g
 };
 
-struct RowsBackwardKernels;  // rows_backward_plan.h
+struct RowsBackwardKernels;   // rows_backward_plan.h
+struct SharedForwardKernels;  // shared_plan.h
 
 // Scratch is counted in words of 32 bits.
 struct MlpKernels {
@@ -84,10 +86,11 @@ struct MlpKernels {
   int64_t (*forward_scratch)(const MlpParams&);  // words that each of the following needs
   // y of tokens first_token .. first_token + tokens - 1
   void (*forward)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
-  // part_sums of one part of the hidden channels, for all tokens
+  // part_sums of one part of the hidden channels, for all tokens; null where there is `shared_forward`
   void (*forward_part)(const MlpParams&, int64_t part, uint32_t* scratch);
   // y of the tokens from part_sums
   void (*forward_join)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
+  const SharedForwardKernels* shared_forward;  // or null
 
   // ---- forward with tokens as rows, see rows_forward.h; null where the level or the dtypes have none
   int64_t (*rows_scratch)(const MlpParams&);  // words that `rows_forward` needs

@@ -68,16 +68,17 @@ struct TilesScratch {
     return rounded_up((hidden + chunks - 1) / chunks, 32);
   }
 
+  TilesScratch() = default;
   TilesScratch(const MlpParams& q, packed32* base) {
     ScratchArena arena(base);
-    const int64_t wide = q.channels > q.out ? q.channels : q.out, most = chunk(part_channels(q));
+    const int64_t wide = q.channels > q.out ? q.channels : q.out, most = chunk(q.hidden);
     n.steps = (q.channels + 31) / 32, p.steps = most / 32;
     x = arena.words(Tile<float>::rows(wide) * q.lanes);
     n.data = arena.words(TileBlocks::words(n.steps, q.lanes));
     p.data = arena.words(TileBlocks::words(p.steps, q.lanes));
     panel = arena.words((n.steps > p.steps ? n.steps : p.steps) * kStepWords);
     h = arena.floats(2 * kBlockSums);
-    o = arena.floats((q.parts == 1 && q.hidden > most ? rounded_up(q.out, 32) : 32) * q.lanes);
+    o = arena.floats((q.hidden > most ? rounded_up(q.out, 32) : 32) * q.lanes);
     values = {arena.floats(q.lanes), arena.floats(q.lanes), arena.floats(q.lanes)};
     size = arena.taken();
   }
@@ -117,18 +118,30 @@ PK_INLINE void columns_step(const packed32* w, const packed32* b, Act& act, cons
   due.pairs<PAIRS / 2>(act, first + PAIRS - PAIRS / 2);
 }
 
-// `next`: rows of a weight that are read after this block, which are prefetched.
+// The share of a block, whose first token is token `lane` of `count`, in prefetching the next 32 rows of a weight.
+struct PrefetchShare {
+  PrefetchRows next;
+  int64_t rows;
+
+  PK_INLINE PrefetchShare(const PrefetchRows& all, int64_t lane, int64_t count) {
+    const int64_t blocks = (count + 31) / 32, first = lane / 32 * 32 / blocks;
+    rows = (lane / 32 + 1) * 32 / blocks - first;
+    next = all.after(first, 0);
+  }
+  PK_INLINE void fetch(int64_t step) const { next.fetch(step * 16, rows); }
+};
+
 template <int COLUMNS, int PAIRS, class Act>
 PK_INLINE void columns_block(const packed32* w, const packed32* b, int64_t steps, Act& act, const DuePairs& due,
-                             const PrefetchRows& next) {
+                             const PrefetchShare& next) {
   int64_t k = 0;
   if (due.h)
     for (; k < 16 / PAIRS; ++k) {
-      next.fetch(k * 16, 32);
+      next.fetch(k);
       columns_step<COLUMNS, PAIRS>(w + k * kStepWords, b + k * kStepWords, act, due, k * PAIRS);
     }
   for (; k < steps; ++k) {
-    next.fetch(k * 16, 32);
+    next.fetch(k);
     columns_step<COLUMNS, 0>(w + k * kStepWords, b + k * kStepWords, act, due, 0);
   }
 }
@@ -149,18 +162,18 @@ __attribute__((noinline)) void save_block(const MlpParams& p, const float* h, in
   }
 }
 
-// p of hidden channels begin .. begin + size - 1.
+// p of hidden channels begin .. begin + size - 1, which are channels `at` and so on of s.p. `after`: what is read next.
 template <int PAIRS, class Act>
 __attribute__((noinline)) void columns_fc1(const MlpParams& p, const TilesScratch& s, int64_t first, int64_t count,
-                                           int64_t begin, int64_t size) {
+                                           int64_t begin, int64_t size, int64_t at, const PrefetchRows& after) {
   Act act;  // not const, see GeluTable
   DuePairs due;
   float *sums = s.h, *other = s.h + kBlockSums;
   for (int64_t r = 0; r < size; r += 32) {
     copy_panel(p.w1, begin + r, size - r, 0, p.channels, s.panel);
-    const PrefetchRows next = r + 32 < size ? prefetch_rows(p.w1, begin + r + 32, 0) : prefetch_rows(p.w2, 0, begin);
+    const PrefetchRows next = r + 32 < size ? prefetch_rows(p.w1, begin + r + 32, 0) : after;
     for (int64_t l = 0; l < count; l += 32) {
-      const PrefetchRows now = l == 0 ? next : PrefetchRows{};
+      const PrefetchShare now(next, l, count);
       zero_block();
       if (count - l > 16)
         columns_block<2, PAIRS>(s.panel, s.n.block(l), s.n.steps, act, due, now);
@@ -172,7 +185,7 @@ __attribute__((noinline)) void columns_fc1(const MlpParams& p, const TilesScratc
       if (p.saved) save_block(p, sums, begin + r, first + l, least(32, count - l));
       due.h = sums;
       due.bias = p.b1 + begin + r;
-      due.p.at = s.p.block(l) + r / 32 * kStepWords;
+      due.p.at = s.p.block(l) + (at + r) / 32 * kStepWords;
       float* const done = sums;
       sums = other;
       other = done;
@@ -181,16 +194,26 @@ __attribute__((noinline)) void columns_fc1(const MlpParams& p, const TilesScratc
   for (int64_t i = 0; i < 16; i += 4) due.template pairs<4>(act, i);
 }
 
-// fc2's sums over hidden channels begin .. begin + size - 1 of output channels c .. c + 31, added to what is there if
-// `add`.
-template <class Act>
+// Calls columns_fc1 with the number of pairs that suits the product's length.
+template <class Act, class... Args>
+PK_INLINE void columns_hidden(const MlpParams& p, const TilesScratch& s, const Args&... args) {
+  if (s.n.steps >= 16) return columns_fc1<1, Act>(p, s, args...);
+  if (s.n.steps >= 8) return columns_fc1<2, Act>(p, s, args...);
+  if (s.n.steps >= 4) return columns_fc1<4, Act>(p, s, args...);
+  if (s.n.steps >= 2) return columns_fc1<8, Act>(p, s, args...);
+  columns_fc1<16, Act>(p, s, args...);
+}
+
+// fc2's sums over hidden channels begin .. begin + size - 1, which are channels `at` and so on of s.p, of output
+// channels c .. c + 31, added to what is there if `add`.
 PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t count, int64_t c, int64_t begin,
-                           int64_t size, float* o, int64_t lanes, bool add, const PrefetchRows& next) {
-  Act act;
+                           int64_t size, int64_t at, float* o, int64_t lanes, bool add, const PrefetchRows& next) {
+  Activate<Activation::relu, false, bf16> act;  // of no rows
   const DuePairs none{};
   copy_panel(p.w2, c, p.out - c, begin, size, s.panel);
   for (int64_t l = 0; l < count; l += 32) {
-    const PrefetchRows now = l == 0 ? next : PrefetchRows{};
+    const PrefetchShare now(next, l, count);
+    const packed32* b = s.p.block(l) + at / 32 * kStepWords;
     const bool two = count - l > 16;
     if (!add)
       zero_block();
@@ -199,9 +222,9 @@ PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t co
     else
       load_left_tiles(o + l, lanes);
     if (two)
-      columns_block<2, 1>(s.panel, s.p.block(l), (size + 31) / 32, act, none, now);
+      columns_block<2, 1>(s.panel, b, (size + 31) / 32, act, none, now);
     else
-      columns_block<1, 1>(s.panel, s.p.block(l), (size + 31) / 32, act, none, now);
+      columns_block<1, 1>(s.panel, b, (size + 31) / 32, act, none, now);
     if (two)
       store_block(o + l, lanes);
     else
@@ -211,26 +234,17 @@ PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t co
 
 // See `products` in forward.h.
 template <class Act, class Sums, class Done>
-PK_INLINE void columns_products(const MlpParams& p, const TilesScratch& s, int64_t first, int64_t count, int64_t begin,
-                                int64_t end, const Sums& sums, const Done& done) {
+PK_INLINE void columns_products(const MlpParams& p, const TilesScratch& s, int64_t first, int64_t count,
+                                const Sums& sums, const Done& done) {
   const int64_t lanes = rounded_up(count, kLanes), chunk = s.p.steps * 32;
-  for (int64_t j = begin; j < end; j += chunk) {
-    const int64_t size = least(chunk, end - j);
-    if (s.n.steps >= 16)
-      columns_fc1<1, Act>(p, s, first, count, j, size);
-    else if (s.n.steps >= 8)
-      columns_fc1<2, Act>(p, s, first, count, j, size);
-    else if (s.n.steps >= 4)
-      columns_fc1<4, Act>(p, s, first, count, j, size);
-    else if (s.n.steps >= 2)
-      columns_fc1<8, Act>(p, s, first, count, j, size);
-    else
-      columns_fc1<16, Act>(p, s, first, count, j, size);
-    const bool last = j + size == end;
+  for (int64_t j = 0; j < p.hidden; j += chunk) {
+    const int64_t size = least(chunk, p.hidden - j);
+    columns_hidden<Act>(p, s, first, count, j, size, int64_t{0}, prefetch_rows(p.w2, 0, j));
+    const bool last = j + size == p.hidden;
     for (int64_t c = 0; c < p.out; c += 32) {
       const PrefetchRows next =
           c + 32 < p.out ? prefetch_rows(p.w2, c + 32, j) : prefetch_rows(p.w1, last ? 0 : j + size, 0);
-      columns_fc2<Act>(p, s, count, c, j, size, sums(c), lanes, j > begin, next);
+      columns_fc2(p, s, count, c, j, size, 0, sums(c), lanes, j > 0, next);
       if (last) done(c);
     }
   }
@@ -274,34 +288,15 @@ void mlp_tiles_forward(const MlpParams& p, int64_t first, int64_t count, packed3
   const bool chunked = p.hidden > TilesScratch::chunk(p.hidden);
   const auto sums = [&](int64_t c) PK_FORCED { return chunked ? s.o + c * lanes : s.o; };
   with_activation(p.activation, [&](auto act) PK_FORCED {
-    columns_products<decltype(act)>(p, s, first, count, 0, p.hidden, sums, [&](int64_t c) PK_FORCED {
-      write_rows(p, sums(c), 32, lanes, s.values.drop, c, x);
-    });
+    columns_products<decltype(act)>(
+        p, s, first, count, sums, [&](int64_t c) PK_FORCED { write_rows(p, sums(c), 32, lanes, s.values.drop, c, x); });
   });
   write_tile(p, x, first, count);
 }
 
-// See MlpKernels::forward_part.
-template <class T>
-void mlp_tiles_part(const MlpParams& p, int64_t part, packed32* scratch) {
-  const MatrixUnit unit;
-  const TilesScratch s(p, scratch);
-  load_columns<T>(p, s, 0, p.tokens);
-  const int64_t lanes = rounded_up(p.tokens, kLanes), size = rounded_up(p.out, kRowsMax) * lanes;
-  float* sums = p.part_sums + part * size;
-  const int64_t begin = part * part_channels(p), end = least(p.hidden, begin + part_channels(p));
-  if (begin >= end) return __builtin_memset(sums, 0, size * sizeof(float)), void();
-  with_activation(p.activation, [&](auto act) PK_FORCED {
-    columns_products<decltype(act)>(
-        p, s, 0, p.tokens, begin, end, [&](int64_t c) PK_FORCED { return sums + c * lanes; }, [](int64_t) PK_FORCED {});
-  });
-}
-
-template <class T>
 int64_t mlp_tiles_scratch(const MlpParams& p) {
-  const ForwardScratch<T, Bf16Pairs> join(p, nullptr);  // of `mlp_forward_join`
   const TilesScratch s(p, nullptr);
-  return s.size > join.size ? s.size : join.size;
+  return s.size;
 }
 
 }  // namespace

@@ -117,10 +117,12 @@ struct Tile {
 #endif
 };
 
-// How the tokens of a tensor [B, C, H, W] lie in memory; `pixels` is H * W.
+// How the tokens of a tensor [B, C, H, W] lie in memory; `pixels` is H * W. A tile has channels begin .. end - 1, of
+// which the first one is even.
 struct TokenLayout {
   int64_t channels, pixels;
   bool channels_last;
+  int64_t begin = 0, end = channels;
 };
 
 // Cuts tokens first .. first + count - 1 into runs of one sample, and calls f(sample, pixel, lane, run) for each: the
@@ -139,19 +141,19 @@ PK_INLINE void each_sample(int64_t pixels, int64_t first, int64_t count, const F
 template <class T>
 void load_tile(const T* x, const TokenLayout& layout, int64_t first, int64_t count, const Tile<T>& tile) {
   constexpr int kPer = Tile<T>::kPer;
-  const int64_t channels = layout.channels, whole = channels / kPer;
+  const int64_t channels = layout.end - layout.begin, whole = channels / kPer;
   if (layout.channels_last) {
-    const T* rows = x + first * channels;
-    transpose_words(rows, channels * sizeof(T), tile.data, tile.row * 4, count, whole);
+    const T* rows = x + first * layout.channels + layout.begin;
+    transpose_words(rows, layout.channels * sizeof(T), tile.data, tile.row * 4, count, whole);
     if (whole * kPer < channels)
       for (int64_t t = 0; t < count; ++t) {
         packed32 last = 0;
-        __builtin_memcpy(&last, rows + t * channels + channels - 1, sizeof(T));
+        __builtin_memcpy(&last, rows + t * layout.channels + channels - 1, sizeof(T));
         tile.data[whole * tile.row + t] = last;
       }
   } else {
     each_sample(layout.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
-      const T* plane = x + b * channels * layout.pixels + pixel;
+      const T* plane = x + (b * layout.channels + layout.begin) * layout.pixels + pixel;
       for (int64_t c = 0; c < channels; c += kPer, plane += kPer * layout.pixels) {
         packed32* out = tile.data + c / kPer * tile.row + lane;
         if constexpr (kPer == 1) {
@@ -187,10 +189,11 @@ void store_rows(const Tile<T>& tile, int64_t channels, int64_t count, T* rows, i
 template <class T>
 void store_tile(const Tile<T>& tile, const TokenLayout& layout, int64_t first, int64_t count, T* y) {
   constexpr int kPer = Tile<T>::kPer;
-  const int64_t channels = layout.channels;
-  if (layout.channels_last) return store_rows(tile, channels, count, y + first * channels, channels);
+  const int64_t channels = layout.end - layout.begin;
+  if (layout.channels_last)
+    return store_rows(tile, channels, count, y + first * layout.channels + layout.begin, layout.channels);
   each_sample(layout.pixels, first, count, [&](int64_t b, int64_t pixel, int64_t lane, int64_t run) {
-    T* plane = y + b * channels * layout.pixels + pixel;
+    T* plane = y + (b * layout.channels + layout.begin) * layout.pixels + pixel;
     for (int64_t c = 0; c < channels; c += kPer, plane += kPer * layout.pixels) {
       const packed32* in = tile.data + c / kPer * tile.row + lane;
       if constexpr (kPer == 1) {
