@@ -125,7 +125,7 @@ def state_label(rows: Iterable[RecordedRow]) -> str:
         return ""
     states = ", ".join(state for state in STATES if state and any(r.state == state for r in rows))
     low, high = short_number(rates[0]), short_number(rates[-1])
-    return f"{states or 'steady'}, {low if low == high else f'{low} to {high}'} TFLOP/s"
+    return f"{states}, {low if low == high else f'{low} to {high}'} TFLOP/s"
 
 
 def empty_figure(

@@ -15,8 +15,8 @@ Rows of the CSV, in this order::
                   and without the extension that of the limit "matmul"
     error_l2      of the logits against float64, relative (whole models)
     rate_tflops   at which the CPU multiplied beside these calls (`poolformer_kernels.profiling.states`)
-    state         of the machine during all of these calls: fast, throttled, mixed; empty where it does not
-                  throttle, and on CUDA. The rows of a case that compare have the same state
+    state         of the machine during all of these calls: fast, throttled, mixed; empty on CUDA and without
+                  a probe. The rows of a case that compare have the same state
     device, threads, torch, commit
 
 The limits are rows of their own, with provider "copy" (its gb_per_s) and "matmul" (its tflop_per_s); they end

@@ -179,6 +179,8 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
   p.lanes = vectors * 16;
   if (kernels.shared_forward) {
     const pk::SharedForwardKernels& shared = *kernels.shared_forward;
+    const std::vector<char> tiled = y.bytes;
+    const std::vector<float> tiled_moments = moments;
     std::memset(y.data(), 0xff, y.bytes.size());
     std::fill(moments.begin(), moments.end(), NAN);
     auto operands = scratch_lines(shared.words(p));
@@ -190,6 +192,10 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
     step(shared.hidden, p.hidden, pk::kSharedHidden);
     step(shared.output, p.out, pk::kSharedOutput);
     step(shared.moments, p.tokens, pk::kSharedTokens);
+    if (tiled != y.bytes || std::memcmp(tiled_moments.data(), moments.data(), 4 * moments.size()) != 0) {
+      std::fprintf(stderr, "%s: few tokens have other bits than the same tokens in tiles\n", q.name);
+      std::exit(1);
+    }
     results.emplace_back("y_of_few", floats(y));
     results.emplace_back("token_moments_of_few", moments);
     return results;

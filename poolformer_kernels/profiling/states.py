@@ -13,15 +13,21 @@ timed calls, and a call is timed in the state in which both probes beside it wer
 
 What is said of a state (medians, rates) is of its samples alone; the rate of a sample is the mean of its two
 probes. A state is reported where each of the calls that are compared has `ENOUGH` samples in it, both states
-where both have. Where neither has, all samples are reported as ``"mixed"``. A run that has seen no throttled
-sample reports ``""`` instead of ``"fast"``: this machine does not throttle.
+where both have. Where neither has, all samples are reported as ``"mixed"``.
 
 Torch's threads spin for some milliseconds after their work, on cores that a runtime with threads of its own
 needs: right after the probe OpenVINO took 13.7 ms for what took it 11.8 ms some 5 ms later. So there is a
 pause before the call where torch has several threads.
 
-The best rate that the run has seen is not the best there is: in a run that was throttled all along that state
-is called fast. So the rate is reported with the state.
+What the state does not say:
+
+- The best rate that the run has seen is not the best there is: in a run that was throttled all along that
+  state is called fast. So the rate is reported with the state.
+- The probe sees how fast the processor multiplies, not how fast its caches and its memory are. With a busy
+  neighbour S12 was seen to take 1.5 times as long at the same rate of the probe. So what is compared is timed
+  in one run, and the rows have the plain copy that was timed beside it.
+- A call that takes longer than the stretches is throttled for a part of it, which the probes at its ends may
+  miss.
 """
 
 import statistics
@@ -54,13 +60,11 @@ class RateProbe:
 
     Attributes:
         best: the highest rate.
-        throttles: whether a sample was throttled.
     """
 
     def __init__(self, measure: Callable[[], float], pause_s: float = 0.0) -> None:
         self._measure, self._pause_s = measure, pause_s
         self.best = 0.0
-        self.throttles = False
 
     def __call__(self) -> float:
         rate = self._measure()
@@ -74,11 +78,7 @@ class RateProbe:
 
     def split(self, samples: Samples) -> dict[str, Samples]:
         """The samples of each state that is reported: see the module."""
-        self.throttles |= any(
-            state_of(sample, self.best) == "throttled" for taken in samples.values() for sample in taken
-        )
-        found = _complete(samples, self.best) or {"mixed": samples}
-        return {"" if state == "fast" and not self.throttles else state: s for state, s in found.items()}
+        return _complete(samples, self.best) or {"mixed": samples}
 
 
 def rate_probe(device: torch.device, dtype: torch.dtype) -> RateProbe | None:
