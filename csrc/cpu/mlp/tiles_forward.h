@@ -278,7 +278,7 @@ void mlp_tiles_forward(const MlpParams& p, int64_t first, int64_t count, packed3
       write_rows(p, sums(c), 32, lanes, s.values.drop, c, x);
     });
   });
-  write_tile(p, x, first, count);
+  write_tile<T, bf16>(p, x, first, count);
 }
 
 // See MlpKernels::forward_part.
