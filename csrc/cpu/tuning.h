@@ -64,6 +64,10 @@ constexpr int64_t kRowsPanel = 224, kRowsHiddenChunk = 640;
 // computed and used at a time, at most.
 constexpr int64_t kTilesTokens = 416, kTilesHiddenChunk = 640;
 
+// On float vectors of AVX-512, channels_last (mlp/float_rows.h): tokens of a panel at most, and at least, since each
+// panel packs the weights; hidden channels that are computed and used at a time.
+constexpr int64_t kFloatRowsPanel = 420, kFloatRowsLeast = 96, kFloatRowsChunk = 128;
+
 // Chunks of statistics (core/stats.h) that each thread has at least.
 constexpr int64_t kGrainChunks = 4;
 
@@ -140,6 +144,7 @@ static_assert(kTileTokens % kWidestVector == 0 && kTileTokens >= kLeastEmbedVect
 static_assert(kBackwardTileTokens % kWidestVector == 0 && kBlockTokens >= kBackwardTileTokens);
 static_assert(kInputChannels % kWidestVector == 0 && kOutputChannels % kWidestVector == 0);
 static_assert(kHiddenAtOnce % kMostRows == 0 && kHiddenChunk % kMostRows == 0 && kPartsHidden >= kParts * kMostRows);
+static_assert(kFloatRowsChunk % 128 == 0);  // Floats::kSumWords
 static_assert(kTransposedHidden % kWidestVector == 0 && kEmbedRows % kMostRows == 0);
 static_assert(kStatsChunk % kWidestVector == 0);
 static_assert(kRowsInputHidden % kMostRows == 0 && kRowsBlockTokens >= kMostRows);

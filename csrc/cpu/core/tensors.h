@@ -4,9 +4,15 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "../../common/chan.h"
@@ -95,10 +101,48 @@ inline float* call_scratch(int64_t n) {
   return grown(buffer, n);
 }
 
+// Asks for huge pages where [p, p + bytes) has whole ones. With small pages, passes over a megabyte or more wait for
+// the translation of addresses, most of all on a virtual machine.
+constexpr int64_t kHugePage = 2 << 20;
+inline void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Memory whose contents nobody needs when it grows, on huge pages where it is large.
+class ScratchMemory {
+ public:
+  ScratchMemory() = default;
+  ScratchMemory(const ScratchMemory&) = delete;
+  ScratchMemory& operator=(const ScratchMemory&) = delete;
+  ~ScratchMemory() { std::free(data_); }
+
+  // The first address of at least n words, and of a cache line.
+  uint32_t* words(int64_t n) {
+    const int64_t bytes = n * sizeof(uint32_t), unit = bytes < kHugePage / 2 ? 4096 : kHugePage;
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    size_ = 0;
+    const int64_t size = (bytes + unit - 1) / unit * unit;
+    data_ = static_cast<uint32_t*>(std::aligned_alloc(unit, size));
+    if (!data_) throw std::bad_alloc();
+    size_ = size;
+    advise_huge_pages(data_, size);
+    return data_;
+  }
+
+ private:
+  uint32_t* data_ = nullptr;
+  int64_t size_ = 0;  // bytes
+};
+
 // Where a kernel works that one of torch's threads runs, n words of 32 bits.
 inline uint32_t* worker_scratch(int64_t n) {
-  thread_local std::vector<float> buffer;
-  return reinterpret_cast<uint32_t*>(grown(buffer, n));
+  thread_local ScratchMemory memory;
+  return memory.words(n + kLanesMax);
 }
 
 // Calls f(i) for the items 0 .. count - 1, at least `grain` of them on a thread. A thread works off its own share

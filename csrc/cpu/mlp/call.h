@@ -68,11 +68,11 @@ struct MlpCall {
     p.rstd = rstd = arena.floats(padded(p.batch));
   }
 
-  // How many tiles `vectors` vectors of tokens are cut into: none has more than `most` tokens, and each thread gets
+  // How many tiles `units` times `unit` tokens are cut into: none has more than `most` tokens, and each thread gets
   // equally many.
-  int64_t tiles(int64_t vectors, int64_t most) const {
+  int64_t tiles(int64_t units, int64_t most, int64_t unit = kLanesMax) const {
     const int64_t threads = work() < kSerialWork ? 1 : torch::stable::get_num_threads(), round = threads * most;
-    return std::min(vectors, threads * ((vectors * kLanesMax + round - 1) / round));
+    return std::min(units, threads * ((units * unit + round - 1) / round));
   }
 
   // Multiply-adds of the forward.

@@ -46,6 +46,11 @@ bool rows_fit(const MlpParams& p) {
          p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
 }
 
+// The same for float_rows.h, where panels have tokens enough.
+bool float_rows_fit(const MlpParams& p) {
+  return p.channels_last && !p.saved && p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
+}
+
 // y of all tokens, with tokens as rows. The threads pack the weights together; nothing of it is kept for another call.
 void run_rows(MlpCall& call, const MlpKernels& kernels) {
   MlpParams& p = call.p;
@@ -134,15 +139,21 @@ void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, v
     if (y_stats) merge_tokens(p.token_moments, p.batch, p.pixels, p.out, p.out, y_stats);
     return;
   }
-  const int64_t vectors = (p.tokens + kLanesMax - 1) / kLanesMax,
-                most = kernels.rows_forward ? kTilesTokens : kTileTokens;
-  const int64_t tiles = call.tiles(vectors, most);
+  int64_t unit = kLanesMax, units, tiles;  // tiles are whole units of tokens
+  const auto cut = [&](int64_t size, int64_t most) {
+    unit = size, units = (p.tokens + unit - 1) / unit, tiles = call.tiles(units, most, unit);
+  };
+  if (!few && kernels.float_rows && float_rows_fit(p)) {
+    cut(kFloatRowsBlock, kFloatRowsPanel);
+    p.float_rows = p.tokens / tiles >= kFloatRowsLeast;
+  }
+  if (!p.float_rows) cut(kLanesMax, kernels.rows_forward ? kTilesTokens : kTileTokens);
   p.parts = few ? kParts : 1;
-  p.lanes = few ? vectors * kLanesMax : (vectors + tiles - 1) / tiles * kLanesMax;
+  p.lanes = few ? units * unit : (units + tiles - 1) / tiles * unit;
   const int64_t words = kernels.forward_scratch(p);
   const auto each_tile = [&](const auto& kernel) {
     call.for_items(tiles, [&](int64_t i) {
-      const int64_t first = i * vectors / tiles * kLanesMax, last = (i + 1) * vectors / tiles * kLanesMax;
+      const int64_t first = i * units / tiles * unit, last = (i + 1) * units / tiles * unit;
       kernel(p, first, std::min(last, p.tokens) - first, worker_scratch(words));
     });
   };

@@ -263,10 +263,12 @@ void load_normalised(const MlpParams& p, const ForwardScratch<T, typename Operan
 }
 
 // Stores y's tile, and the moments of its tokens where they are asked for.
-template <class T>
+template <class T, class S>
 PK_INLINE void write_tile(const MlpParams& p, const Tile<T>& y, int64_t first, int64_t count) {
-#if PK_LEVEL == 4  // as rows_forward.h has them, so that a sample's result does not depend on the other ones
-  if (p.token_moments && p.channels_last && p.out % (2 * kLanes) == 0) {
+#if PK_LEVEL >= 2
+  // As rows_forward.h and float_rows.h have them, so that a sample's result does not depend on the other ones.
+  constexpr bool kRows = PK_LEVEL == 4 || OperandOf<S>::Op::kPer == 1;
+  if (kRows && p.token_moments && p.channels_last && p.out % (2 * kLanes) == 0) {
     store_tile(y, {p.out, p.pixels, true}, first, count, static_cast<T*>(p.y));
     return row_moments(static_cast<const T*>(p.y) + first * p.out, p.out, count, p.token_moments + 2 * first);
   }
@@ -292,7 +294,7 @@ void mlp_forward(const MlpParams& p, int64_t first, int64_t count, packed32* scr
   const auto sums = [&](int64_t c) PK_FORCED { return chunked ? s.o + c * lanes : s.o; };
   products<T, S>(p, s, first, count, 0, p.hidden, sums,
                  [&](int64_t c) PK_FORCED { write_rows(p, sums(c), Op::kRows, lanes, s.values.drop, c, x); });
-  write_tile(p, x, first, count);
+  write_tile<T, S>(p, x, first, count);
 }
 
 // For few tokens, which are all in one tile: fc2's sums over one part of the hidden channels, so that threads share the
@@ -330,7 +332,7 @@ void mlp_forward_join(const MlpParams& p, int64_t first, int64_t count, packed32
       }
     write_rows(p, s.o, kRows, lanes, s.values.drop, c, y);
   }
-  write_tile(p, y, first, count);
+  write_tile<T, S>(p, y, first, count);
 }
 
 template <class T, class S>

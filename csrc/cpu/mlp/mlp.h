@@ -9,6 +9,8 @@
 
 namespace pk {
 
+constexpr int64_t kFloatRowsBlock = 14;  // tokens of a block of float_rows.h
+
 // A token is a pixel of a sample; tokens are numbered through the batch. Tokens run along the lanes of vectors.
 struct MlpParams {
   const void* x;  // [B, C, H, W], contiguous or channels_last
@@ -27,9 +29,10 @@ struct MlpParams {
   const float* scale;               // [out] LayerScale
   const float *mean, *rstd, *drop;  // [B] statistics of x, stochastic depth
 
-  int64_t lanes;           // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
-  int64_t parts = 1;       // parts of the hidden channels, which threads share where tokens are few
-  const uint32_t* packed;  // both weights for `rows_forward`
+  int64_t lanes;            // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
+  int64_t parts = 1;        // parts of the hidden channels, which threads share where tokens are few
+  const uint32_t* packed;   // both weights for `rows_forward`
+  bool float_rows = false;  // whether `forward` has tokens as rows of products of floats (float_rows.h)
   // [parts, out, tokens]: fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)
   float* part_sums;
   uint32_t* shared;      // both products' operands, where threads share the weights without parts (shared_forward.h)
@@ -99,6 +102,8 @@ struct MlpKernels {
   void (*rows_pack)(const MlpParams&, int64_t item, uint32_t* packed);
   // y of tokens first_token .. first_token + tokens - 1, of which there are `lanes` at most
   void (*rows_forward)(const MlpParams&, int64_t first_token, int64_t tokens, uint32_t* scratch);
+
+  bool float_rows;  // whether `forward` can do what MlpParams::float_rows asks for
 
   // ---- backward, see backward.h
   int64_t (*backward_scratch)(const MlpBackwardParams&);  // words that `prepare`, `hidden` and `input` need

@@ -291,7 +291,7 @@ void mlp_tiles_forward(const MlpParams& p, int64_t first, int64_t count, packed3
     columns_products<decltype(act)>(
         p, s, first, count, sums, [&](int64_t c) PK_FORCED { write_rows(p, sums(c), 32, lanes, s.values.drop, c, x); });
   });
-  write_tile(p, x, first, count);
+  write_tile<T, bf16>(p, x, first, count);
 }
 
 int64_t mlp_tiles_scratch(const MlpParams& p) {

@@ -241,7 +241,7 @@ __attribute__((noinline)) void token_moments(const Tile<T>& y, int64_t channels,
   }
 }
 
-#if PK_LEVEL == 4
+#if PK_LEVEL >= 2
 // The same of tokens as rows of channels, which are a multiple of 2 kLanes.
 template <class T>
 __attribute__((noinline)) void row_moments(const T* rows, int64_t channels, int64_t count, float* out) {
