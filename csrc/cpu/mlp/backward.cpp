@@ -164,7 +164,8 @@ struct Backward {
 };
 
 // The call with tokens as rows.
-void run_rows(const MlpCall& call, const RowsBackwardKernels& kernels, RowsBackwardParams p) {
+void run_rows(const MlpCall& call, const RowsBackwardKernels& kernels, RowsBackwardParams p, bool floats) {
+  p.floats = floats;
   plan_rows_backward(p);
   ScratchArena measured(nullptr);
   take_rows_backward(measured, p);
@@ -243,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.db1_out = floats(db1);
 
   if (kernels.rows_backward && rows_backward_fits(p)) {
-    run_rows(call, *kernels.rows_backward, {p});
+    run_rows(call, *kernels.rows_backward, {p}, x.scalar_type() == ScalarType::Float);
   } else {
     Backward backward(call, kernels, p, x.element_size());
     backward.run();
