@@ -95,7 +95,12 @@ def test_core_cpp_rows_under_autocast(kernels):
     expected = values(inputs, grad, residual=True)
     with torch.autocast("cpu", BF16):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+
+        def keep(t):
+            kept.append(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             mlp(**{n: t if t is None else t.requires_grad_() for n, t in inputs.items()}, residual=True)
         assert {inputs["w1"].data_ptr(), inputs["w2"].data_ptr()} <= set(kept)
         assert_same(values(inputs, grad, residual=True), expected)
