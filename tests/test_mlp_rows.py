@@ -28,6 +28,8 @@ SHAPES = (  # x, hidden
     ((2, 352, 17, 19), 96),
     ((6, 512, 7, 7), 2048),
     ((4, 512, 14, 14), 128),
+    ((3, 384, 13, 13), 160),
+    ((2, 768, 14, 14), 320),
     ((1, 64, 57, 59), 128),  # one sample of many blocks
     ((2, 64, 13, 17), 1312),
     ((7, 160, 7, 7), 640),
@@ -68,6 +70,42 @@ def test_core_cpp_rows_forms(kernels, residual, norm):
     for vector_dtype in (BF16, torch.float32):
         inputs, grad = problem((3, 64, 13, 11), 128, parameters=parameters, vector_dtype=vector_dtype)
         assert_right(values(inputs, grad, residual=residual), inputs, grad, residual=residual)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(("x_dtype", "weight_dtype"), [(torch.float32, BF16), (BF16, torch.float32)])
+def test_core_cpp_rows_dtypes(kernels, x_dtype, weight_dtype, dropped):
+    """One of x and the weights in float32; its gradients are, too."""
+    for shape, hidden in (((3, 64, 13, 11), 128), ((2, 320, 14, 14), 640), ((6, 512, 7, 7), 256)):
+        inputs = make_inputs(shape, hidden, x_dtype, weight_dtype=weight_dtype, vector_dtype=torch.float32)
+        inputs["x"] = as_layout(inputs["x"], "channels_last")
+        inputs["drop_scale"] = inputs["drop_scale"] if dropped else None
+        grad = as_layout(make_grad(inputs), "channels_last")
+        actual = values(inputs, grad, residual=True)
+        assert_right(actual, inputs, grad, residual=True)
+        for name in ("dx", "dw1", "dw2"):
+            assert actual[name].dtype == inputs[name[1:]].dtype
+            rounded = torch.equal(actual[name], actual[name].to(BF16).to(actual[name].dtype))
+            assert rounded == (actual[name].dtype == BF16), name
+
+
+def test_core_cpp_rows_under_autocast(kernels):
+    """Of an x in half precision the kernels read float32 weights: no copy is kept, no gradient rounded."""
+    inputs, grad = problem((3, 64, 13, 11), 128)
+    for name in ("w1", "w2"):
+        inputs[name] = inputs[name].float() + 1e-4
+    expected = values(inputs, grad, residual=True)
+    with torch.autocast("cpu", BF16):
+        kept = []
+
+        def keep(t):
+            kept.append(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            mlp(**{n: t if t is None else t.requires_grad_() for n, t in inputs.items()}, residual=True)
+        assert {inputs["w1"].data_ptr(), inputs["w2"].data_ptr()} <= set(kept)
+        assert_same(values(inputs, grad, residual=True), expected)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced_c_last", "offset_last"])

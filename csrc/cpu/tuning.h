@@ -96,14 +96,14 @@ constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden =
 // ---- the MLP's backward with tokens as rows (mlp/rows_backward_params.h): `poolformer-kernels bench training`
 
 // Most input channels and fewest tokens with which it is taken.
-constexpr int64_t kRowsBackwardChannels = 512, kRowsBackwardTokens = 256;
+constexpr int64_t kRowsBackwardChannels = 768, kRowsBackwardTokens = 256;
 
 // So many tokens and elements of the input make a block, at most: its operands stay in the L2 cache.
 constexpr int64_t kRowsBlockTokens = 448, kRowsBlockElements = 1 << 17;
 
 // Up to so many channels weights are packed once a call. With more of them each block of tokens packs them again, so
 // blocks are larger.
-constexpr int64_t kRowsPackedChannels = 320, kRowsWideBlockElements = 1 << 18;
+constexpr int64_t kRowsPackedChannels = 384, kRowsWideBlockElements = 1 << 19;
 
 // From so many channels on the weights of 32 hidden channels for both products of `hidden` do not fit the L1 cache
 // together, so they go over the block's tokens one after the other.
@@ -112,6 +112,9 @@ constexpr int64_t kRowsTwoPasses = 256;
 // Hidden channels of W1 whose rows stay in the L1 cache in the products for the input's gradient; tokens, in units of
 // 32, that they are used for at a time.
 constexpr int64_t kRowsInputHidden = 640, kRowsInputSubs = 16;
+
+// Floats of the workspace that a thread keeps for its next call, at most.
+constexpr int64_t kKeptFloats = 4 << 20;
 
 // Elements of the input of a work item in passes that do little more than read them.
 constexpr int64_t kRowsItemElements = 8192;

@@ -161,7 +161,9 @@ def mlp_with_stats(
     backend = select_backend(x.device, x.dtype)
     if backend == "cuda":
         backend = mlp_of_cuda(x.device, _sizes(x, w1, w2), operand, _differentiates(tensors))
-    if cast_to is not None and backend != "triton" and w1.dtype != cast_to:  # Triton's kernels cast
+    # Triton's kernels round float32 weights themselves, those for the CPU where x shows what to
+    rounds = backend == "triton" or (backend == "cpp" and x.dtype == cast_to)
+    if cast_to is not None and not rounds and w1.dtype != cast_to:
         w1, w2 = w1.to(cast_to), w2.to(cast_to)
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
     if backend == "reference":

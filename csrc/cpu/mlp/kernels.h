@@ -18,13 +18,14 @@
 namespace pk {
 namespace {
 
-// The backward with tokens as rows, which is for bfloat16 on AMX tiles.
+// The backward with tokens as rows, which is for operands of bfloat16 on AMX tiles.
 template <class T>
 constexpr const RowsBackwardKernels* rows_backward_of() {
 #if PK_LEVEL == 4
-  if constexpr (__is_same(T, bf16)) return &rows_backward_kernels;
-#endif
+  return &rows_backward_kernels<T>;
+#else
   return nullptr;
+#endif
 }
 
 // The forward where tokens are columns or, of floats at the levels of AVX-512, rows.

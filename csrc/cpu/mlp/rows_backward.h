@@ -185,10 +185,8 @@ struct HiddenPass {
     return BlockRows::tiles(reinterpret_cast<const char*>(q.n_tiles) + sub * steps * kTilePair);
   }
   PK_INLINE BlockRows gradient(int64_t sub) const {
-    const int64_t row = q.out * sizeof(bf16), at = sub * kRowsSide;
-    const void* rows = at + kRowsSide > block.tokens ? static_cast<const void*>(q.g_rest)
-                                                     : static_cast<const char*>(q.grad) + (block.first + at) * row;
-    return {static_cast<const char*>(rows), row, 16 * row, kRowsSide * sizeof(bf16)};
+    const int64_t row = q.out * sizeof(bf16);
+    return {static_cast<const char*>(q.g_rows_of(block, sub)), row, 16 * row, kRowsSide * sizeof(bf16)};
   }
   template <HiddenWork WORK>
   PK_INLINE void h_block(int64_t sub, int64_t pairs, const GeluSlopeTable& gelu) {
@@ -296,7 +294,9 @@ void rows_hidden(const RowsBackwardParams& q, const RowsBlock& block, int64_t j,
   float *in = q.sums + j * 2 * size, *out = block.last ? s.sums : in;
   rows_weight_products(q, block, q.g_tiles, s.p, in, out, ahead1);
   rows_weight_products(q, block, q.x_tiles, s.dh, in + size, out + size, ahead2);
-  if (block.last) rows_parameters(q, j, w1, out, out + size);
+  if (!block.last) return;
+  q.w1.dtype == 0 ? rows_parameters<float>(q, j, w1, out, out + size)
+                  : rows_parameters<bf16>(q, j, w1, out, out + size);
 }
 
 // ---- input
@@ -327,11 +327,12 @@ PK_INLINE void rows_input_products(const RowsBackwardParams& q, const RowsBlock&
 }
 
 // See RowsBackwardKernels::input.
+template <class T>
 void rows_input(const RowsBackwardParams& q, const RowsBlock& block, int64_t first_sub, int64_t last_sub) {
   [[maybe_unused]] const MatrixUnit unit;
   rows_input_products(q, block, first_sub, last_sub);
   if (!q.norm) return;
-  for (int64_t sub = first_sub; sub < last_sub; ++sub) rows_token_sums(q, block, sub);
+  for (int64_t sub = first_sub; sub < last_sub; ++sub) rows_token_sums<T>(q, block, sub);
 }
 
 int64_t rows_scratch(const RowsBackwardParams& q) {
@@ -339,8 +340,10 @@ int64_t rows_scratch(const RowsBackwardParams& q) {
   return hidden > load ? hidden : load;
 }
 
-const RowsBackwardKernels rows_backward_kernels = {rows_scratch, rows_pack,  rows_load,
-                                                   rows_hidden,  rows_input, rows_finish};
+// T: elements of x.
+template <class T>
+constexpr RowsBackwardKernels rows_backward_kernels = {rows_scratch, rows_pack,     rows_load<T>,
+                                                       rows_hidden,  rows_input<T>, rows_finish<T>};
 
 }  // namespace
 }  // namespace pk

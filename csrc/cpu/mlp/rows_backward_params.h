@@ -1,5 +1,6 @@
 // The MLP's backward with tokens as rows of the products (rows_backward.h): its arguments, its kernels, and the order
-// in which they are called. For bfloat16 in channels_last, whose tokens then are rows of memory too, and gelu.
+// in which they are called. For gelu and operands of bfloat16, of tensors in channels_last, whose tokens then are rows
+// of memory too.
 //
 // A block of tokens at a time:
 // - `load`, by 32 tokens: the normalised input, and it and the gradient of y with tokens along the products' sums;
@@ -34,6 +35,7 @@ struct RowsBlock {
 struct RowsBackwardParams : MlpGradients {
   int64_t block_tokens;  // of a block at most, a multiple of kRowsSide
   int64_t ring_tokens;   // tokens that `e` has room for, a multiple of kRowsSide: token t is row t % ring_tokens
+  bool floats;           // whether x, grad and dx are float32; else bfloat16
   bool dropped;          // whether any of drop_scale is not 1
   bool packed;           // whether w1_tiles and w2_tiles are there; if not, `hidden` packs what it needs
 
@@ -43,10 +45,10 @@ struct RowsBackwardParams : MlpGradients {
 
   // The block
   uint16_t *n_tiles, *x_tiles, *g_tiles;  // normalised x; (x - mean) rstd and d g with tokens along k
-  uint16_t* g_rest;    // [32, out] rows of g of the call's last tokens, and zeros, where they are less than 32
-  uint16_t* dh_tiles;  // dL/dh
-  float* drop_rows;    // [block_tokens] d of each token
-  float* g_sums;       // [subs, out] sum of d g over 32 tokens, split
+  uint16_t* g_copies;                     // [block_tokens, out] g where it is float32; else [32, out], see g_copied
+  uint16_t* dh_tiles;                     // dL/dh
+  float* drop_rows;                       // [block_tokens] d of each token
+  float* g_sums;                          // [subs, out] sum of d g over 32 tokens, split
 
   // The samples that are not complete
   float* e;                  // [ring_tokens, C] W1^T dh
@@ -58,6 +60,19 @@ struct RowsBackwardParams : MlpGradients {
   float* db1;   // [hidden] sum of dh, split
   float *scale_sums, *gamma_sums, *beta_sums;  // [hidden / 32, C] each 32 hidden channels' part of the gradients, split
   double* t;                                   // [out] sum of d g, split
+
+  // Whether rows of 32 tokens of g are read from g_copies: they are to be rounded, or the call's last tokens are less
+  // than 32, with zeros behind them.
+  __attribute__((always_inline)) bool g_copied(const RowsBlock& block, int64_t sub) const {
+    return floats || (sub + 1) * kRowsSide > block.tokens;
+  }
+  __attribute__((always_inline)) uint16_t* g_copy(int64_t sub) const {
+    return g_copies + (floats ? sub * kRowsSide * out : 0);
+  }
+  __attribute__((always_inline)) const void* g_rows_of(const RowsBlock& block, int64_t sub) const {
+    if (g_copied(block, sub)) return g_copy(sub);
+    return static_cast<const uint16_t*>(grad) + (block.first + sub * kRowsSide) * out;
+  }
 
   __attribute__((always_inline)) float* e_of(int64_t token) const { return e + token % ring_tokens * channels; }
 };

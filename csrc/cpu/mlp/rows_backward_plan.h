@@ -16,8 +16,8 @@ namespace {
 // caches beside the tokens.
 inline bool rows_backward_fits(const MlpGradients& p) {
   const auto whole = [](int64_t n) { return n % kRowsSide == 0; };
-  return p.channels_last && p.activation == Activation::gelu && p.w1.dtype == 1 && p.w2.dtype == 1 && !p.saved &&
-         !p.drop_grad && p.out == p.channels && whole(p.channels) && whole(p.hidden) &&
+  return p.channels_last && p.activation == Activation::gelu && p.w1.dtype <= 1 && p.w2.dtype == p.w1.dtype &&
+         !p.saved && !p.drop_grad && p.out == p.channels && whole(p.channels) && whole(p.hidden) &&
          p.channels <= kRowsBackwardChannels && p.tokens >= kRowsBackwardTokens;
 }
 
@@ -45,7 +45,7 @@ void take_rows_backward(Arena& arena, RowsBackwardParams& p) {
   p.w1_rows_tiles = halves(h * c);
   p.n_tiles = halves(block * c);
   p.x_tiles = halves(of_parameters * block * c), p.g_tiles = halves(of_parameters * block * c);
-  p.g_rest = halves(kRowsSide * c);
+  p.g_copies = halves((p.floats ? block : kRowsSide) * c);
   p.dh_tiles = halves(block * h);
   p.drop_rows = arena.floats(block);
   p.g_sums = arena.floats(of_parameters * block / kRowsSide * c);

@@ -49,6 +49,7 @@ PK_INLINE vf lane_sums(const Value& value) {
 // ---- the parameters' gradients of hidden channels 32 j .. 32 j + 31 and channels 32 c .. 32 c + 31
 
 // Output channels: with G = d g p summed over tokens, dW2 = diag(s) G and the part of dscale that is W2 G.
+template <class W>
 PK_INLINE void output_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products) {
   const int64_t hidden = j * kRowsSide;
   const bool more = (c + 1) * kRowsSide < p.out;  // rows so far apart come from L3, or further away
@@ -58,20 +59,21 @@ PK_INLINE void output_gradients(const RowsBackwardParams& p, int64_t j, int64_t 
     store(sums + 16 * odd, 0.25f * lane_sums([&](int64_t i) PK_FORCED {
                              const int64_t channel = c * kRowsSide + 2 * i + odd;
                              const Pair g = load_split(products + (16 * odd + i) * kRowsSide);
-                             const uint16_t* row = weight_row(p.w2, channel, hidden);
-                             const Pair w = load_bf16_pair(row);
-                             bf16* out = static_cast<bf16*>(p.dw2) + channel * p.hidden + hidden;
+                             const W* row = weight_row<W>(p.w2, channel, hidden);
+                             const Pair w = rounded_pair(row);
+                             W* out = static_cast<W*>(p.dw2) + channel * p.hidden + hidden;
                              const vf scale = splat(0.25f * p.scale[channel]);
-                             store_pair(out, Pair{g.a * scale, g.b * scale});
+                             store_even_odd(out, {g.a * scale, g.b * scale});
                              if (more)
-                               __builtin_prefetch(row + kRowsSide * p.w2.step),
-                                   __builtin_prefetch(out + kRowsSide * p.hidden, 1);
+                               for (int64_t line = 0; line < kRowsSide; line += 64 / sizeof(W))
+                                 __builtin_prefetch(row + kRowsSide * p.w2.step + line),
+                                     __builtin_prefetch(out + kRowsSide * p.hidden + line, 1);
                              return w.a * g.a + w.b * g.b;
                            }));
 }
 
 // Input channels: with M = xhat dh summed over tokens, dW1 = M diag(gamma) + db1 beta^T.
-PK_INLINE void input_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products) {
+PK_INLINE void input_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products, bf16*) {
   const int64_t hidden = j * kRowsSide, channel = c * kRowsSide;
   uint16_t* dw1 = static_cast<uint16_t*>(p.dw1) + hidden * p.channels + channel;
   alignas(64) uint16_t block[kTileBytes / 2];
@@ -93,6 +95,25 @@ PK_INLINE void input_gradients(const RowsBackwardParams& p, int64_t j, int64_t c
         },
         reinterpret_cast<char*>(block), 64);
     for (int64_t i = 0; i < 16; ++i) write(dw1 + (2 * i + odd) * p.channels, read<__m512i>(block + i * 32));
+  }
+}
+
+PK_INLINE void input_gradients(const RowsBackwardParams& p, int64_t j, int64_t c, const float* products, float*) {
+  const int64_t hidden = j * kRowsSide, channel = c * kRowsSide;
+  float* dw1 = static_cast<float*>(p.dw1) + hidden * p.channels + channel;
+  if (hidden + kRowsSide < p.hidden)
+    for (int64_t i = 0; i < kRowsSide; ++i)
+      __builtin_prefetch(dw1 + (kRowsSide + i) * p.channels, 1),
+          __builtin_prefetch(dw1 + (kRowsSide + i) * p.channels + 16, 1);
+  for (int64_t odd = 0; odd < 2; ++odd) {  // hidden channels
+    const vf db1 = load(p.db1 + hidden + 16 * odd);
+    for (int64_t half = 0; half < kRowsSide; half += 16)
+      transpose_vectors(
+          [&](int64_t i) PK_FORCED {
+            const vf m = load(products + (i % 2 * 16 + (half + i) / 2) * kRowsSide + 16 * odd);
+            return (__m512i)(m * splat(p.gamma[channel + half + i]) + db1 * splat(p.beta[channel + half + i]));
+          },
+          reinterpret_cast<char*>(dw1 + odd * p.channels + half), 2 * p.channels * sizeof(float));
   }
 }
 
@@ -118,12 +139,13 @@ PK_INLINE void norm_gradients(const RowsBackwardParams& p, int64_t j, int64_t c,
   }
 }
 
-// `w1`: tile pairs of these hidden channels.
+// `w1`: tile pairs of these hidden channels. W: elements of the weights and of their gradients.
+template <class W>
 __attribute__((noinline)) void rows_parameters(const RowsBackwardParams& p, int64_t j, const uint16_t* w1,
                                                const float* g_p, const float* x_dh) {
   for (int64_t c = 0; c < p.channels / kRowsSide; ++c) {
-    output_gradients(p, j, c, g_p + c * kRowsSide * kRowsSide);
-    input_gradients(p, j, c, x_dh + c * kRowsSide * kRowsSide);
+    output_gradients<W>(p, j, c, g_p + c * kRowsSide * kRowsSide);
+    input_gradients(p, j, c, x_dh + c * kRowsSide * kRowsSide, static_cast<W*>(nullptr));
     norm_gradients(p, j, c, w1 + c * (kTilePair / 2), x_dh + c * kRowsSide * kRowsSide);
   }
 }
@@ -131,10 +153,11 @@ __attribute__((noinline)) void rows_parameters(const RowsBackwardParams& p, int6
 // ---- GroupNorm's backward
 
 // e_sum and e_product of 32 tokens of the block.
+template <class T>
 __attribute__((noinline)) void rows_token_sums(const RowsBackwardParams& p, const RowsBlock& block, int64_t sub) {
   const int64_t at = sub * kRowsSide, first = block.first + at, count = least(kRowsSide, block.tokens - at);
   const float* e = p.e_of(first);
-  const bf16* x = static_cast<const bf16*>(p.x) + first * p.channels;
+  const T* x = static_cast<const T*>(p.x) + first * p.channels;
   float sums[kRowsSide * 16], products[kRowsSide * 16];
   each_sample(p.pixels, first, count, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf mean = splat(p.mean[b]);
@@ -156,11 +179,12 @@ __attribute__((noinline)) void rows_token_sums(const RowsBackwardParams& p, cons
 }
 
 // Tokens whose rows of e are one behind the other.
+template <class T>
 PK_INLINE void finish_rows(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
   const float* e = p.e_of(first);
   const int64_t begin = first * p.channels;
-  const bf16 *x = static_cast<const bf16*>(p.x) + begin, *g = static_cast<const bf16*>(p.grad) + begin;
-  bf16* dx = static_cast<bf16*>(p.dx) + begin;
+  const T *x = static_cast<const T*>(p.x) + begin, *g = static_cast<const T*>(p.grad) + begin;
+  T* dx = static_cast<T*>(p.dx) + begin;
   each_sample(p.pixels, first, tokens, [&](int64_t b, int64_t, int64_t lane, int64_t run) PK_FORCED {
     const vf mean = splat(p.mean[b]), rstd = splat(p.norm ? p.rstd[b] : 1);
     const vf k0 = splat(p.k0[b]), k1 = splat(p.k1[b]);
@@ -175,10 +199,11 @@ PK_INLINE void finish_rows(const RowsBackwardParams& p, int64_t first, int64_t t
 }
 
 // See RowsBackwardKernels::finish.
+template <class T>
 void rows_finish(const RowsBackwardParams& p, int64_t first, int64_t tokens) {
   while (tokens > 0) {
     const int64_t run = least(tokens, p.ring_tokens - first % p.ring_tokens);
-    finish_rows(p, first, run);
+    finish_rows<T>(p, first, run);
     first += run, tokens -= run;
   }
 }
