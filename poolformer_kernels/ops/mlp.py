@@ -13,6 +13,7 @@ from .torch_private import constant_result, tf32_allowed
 __all__ = ["allows_tf32", "check_arguments", "mlp", "mlp_with_stats"]
 
 _HALVES = (torch.bfloat16, torch.float16)
+_ROUND = ("cpp", "triton")  # whose kernels round float32 weights to the operands of the products
 _AUTOCAST = ("cpu", "cuda")  # where kernels run; elsewhere the reference's own operators obey autocast
 _PARAMETERS = (
     "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias,"
@@ -161,9 +162,7 @@ def mlp_with_stats(
     backend = select_backend(x.device, x.dtype)
     if backend == "cuda":
         backend = mlp_of_cuda(x.device, _sizes(x, w1, w2), operand, _differentiates(tensors))
-    # Triton's kernels round float32 weights themselves, those for the CPU where x shows what to
-    rounds = backend == "triton" or (backend == "cpp" and x.dtype == cast_to)
-    if cast_to is not None and not rounds and w1.dtype != cast_to:
+    if cast_to is not None and backend not in _ROUND and w1.dtype != cast_to:
         w1, w2 = w1.to(cast_to), w2.to(cast_to)
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale)
     if backend == "reference":
@@ -193,7 +192,7 @@ def mlp_with_stats(
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
-            *((operand, allows_tf32(x, w1, w2)) if backend == "triton" else ()),
+            *_more(backend, operand, backend == "triton" and allows_tf32(x, w1, w2)),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
@@ -206,6 +205,11 @@ def _hidden_kept_from(backend: str) -> float:
 def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a backward may follow a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _more(backend: str, operand: torch.dtype, allow_tf32: bool) -> tuple:
+    """The last arguments of a backend's operators."""
+    return {"triton": (operand, allow_tf32), "cpp": (operand,)}.get(backend, ())
 
 
 def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, int, int]:
@@ -314,12 +318,14 @@ def _check_weight(name: str, w: Tensor, x: Tensor, what: str, rows: int | None, 
 def _register(backend: str) -> None:
     """Schema, fakes and autograd of one backend's pair of ops; the backend registers the kernels.
 
-    Triton's have two arguments more. One is the dtype of the products' operands: they cast weights
-    themselves, so that autograd need not cast gradients back, and write each gradient in its parameter's
-    dtype. The other is `allow_tf32`: the other backends have no float32 products on CUDA.
+    Those in `_ROUND` have an argument more, the dtype of the products' operands: they round float32 weights
+    themselves, so that autograd need not cast gradients back. Triton's write every gradient in its
+    parameter's dtype, and have `allow_tf32`: the other backends have no float32 products on CUDA.
     """
     casts = backend == "triton"
-    more = ", ScalarType operand, bool allow_tf32" if casts else ""
+    more = {"triton": ", ScalarType operand, bool allow_tf32", "cpp": ", ScalarType? operand=None"}.get(
+        backend, ""
+    )
 
     def forward_fake(
         x, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, stats, activation, eps, norm,
@@ -363,10 +369,9 @@ def _register(backend: str) -> None:
     def setup_context(ctx, inputs, output) -> None:
         x, *parameters = inputs[:9]
         ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:16]
-        if casts:
-            ctx.operand, ctx.allow_tf32 = inputs[16:]
-        else:
-            ctx.operand, ctx.allow_tf32 = parameters[0].dtype if x.dtype == torch.float32 else x.dtype, False
+        ctx.operand, ctx.allow_tf32 = (*inputs[16:], None, False)[:2] if not casts else inputs[16:]
+        if ctx.operand is None:
+            ctx.operand = parameters[0].dtype if x.dtype == torch.float32 else x.dtype
         _, mean_rstd, y_stats, hidden = output
         ctx.mark_non_differentiable(mean_rstd, y_stats, hidden)
         ctx.set_materialize_grads(False)
@@ -383,7 +388,7 @@ def _register(backend: str) -> None:
         computed = call(
             _BACKWARD_OPS[runs],
             *(grad, *saved, ctx.activation, ctx.norm, ctx.residual, any(needed[1:8]), needed[8]),
-            *((ctx.operand, ctx.allow_tf32) if runs == "triton" else ()),
+            *_more(runs, ctx.operand, ctx.allow_tf32),
         )
         for i, (gradient, of) in enumerate(zip(computed, (saved[0], *saved[2:10]), strict=True)):
             if needed[i]:

@@ -62,7 +62,7 @@ def _mlp_flops(x, w1, b1, w2, *_, out_shape, **__) -> int:
 @register_flop_formula([_ours.mlp_cpp_backward, _ours.mlp_triton_backward])
 def _mlp_backward_flops(
     grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
-    activation, norm, residual, parameter_grads, drop_grad, *, out_shape,
+    activation, norm, residual, parameter_grads, drop_grad, *_, out_shape, **__,
 ) -> int:  # fmt: skip
     """fc1 again unless its output was saved, the gradients of both inputs and, where asked, both weights."""
     recomputed = w1[1] if hidden is None else 0

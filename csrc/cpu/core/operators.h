@@ -49,7 +49,8 @@ struct MlpArguments {
   std::string activation;            // a name that activation_named knows
   double eps;                        // of GroupNorm
   bool norm, residual;               // whether x is normalised, whether x is added
-  int64_t batch = 0;                 // samples of the whole call where x is a part of it, else 0
+  std::optional<torch::headeronly::ScalarType> operand = {};  // what products round float32 to; absent: w1's dtype
+  int64_t batch = 0;  // samples of the whole call where x is a part of it, else 0
 };
 
 // Writes y [B, out, H, W], which may be x, and where they are not null mean and rstd [B, 2], the statistics of y

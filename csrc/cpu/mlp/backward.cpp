@@ -186,9 +186,11 @@ void run_rows(const MlpCall& call, const RowsBackwardKernels& kernels, RowsBackw
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     Tensor gradient, Tensor input, Tensor mean_rstd, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
     OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor layer_scale, OptionalTensor drop_scale,
-    OptionalTensor hidden, std::string activation, bool norm, bool residual, bool parameter_grads, bool drop_grad) {
+    OptionalTensor hidden, std::string activation, bool norm, bool residual, bool parameter_grads, bool drop_grad,
+    std::optional<ScalarType> operand) {
   check(input, 0);
-  const MlpKernels& kernels = kernels_for(input.scalar_type(), w1.scalar_type());
+  const ScalarType rounded = operand_of(input.scalar_type(), w1, operand);
+  const MlpKernels& kernels = kernels_for(input.scalar_type(), rounded);
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last), grad = in_layout(gradient, channels_last);
   const MlpArguments args{dense_rows(w1, "w1", x.size(1)),
@@ -216,8 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                             saved.size(0) == p.batch && saved.size(1) == 2),
                   "mlp_cpp_backward: mean_rstd must be a float32 CPU tensor of shape [B, 2]");
   STD_TORCH_CHECK(!hidden.has_value() || (hidden->is_cpu() && hidden->is_contiguous() &&
-                                          hidden->scalar_type() == operand_of(x, w1).scalar_type() &&
-                                          hidden->numel() == p.tokens * p.hidden),
+                                          hidden->scalar_type() == rounded && hidden->numel() == p.tokens * p.hidden),
                   "mlp_cpp_backward: hidden must be what mlp_cpp returned");
   for (int64_t b = 0; norm && b < p.batch; ++b) {
     call.mean[b] = static_cast<const float*>(saved.data_ptr())[2 * b];

@@ -11,8 +11,8 @@
 namespace pk {
 namespace {
 
-inline const MlpKernels& kernels_for(ScalarType x, ScalarType w) {
-  const int io = dtype_index(x), weights = dtype_index(w), index = io == 0 && weights > 0 ? 2 + weights : io;
+inline const MlpKernels& kernels_for(ScalarType x, ScalarType operand) {
+  const int io = dtype_index(x), to = dtype_index(operand), index = io == 0 && to > 0 ? 2 + to : io;
 #if defined(__x86_64__)
   switch (isa_chosen()) {
     case Isa::amx: return index == 1 ? mlp_amx[0] : index == 3 ? mlp_amx[1] : mlp_avx512_bf16[index];
@@ -91,9 +91,15 @@ inline void check(const Tensor& x, double eps) {
   STD_TORCH_CHECK(eps >= 0, "mlp_cpp: eps must not be negative, got ", eps);
 }
 
-// The one of x and w1 that has the dtype of the products' operands and of the saved fc1 output.
-inline const Tensor& operand_of(const Tensor& x, const Tensor& w1) {
-  return x.scalar_type() == ScalarType::Float ? w1 : x;
+// The dtype of the products' operands and of the saved fc1 output.
+inline ScalarType operand_of(ScalarType x, const Tensor& w1, const std::optional<ScalarType>& operand) {
+  return x != ScalarType::Float ? x : operand.value_or(w1.scalar_type());
+}
+
+// As the C interface of torch has it.
+inline int32_t dtype_code(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return aoti_torch_dtype_float32();
+  return dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
 }
 
 }  // namespace

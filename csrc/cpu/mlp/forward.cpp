@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
                                                OptionalTensor norm_weight, OptionalTensor norm_bias,
                                                OptionalTensor layer_scale, OptionalTensor drop_scale,
                                                OptionalTensor stats, std::string activation, double eps, bool norm,
-                                               bool residual, bool return_stats, bool save_hidden) {
+                                               bool residual, bool return_stats, bool save_hidden,
+                                               std::optional<ScalarType> operand) {
   check(input, eps);
   const bool channels_last = is_channels_last(input);
   const Tensor x = in_layout(input, channels_last);
@@ -99,9 +100,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
                            : empty({b, c, h, w}, {c * h * w, h * w, w, 1}, dtype_of(x));
   Tensor mean_rstd = norm ? empty({b, 2}, {2, 1}, f32) : empty({0}, {1}, f32);
   Tensor y_stats = return_stats ? empty({b, 1, 3}, {3, 3, 1}, f32) : empty({0}, {1}, f32);
-  Tensor hidden = empty({save_hidden ? b * h * w * rows : 0}, {1}, dtype_of(operand_of(x, w1)));
+  Tensor hidden =
+      empty({save_hidden ? b * h * w * rows : 0}, {1}, dtype_code(operand_of(x.scalar_type(), w1, operand)));
   Tensor given;
-  run_mlp(images, {w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, drop_scale, activation, eps, norm, residual},
+  run_mlp(images,
+          {w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, drop_scale, activation, eps, norm, residual, operand},
           partials_of(stats, "mlp_cpp", b, given), y.mutable_data_ptr(),
           norm ? static_cast<float*>(mean_rstd.mutable_data_ptr()) : nullptr,
           return_stats ? static_cast<float*>(y_stats.mutable_data_ptr()) : nullptr,
@@ -113,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp(Tensor input, Tensor w1, Optional
 
 void run_mlp(const Images& x, const MlpArguments& args, const Partials& stats, void* y, float* mean_rstd,
              float* y_stats, void* hidden) {
-  const MlpKernels& kernels = kernels_for(x.dtype, args.w1.scalar_type());
+  const MlpKernels& kernels = kernels_for(x.dtype, operand_of(x.dtype, args.w1, args.operand));
   MlpArguments dense = args;
   dense.w1 = dense_rows(args.w1, "w1", x.channels);
   dense.w2 = dense_rows(args.w2, "w2", args.w1.size(0));
