@@ -369,9 +369,9 @@ def _register(backend: str) -> None:
     def setup_context(ctx, inputs, output) -> None:
         x, *parameters = inputs[:9]
         ctx.activation, _, ctx.norm, ctx.residual, _, saved = inputs[10:16]
-        ctx.operand, ctx.allow_tf32 = (*inputs[16:], None, False)[:2] if not casts else inputs[16:]
-        if ctx.operand is None:
-            ctx.operand = parameters[0].dtype if x.dtype == torch.float32 else x.dtype
+        operand = inputs[16] if len(inputs) > 16 else None
+        ctx.operand = operand or (parameters[0].dtype if x.dtype == torch.float32 else x.dtype)
+        ctx.allow_tf32 = casts and inputs[17]
         _, mean_rstd, y_stats, hidden = output
         ctx.mark_non_differentiable(mean_rstd, y_stats, hidden)
         ctx.set_materialize_grads(False)
