@@ -123,9 +123,10 @@ def state_label(rows: Iterable[RecordedRow]) -> str:
     rates = sorted(r.rate_tflops for r in rows if r.rate_tflops)
     if not rates:
         return ""
-    states = ", ".join(state for state in STATES if state and any(r.state == state for r in rows))
+    states = [state for state in STATES if state and any(r.state == state for r in rows)]
     low, high = short_number(rates[0]), short_number(rates[-1])
-    return f"{states}, {low if low == high else f'{low} to {high}'} TFLOP/s"
+    rate = f"{low if low == high else f'{low} to {high}'} TFLOP/s"
+    return ", ".join([*states, rate])
 
 
 def empty_figure(

@@ -181,6 +181,8 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
     const pk::SharedForwardKernels& shared = *kernels.shared_forward;
     const std::vector<char> tiled = y.bytes;
     const std::vector<float> tiled_moments = moments;
+    const std::vector<char> tiled_saved = in.saved.bytes;
+    if (q.saved) std::memset(in.saved.data(), 0xff, in.saved.bytes.size());
     std::memset(y.data(), 0xff, y.bytes.size());
     std::fill(moments.begin(), moments.end(), NAN);
     auto operands = scratch_lines(shared.words(p));
@@ -192,7 +194,8 @@ Results forward(const pk::MlpKernels& kernels, const Problem& q, Inputs& in) {
     step(shared.hidden, p.hidden, pk::kSharedHidden);
     step(shared.output, p.out, pk::kSharedOutput);
     step(shared.moments, p.tokens, pk::kSharedTokens);
-    if (tiled != y.bytes || std::memcmp(tiled_moments.data(), moments.data(), 4 * moments.size()) != 0) {
+    if (tiled != y.bytes || tiled_saved != in.saved.bytes ||
+        std::memcmp(tiled_moments.data(), moments.data(), 4 * moments.size()) != 0) {
       std::fprintf(stderr, "%s: few tokens have other bits than the same tokens in tiles\n", q.name);
       std::exit(1);
     }

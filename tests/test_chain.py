@@ -194,7 +194,7 @@ def test_core_cpp_a_sample_has_the_same_bits_in_any_batch(dtype, config, size):
     """And with any number of threads: a part of the samples each, or all of them in every layer.
 
     As long as no batch has more tokens in a wide stage than a tile and another one fewer: few tokens are
-    summed in parts, which threads share.
+    summed in parts, which threads share (not so in bfloat16 on AMX).
     """
     model = make_model(config, dtype=dtype)
     x = images(9, 3, *size, dtype=dtype)

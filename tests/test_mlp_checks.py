@@ -273,3 +273,19 @@ def test_what_is_allowed_is_taken(backend):
     whole = torch.tensor([[60.0, 0.0, 30.0]]).expand(B, 1, 3)
     results = [mlp_with_stats(x, w1, None, w2, None, stats=stats, **normed)[0] for stats in (half, whole)]
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "operand"),
+    [("float32", "float64"), ("float32", "int8"), ("bfloat16", "float32"), ("float16", "bfloat16")],
+)
+def test_the_cpu_operator_names_an_operand_that_is_not_allowed(x, operand):
+    """`mlp` asks for none of these; a graph that was changed after its export could."""
+    require_backend("cpp")
+    image = torch.randn(1, 4, 3, 3, dtype=getattr(torch, x))
+    w1, w2 = torch.randn(8, 4, dtype=image.dtype), torch.randn(4, 8, dtype=image.dtype)
+    arguments = (image, w1, None, w2, *[None] * 6, "gelu", 1e-5, False, False, False, False)
+    for allowed in (None, image.dtype):
+        torch.ops.poolformer_kernels.mlp_cpp(*arguments, allowed)
+    with pytest.raises(RuntimeError, match="operand must be float32, bfloat16 or float16 where x is float32"):
+        torch.ops.poolformer_kernels.mlp_cpp(*arguments, getattr(torch, operand))

@@ -50,7 +50,7 @@ constexpr int64_t kPlaneElements = 4096;  // elements of an NCHW work item, whos
 constexpr int64_t kHiddenAtOnce = 320, kHiddenChunk = 256;
 
 // With at most kTileTokens tokens and at least so many hidden channels, threads share the weights instead of the
-// tokens: they compute so many parts of the hidden channels.
+// tokens: they compute so many parts of the hidden channels or, on AMX tiles, go by the steps of mlp/shared_plan.h.
 constexpr int64_t kPartsHidden = 1024, kParts = 4;
 
 // On AMX tiles, channels_last: tokens are rows of the products up to so many channels, from so many tokens a channel
@@ -148,6 +148,7 @@ static_assert(kBackwardTileTokens % kWidestVector == 0 && kBlockTokens >= kBackw
 static_assert(kInputChannels % kWidestVector == 0 && kOutputChannels % kWidestVector == 0);
 static_assert(kHiddenAtOnce % kMostRows == 0 && kHiddenChunk % kMostRows == 0 && kPartsHidden >= kParts * kMostRows);
 static_assert(kFloatRowsChunk % 128 == 0);  // Floats::kSumWords
+static_assert(kFloatRowsPanel % 14 == 0);   // kFloatRowsBlock in mlp/mlp.h
 static_assert(kTransposedHidden % kWidestVector == 0 && kEmbedRows % kMostRows == 0);
 static_assert(kStatsChunk % kWidestVector == 0);
 static_assert(kRowsInputHidden % kMostRows == 0 && kRowsBlockTokens >= kMostRows);

@@ -13,7 +13,7 @@ from .torch_private import constant_result, tf32_allowed
 __all__ = ["allows_tf32", "check_arguments", "mlp", "mlp_with_stats"]
 
 _HALVES = (torch.bfloat16, torch.float16)
-_ROUND = ("cpp", "triton")  # whose kernels round float32 weights to the operands of the products
+_ROUND = ("cpp", "triton")  # whose kernels take float32 weights under autocast
 _AUTOCAST = ("cpu", "cuda")  # where kernels run; elsewhere the reference's own operators obey autocast
 _PARAMETERS = (
     "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias,"
@@ -90,9 +90,10 @@ def mlp(
     If the two weights differ in rank, both must allow it. The backward keeps what held in the forward. TF32
     ignores the operands' last 13 bits; all else, the activation too, stays float32.
 
-    Under autocast the weights are cast to its dtype, by Triton's kernels where these run: their gradients are
-    then float32 throughout. The plain form then returns that dtype; with
-    ``residual`` the stream keeps x's, and on CUDA a half x is computed in, and returned as, float32.
+    Under autocast the weights are cast to its dtype, by the kernels of "triton" and "cpp" themselves (where the
+    CPU has no products of that dtype, "cpp" multiplies float32 weights as they are): their gradients are then
+    float32 throughout. The plain form then returns that dtype; with ``residual`` the stream keeps x's, and on
+    CUDA a half x is computed in, and returned as, float32.
 
     Raises:
         TypeError: an argument that is not a tensor, or of a dtype that is not supported.
@@ -189,10 +190,14 @@ def mlp_with_stats(
             save_hidden = w1.shape[1] >= _hidden_kept_from(backend)
         if save_hidden:
             save_hidden = _differentiates(tensors)
+        rounds_to = (
+            operand if backend == "triton" else cast_to
+        )  # an exported graph of "cpp" follows its weights
+        tf32 = backend == "triton" and allows_tf32(x, w1, w2)
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
             *(*tensors, stats, activation, float(eps), norm, residual, return_stats, save_hidden),
-            *_more(backend, operand, backend == "triton" and allows_tf32(x, w1, w2)),
+            *_more(backend, rounds_to, tf32),
         )
     return y if narrow is None else y.to(narrow), y_stats if return_stats else None
 
@@ -207,9 +212,11 @@ def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _more(backend: str, operand: torch.dtype, allow_tf32: bool) -> tuple:
-    """The last arguments of a backend's operators."""
-    return {"triton": (operand, allow_tf32), "cpp": (operand,)}.get(backend, ())
+def _more(backend: str, operand: torch.dtype | None, allow_tf32: bool) -> tuple:
+    """The last arguments of a backend's operators; those of "cuda" have none of them."""
+    if backend == "triton":
+        return operand, allow_tf32
+    return (operand,) if backend == "cpp" else ()
 
 
 def _sizes(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, int, int]:

@@ -324,7 +324,7 @@ Tensor chain(Tensor input, std::vector<Tensor> parameters, std::vector<int64_t> 
   for (const Segment& s : segments) room = std::max(room, at_once(s) * s.room);
   room = (room + 63) / 64 * 64;
   Tensor memory = empty({2 * (b * between + parts * room) + 64}, {1}, aoti_torch_dtype_uint8());
-  advise_huge_pages(memory.mutable_data_ptr(), memory.numel());
+  advise_huge_pages(memory.mutable_data_ptr(), memory.numel());  // the pages stay huge for the next call
   const auto address = (reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) / 64 * 64;
   char* const base = reinterpret_cast<char*>(address);
 

@@ -49,7 +49,8 @@ struct MlpArguments {
   std::string activation;            // a name that activation_named knows
   double eps;                        // of GroupNorm
   bool norm, residual;               // whether x is normalised, whether x is added
-  std::optional<torch::headeronly::ScalarType> operand = {};  // what products round float32 to; absent: w1's dtype
+  // What the products' operands are rounded to where x is float32 (operand_of in mlp/call.h); absent: w1's dtype
+  std::optional<torch::headeronly::ScalarType> operand = {};
   int64_t batch = 0;  // samples of the whole call where x is a part of it, else 0
 };
 

@@ -120,7 +120,7 @@ class ScratchMemory {
   ScratchMemory& operator=(const ScratchMemory&) = delete;
   ~ScratchMemory() { std::free(data_); }
 
-  // The first address of at least n words, and of a cache line.
+  // Room for n words, which begins with a cache line.
   uint32_t* words(int64_t n) {
     const int64_t bytes = n * sizeof(uint32_t), unit = bytes < kHugePage / 2 ? 4096 : kHugePage;
     if (bytes <= size_) return data_;

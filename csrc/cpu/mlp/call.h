@@ -91,9 +91,16 @@ inline void check(const Tensor& x, double eps) {
   STD_TORCH_CHECK(eps >= 0, "mlp_cpp: eps must not be negative, got ", eps);
 }
 
-// The dtype of the products' operands and of the saved fc1 output.
+// The dtype of the products' operands and of the saved fc1 output: x's, or where x is float32 the one that is asked
+// for, else that of the weights.
 inline ScalarType operand_of(ScalarType x, const Tensor& w1, const std::optional<ScalarType>& operand) {
-  return x != ScalarType::Float ? x : operand.value_or(w1.scalar_type());
+  const ScalarType chosen = operand.value_or(x == ScalarType::Float ? w1.scalar_type() : x);
+  STD_TORCH_CHECK(x == ScalarType::Float
+                      ? chosen == ScalarType::Float || chosen == ScalarType::BFloat16 || chosen == ScalarType::Half
+                      : chosen == x,
+                  "mlp_cpp: operand must be float32, bfloat16 or float16 where x is float32, else x's dtype; got ",
+                  torch::headeronly::toString(chosen), " for x of ", torch::headeronly::toString(x));
+  return chosen;
 }
 
 // As the C interface of torch has it.

@@ -23,7 +23,7 @@ constexpr int64_t kRowTokens = kFloatRowsBlock, kRowColumns = 32;  // of a block
 constexpr int64_t kRowLine = kRowTokens * kLanes;                  // floats of a line of 16 channels
 constexpr int64_t kRowSums = kRowTokens * kRowColumns;
 
-// Rows of a weight and columns of it, which become a panel [columns][32], and then another one.
+// 32 rows of a weight from `row` on, and k columns from `col` on, that are packed together.
 struct WeightPart {
   const Weight& w;
   int64_t row, col, k;

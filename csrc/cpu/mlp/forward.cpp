@@ -46,7 +46,7 @@ bool rows_fit(const MlpParams& p) {
          p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
 }
 
-// The same for float_rows.h, where panels have tokens enough.
+// Whether float_rows.h can compute the call. Whether it does depends on the tokens of a panel, too.
 bool float_rows_fit(const MlpParams& p) {
   return p.channels_last && !p.saved && p.channels % 32 == 0 && p.out % 32 == 0 && p.hidden % 32 == 0;
 }
@@ -72,8 +72,10 @@ void run_rows(MlpCall& call, const MlpKernels& kernels) {
 void run_shared(MlpCall& call, const SharedForwardKernels& kernels) {
   MlpParams& p = call.p;
   thread_local std::vector<float> kept;
+  std::vector<float> large;  // what is not kept for another call
   p.lanes = (p.tokens + kLanesMax - 1) / kLanesMax * kLanesMax;
-  p.shared = reinterpret_cast<uint32_t*>(grown(kept, kernels.words(p)));
+  const int64_t shared = kernels.words(p);
+  p.shared = reinterpret_cast<uint32_t*>(grown(shared <= kKeptFloats ? kept : large, shared));
   const int64_t words = kernels.scratch(p);
   const auto step = [&](const auto& kernel, int64_t size, int64_t of_item) {
     call.for_items((size + of_item - 1) / of_item, [&](int64_t i) { kernel(p, i, worker_scratch(words)); });

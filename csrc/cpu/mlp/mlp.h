@@ -29,8 +29,8 @@ struct MlpParams {
   const float* scale;               // [out] LayerScale
   const float *mean, *rstd, *drop;  // [B] statistics of x, stochastic depth
 
-  int64_t lanes;            // tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors
-  int64_t parts = 1;        // parts of the hidden channels, which threads share where tokens are few
+  int64_t lanes;      // most tokens of a tile of the forward, or of `prepare` and `hidden`, in whole vectors or blocks
+  int64_t parts = 1;  // parts of the hidden channels, which threads share where tokens are few
   const uint32_t* packed;   // both weights for `rows_forward`
   bool float_rows = false;  // whether `forward` has tokens as rows of products of floats (float_rows.h)
   // [parts, out, tokens]: fc2's sums over each part; out and tokens are rounded up (kRowsMax, vectors)

@@ -166,8 +166,8 @@ PK_INLINE void normalise_rows(const RowsBackwardParams& p, int64_t first, int64_
   }
 }
 
-// g as rows of `count` tokens, rounded, with zeros in those that 32 lack. `sums` [out], where not null: its sums before
-// that where they change by it, split.
+// g as rows of `count` tokens, rounded, with zeros in those that 32 lack. Where rounding changes g, `sums` [out]
+// gets its sums over the tokens before that, of each 32 channels the even ones first, unless it is null.
 PK_INLINE void copy_rows(const RowsBackwardParams& p, const bf16* g, int64_t count, uint16_t* rows, float*) {
   __builtin_memcpy(rows, g, count * p.out * 2);
   __builtin_memset(rows + count * p.out, 0, (kRowsSide - count) * p.out * 2);

@@ -208,7 +208,7 @@ PK_INLINE void columns_hidden(const MlpParams& p, const TilesScratch& s, const A
 // channels c .. c + 31, added to what is there if `add`.
 PK_INLINE void columns_fc2(const MlpParams& p, const TilesScratch& s, int64_t count, int64_t c, int64_t begin,
                            int64_t size, int64_t at, float* o, int64_t lanes, bool add, const PrefetchRows& next) {
-  Activate<Activation::relu, false, bf16> act;  // of no rows
+  Activate<Activation::relu, false, bf16> act;  // never called: no block is due
   const DuePairs none{};
   copy_panel(p.w2, c, p.out - c, begin, size, s.panel);
   for (int64_t l = 0; l < count; l += 32) {
