@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import require_backend
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops import mlp

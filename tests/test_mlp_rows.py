@@ -1,4 +1,4 @@
-"""The MLP's backward where tokens are rows: products of bfloat16, channels_last, gelu, whole tiles, many tokens.
+"""The MLP's backward where tokens are rows: bfloat16 products, channels_last, gelu, whole tiles, many tokens.
 
 That way is for matrix units; test_amx has it on emulated ones. Without one these are tests of the usual way.
 It is not for the gradient of drop_scale, so no test here asks for that.

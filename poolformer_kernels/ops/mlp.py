@@ -90,10 +90,10 @@ def mlp(
     If the two weights differ in rank, both must allow it. The backward keeps what held in the forward. TF32
     ignores the operands' last 13 bits; all else, the activation too, stays float32.
 
-    Under autocast the weights are cast to its dtype, by the kernels of "triton" and "cpp" themselves (where the
-    CPU has no products of that dtype, "cpp" multiplies float32 weights as they are): their gradients are then
-    float32 throughout. The plain form then returns that dtype; with ``residual`` the stream keeps x's, and on
-    CUDA a half x is computed in, and returned as, float32.
+    Under autocast the weights are cast to its dtype, by the kernels of "triton" and "cpp" themselves (where
+    the CPU has no products of that dtype, "cpp" multiplies float32 weights as they are): their gradients are
+    then float32 throughout. The plain form then returns that dtype; with ``residual`` the stream keeps x's,
+    and on CUDA a half x is computed in, and returned as, float32.
 
     Raises:
         TypeError: an argument that is not a tensor, or of a dtype that is not supported.
@@ -190,9 +190,7 @@ def mlp_with_stats(
             save_hidden = w1.shape[1] >= _hidden_kept_from(backend)
         if save_hidden:
             save_hidden = _differentiates(tensors)
-        rounds_to = (
-            operand if backend == "triton" else cast_to
-        )  # an exported graph of "cpp" follows its weights
+        rounds_to = operand if backend == "triton" else cast_to  # None: "cpp" follows its weights
         tf32 = backend == "triton" and allows_tf32(x, w1, w2)
         y, _, y_stats, _ = call(
             _FORWARD_OPS[backend],
