@@ -247,8 +247,8 @@ int main() {
   };
   for (int kind = 0; kind < 4; ++kind)
     for (const Problem& q : problems) {
-      // Emulation is slow; and the errors of one token are no mean, so the bounds fit what was drawn first.
-      if (kind && ((&q - problems) % 3 != kind - 1 || q.tokens() == 1)) continue;
+      // One token's dscale is a single term that may cancel: of bfloat16 too, other draws exceed its bound.
+      if (kind && q.tokens() == 1) continue;
       const Inputs in(q, kind & 1, kind & 2);
       const pk::RowsBackwardKernels& kernels = *pk::mlp_amx[kind & 1].rows_backward;
       const Results actual = rows_backward(kernels, q, in, 1), other = rows_backward(kernels, q, in, 3),
