@@ -2,7 +2,8 @@
 
 No GPU is needed to build; nvcc is optional; without a C++ compiler there is no extension. It reads MAX_JOBS,
 POOLFORMER_KERNELS_{SKIP_EXT=1, SKIP_CUDA=1, CXXFLAGS, CUDART=shared}, TORCH_CUDA_ARCH_LIST="8.0;9.0a", CXX,
-CUDA_HOME. An editable build keeps its objects in build/objects and compiles what has changed.
+CUDA_HOME, and POOLFORMER_KERNELS_LOCAL_VERSION=cu13 for a wheel of version X.Y.Z+cu13. An editable build
+keeps its objects in build/objects and compiles what has changed.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 ARCHS = "8.0;9.0a;10.0+PTX;12.0"  # 8.x, 9.0, 10.x and 12.x run such an image; others from 10.0 on, the PTX
@@ -101,23 +103,31 @@ def cuda_digest() -> str:
     return hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in files)).hexdigest()[:16]
 
 
+def without(reason: str) -> dict:
+    """What `extension` returns where there is nothing to build, with one line that says why."""
+    say(f"installing without the C++ extension: {reason}")
+    return {}
+
+
 def extension() -> dict:
     """ext_modules and cmdclass; empty where the extension cannot be built."""
-    if flag("POOLFORMER_KERNELS_SKIP_EXT") or (cxx := compiler()) is None:
-        say("installing without the C++ extension: no compiler, or POOLFORMER_KERNELS_SKIP_EXT is set")
-        return {}
+    if flag("POOLFORMER_KERNELS_SKIP_EXT"):
+        return without("POOLFORMER_KERNELS_SKIP_EXT is set")
+    if (cxx := compiler()) is None:
+        return without("no C++ compiler can build it")
     os.environ["CXX"] = cxx
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
-    except ImportError:  # building an sdist in an isolated environment needs no extension
-        say("torch is not importable: installing without the C++ extension (use --no-build-isolation)")
-        return {}
+    except ImportError:  # building an sdist needs no extension
+        return without("torch cannot be imported; install torch, then this with --no-build-isolation")
     cuda_compiler = None if flag("POOLFORMER_KERNELS_SKIP_CUDA") else nvcc()
     cuda, cuda_link_args = cuda_toolkit(cuda_compiler) if cuda_compiler else ("", [])
     archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if cuda_compiler else ""
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": cuda, "CUDA_ARCHS": archs.replace(";", " ")}
     user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
+    # torch's headers put their own paths into error messages; a wheel says nothing of where it was built
+    paths = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
 
     class Build(BuildExtension):
         def finalize_options(self) -> None:
@@ -145,7 +155,8 @@ def extension() -> dict:
             target = Path(self.build_temp, source).with_suffix(".cuda.o").resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [cuda_compiler, "-c", str(source), "-o", str(target), *NVCC_FLAGS]
-            command += ["-ccbin", shlex.split(cxx)[-1], *(f"-I{folder}" for folder in include_paths())]
+            command += ["-ccbin", shlex.split(cxx)[-1], *(f"-Xcompiler={path}" for path in paths)]
+            command += [f"-I{folder}" for folder in include_paths()]
             command += arch_flags(archs) + [f"-D{name}={value}" for name, value in DEFINES]
             flags = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
             key = " ".join([digest, torch.__version__, cuda, *flags, shlex.join(command)]) + "\n"
@@ -167,7 +178,7 @@ def extension() -> dict:
         define_macros=DEFINES + [(f"PK_{name}", f'"{value}"') for name, value in facts.items()],
         library_dirs=library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args=[*CXX_FLAGS, f"-ffile-prefix-map={ROOT}=.", *user_flags],
+        extra_compile_args=[*CXX_FLAGS, *paths, *user_flags],
         extra_link_args=user_flags + cuda_link_args,
     )
     build = Build.with_options(use_ninja=shutil.which("ninja") is not None)
@@ -176,4 +187,14 @@ def extension() -> dict:
 
 if __name__ == "__main__":  # a test reads the flags
     packages = [*find_namespace_packages(include=["poolformer_kernels*"]), "poolformer_kernels.benchmarks"]
-    setup(packages=packages, **extension())
+    local = os.environ.get("POOLFORMER_KERNELS_LOCAL_VERSION")
+
+    class EggInfo(egg_info):
+        def finalize_options(self) -> None:
+            if local:  # given as an option it would lose against the setup.cfg that an sdist holds
+                self.tag_build = f"+{local}"
+            super().finalize_options()
+
+    built = extension()
+    commands = built.pop("cmdclass", {}) | {"egg_info": EggInfo}
+    setup(packages=packages, cmdclass=commands, **built)

@@ -38,19 +38,30 @@ def measure_all(args: argparse.Namespace, results: Results) -> None:
         compare(results, case, part.peer, part.ours, x, args, BUDGET_S)
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark; the exit code."""
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
     doc = __doc__.format(providers=", ".join(PROVIDERS))
     models, providers = ["poolformer_s12", "poolformer_m36"], ["ours", "eager", "compile"]
-    parser = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20)
-    add = parser.add_argument
+    found = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20)
+    add = found.add_argument
     add(
         "--providers", action=Names, allowed=PROVIDERS, default=providers,
-        help=f"default: {', '.join(providers)}",
+        help=f"what is timed (default: {', '.join(providers)})",
     )  # fmt: skip
-    add("--image-size", type=image_size, default=224, metavar="N", help="default: %(default)s")
-    args = start(parser, argv)
+    add(
+        "--image-size",
+        type=image_size,
+        default=224,
+        metavar="N",
+        help="side of the images, pixels (default: %(default)s)",
+    )
+    return found
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    args = start(parser(prog), argv)
     args.batch = args.batch or BATCH[args.device]
-    results = record("block", args)
-    measure_all(args, results)
+    with record("block", args) as results:
+        measure_all(args, results)
     return finish("Blocks, stages and what is between them", results, args)

@@ -37,14 +37,24 @@ import torch
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.errors import CommandError, check_writable
+from poolformer_kernels.cli.errors import CommandError
+from poolformer_kernels.cli.files import check_writable
 from poolformer_kernels.cli.options import Parser, positive
-from poolformer_kernels.models import list_models
 from poolformer_kernels.profiling import Timing
 
 from .bench_training import Training
-from .facts import results_folder
-from .harness import WARM_HEAP, Names, image, record, require, require_backend, settle, steps, write_json
+from .facts import DEFAULT_FOLDER
+from .harness import (
+    TIMMS,
+    WARM_HEAP,
+    Names,
+    image,
+    record,
+    require_backend,
+    settle,
+    steps,
+    write_json,
+)
 from .host_device import Launches, count_launches, forget_launches, is_null_gpu, null_gpu_environment
 from .host_table import HostRow, print_tables
 from .providers import make_pair
@@ -241,28 +251,69 @@ def measure(case: Case, ready: dict[str, tuple[Side, Launches]], rounds: int) ->
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str], prog: str | None) -> argparse.Namespace:
-    require("rich")
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
     doc = __doc__.format(providers=", ".join(PROVIDERS))
-    parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, models = parser.add_argument, ["poolformer_s12", "poolformer_m48"]
+    found = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, models = found.add_argument, ["poolformer_s12", "poolformer_m48"]
     add(
-        "--models", action=Names, allowed=list_models("poolformer_*"), prefix="poolformer_", default=models,
-        help=f"default: {', '.join(models)}; poolformer_ may be left out",
+        "--models", action=Names, parse=TIMMS, default=models,
+        help=f"which models (default: {', '.join(models)})",
     )  # fmt: skip
-    add("--batch", type=positive, nargs="+", metavar="N", help="default: 1, 8, 256; training: 1, 256")
-    add("--providers", action=Names, allowed=PROVIDERS, default=list(PROVIDERS), help="default: all")
-    add("--device", choices=("cuda", "null"), help="default: cuda if there is one, else the null GPU")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
-    add("--rounds", type=positive, default=20, metavar="N", help="default: %(default)s")
-    add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/host.csv")
-    add("--json", metavar="FILE", help="the same rows, our kernels by name, and why a provider is missing")
-    args = parser.parse_args(argv)
+    add(
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="images of a call (default: 1, 8, 256; training: 1, 256)",
+    )
+    add(
+        "--providers",
+        action=Names,
+        allowed=PROVIDERS,
+        default=list(PROVIDERS),
+        help="what is timed (default: all)",
+    )
+    add(
+        "--device",
+        choices=("cuda", "null"),
+        help="where it runs (default: cuda if there is one, else the null GPU)",
+    )
+    add(
+        "--threads",
+        type=positive,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="threads of the CPU (default: torch's own number)",
+    )
+    add(
+        "--rounds", type=positive, default=20, metavar="N", help="rounds of the timing (default: %(default)s)"
+    )
+    add("--csv", metavar="FILE", help=f"where the rows go (default: {DEFAULT_FOLDER}/<device>/host.csv)")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write the same rows there, our kernels by name, and why a provider is missing",
+    )
+    return found
+
+
+def parse(argv: list[str], prog: str | None) -> argparse.Namespace:
+    """The parsed and checked options."""
+    args = parser(prog).parse_args(argv)
     if args.device == "cuda" and (is_null_gpu() or not torch.cuda.is_available()):
         raise CommandError("--device cuda: torch sees no CUDA device; allowed here: null")
     for file in (args.csv, args.json):
         check_writable(file)
     return args
+
+
+def run_apart(command: list[str], env: dict[str, str]) -> int:
+    """The exit code of a process on this terminal, which sends Ctrl-C to both: that process says so."""
+    with subprocess.Popen(command, env=env) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -271,18 +322,19 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse(argv, prog)
     if not is_null_gpu() and (args.device == "null" or not torch.cuda.is_available()):
         env = os.environ | WARM_HEAP | null_gpu_environment(CAPABILITY)
-        return subprocess.run([sys.executable, "-m", pk.__name__, "bench", "host", *argv], env=env).returncode
+        return run_apart([sys.executable, "-m", pk.__name__, "bench", "host", *argv], env)
     settle(args.threads)
     torch.manual_seed(0)
     args.device = "cuda"
-    results, kernels = record("host", args), {}
-    for case in steps(cases(args.models, args.batch)):
-        ready = sides(case, args.providers, results)
-        if ready:
-            results.add(measure(case, ready, args.rounds))
-            kernels[str(case)] = {name: launches.ours for name, (_, launches) in ready.items()}
-        del ready
-        gc.collect()
+    kernels = {}
+    with record("host", args) as results:
+        for case in steps(cases(args.models, args.batch)):
+            ready = sides(case, args.providers, results)
+            if ready:
+                results.add(measure(case, ready, args.rounds))
+                kernels[str(case)] = {name: launches.ours for name, (_, launches) in ready.items()}
+            del ready
+            gc.collect()
     if not results.groups:
         raise CommandError("nothing was measured: no provider can run")
     print_tables(results, CAPABILITY if is_null_gpu() else None, args.rounds)

@@ -12,6 +12,7 @@ computes fc1 once more.
 Providers: {providers}
 """
 
+import argparse
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,8 @@ from poolformer_kernels.ops.torch_private import allow_repeated_backward, frozen
 
 from .harness import (
     BATCH,
-    Names,
+    PLAIN,
+    add_operator_options,
     arguments,
     default_providers,
     finish,
@@ -152,18 +154,18 @@ def builders(x: Tensor, direction: str, names: list[str]) -> dict[str, Callable[
     return {name: partial(build, name) for name in names if name in functions}
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark; the exit code."""
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
     models, dtypes = ["poolformer_s12", "poolformer_m36"], ["bfloat16", "float32"]
     doc = __doc__.format(providers=", ".join(PROVIDERS))
-    parser = arguments(doc, prog, models=models, dtypes=dtypes, rounds=20)
-    parser.add_argument(
-        "--directions", action=Names, allowed=PRODUCTS, default=list(PRODUCTS), help="default: both"
-    )
-    parser.add_argument(
-        "--providers", action=Names, allowed=PROVIDERS, help="default: all but ours triton; C++ on CUDA only"
-    )
-    args = start(parser, argv)
+    found = arguments(doc, prog, models=models, dtypes=dtypes, rounds=20, parse_model=PLAIN)
+    add_operator_options(found, PRODUCTS, PROVIDERS)
+    return found
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    args = start(parser(prog), argv)
     args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
     allow_repeated_backward()
@@ -174,11 +176,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         moved = TRAFFIC[direction] * elements + WEIGHTS[direction] * weights
         least = (moved * getattr(torch, dtype).itemsize, PRODUCTS[direction] * 8 * elements * channels)
         cases.append(Case("mlp", (channels, height, width), dtype, batch, least, direction, model, stage))
-    results = record("mlp", args)
-    for case in steps(cases):
-        x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
-        with torch.inference_mode(case.direction == "forward"):
-            built = builders(x, case.direction, args.providers)
-            if calls := working(built, results, case, args.device):
-                results.extend(measure(case, calls, x, rounds=args.rounds))
+    with record("mlp", args) as results:
+        for case in steps(cases):
+            x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
+            with torch.inference_mode(case.direction == "forward"):
+                built = builders(x, case.direction, args.providers)
+                if calls := working(built, results, case, args.device):
+                    results.extend(measure(case, calls, x, rounds=args.rounds))
     return finish("MLP sub-block", results, args)

@@ -17,7 +17,6 @@ import argparse
 import itertools
 from collections import Counter
 
-import numpy as np
 import torch
 
 from poolformer_kernels.cli.options import image_size
@@ -80,6 +79,8 @@ def exponents(results: Results, args: argparse.Namespace) -> list[str]:
 
     The times are those of one state of the machine, the one of most cases.
     """
+    import numpy as np
+
     lines = []
     for what, fixed in (("batch", args.image_size[0]), ("pixels", args.batch[0])):
         values, times = [], []
@@ -97,34 +98,40 @@ def exponents(results: Results, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark; the exit code."""
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
     doc = __doc__.format(providers=", ".join(PROVIDERS))
     default = "8 (256 on CUDA), and 1 for the first model; 1 to 32 (256) for --scaling"
     models = list_models("poolformer_*")
-    parser = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20, batch=default)
-    add = parser.add_argument
+    found = arguments(doc, prog, models=models, dtypes=["bfloat16"], rounds=20, batch=default)
+    add = found.add_argument
     add(
         "--providers", action=Names, allowed=PROVIDERS,
-        help=f"default: {', '.join(default_providers('cpu'))}; CUDA: {', '.join(default_providers('cuda'))}",
+        help=f"what is timed (default: {', '.join(default_providers('cpu'))}; on CUDA "
+        f"{', '.join(default_providers('cuda'))})",
     )  # fmt: skip
     add(
         "--image-size",
         type=image_size,
         nargs="+",
         metavar="N",
-        help="default: 224, and up to 1024 for --scaling",
+        help="side of the images, pixels (default: 224, and up to 1024 for --scaling)",
     )
     add("--scaling", action="store_true", help="time over batch, image size and depth, of one dtype")
-    args = start(parser, argv)
+    return found
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    args = start(parser(prog), argv)
     if args.scaling:
         args.batch = args.batch or SCALING_BATCH[args.device]
     args.image_size = args.image_size or (SCALING_SIZES if args.scaling else [224])
     if args.providers is None:
         args.providers = SCALING_PROVIDERS[args.device] if args.scaling else default_providers(args.device)
     name, title = ("scaling", "Scaling") if args.scaling else ("model", "Whole model")
-    results = record(name, args)
-    measure_all(args, results)
+    with record(name, args) as results:
+        measure_all(args, results)
     code = finish(title, results, args)
     for line in exponents(results, args) if args.scaling else []:
         print(line)

@@ -10,6 +10,7 @@ too small to matter is printed too.
 Providers: {providers}
 """
 
+import argparse
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,9 @@ from poolformer_kernels.profiling import time_interleaved
 from .harness import (
     BATCH,
     LAYOUTS,
+    PLAIN,
     Names,
+    add_operator_options,
     arguments,
     default_providers,
     finish,
@@ -94,27 +97,29 @@ def call_overhead(rounds: int) -> dict[str, float]:
     x, w = torch.randn(1, 64, 7, 7), torch.rand(64)
     medians = {}
     for backend in ("cpp", "reference"):
-        if pk.available_backends()[backend] is None:
+        if backend in pk.available_backends():
             with torch.inference_mode(), pk.use_backend(backend):
                 timed = time_interleaved({backend: lambda: ours(x, w, w, w)}, rounds=rounds)
             medians[backend] = timed[backend].median * 1e6
     return medians
 
 
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
+    doc = __doc__.format(providers=", ".join(PROVIDERS))
+    found = arguments(
+        doc, prog, models=["poolformer_s12"], dtypes=["bfloat16", "float32"], rounds=30, parse_model=PLAIN
+    )
+    found.add_argument(
+        "--layout", action=Names, allowed=LAYOUTS, default=list(LAYOUTS), help="which (default: both)"
+    )
+    add_operator_options(found, TRAFFIC, PROVIDERS)
+    return found
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; the exit code."""
-    doc = __doc__.format(providers=", ".join(PROVIDERS))
-    parser = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16", "float32"], rounds=30)
-    parser.add_argument(
-        "--layout", action=Names, allowed=LAYOUTS, default=list(LAYOUTS), help="default: both"
-    )
-    parser.add_argument(
-        "--directions", action=Names, allowed=TRAFFIC, default=list(TRAFFIC), help="default: both"
-    )
-    parser.add_argument(
-        "--providers", action=Names, allowed=PROVIDERS, help="default: all but ours triton; C++ on CUDA only"
-    )
-    args = start(parser, argv)
+    args = start(parser(prog), argv)
     args.providers = args.providers or default_providers(PROVIDERS, args.device)
     # A graph is differentiated more than once here, so its buffers must not be donated to the first backward.
     allow_repeated_backward()
@@ -125,13 +130,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         moved = TRAFFIC[direction] * elements * getattr(torch, dtype).itemsize
         least = (moved, FLOPS[direction] * elements)
         cases.append(Case("pool_mixer", shape, dtype, batch, least, direction, model, stage, layout))
-    results = record("pool_mixer", args)
-    for case in steps(cases):
-        x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
-        with torch.inference_mode(case.direction == "forward"):
-            built = builders(x, case.direction, args.providers)
-            if calls := working(built, results, case, args.device):
-                results.extend(measure(case, calls, x, rounds=args.rounds))
+    with record("pool_mixer", args) as results:
+        for case in steps(cases):
+            x = image(case.batch, case.shape, args.device, getattr(torch, case.dtype), case.layout)
+            with torch.inference_mode(case.direction == "forward"):
+                built = builders(x, case.direction, args.providers)
+                if calls := working(built, results, case, args.device):
+                    results.extend(measure(case, calls, x, rounds=args.rounds))
     code = finish("Token mixer sub-block", results, args)
     if args.device == "cpu":
         overhead = ", ".join(f"{name} {us:.1f} us" for name, us in call_overhead(args.rounds).items())

@@ -270,21 +270,32 @@ def memory_lines(groups: list[list[TrainingRow]]) -> list[str]:
     return list(dict.fromkeys(lines))  # a case in two states has them twice
 
 
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The options."""
+    doc = __doc__.format(providers=", ".join(PROVIDERS), steps=STEPS)
+    found = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16"], rounds=10)
+    found.add_argument("--providers", action=Names, allowed=PROVIDERS, help="what is timed (default: all)")
+    found.add_argument(
+        "--image-size",
+        type=image_size,
+        nargs="+",
+        metavar="N",
+        help="side of the images, pixels (default: 224)",
+    )
+    return found
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark; the exit code."""
-    doc = __doc__.format(providers=", ".join(PROVIDERS), steps=STEPS)
-    parser = arguments(doc, prog, models=["poolformer_s12"], dtypes=["bfloat16"], rounds=10)
-    parser.add_argument("--providers", action=Names, allowed=PROVIDERS, help="default: all")
-    parser.add_argument("--image-size", type=image_size, nargs="+", metavar="N", help="default: 224")
-    args = start(parser, argv)
+    args = start(parser(prog), argv)
     if rejected := [dtype for dtype in args.dtype if dtype not in WRONG_LOSS]:
         raise CommandError(f"--dtype {rejected[0]}: without loss scaling; allowed: {', '.join(WRONG_LOSS)}")
     args.providers = args.providers or list(PROVIDERS)
     batches = args.batch or ([64] if args.device == "cuda" else [8])
-    results = record("training", args)
-    points = itertools.product(args.models, args.dtype, batches, args.image_size or [224])
-    for point in steps(itertools.starmap(Point, points), "training of {}".format):
-        measure_point(point, args, results)
+    with record("training", args) as results:
+        points = itertools.product(args.models, args.dtype, batches, args.image_size or [224])
+        for point in steps(itertools.starmap(Point, points), "training of {}".format):
+            measure_point(point, args, results)
     code = finish("Training step", results, args)
     for line in memory_lines(results.groups):
         print(line)

@@ -6,24 +6,37 @@ from pathlib import Path
 import torch
 
 import poolformer_kernels as pk
+from poolformer_kernels.cli.files import make_folder
 from poolformer_kernels.cli.info import cpu_name
 
 from .commit import commit_of
 
-__all__ = ["commit", "csv_path", "device_folder", "facts_of", "processor_name", "results_folder"]
+__all__ = [
+    "DEFAULT_FOLDER",
+    "commit",
+    "csv_path",
+    "device_folder",
+    "facts_of",
+    "processor_name",
+    "results_folder",
+]
 
+DEFAULT_FOLDER = "results"
 _HERE = Path(__file__).resolve().parent
 _SOURCE_TREE = (_HERE.parent / "pyproject.toml").is_file()  # an installed copy is inside the package
 
 
 def csv_path(name: str, device: str, file: str | None = None) -> Path:
-    """``file``, by default ``results/<device>/<name>.csv``."""
-    return Path(file) if file else results_folder() / device_folder(device) / f"{name}.csv"
+    """``file``, by default ``results/<device>/<name>.csv``, of which ``results`` is made."""
+    if file:
+        return Path(file)
+    make_folder(results_folder())
+    return results_folder() / device_folder(device) / f"{name}.csv"
 
 
 def results_folder() -> Path:
-    """Where results go by default: beside the benchmarks in a source tree, else into the current folder."""
-    return _HERE / "results" if _SOURCE_TREE else Path("results")
+    """Where results go by default: below the current folder, wherever the package is installed."""
+    return Path(DEFAULT_FOLDER)
 
 
 def device_folder(device: str) -> str:

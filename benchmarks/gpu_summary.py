@@ -1,6 +1,6 @@
 """Writes summary.md beside a device's CSV files: what was measured, beside the fastest peer and the limits.
 
-    python -m benchmarks.gpu_summary [--results benchmarks/results/nvidia-h200]
+    python -m benchmarks.gpu_summary [--results results/nvidia-h200]
 
 First images per second of whole models and training steps, beside eager and torch.compile. Then one table
 per benchmark, a line per case. A cell of ours says how many times faster than the fastest peer it is, and
@@ -19,6 +19,7 @@ import torch
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.cli.errors import report_errors
+from poolformer_kernels.cli.files import write_whole
 from poolformer_kernels.cli.kernels import LEGEND, kernels, table
 
 from .facts import commit, device_folder, results_folder
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if folder is None:
         folder = results_folder() / device_folder("cuda")
     text = summary(read_results(folder), _versions(), table(kernels()))
-    (folder / "summary.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "summary.md", text)
     print(f"written to {folder / 'summary.md'}")
     return 0
 

@@ -11,29 +11,31 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.errors import CommandError, check_writable
-from poolformer_kernels.cli.options import Parser, positive
+from poolformer_kernels.cli.errors import CommandError
+from poolformer_kernels.cli.files import check_writable, write_whole
+from poolformer_kernels.cli.options import Parser, model, models_like_timms, positive
 from poolformer_kernels.models import list_models, model_config
 from poolformer_kernels.profiling import LimitProbes, Timing
 from poolformer_kernels.profiling.states import median_rate
 from poolformer_kernels.profiling.throughput import Samples
 
-from .facts import csv_path, facts_of, processor_name, results_folder
+from .facts import DEFAULT_FOLDER, csv_path, facts_of, processor_name
 from .rows import LIMITS, Case, Results, Row, UnavailableError
 
 __all__ = [
     "BATCH",
     "DTYPES",
     "LAYOUTS",
+    "PLAIN",
+    "TIMMS",
     "WARM_HEAP",
     "Names",
+    "add_operator_options",
     "arguments",
     "default_providers",
     "finish",
@@ -41,7 +43,6 @@ __all__ = [
     "measure",
     "on_backend",
     "record",
-    "require",
     "require_backend",
     "settle",
     "stages",
@@ -54,6 +55,9 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH = {"cpu": [8], "cuda": [256]}
+# types of a model's name: of those that timm has, too, and of those made of PoolFormer's parts
+TIMMS = model(models_like_timms(), why="timm has none to compare it with")
+PLAIN = model(list_models("poolformer_*"), why="its parts are not PoolFormer's")
 _OWN_THREADS = torch.get_num_threads()  # before --threads sets it
 
 # glibc returns large freed blocks to the system at once, and the next output has to be paged in again. That
@@ -73,34 +77,33 @@ def settle(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def require(*packages: str) -> None:
-    """Raise `CommandError` unless these packages of the ``bench`` extra are importable."""
-    for package in packages:
-        try:
-            import_module(package)
-        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch
-            message = f"the benchmarks' extras are missing ({error}): pip install '{pk.__name__}[bench]'"
-            raise CommandError(message) from None
-
-
 # ---- options -----------------------------------------------------------------------------------------------
 
 
 class Names(argparse.Action):
-    """An option of names from a fixed list, spaces or commas between them; ``prefix`` may be left out."""
+    """An option of names, spaces or commas between them: of a fixed list, or what ``parse`` takes."""
 
-    def __init__(self, *args, allowed: Iterable[str], prefix: str = "", **options) -> None:
+    def __init__(
+        self, *args, allowed: Iterable[str] = (), parse: Callable[[str], str] | None = None, **options
+    ) -> None:
         super().__init__(*args, nargs="+", metavar="NAME", **options)
-        self.allowed, self.prefix = list(allowed), prefix
+        self.allowed, self.parse = list(allowed), parse
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         names = []
         for name in (part.strip() for value in values for part in value.split(",")):
-            full = name if name in self.allowed else self.prefix + name
-            if full not in self.allowed:
-                parser.error(f"argument {option_string}: {name!r}; allowed: {', '.join(self.allowed)}")
-            names.append(full)
+            try:
+                names.append(self._one(name))
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument {option_string}: {error}")
         setattr(namespace, self.dest, list(dict.fromkeys(names)))
+
+    def _one(self, name: str) -> str:
+        if self.parse is not None:
+            return self.parse(name)
+        if name not in self.allowed:
+            raise argparse.ArgumentTypeError(f"{name!r}; allowed: {', '.join(self.allowed)}")
+        return name
 
 
 def arguments(
@@ -111,29 +114,55 @@ def arguments(
     dtypes: list[str],
     rounds: int,
     batch: str = "8; 256 on CUDA",
+    parse_model: Callable[[str], str] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; ``batch`` describes that option's default."""
-    require("rich")
+    """A parser with the options of every benchmark.
+
+    Args:
+        models, dtypes, rounds: defaults.
+        batch: the default of that option, in words.
+        parse_model: the type of a model's name; None takes those that timm has, too.
+    """
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
-        "--models", action=Names, allowed=list_models("poolformer_*"), prefix="poolformer_", default=models,
-        help=f"default: {', '.join(models)}; poolformer_ may be left out",
+        "--models", action=Names, parse=parse_model or TIMMS, default=models,
+        help=f"which models (default: {', '.join(models)})",
     )  # fmt: skip
-    add("--dtype", action=Names, allowed=DTYPES, default=dtypes, help=f"default: {', '.join(dtypes)}")
-    add("--batch", type=positive, nargs="+", metavar="N", help=f"default: {batch}")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    add(
+        "--dtype",
+        action=Names,
+        allowed=DTYPES,
+        default=dtypes,
+        help=f"which dtypes (default: {', '.join(dtypes)})",
+    )
+    add("--batch", type=positive, nargs="+", metavar="N", help=f"images of a call (default: {batch})")
+    add("--device", choices=("cpu", "cuda"), help="where it runs (default: cuda if there is one, else cpu)")
     add(
         "--threads", type=positive, default=torch.get_num_threads(), metavar="N",
-        help="default: %(default)s; on the CPU another number has a CSV file of its own",
+        help="threads of the CPU (default: torch's own number); another number has a CSV file of its own",
     )  # fmt: skip
     add(
         "--rounds", type=positive, default=rounds, metavar="N",
-        help="at the most, thrice as many where the machine's state changes; default: %(default)s",
+        help="rounds at the most, thrice as many where the machine's state changes (default: %(default)s)",
     )  # fmt: skip
-    add("--csv", metavar="FILE", help=f"default: {results_folder()}/<device>/<name>.csv")
-    add("--json", metavar="FILE", help="the same rows, and why a provider is not timed")
+    add("--csv", metavar="FILE", help=f"where the rows go (default: {DEFAULT_FOLDER}/<device>/<name>.csv)")
+    add("--json", metavar="FILE", help="write the same rows there, and why a provider is not timed")
     return parser
+
+
+def add_operator_options(
+    parser: argparse.ArgumentParser, directions: Iterable[str], providers: Iterable[str]
+) -> None:
+    """The options of an operator's benchmark: its directions, and its providers."""
+    add = parser.add_argument
+    add("--directions", action=Names, allowed=directions, default=[*directions], help="which (default: both)")
+    add(
+        "--providers",
+        action=Names,
+        allowed=providers,
+        help="what is timed (default: all but ours triton; C++ on CUDA only)",
+    )
 
 
 def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -144,6 +173,8 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for file in (args.csv, args.json):
         check_writable(file)
+    if args.csv and args.json and os.path.realpath(args.csv) == os.path.realpath(args.json):
+        raise CommandError(f"--csv and --json are the same file, {args.json}")
     settle(args.threads)
     torch.manual_seed(0)
     return args
@@ -248,7 +279,7 @@ def _rows(
 
 def default_providers(providers: Iterable[str], device: str) -> list[str]:
     """All providers of an operator but Triton's, which "ours" is on CUDA, and C++'s where it cannot run."""
-    here = device == "cuda" and pk.available_backends()["cuda"] is None
+    here = device == "cuda" and "cuda" in pk.available_backends()
     return [
         name for name in providers if name != "ours triton" and (here or not name.startswith("ours cuda"))
     ]
@@ -257,7 +288,7 @@ def default_providers(providers: Iterable[str], device: str) -> list[str]:
 def require_backend(provider: str) -> None:
     """Raise `UnavailableError` where "ours cuda …" and "ours triton" name a backend that cannot run here."""
     backend = provider.removeprefix("ours ").partition(" ")[0]
-    if reason := pk.available_backends().get(backend):
+    if reason := pk.backend_reasons().get(backend):
         raise UnavailableError(reason)
 
 
@@ -326,4 +357,4 @@ def write_json(results: Results, file: str, **more: object) -> None:
     """The rows, why a provider is not among them, and what else a benchmark has."""
     content = {"rows": [asdict(row) | results.facts for group in results.groups for row in group]}
     content |= {kind: getattr(results, kind) for kind in ("unavailable", "wrong", "failed")} | more
-    Path(file).write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(file, json.dumps(content, indent=1) + "\n")

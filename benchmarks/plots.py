@@ -23,6 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from poolformer_kernels.cli.errors import CommandError, report_errors
+from poolformer_kernels.cli.files import check_writable, make_folder
 
 from .charts import (
     COLOURS,
@@ -39,6 +40,7 @@ from .charts import (
     short_number,
     state_label,
 )
+from .facts import results_folder
 from .plot_roofline import roofline
 from .rows import RecordedRow, read_results
 
@@ -240,10 +242,10 @@ def _pixels(r: RecordedRow) -> int:
 
 
 def _only_results() -> Path:
-    folders = sorted({path.parent for path in (Path(__file__).parent / "results").glob("*/*.csv")})
+    folders = sorted({path.parent for path in results_folder().glob("*/*.csv")})
     if len(folders) != 1:
         found = ", ".join(folder.name for folder in folders) or "nothing"
-        raise CommandError(f"--results is needed: benchmarks/results holds {found}")
+        raise CommandError(f"--results is needed: {results_folder()} holds {found}")
     return folders[0]
 
 
@@ -251,6 +253,7 @@ def _write(results: Path | None, out: Path | None, relative: bool, dtype: str | 
     results = results or _only_results()
     out = out or results / "plots"
     rows = read_results(results)
+    check_writable(None, out)
     dtypes = sorted({r.dtype for r in rows})
     if dtype and dtype not in dtypes:
         raise CommandError(f"--dtype is {dtype!r}; the results hold {', '.join(dtypes)}")
@@ -260,8 +263,8 @@ def _write(results: Path | None, out: Path | None, relative: bool, dtype: str | 
     for plot in (stages, roofline, scaling):
         jobs |= {f"{plot.__name__}_{name}": partial(plot, r, relative) for name, r in by_dtype.items()}
     skipped = 0
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name, draw in jobs.items():
             try:
                 figure = draw()
@@ -286,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="plots", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--results", type=Path, metavar="DIR", help="default: the only folder in benchmarks/results")
+    add("--results", type=Path, metavar="DIR", help="default: the only folder in results")
     add("--out", type=Path, metavar="DIR", help="default: plots/ in the results")
     add("--relative", action="store_true", help="ratios only; file names end in _relative")
     add("--dtype", metavar="NAME", help="default: every dtype in the results")

@@ -28,7 +28,7 @@ from poolformer_kernels.numerics import errors
 from poolformer_kernels.ops.dispatch import BACKENDS, explain_selection
 from poolformer_kernels.ops.torch_private import frozen_weights
 
-from .harness import measure, require
+from .harness import measure
 from .rows import Case, Results, UnavailableError
 
 __all__ = [
@@ -52,7 +52,6 @@ LAYOUTS = {"eager NCHW": "NCHW", "openvino": "NCHW", "onnxruntime": "NCHW"}
 
 @lru_cache(maxsize=1)
 def _models(name: str) -> tuple[nn.Module, nn.Module]:
-    require("PIL", "timm")
     from poolformer_kernels.cli.demo import make_models
 
     return make_models(name, None)

@@ -2,7 +2,8 @@
 
 Rows of the CSV, in this order::
 
-    benchmark     pool_mixer | mlp | block | model | scaling | training | host | host_pool_mixer | host_mlp
+    benchmark     pool_mixer | mlp | block | model | scaling | training | dense | host | host_pool_mixer |
+                  host_mlp
     direction     forward | backward | step | both (forward and backward)
     model         for example poolformer_s12
     shape         CxHxW of what is fed
@@ -13,7 +14,7 @@ Rows of the CSV, in this order::
     gb_per_s, tflop_per_s      of the operation's least bytes and FLOPs, the same for every provider
     fraction      max(bytes / copy rate, FLOPs / rate) / time; the rate is that of the next column, on CUDA
                   and without the extension that of the limit "matmul"
-    error_l2      of the logits against float64, relative (whole models)
+    error_l2      of the logits against float64, relative (whole models; of dense the worst of the maps)
     rate_tflops   at which the CPU multiplied beside these calls (`poolformer_kernels.profiling.states`)
     state         of the machine during all of these calls: fast, throttled, mixed; empty on CUDA and without
                   a probe. The rows of a case that compare have the same state
@@ -32,7 +33,8 @@ from pathlib import Path
 
 import torch
 
-from poolformer_kernels.cli.errors import CommandError, check_writable
+from poolformer_kernels.cli.errors import INTERRUPTED, CommandError
+from poolformer_kernels.cli.files import check_writable, make_folder, write_whole
 
 __all__ = [
     "LIMITS",
@@ -127,7 +129,8 @@ class Results:
 
     A provider is unavailable (it cannot run here, or another's compiler failed), wrong (its result is) or
     failed (one of ours raised). With a ``path`` each case's rows are appended to that CSV file when they are
-    added, in one write: whoever reads it sees whole cases.
+    added, in one write: whoever reads it sees whole cases. Used in a ``with`` statement, it says after Ctrl-C
+    what is in the file.
     """
 
     path: Path | None = None
@@ -141,6 +144,14 @@ class Results:
         if self.path is not None:
             check_writable(str(self.path))
             _missing_path(self.path).unlink(missing_ok=True)
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is KeyboardInterrupt and self.path is not None and self.groups:
+            message = f"interrupted; what was measured before is in {self.path}"
+            raise CommandError(message, INTERRUPTED) from None
 
     @property
     def missing(self) -> dict[str, str]:
@@ -165,8 +176,10 @@ class Results:
         for row in rows:
             values = asdict(row) | self.facts
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        with self.path.open("wb" if first else "ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
+        if first:
+            write_whole(self.path, text.getvalue())
+        else:
+            _append(self.path, text.getvalue().encode())
 
     def miss(self, provider: str, error: Exception, case: object) -> None:
         """Record a provider that raised. One of ours has failed, unless it said that it cannot run here."""
@@ -184,6 +197,7 @@ class Results:
             return
         notes[provider] = reason
         if self.path is not None:
+            make_folder(self.path.parent)
             with _missing_path(self.path).open("a", encoding="utf-8") as file:
                 file.write(f"{provider}: {reason}\n")
 
@@ -191,6 +205,23 @@ class Results:
         """Raise `CommandError` where a CUDA device no longer answers: all that follows would fail, too."""
         if device == "cuda" and (reason := device_error()):
             raise CommandError(f"after {after!r} the CUDA device is lost to this process: {reason}")
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Appends all of the data or none of it."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            left = memoryview(data)
+            end = file.tell() if file.seekable() else None  # a pipe keeps what it got
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except BaseException:  # a full disk, Ctrl-C
+                if end is not None:
+                    file.truncate(end)
+                raise
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {error.strerror or error}") from None
 
 
 def _missing_path(path: Path) -> Path:

@@ -1,30 +1,88 @@
 """Which backend runs what, and why."""
 
-import torch
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
 from torch import Tensor, nn
 
-from .accelerate import unfused_reasons
-from .accelerate.layouts import FC1, FC2, layout_of
-from .nn import Mlp, PoolFormerBlock, PoolMixer
-from .nn.fusion import MLP
-from .ops.dispatch import explain_selection, mlp_backend
+from .accelerate import gathered_modules, unfused_reasons
+from .accelerate.choices import OWN, Row, choices, own_choices
+from .accelerate.layouts import layout_of
+from .nn import PoolFormerBlock
+from .nn.chain_cache import modules_of
+from .ops.dispatch import explain_selection
 
-__all__ = ["explain"]
+__all__ = ["Call", "Explanation", "explain"]
 
 _OPERATORS = ("pool_mixer", "mlp")
 
 
-def explain(target: nn.Module | Tensor) -> str:
-    """A line per operator call of a module, or per operator for a tensor: place, operator, backend, reason.
+@dataclass(frozen=True)
+class Call:
+    """One operator call: where, and which backend runs it."""
+
+    path: str  # of the module or of the block's part, as in ``named_modules``; "" for the target itself
+    operator: str  # "pool_mixer" or "mlp"
+    backend: str  # its name, "modules" (plain PyTorch modules) or "none" (the call would raise)
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What `explain` finds: ``calls`` in the order of the modules; ``str`` and ``repr`` are the text."""
+
+    calls: tuple[Call, ...]
+
+    @property
+    def summary(self) -> str:
+        """How many calls run where, in a line: ``22 of 24 on cpp, 2 as modules``."""
+        if not self.calls:
+            return "no layer that this package computes"
+        counts = Counter(call.backend for call in self.calls).most_common()
+        kernels = [(name, count) for name, count in counts if name not in _NO_BACKEND]
+        places = [(f"on {name}", count) for name, count in kernels]
+        places += [(_NO_BACKEND[name], count) for name, count in counts if name in _NO_BACKEND]
+        (place, count), *others = places
+        first = f"{count} of {len(self.calls)} {place}"
+        return ", ".join([first, *(f"{count} {place}" for place, count in others)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, for `json.dumps`: ``calls`` with the fields of `Call`, and ``summary``."""
+        return {"calls": [asdict(call) for call in self.calls], "summary": self.summary}
+
+    def __str__(self) -> str:
+        rows = [(call.path, call.operator, call.backend) for call in self.calls]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        lines = [
+            "  ".join((*map(str.ljust, row, widths), call.reason)).strip()
+            for row, call in zip(rows, self.calls, strict=True)
+        ]
+        return "\n".join([*lines, self.summary])
+
+    __repr__ = __str__
+
+
+_NO_BACKEND = {"modules": "as modules", "none": "would raise"}
+
+
+def explain(target: nn.Module | Tensor) -> Explanation:
+    """Which backend runs each operator call of a module, or each operator for a tensor, and why.
 
     Args:
         target: a module, whose parameters give the device and dtype of its inputs; or the operator's input x.
 
     Returns:
-        The lines, aligned, under the choice of `poolformer_kernels.use_backend` in force. The backend is
-        ``modules`` where a layer runs as plain PyTorch modules and ``none`` where an explicit choice cannot
-        be met, so that the call would raise. Blocks of other packages' PoolFormers are listed too, with the
-        reason where `poolformer_kernels.accelerate` leaves a part of one alone.
+        An `Explanation`. Printed, it is a line per call (place, operator, backend, reason) and a summary;
+        ``calls``, ``summary`` and ``to_dict()`` are the same for programs.
+
+        It holds for a call as things are now: under the choice of `poolformer_kernels.use_backend` in force,
+        with the hooks and in the mode (train or eval) that the modules have. The backend is ``modules`` where
+        a layer runs as plain PyTorch modules and ``none`` where an explicit choice cannot be met, so that the
+        call would raise. Blocks of other packages' PoolFormers are listed too, with the reason where
+        `poolformer_kernels.accelerate` leaves a part of one alone; modules that were put into an accelerated
+        one are compared with the operators, as in a call. Reasons name modules by their paths in the
+        block and classes with their packages.
 
     Raises:
         TypeError: another type of target.
@@ -32,86 +90,28 @@ def explain(target: nn.Module | Tensor) -> str:
     Example::
 
         >>> print(poolformer_kernels.explain(poolformer_kernels.create_model("poolformer_s12")))
-        network.0.0.token_mixer  pool_mixer  cpp        the fastest on cpu
-        network.0.0.mlp          mlp         cpp        the fastest on cpu
+        network.0.0.token_mixer  pool_mixer  cpp  the fastest on cpu
+        network.0.0.mlp          mlp         cpp  the fastest on cpu
         ...
+        24 of 24 on cpp
     """
     if isinstance(target, Tensor):
         selection = explain_selection(target.device, target.dtype)
-        rows = [("", operator, *selection) for operator in _OPERATORS]
-    elif isinstance(target, nn.Module):
-        rows, explained = [], set()
-        for name, module in target.named_modules():
-            if module not in explained:
-                rows += _rows(name, module)
+        return Explanation(tuple(Call("", operator, *selection) for operator in _OPERATORS))
+    if not isinstance(target, nn.Module):
+        raise TypeError(f"target must be a module or a tensor, got {type(target).__name__}")
+    calls: list[Call] = []
+    explained: set[nn.Module] = set()
+    gathered = gathered_modules(target)
+    for path, module in modules_of(target):
+        rows: list[Row] = []
+        if isinstance(module, OWN):
+            rows = own_choices(module) if module not in explained else []
             if isinstance(module, PoolFormerBlock):
                 explained.add(module.mlp)
-    else:
-        raise TypeError(f"target must be a module or a tensor, got {type(target).__name__}")
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    return "\n".join("  ".join((*map(str.ljust, row, widths), row[3])).strip() for row in rows)
-
-
-def _rows(name: str, module: nn.Module) -> list[tuple[str, str, str, str]]:
-    if isinstance(module, PoolMixer):
-        return [(name, "pool_mixer", *_selected(module))]
-    if isinstance(module, PoolFormerBlock):
-        reason = module.mixer_unfused_reason()
-        mixer = _selected(module) if reason is None else ("modules", reason)
-        reason = module.mlp_unfused_reason()
-        mlp = _mlp_selected(*_layers(module.mlp)) if reason is None else _mlp_alone(module.mlp, reason)
-        return _block_rows(name, ("token_mixer", "mlp"), (mixer, mlp))
-    if isinstance(module, Mlp):
-        reason = module.unfused_reason()
-        return [(name, "mlp", *(_mlp_selected(*_layers(module)) if reason is None else ("modules", reason)))]
-    layout = layout_of(module)
-    if layout is None:
-        return []
-    mixer_reason, mlp_reason = unfused_reasons(module)
-    mixer = _selected(module) if mixer_reason is None else ("modules", mixer_reason)
-    mlp = ("modules", mlp_reason)
-    if mlp_reason is None:
-        parts = layout.parts(module, MLP)
-        mlp = _mlp_selected(parts[FC1], parts[FC2])
-    return _block_rows(name, layout.bodies, (mixer, mlp))
-
-
-def _block_rows(
-    name: str, parts: tuple[str, str], rows: tuple[tuple[str, str], tuple[str, str]]
-) -> list[tuple[str, str, str, str]]:
-    places = (f"{name}.{part}".lstrip(".") for part in parts)
-    return [(place, operator, *row) for place, operator, row in zip(places, _OPERATORS, rows, strict=True)]
-
-
-def _mlp_alone(mlp: nn.Module, reason: str) -> tuple[str, str]:
-    """Of a block's MLP that is not one call with its norm and residual: it may still be one without them."""
-    if not isinstance(mlp, Mlp) or mlp.unfused_reason() is not None:
-        return "modules", reason
-    backend, why = _mlp_selected(*_layers(mlp))
-    return backend, f"{why}; norm and residual as modules: {reason}"
-
-
-def _layers(mlp: Mlp) -> tuple[nn.Module, nn.Module]:
-    return mlp.fc1, mlp.fc2
-
-
-def _mlp_selected(fc1: nn.Module, fc2: nn.Module) -> tuple[str, str]:
-    """The backend of the forward of an MLP of these layers, and where the backward's is another, both."""
-    selected, why = _selected(fc1)
-    w1, w2 = fc1.weight, fc2.weight
-    sizes = w1.shape[1], w1.shape[0], w2.shape[0]
-    backend, reason = mlp_backend(selected, w1.device, sizes, w1.dtype)
-    nothing = "none" if why == "asked for" else "reference"
-    if reason is not None:
-        return nothing if backend == "reference" else backend, f"{why}; {selected} has no kernel for {reason}"
-    other, reason = mlp_backend(selected, w1.device, sizes, w1.dtype, backward=True)
-    if reason is None:
-        return backend, why
-    if other == "reference":  # then the forward runs there, too
-        return backend, f"{why}; with gradients {nothing}: no {selected} kernel for the backward of {reason}"
-    return backend, f"{why}; backward in {other}: no {selected} kernel for {reason}"
-
-
-def _selected(module: nn.Module) -> tuple[str, str]:
-    parameter = next(module.parameters(), torch.empty(0))
-    return explain_selection(parameter.device, parameter.dtype)
+        elif (layout := layout_of(module)) is not None:
+            rows = choices(module, layout, unfused_reasons(module, module in gathered))
+        for part, which, choice in rows:
+            place = ".".join(name for name in (path, part) if name)
+            calls.append(Call(place, _OPERATORS[which], *choice))
+    return Explanation(tuple(calls))

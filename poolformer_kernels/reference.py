@@ -6,6 +6,7 @@ computes the variance in one pass, and CUDA's channels_last ``avg_pool2d`` backw
 (pytorch#188344).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,

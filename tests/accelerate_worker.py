@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from poolformer_kernels import use_backend
+from poolformer_kernels import explain, use_backend
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.nn import fusion
 
@@ -42,12 +42,12 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of the mean loss, whole where they are sharded; and how often operators were called."""
+    """Of the mean loss, whole where they are sharded; how often operators were called; what explain says."""
     calls.clear()
     nn.functional.cross_entropy(model(x), labels).backward()
     grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
     grads = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
-    return grads | {"calls": len(calls)}
+    return grads | {"calls": len(calls), "explained": explain(model).summary}
 
 
 def main(rank: int, meeting: str, given: str, found: str) -> None:

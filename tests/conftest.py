@@ -53,9 +53,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names += ("test_gpu_check.py::test_a_dry_run",)
     slow = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
     first = set(slow)
+    amx = [i for i in slow if "test_amx" in i.nodeid]  # they share what the first of them compiles
+    others = [i for i in slow if "test_amx" not in i.nodeid]
+    halves = [*amx, *others[::2]], others[1::2]
     rest = [item for item in items if item not in first]
-    half = (len(rest) + len(slow) % 2) // 2
-    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]
+    half = (len(rest) + len(halves[1]) - len(halves[0])) // 2
+    items[:] = [*halves[0], *rest[:half], *halves[1], *rest[half:]]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -25,10 +25,16 @@ from torch.func import functional_call
 from poolformer_kernels.accelerate import accelerate, blocks, restore
 from poolformer_kernels.nn import fusion
 
-IMAGES = [(size, seed) for size in ((64, 64), (45, 71)) for seed in range(2)]
+SIZES = (64, 64), (45, 71)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 STAGES = {"timm": "stages.0.blocks", "timm v2": "stages.0.blocks"}
 source = pytest.mark.parametrize("source", SOURCES)
+
+
+def images_for(source: str) -> list[torch.Tensor]:
+    """More for v2: StarReLU's parameters are single numbers, too few in two images to compare errors by."""
+    seeds = range(6 if source == "timm v2" else 2)
+    return [image(size, seed) for size in SIZES for seed in seeds]
 
 
 @pytest.fixture
@@ -54,7 +60,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_logits_and_gradients(source, dtype, layout, kernels):
     model = make_model(source).to(dtype).to(memory_format=FORMATS[layout])
-    images = [image(*given).to(dtype).to(memory_format=FORMATS[layout]) for given in IMAGES]
+    images = [x.to(dtype).to(memory_format=FORMATS[layout]) for x in images_for(source)]
     model.to(dtype)
     assert_right(model, images)
 
@@ -62,7 +68,7 @@ def test_logits_and_gradients(source, dtype, layout, kernels):
 @source
 def test_autocast(source, kernels):
     model = make_model(source)
-    assert_right(model, [image(*given) for given in IMAGES], autocast=True)
+    assert_right(model, images_for(source), autocast=True)
     streams = []
     for each in (model, accelerate(model, inplace=False)):
         seen = []
@@ -76,6 +82,7 @@ def test_autocast(source, kernels):
 
 
 @source
+@pytest.mark.filterwarnings("ignore:accelerate made nothing faster")  # no kernel computes float64
 def test_drop_path_draws_what_it_drew(source):
     model, x = make_model(source, drop_path=0.6).double().train(), image().double()
     expected, state = results(model, x), torch.get_rng_state()

@@ -33,6 +33,7 @@ def test_two_processes_find_the_gradients_of_the_joined_batch(kernels, tmp_path)
     assert [*found] == ["ddp", "fsdp_later", "fsdp_first"]
     for wrapper, given in found.items():
         assert given.pop("calls") == 2 * sum(DEPTHS), wrapper
+        assert given.pop("explained") == f"{2 * sum(DEPTHS)} of {2 * sum(DEPTHS)} on cpp", wrapper
         assert given.keys() == right.keys()
         for name, gradient in given.items():
             if name.endswith("norm1.bias"):  # zero but for rounding errors: pooling keeps constants

@@ -98,6 +98,7 @@ def test_export_save_load_and_run(source, strict, kernels):
         assert_right(logits(loaded, batch_of(size)), plain, batch_of(size))
 
 
+@pytest.mark.long
 def test_ahead_of_time_inductor(kernels, tmp_path):
     """The package calls the kernels: the process that loads it must have imported this one."""
     if shutil.which("g++") is None:

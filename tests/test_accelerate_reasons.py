@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from accelerate_helpers import PoolFormerBlock, Pooling, blocks_of, image, logits, make_model
@@ -15,8 +16,12 @@ from poolformer_kernels.accelerate import accelerate, blocks, restore
 
 def rows(model: nn.Module) -> dict[str, tuple[str, str]]:
     """By part: the backend and the reason."""
-    lines = (line.split(maxsplit=3) for line in pk.explain(model).splitlines())
-    return {place: (backend, reason) for place, _, backend, reason in lines}
+    return {call.path: (call.backend, call.reason) for call in pk.explain(model).calls}
+
+
+HERE, BLOCK = "test_accelerate_reasons", "accelerate_helpers.PoolFormerBlock"
+pytestmark = pytest.mark.filterwarnings("ignore:accelerate made nothing faster")
+OTHER = "computes something else than its modules' names say"
 
 
 def make_block(**options) -> nn.Module:
@@ -43,8 +48,10 @@ class Quantised(nn.Parameter):
 
 
 MIXERS = {
-    "token_mixer is Conv2d, not average pooling": lambda b: setattr(b, "token_mixer", nn.Conv2d(16, 16, 1)),
-    "token_mixer.pool is MaxPool2d, not AvgPool2d": lambda b: setattr(
+    "token_mixer is torch.nn.Conv2d, without 'pool'": lambda b: setattr(
+        b, "token_mixer", nn.Conv2d(16, 16, 1)
+    ),
+    "token_mixer.pool is torch.nn.MaxPool2d, not AvgPool2d": lambda b: setattr(
         b.token_mixer, "pool", nn.MaxPool2d(3, 1, 1)
     ),
     "token_mixer.pool has count_include_pad=True": lambda b: setattr(
@@ -56,23 +63,29 @@ MIXERS = {
     ),
     "token_mixer.pool has padding 0, not half its size": lambda b: setattr(b.token_mixer.pool, "padding", 0),
     "token_mixer.pool has divisor_override 7": lambda b: setattr(b.token_mixer.pool, "divisor_override", 7),
-    "norm1 is BatchNorm2d, not GroupNorm": lambda b: setattr(b, "norm1", nn.BatchNorm2d(16)),
+    "norm1 is torch.nn.BatchNorm2d, not GroupNorm": lambda b: setattr(b, "norm1", nn.BatchNorm2d(16)),
     "norm1 has 4 groups, not 1": lambda b: setattr(b, "norm1", nn.GroupNorm(4, 16)),
 }
 MLPS = {
-    "norm2 is LayerNorm, not GroupNorm": lambda b: setattr(b, "norm2", nn.LayerNorm([16, 5, 6])),
-    "mlp is Sequential, without 'fc1'": lambda b: setattr(b, "mlp", nn.Sequential(nn.Conv2d(16, 16, 1))),
-    "fc1 is not a 1x1 convolution of stride 1, without padding and groups": lambda b: setattr(
+    "norm2 is torch.nn.LayerNorm, not GroupNorm": lambda b: setattr(b, "norm2", nn.LayerNorm([16, 5, 6])),
+    "mlp is torch.nn.Sequential, without 'fc1'": lambda b: setattr(
+        b, "mlp", nn.Sequential(nn.Conv2d(16, 16, 1))
+    ),
+    "mlp.fc1 is not a 1x1 convolution of stride 1, without padding and groups": lambda b: setattr(
         b.mlp, "fc1", nn.Conv2d(16, 64, 3, 1, 1)
     ),
-    "fc2 is Conv1d, not Conv2d": lambda b: setattr(b.mlp, "fc2", nn.Conv1d(64, 16, 1)),
-    "act is Squared, which computes none of gelu": lambda b: setattr(b.mlp, "act", Squared()),
-    "act is PReLU, which computes none of gelu": lambda b: setattr(b.mlp, "act", nn.PReLU()),
-    "drop is Dropout2d, not Dropout or Identity": lambda b: setattr(b.mlp, "drop", nn.Dropout2d(0.5)),
-    "fc1 is ParametrizedConv2d, not Conv2d": lambda b: parametrize.register_parametrization(
-        b.mlp.fc1, "weight", nn.Identity()
+    "mlp.fc2 is torch.nn.Conv1d, not Conv2d": lambda b: setattr(b.mlp, "fc2", nn.Conv1d(64, 16, 1)),
+    "mlp.act is test_accelerate_reasons.Squared, which computes none of gelu": lambda b: setattr(
+        b.mlp, "act", Squared()
     ),
-    "fc2 has a weight of Quantised, not a plain parameter": lambda b: setattr(
+    "mlp.act is torch.nn.PReLU, which computes none of gelu": lambda b: setattr(b.mlp, "act", nn.PReLU()),
+    "mlp.drop is torch.nn.Dropout2d, not Dropout or Identity": lambda b: setattr(
+        b.mlp, "drop", nn.Dropout2d(0.5)
+    ),
+    "mlp.fc1 is torch.nn.utils.parametrize.ParametrizedConv2d, not Conv2d": lambda b: (
+        parametrize.register_parametrization(b.mlp.fc1, "weight", nn.Identity())
+    ),
+    "mlp.fc2 has a weight of test_accelerate_reasons.Quantised, not a plain parameter": lambda b: setattr(
         b.mlp.fc2, "weight", Quantised(b.mlp.fc2.weight)
     ),
 }
@@ -93,15 +106,24 @@ def test_one_part_is_left_alone(part, reason, change, when, kernels):
     other = "mlp" if part == "token_mixer" else "token_mixer"
     table = rows(block)
     assert table[part][0] == "modules"
-    if when == "after" and reason.startswith("act"):  # its values were compared once
-        reason = "a module of mlp or around it was replaced after accelerate"
     assert table[part][1].startswith(reason)
     assert table[other] == ("cpp", "asked for")
-    if reason.startswith(("fc2 is Conv1d", "token_mixer.pool has stride", "token_mixer.pool has padding")):
+    if reason.startswith(
+        ("mlp.fc2 is torch.nn.Conv1d", "token_mixer.pool has stride", "token_mixer.pool has padding")
+    ):
         return  # it runs neither way
     accelerate(block, mlp=part == "mlp", mixer=part != "mlp")  # nothing that could be
     with torch.no_grad():
         assert torch.equal(block(images()), plain(images()))
+
+
+def test_numpys_integers_are_integers(kernels):
+    three, one = np.int64(3), np.int64(1)
+    block = PoolFormerBlock(kernel_size=three, stride=one, padding=one)
+    assert rows(accelerate(block)) == {"token_mixer": ("cpp", "asked for"), "mlp": ("cpp", "asked for")}
+    expected = PoolFormerBlock()
+    expected.load_state_dict(block.state_dict())
+    torch.testing.assert_close(block(images()), expected(images()))
 
 
 def test_drop_paths_of_another_kind():
@@ -109,7 +131,7 @@ def test_drop_paths_of_another_kind():
     block.drop_path = OtherDrop()
     accelerate(block)
     assert type(block) is PoolFormerBlock
-    reason = "drop_path is OtherDrop, not DropPath or Identity"
+    reason = "drop_path is test_accelerate_reasons.OtherDrop, not DropPath or Identity"
     assert rows(block) == {"token_mixer": ("modules", reason), "mlp": ("modules", reason)}
 
 
@@ -117,7 +139,7 @@ def test_dropout_is_left_alone_while_it_drops(kernels):
     block = accelerate(make_block(drop=0.25))
     assert rows(block)["mlp"][0] == "cpp"
     block.train()
-    assert rows(block)["mlp"] == ("modules", "drop of mlp is active (p = 0.25)")
+    assert rows(block)["mlp"] == ("modules", "mlp.drop is active (p = 0.25)")
     assert rows(block)["token_mixer"][0] == "cpp"
     x, plain = images(), restore(copy.deepcopy(block))
     drawn = []
@@ -137,10 +159,8 @@ class ScaledNorm(nn.GroupNorm):
 def test_modules_replaced_later_are_called(norm, part, kernels):
     block = accelerate(make_block())
     setattr(block, norm, ScaledNorm(1, 16))
-    assert rows(block)[part] == (
-        "modules",
-        f"a module of {part} or around it was replaced after accelerate",
-    )
+    both = f"the forward of {BLOCK} {OTHER}"
+    assert rows(block)[part] == ("modules", both)
     plain = restore(copy.deepcopy(block))
     torch.testing.assert_close(block(images()), plain(images()))
     setattr(block, norm, nn.GroupNorm(1, 16))
@@ -175,13 +195,22 @@ def forward_of(kind):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("post norm", "the forward of OtherPostNorm computes something else than its modules' names say"),
+        (
+            "post norm",
+            f"the forward of {HERE}.OtherPostNorm {OTHER}",
+        ),
         (
             "dropped twice",
-            "the forward of OtherDroppedTwice computes something else than its modules' names say",
+            f"the forward of {HERE}.OtherDroppedTwice {OTHER}",
         ),
-        ("two arguments", "the forward of OtherTwoArguments does not take one tensor"),
-        ("raises", "the forward of OtherRaises could not be compared with ours: 'Tensor' object has no"),
+        (
+            "two arguments",
+            "the forward of test_accelerate_reasons.OtherTwoArguments does not take one tensor",
+        ),
+        (
+            "raises",
+            f"the forward of {HERE}.OtherRaises could not be compared with ours: 'Tensor' object has no",
+        ),
     ],
 )
 def test_other_forwards(kind, reason, monkeypatch):
@@ -201,7 +230,11 @@ def test_overridden_forwards():
 
     block = accelerate(Mine())
     assert type(block) is Mine
-    assert rows(block)["mlp"] == ("modules", "Mine overrides the forward of PoolFormerBlock")
+    assert rows(block)["mlp"] == (
+        "modules",
+        "test_accelerate_reasons.test_overridden_forwards.<locals>.Mine overrides the forward of"
+        " accelerate_helpers.PoolFormerBlock",
+    )
 
 
 def test_subclasses_without_a_forward_are_accelerated(kernels):
@@ -286,7 +319,7 @@ def test_a_forward_on_the_instance_stays(kernels):
     assert rows(block)["mlp"] == ("modules", "forward was set on the block itself")
     del block.forward
     block.mlp.forward = lambda x: x
-    assert rows(block)["mlp"] == ("modules", "Mlp in or around mlp has hooks")
+    assert rows(block)["mlp"] == ("modules", "forward was set on mlp itself")
 
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -308,14 +341,20 @@ def test_models_of_other_parts():
     table = rows(model)
     assert table["stages.0.blocks.0.token_mixer"] == (
         "modules",
-        "token_mixer is SepConv, not average pooling",
+        "token_mixer is timm.models.metaformer.SepConv, without 'pool'",
     )
     assert table["stages.3.blocks.0.token_mixer"] == (
         "modules",
-        "token_mixer is Attention, not average pooling",
+        "token_mixer is timm.models.metaformer.Attention, without 'pool'",
     )
-    assert table["stages.0.blocks.0.mlp"] == ("modules", "norm2 is LayerNorm2dNoBias, not GroupNorm")
-    assert table["stages.3.blocks.0.mlp"] == ("modules", "norm2 is LayerNormNoBias, not GroupNorm")
+    assert table["stages.0.blocks.0.mlp"] == (
+        "modules",
+        "norm2 is timm.models.metaformer.LayerNorm2dNoBias, not GroupNorm",
+    )
+    assert table["stages.3.blocks.0.mlp"] == (
+        "modules",
+        "norm2 is timm.models.metaformer.LayerNormNoBias, not GroupNorm",
+    )
 
 
 def test_attention_beside_a_fused_mlp(kernels):
@@ -343,7 +382,7 @@ def test_not_yet_accelerated():
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match=r"no block to accelerate in Linear; looked for timm MetaFormerBlock, H"
+        ValueError, match=r"no block to accelerate in torch.nn.Linear; looked for timm MetaFormerBlock, H"
     ):
         accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
@@ -363,7 +402,16 @@ def test_classes_derived_further_are_not_undone():
     block.__class__ = type("Sharded", (made,), {})  # as fully_shard does
     assert accelerate(block) is block
     assert type(block).__name__ == "Sharded"
-    with pytest.raises(RuntimeError, match=r"a block became Sharded after accelerate\(\); undo that first"):
+    for options in ({"save_hidden": True}, {"mlp": False}):  # which could not be had
+        with pytest.raises(
+            RuntimeError, match=r"the block became \S*Sharded after accelerate\(\); undo that"
+        ):
+            accelerate(block, **options)
+    with pytest.raises(RuntimeError, match=r"block '1\.block' became \S*Sharded after accelerate\(\)"):
+        restore(nn.Sequential(nn.Identity(), nn.ModuleDict({"block": block})))
+    with pytest.raises(
+        RuntimeError, match=r"the block became \S*Sharded after accelerate\(\); undo that first"
+    ):
         restore(block)
     block.__class__ = made
     assert type(restore(block)) is PoolFormerBlock

@@ -11,7 +11,7 @@ import torch
 from test_bench import MEASURED, bench, rows
 
 from poolformer_kernels.cli.errors import CommandError
-from poolformer_kernels.ops import available_backends
+from poolformer_kernels.ops import backend_reasons
 
 pytestmark = pytest.mark.usefixtures("benchmark_process")
 
@@ -72,7 +72,7 @@ def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys
     seen = []  # lines of the file when a case begins
 
     def broken(peer, ours, x):
-        seen.append(len(file.read_text().splitlines()))
+        seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
         if len(x) == 2:
             raise RuntimeError("launch of mlp_fwd: too many resources\nand a stack")
         return lambda: ours(x)
@@ -153,11 +153,11 @@ def test_operators_without_ours_are_measured_all_the_same(name, tmp_path, monkey
     assert list(rows(file)) == ["eager", "copy", "matmul"]
     lines = (tmp_path / "o.missing.txt").read_text().splitlines()
     assert lines[0].startswith("ours: failed: RuntimeError: no kernel image, ")
-    assert lines[1:] == [f"ours cuda: {available_backends()['cuda']}"] or torch.cuda.is_available()
+    assert lines[1:] == [f"ours cuda: {backend_reasons().get('cuda')}"] or torch.cuda.is_available()
     assert bench(name, *options, "--providers", "eager") == 0
 
 
-@pytest.mark.parametrize("name", ["pool-mixer", "mlp"])
+@pytest.mark.parametrize("name", [pytest.param("pool-mixer", marks=pytest.mark.long), "mlp"])
 def test_operators(name, tmp_path, monkeypatch) -> None:
     module = importlib.import_module(f"poolformer_kernels.benchmarks.bench_{name.replace('-', '_')}")
     monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])

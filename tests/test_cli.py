@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_demo_verifies_times_and_reports(quick, tmp_path, capsys) -> None:
         assert row["providers"]["compile"] == {"unavailable": "left out (--no-compile)"}
 
 
+def test_demo_of_a_poolformerv2(quick, tmp_path) -> None:
+    assert main([*quick, "--model", "v2_s12", "--dtype", "float32"]) == 0
+    r = result(tmp_path)
+    assert r["model"]["name"] == "poolformerv2_s12"
+    assert r["model"]["params"] == pk.models.model_config("poolformerv2_s12").params
+    assert [row["passed"] for row in r["verification"]] == [None, True, None, True]
+    assert all(row["providers"]["ours"]["median"] > 0 for row in r["timing"])
+
+
 def test_report_is_self_contained(quick, tmp_path) -> None:
     assert main(quick) == 0
     page = (tmp_path / "report" / "index.html").read_text()
@@ -114,17 +124,21 @@ def test_demo_fails_on_a_wrong_operator(operator, layer, quick, tmp_path, capsys
     assert "Verification FAILED" in (tmp_path / "report" / "index.html").read_text()
 
 
+V1 = ("network.0.1.layer_scale_1", "network.4.5.norm1.weight", "network.2.0.norm2.bias", "head.bias")
+V2 = ("network.4.1.res_scale_1", "network.2.0.mlp.act.scale")
+
+
 @pytest.mark.parametrize(
-    "name", ["network.0.1.layer_scale_1", "network.4.5.norm1.weight", "network.2.0.norm2.bias", "head.bias"]
+    ("model", "name"), [("poolformer_s12", n) for n in V1] + [("poolformerv2_s12", n) for n in V2]
 )
-def test_one_wrong_weight_is_seen(name: str) -> None:
+def test_one_wrong_weight_is_seen(model: str, name: str) -> None:
     demo = demo_module()
-    peer, ours = demo.make_models("poolformer_s12", None)
+    peer, ours = demo.make_models(model, None)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     rows, _ = demo.verify_logits(peer, copy.deepcopy(ours), x, torch.float32)
     assert [row["passed"] for row in rows] == [None, True, None, True]
     with torch.no_grad():
-        ours.get_parameter(name)[3] += 0.01
+        ours.get_parameter(name)[-1] += 0.01
     rows, _ = demo.verify_logits(peer, ours, x, torch.float32)
     assert [row["passed"] for row in rows] == [None, False, None, False]
 
@@ -205,7 +219,9 @@ def wrong_checkpoint(path, what: str) -> None:
 def test_wrong_checkpoint(quick, what, tmp_path, capsys) -> None:
     file = tmp_path / "weights.pth"
     wrong_checkpoint(file, what)
-    assert_one_line(main([*quick, "--checkpoint", str(file)]), capsys, f"--checkpoint {file}: ")
+    assert_one_line(
+        main([*quick, "--checkpoint", str(file)]), capsys, f"{'--' * (what == 'missing')}checkpoint {file}"
+    )
 
 
 @pytest.mark.parametrize("what", ["missing", "text", "empty", "folder", "truncated"])
@@ -228,7 +244,8 @@ def test_unreadable_image(quick, what, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "poolformer_s13"], "--model: name is 'poolformer_s13'; allowed: poolformer_s12, "),
+        (["--model", "poolformer_s13"], "argument --model: 'poolformer_s13' is no model (did you mean "),
+        (["--checkpoint", "none.pth"], "--checkpoint none.pth does not exist or is not a file"),
         (["--dtype", "int8"], "argument --dtype: 'int8' is not a dtype; allowed: float32, bfloat16, float16"),
         (["--rounds", "0"], "argument --rounds: must be a positive integer, got '0'"),
         (["--batch-size", "x"], "argument --batch-size: must be a positive integer, got 'x'"),
@@ -256,15 +273,19 @@ def test_missing_extras(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.demo", raising=False)
     monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.report", raising=False)
-    message = "the demo's extras are missing ("
+    message = "packages for demo are missing ("
     assert_one_line(main(["demo"]), capsys, message, "pip install 'poolformer_kernels[demo]'")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: demo | info | verify | bench | profile"),
-        (["serve"], "argument demo | info | verify | bench | profile: invalid choice: 'serve'"),
+        ([], "the following arguments are required: demo | info | verify | bench | profile | export"),
+        (
+            ["serve"],
+            "argument demo | info | verify | bench | profile | export | train | validate | predict | cam: "
+            "invalid choice",
+        ),
         (["info", "--yaml"], "unrecognized arguments: --yaml"),
     ],
 )
@@ -291,8 +312,9 @@ def test_info_says_what_runs(capsys) -> None:
     sections = json.loads(capsys.readouterr().out)
     assert sections["versions"]["torch"] == torch.__version__
     assert sections["versions"]["poolformer-kernels"] == pk.__version__
-    reasons = {name: reason or "available" for name, reason in pk.available_backends().items()}
-    assert sections["backends"] == reasons
+    assert list(sections["backends"]) == ["reference", "cpp", "triton", "cuda"]
+    assert sections["backends"] == dict.fromkeys(pk.available_backends(), "available") | pk.backend_reasons()
+    assert sections["installation"]["package"] == str(Path(pk.__file__).parent)
     assert set(sections["selection"]) >= {"cpu, float32", "cpu, bfloat16", "cpu, float16", "cpu, float64"}
     assert sections["selection"]["cpu, float64"].startswith("reference — ")
     for rows in sections.values():
@@ -301,7 +323,7 @@ def test_info_says_what_runs(capsys) -> None:
 
 
 def test_info_prints_all_of_the_build(capsys) -> None:
-    if pk.available_backends()["cpp"] is not None:
+    if "cpp" not in pk.available_backends():
         pytest.skip("no extension")
     from poolformer_kernels.backends import cpp
 
@@ -335,6 +357,12 @@ def test_info_lists_the_kernels(capsys, monkeypatch) -> None:
     assert json.loads(capsys.readouterr().out) == []
 
 
+@pytest.mark.parametrize("command", ["predict", "cam", "demo"])
+def test_a_file_name_that_is_no_text_is_one_line(command, capsys) -> None:
+    assert main([command, b"\xff.png".decode(errors="surrogateescape"), "--checkpoint", "a.pth"]) == 2
+    assert "argument '\\udcff.png' is no UTF-8; allowed: files of other names" in capsys.readouterr().err
+
+
 def test_module_is_the_command() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "poolformer_kernels", "demo", "--model", "nope"],
@@ -348,7 +376,13 @@ def test_module_is_the_command() -> None:
 
 
 def test_help_exits_cleanly(capsys) -> None:
-    for command in (["--help"], ["demo", "--help"], ["info", "--help"], ["verify", "--help"]):
+    for command in (
+        ["--help"],
+        ["demo", "--help"],
+        ["info", "--help"],
+        ["verify", "--help"],
+        ["export", "--help"],
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(command)
         assert exit_.value.code == 0

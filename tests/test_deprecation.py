@@ -1,8 +1,10 @@
 """Names that have moved are still found, with a warning, until 0.3.0."""
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,17 @@ def test_a_star_import(module):
 def test_other_names_are_missing(module):
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         importlib.import_module(module).nothing  # noqa: B018
+
+
+def test_every_deprecation_names_the_version_that_ends_it():
+    """And that version has not come: then the old names go, and this list with them."""
+    root = Path(pk.__file__).parent
+    lines = [line for path in root.rglob("*.py") for line in path.read_text().splitlines()]
+    warned = [line for line in lines if "DeprecationWarning" in line and "warn" in line]
+    ends = re.findall(r"goes in (\d+\.\d+)\.0", "\n".join(lines))
+    assert len(warned) == len(ends) > 0
+    now = tuple(map(int, pk.__version__.split(".")[:2]))
+    assert all(now < tuple(map(int, end.split("."))) for end in ends)
 
 
 def test_the_package_itself_uses_no_old_name():

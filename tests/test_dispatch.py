@@ -5,20 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
-from helpers import assert_same, make_grad, make_inputs, run
+from helpers import assert_same, make_grad, make_inputs, require_backend, run
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops import dispatch as selection
 from poolformer_kernels.ops import pool_mixer
 
 VARIABLE = "POOLFORMER_KERNELS_BACKEND"
-
-
-def chosen() -> str:
-    return selection._chosen
 
 
 @pytest.fixture
@@ -30,11 +27,17 @@ def forget(monkeypatch) -> None:
 
 
 def test_available_backends():
-    backends = pk.available_backends()
-    assert list(backends) == ["reference", "cpp", "triton", "cuda"]
-    assert backends["reference"] is None
-    for name, reason in backends.items():
-        assert reason is None or (isinstance(reason, str) and reason and "\n" not in reason), name
+    available, reasons = pk.available_backends(), pk.backend_reasons()
+    assert available[0] == "reference"
+    both = [*available, *reasons]  # each of them once
+    assert sorted(both) == sorted(selection.BACKENDS)
+    assert available == [name for name in selection.BACKENDS if name in available]  # in this order
+    for name in available[1:]:
+        assert selection.unavailable_reason(name) is None
+    for name, reason in reasons.items():
+        assert reason == selection.unavailable_reason(name)
+        assert reason
+        assert "\n" not in reason
 
 
 def test_auto_takes_the_kernels(kernels):
@@ -80,7 +83,8 @@ def test_a_missing_extension_raises_with_its_reason(forget, monkeypatch):
     from poolformer_kernels.backends import cpp
 
     monkeypatch.setattr(cpp, "UNAVAILABLE", "the extension was not built")
-    assert pk.available_backends()["cpp"] == "the extension was not built"
+    assert pk.backend_reasons()["cpp"] == "the extension was not built"
+    assert "cpp" not in pk.available_backends()
     with (
         pk.use_backend("cpp"),
         pytest.raises(RuntimeError, match=r"'cpp'.*cannot run.*the extension was not built"),
@@ -181,13 +185,14 @@ def test_devices_are_judged_each_for_itself(devices):
         ] * 2
         with pytest.raises(RuntimeError, match=r"built for 8\.0, 9\.0a, not for this device's 10\.0"):
             selection.select_backend(torch.device("cuda", 2), torch.float16)
-    assert pk.available_backends()["cuda"] is None  # one of them can
+    assert "cuda" in pk.available_backends()  # one of them can
+    assert "cuda" not in pk.backend_reasons()
     devices((7, 5), (7, 0))
-    reason = pk.available_backends()["cuda"]
+    reason = pk.backend_reasons()["cuda"]
     assert "this device's 7.5" in reason
     assert "this device's 7.0" in reason
     devices()
-    assert pk.available_backends()["triton"] == pk.available_backends()["cuda"] == "no CUDA device"
+    assert pk.backend_reasons()["triton"] == pk.backend_reasons()["cuda"] == "no CUDA device"
     assert selected("cuda") == ("reference", "triton: no CUDA device; cuda: no CUDA device")
 
 
@@ -250,28 +255,47 @@ def test_use_backend_nests_and_is_restored_after_exceptions(forget):
     with pk.use_backend("reference"):
         with pk.use_backend("auto"):
             with contextlib.suppress(KeyError), pk.use_backend("cpp"):
-                assert chosen() == "cpp"
+                assert pk.get_backend() == "cpp"
                 raise KeyError
-            assert chosen() == "auto"
-        assert chosen() == "reference"
+            assert pk.get_backend() == "auto"
+        assert pk.get_backend() == "reference"
         with pytest.raises(ValueError), pk.use_backend("cuda13"):
             pytest.fail("the block of an unknown backend runs")
-        assert chosen() == "reference"
-    assert chosen() == "auto"
+        assert pk.get_backend() == "reference"
+    assert pk.get_backend() == "auto"
 
 
 @pytest.mark.parametrize("name", ["", "Reference", "nonsense", None])
 def test_unknown_backend(name):
-    before = chosen()
+    before = pk.get_backend()
     with pytest.raises(ValueError, match=f"backend is {name!r}; allowed: auto, reference, cpp, triton, cuda"):
         pk.use_backend(name).__enter__()
-    assert chosen() == before
+    assert pk.get_backend() == before
+
+
+def test_all_threads_follow_the_choice(forget):
+    """Of one process there is one choice, whichever thread has made it."""
+    seen = []
+
+    def look() -> None:
+        seen.append((pk.get_backend(), selection.explain_selection("cpu", torch.float32)[0]))
+
+    with pk.use_backend("reference"):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert seen == [("reference", "reference")]
+    assert pk.get_backend() == "auto"
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return python("-c", code, **environment)
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {name: value for name, value in os.environ.items() if name != VARIABLE}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", *words],
         env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
         capture_output=True,
         text=True,
@@ -293,9 +317,39 @@ def test_environment_variable_chooses():
     assert done.stdout.split("\n")[:2] == ["reference|asked for", "0.0"]
 
 
-@pytest.mark.parametrize("value", ["nonsense", "", "CPP"])
-def test_environment_variable_with_an_unknown_value(value):
-    done = in_a_process("import poolformer_kernels", **{VARIABLE: value})
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == f"ValueError: {VARIABLE} is {value!r}; allowed: auto, reference, cpp, triton, cuda"
+@pytest.mark.parametrize(("value", "choice"), [("", "auto"), ("Reference", "reference"), ("AUTO", "auto")])
+def test_an_empty_variable_is_unset_and_case_does_not_count(value, choice):
+    done = in_a_process("import poolformer_kernels as pk; print(pk.get_backend())", **{VARIABLE: value})
+    assert done.stdout == f"{choice}\n", done.stderr
+
+
+WRONG = {
+    VARIABLE: "nonsense' is not one",
+    "POOLFORMER_KERNELS_ISA": "sse9",
+}
+
+
+def refusal(variable: str) -> str:
+    if variable == VARIABLE:
+        return f"{variable} is {WRONG[variable]!r}; allowed: auto, reference, cpp, triton, cuda"
+    info = pk.backends.cpp.build_info()
+    compiled, supported = (", ".join(info[f"isa_{which}"]) for which in ("compiled", "supported"))
+    return f"{variable} is 'sse9'; allowed: {compiled}; of these this processor runs {supported}"
+
+
+@pytest.mark.parametrize("variable", WRONG)
+def test_a_wrong_variable_fails_the_import(variable):
+    require_backend("cpp")
+    done = in_a_process("import poolformer_kernels", **{variable: WRONG[variable]})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ValueError: {refusal(variable)}"
+    assert "another exception" not in done.stderr
+
+
+def test_meta_tensors_are_not_logged(forget, caplog):
+    """Of them nothing is computed, so nothing is slow."""
+    x = torch.ones(1, 2, 3, 3, device="meta")
+    with caplog.at_level(logging.WARNING, logger="poolformer_kernels"):
+        assert pool_mixer(x, None, None).is_meta
+        pk.create_model("poolformer_s12").to("meta")(torch.ones(1, 3, 32, 32, device="meta"))
+    assert not caplog.records

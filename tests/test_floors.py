@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "poolformer_kernels"
 # Who may import a module by a computed name: the command line a benchmark, which lies below; the backend of
-# Triton its own kernels, at the first call; the benchmarks a package that a provider needs, and the null GPU.
+# Triton its own kernels, at the first call; the commands what they need; the benchmarks the null GPU.
 BY_NAME = {
     "poolformer_kernels/cli/main.py",
     "poolformer_kernels/backends/triton/__init__.py",
-    "benchmarks/harness.py",
+    "poolformer_kernels/cli/extras.py",
     "benchmarks/host_device.py",
 }
 IMPORTERS = ("import_module", "__import__", "spec_from_file_location", "module_from_spec", "exec_module")

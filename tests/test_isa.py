@@ -57,6 +57,7 @@ def test_the_highest_level_is_chosen():
     info = cpp.build_info()
     assert set(info["isa_supported"]) <= set(info["isa_compiled"])
     assert "baseline" in info["isa_supported"]
+    assert set(info["isa_compiled"]) <= set(cpp._LEVELS)  # those that are allowed without the extension
     if VARIABLE not in os.environ:
         assert info["isa_chosen"] == info["isa_supported"][-1]
 
@@ -100,14 +101,27 @@ def test_levels_share_nothing_with_the_linker(level, tmp_path):
     assert names == (tables - {"pk::pool_mixer_amx"})
 
 
-@pytest.mark.parametrize("level", ["AVX2", "sse9"])
-def test_unknown_level(level):
-    """The message names the variable, what it is and what is allowed; no other level runs in its place."""
+IMPORT = "from poolformer_kernels.backends import cpp; print(cpp.ISA)"
+
+
+@pytest.mark.parametrize("level", ["", "Baseline", "BASELINE"])
+def test_an_empty_variable_is_unset_and_case_does_not_count(level):
     require_backend("cpp")
-    call = "pk.ops.pool_mixer(torch.ones(1, 2, 3, 3), None, None)"
-    code = f"import torch, poolformer_kernels as pk\nwith pk.use_backend('cpp'): {call}"
-    done = in_a_process(level, "-W", "ignore", "-c", code)
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    for part in (VARIABLE, level, *cpp.build_info()["isa_supported"]):
-        assert part in last, f"{part!r} is not in {last!r}"
+    wanted = level.lower() or cpp.build_info()["isa_supported"][-1]
+    done = in_a_process(level, "-c", IMPORT)
+    assert done.stdout == f"{wanted}\n", done.stderr
+
+
+def test_a_level_that_this_processor_does_not_run():
+    """No other level, and not the reference, runs in its place."""
+    require_backend("cpp")
+    info = cpp.build_info()
+    missing = [level for level in info["isa_compiled"] if level not in info["isa_supported"]]
+    if not missing:
+        pytest.skip("this processor runs every level")
+    done = in_a_process(missing[-1], "-c", IMPORT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ValueError: {VARIABLE} is {missing[-1]!r}, which this processor does not run; allowed here: "
+        + ", ".join(info["isa_supported"])
+    )

@@ -40,6 +40,25 @@ def leaves(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def largest_error(gradients, exact):
+    """The largest of the errors, as fractions of the gradient, or of a 20th of the largest gradient."""
+    largest = max(e.norm() for e in exact)  # some are zero, but for rounding
+    return max(
+        ((g - e).norm() / max(e.norm(), largest / 20)).item() for g, e in zip(gradients, exact, strict=True)
+    )
+
+
+def conditioning(exact, x, weight, expected):
+    """How far the float64 gradients move when x is rounded to float32 in other ways."""
+    moved = []
+    for seed in range(4):
+        other = x.double() * (1 + 2**-24 * randn(*x.shape, seed=seed).double())
+        moved.append(
+            largest_error(torch.autograd.grad((exact(other) * weight).sum(), leaves(exact)), expected)
+        )
+    return max(moved)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_formulas(case):
     model = tiny(**CASES[case])
@@ -58,22 +77,24 @@ def test_values_and_gradients_are_the_formulas(case):
         with torch.no_grad():  # the inference chain, where there is one
             last = x.to(dtype, memory_format=torch.channels_last)
             assert relative_error(own(last), logits) < tolerance
-        largest = max(e.norm() for e in expected)  # some are zero, but for rounding
-        for (name, _), g, e in zip(own.named_parameters(), grads, expected, strict=True):
-            assert (g - e).norm() < 10 * tolerance * max(e.norm(), largest / 20), name
+        allowed = 10 * tolerance
+        if own is model:  # attention on so few tokens amplifies any rounding two hundred times
+            allowed = max(allowed, 32 * conditioning(exact, x, weight, expected))
+        assert largest_error(grads, expected) < allowed
 
 
 def test_kernels_compute_what_they_can():
     """Pooling with GroupNorm is the operator, so is every MLP; what is left is named."""
-    text = pk.explain(tiny(token_mixers=("pooling", "pooling", "attention", "attention")))
-    rows = [line.split(maxsplit=2) for line in text.splitlines()]
-    fused = [place for place, _, rest in rows if not rest.startswith("modules")]
+    found = pk.explain(tiny(token_mixers=("pooling", "pooling", "attention", "attention")))
+    fused = [call.path for call in found.calls if call.backend != "modules"]
     assert [p for p in fused if p.endswith("token_mixer")] == [f"network.{i}.0.token_mixer" for i in (0, 2)]
     assert sum(p.endswith("mlp") for p in fused) == sum(LAYERS)
-    assert "token_mixer is Attention, not Pooling" in text
-    text = pk.explain(tiny(norm_layer="layer", mlp=False))
-    assert "norm1 is ChannelLayerNorm, not a GroupNorm of one group" in text
-    assert "the block has no MLP" in text
+    assert "token_mixer is poolformer_kernels.nn.Attention, not Pooling" in str(found)
+    calls = pk.explain(tiny(norm_layer="layer", mlp=False)).calls
+    assert {call.reason for call in calls} == {
+        "norm1 is poolformer_kernels.nn.ChannelLayerNorm, not a GroupNorm of one group"
+    }
+    assert {call.operator for call in calls} == {"pool_mixer"}  # of an MLP that is not there nothing is said
 
 
 def test_another_pool_and_activation_stay_one_operator_in_inference():
@@ -231,7 +252,7 @@ def test_bad_arguments(options, error, words):
 @pytest.mark.parametrize("kind", ["random_matrix", "spatial_fc", "attention"])
 def test_images_of_another_size(kind):
     model = tiny(token_mixers=("pooling", "pooling", "pooling", kind))
-    with pytest.raises(ValueError, match=r"was made for maps of 2 x 2 pixels, got 2 x 3"):
+    with pytest.raises(ValueError, match=r"40 x 88 pixels; .*=\(40, 56\).*=\(40, 88\)"):
         model(torch.zeros(1, 3, 40, 88))
 
 

@@ -106,12 +106,20 @@ def test_what_is_kept_for_the_backward(kernels, save_hidden):
     assert sorted(t.numel() for t in new) == ([4, 2 * 6 * 7 * 32] if save_hidden else [4])
 
 
-@pytest.mark.parametrize(
-    ("channels", "isa", "kept"), [(256, "avx512", 72), (255, "avx512", 0), (256, "amx", 0)], ids=str
-)
-def test_hidden_activations_are_kept_where_that_is_faster(kernels, channels, isa, kept, monkeypatch):
+KEPT = [
+    (256, "avx512", torch.float32, 72),
+    (255, "avx512", torch.float32, 0),
+    (256, "avx512", torch.bfloat16, 72),
+    (256, "amx", torch.bfloat16, 0),
+    (256, "amx", torch.float32, 72),  # the matrix unit multiplies bfloat16 only
+    (256, "amx", torch.float16, 72),
+]
+
+
+@pytest.mark.parametrize(("channels", "isa", "dtype", "kept"), KEPT, ids=str)
+def test_hidden_activations_are_kept_where_that_is_faster(kernels, channels, isa, dtype, kept, monkeypatch):
     monkeypatch.setattr(pk.backends.cpp, "ISA", isa)
-    inputs = {name: t.requires_grad_() for name, t in make_inputs((2, channels, 3, 3), 4).items()}
+    inputs = {n: t.to(dtype).requires_grad_() for n, t in make_inputs((2, channels, 3, 3), 4).items()}
     y = mlp(**inputs, residual=True, save_hidden=None)
     assert sum(t.numel() for t in y.grad_fn.saved_tensors if t is not None and t.shape == (72,)) == kept
 

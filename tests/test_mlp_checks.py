@@ -91,15 +91,20 @@ BAD = {
     ),
     # the activation
     "activation unknown": (ValueError, {"activation": "mish"}, [ACTIVATION + "'mish'"]),
+    "activation StarReLU": (
+        ValueError,
+        {"activation": "star_relu"},
+        [ACTIVATION + "'star_relu'", "'relu_squared' with s * w2 for w2", "StarReLU.fold(w2, b2)"],
+    ),
     "activation None": (ValueError, {"activation": None}, [ACTIVATION + "None"]),
     "activation a function": (ValueError, {"activation": F.gelu}, [ACTIVATION + "<built-in function gelu>"]),
     "activation a list": (ValueError, {"activation": ["gelu"]}, [ACTIVATION + "['gelu']"]),
     # the norm
     "norm a string": (TypeError, {"norm": "layer"}, ["norm must be a bool or None", "str"]),
     "norm an int": (TypeError, {"norm": 1}, ["norm must be a bool or None", "int"]),
-    "eps negative": (ValueError, {"eps": -1e-5}, ["eps must not be negative", "-1e-05"]),
-    "eps NaN": (ValueError, {"eps": float("nan")}, ["eps must not be negative", "nan"]),
-    "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be a finite float", "inf"]),
+    "eps negative": (ValueError, {"eps": -1e-5}, ["eps must be finite and not negative, got", "-1e-05"]),
+    "eps NaN": (ValueError, {"eps": float("nan")}, ["eps must be finite and not negative, got", "nan"]),
+    "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be finite and not negative, got", "inf"]),
     "eps a string": (TypeError, {"eps": "1e-5"}, ["eps must be a number", "str"]),
     "residual": (TypeError, {"residual": 1}, ["residual must be a bool", "int"]),
     "save_hidden": (TypeError, {"save_hidden": "yes"}, ["save_hidden must be a bool or None", "str"]),

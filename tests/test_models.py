@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randn
-from peers import randomise, relative_error, require
+from peers import official_model, randomise, relative_error, require
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import HEADS, PoolFormer, model_config
@@ -42,24 +42,6 @@ def timm_twin(name="poolformer_s12", **options):
     ours = pk.create_model(name, head="timm", **options).eval()
     ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
     return ours, theirs
-
-
-def official_model(state, x, layers=S12):
-    """The whole official model as functions of its state dict; returns the last map and the logits."""
-    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 4, 2)
-    for stage, depth in enumerate(layers):
-        if stage:
-            key = f"network.{2 * stage - 1}.proj"
-            x = F.conv2d(x, state[f"{key}.weight"], state[f"{key}.bias"], 2, 1)
-        for i in range(depth):
-            p = {k.removeprefix(f"network.{2 * stage}.{i}."): v for k, v in state.items()}
-            n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"])
-            x = x + p["layer_scale_1"].view(-1, 1, 1) * (F.avg_pool2d(n, 3, 1, 1, False, False) - n)
-            n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"])
-            h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-            x = x + p["layer_scale_2"].view(-1, 1, 1) * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
-    pooled = F.group_norm(x, 1, state["norm.weight"], state["norm.bias"]).mean((2, 3))
-    return x, F.linear(pooled, state["head.weight"], state["head.bias"])
 
 
 def official_keys(layers):

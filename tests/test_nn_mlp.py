@@ -224,17 +224,23 @@ def foreign_activation(mlp, fired):
     mlp.act = Activation()
 
 
+HERE, NOT = "test_nn_mlp", "torch.nn.Conv2d, not Conv2d or Linear"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (hook_fc1, "fc1, act, fc2 or drop has hooks"),
-        (hook_act_before, "fc1, act, fc2 or drop has hooks"),
-        (hook_fc2_backward, "fc1, act, fc2 or drop has hooks"),
-        (hook_drop, "fc1, act, fc2 or drop has hooks"),
-        (forward_of_an_instance, "fc1, act, fc2 or drop has hooks"),
-        (subclass_of_a_layer, "fc1 and fc2 are Layer and Conv2d, not Conv2d or Linear"),
-        (weight_norm, "fc1 and fc2 are ParametrizedConv2d and Conv2d, not Conv2d or Linear"),
-        (foreign_activation, "act is Activation, not GELU, ReLU, SiLU or StarReLU"),
+        (hook_fc1, "fc1 has hooks"),
+        (hook_act_before, "act has hooks"),
+        (hook_fc2_backward, "fc2 has hooks"),
+        (hook_drop, "drop has hooks"),
+        (forward_of_an_instance, "forward was set on fc2 itself"),
+        (subclass_of_a_layer, f"fc1 and fc2 are {HERE}.subclass_of_a_layer.<locals>.Layer and {NOT}"),
+        (weight_norm, f"fc1 and fc2 are torch.nn.utils.parametrize.ParametrizedConv2d and {NOT}"),
+        (
+            foreign_activation,
+            f"act is {HERE}.foreign_activation.<locals>.Activation, not GELU, ReLU, SiLU or StarReLU",
+        ),
     ],
 )
 def test_hooks_and_foreign_layers_are_called(change, reason, backend, mlp_calls):

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,12 +21,21 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return torch.ones(shape, dtype=dtype, device=device)
 
 
+def nested(layout: torch.layout) -> torch.Tensor:
+    """Two images of different heights."""
+    return torch.nested.nested_tensor([ones(4, C, 5), ones(6, C, 5)], layout=layout)
+
+
+NESTED = ["x must be a dense tensor [B, C, H, W] of images of one size, got a nested tensor", "x.unbind()"]
+
 BAD = {
     "x sparse": (TypeError, {"x": x_of().to_sparse()}, ["x must be a dense tensor", "torch.sparse_coo"]),
+    "x nested": (TypeError, {"x": nested(torch.strided)}, NESTED),
+    "x nested and jagged": (TypeError, {"x": nested(torch.jagged)}, NESTED),
     "weight sparse": (TypeError, {"weight": ones(C).to_sparse()}, ["weight must be a dense tensor"]),
     "pool_size huge": (ValueError, {"pool_size": 10**30 + 1}, ["pool_size must be below 2**31"]),
-    "eps huge": (ValueError, {"eps": 10**400}, ["eps must be a finite float"]),
-    "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be a finite float", "inf"]),
+    "eps huge": (ValueError, {"eps": 10**400}, ["eps must be finite and not negative, got"]),
+    "eps inf": (ValueError, {"eps": float("inf")}, ["eps must be finite and not negative, got", "inf"]),
     "residual": (TypeError, {"residual": "a"}, ["residual must be a bool", "str"]),
     # x
     "x a list": (TypeError, {"x": [[1.0]]}, ["x must be a tensor", "list"]),
@@ -54,8 +64,8 @@ BAD = {
     "pool a float": (TypeError, {"pool_size": 3.0}, ["pool_size must be an int", "float"]),
     "pool a bool": (TypeError, {"pool_size": True}, ["pool_size must be an int", "bool"]),
     "pool a tuple": (TypeError, {"pool_size": (3, 3)}, ["pool_size must be an int", "tuple"]),
-    "eps negative": (ValueError, {"eps": -1e-5}, ["eps must not be negative", "-1e-05"]),
-    "eps NaN": (ValueError, {"eps": float("nan")}, ["eps must not be negative", "nan"]),
+    "eps negative": (ValueError, {"eps": -1e-5}, ["eps must be finite and not negative, got", "-1e-05"]),
+    "eps NaN": (ValueError, {"eps": float("nan")}, ["eps must be finite and not negative, got", "nan"]),
     "eps a string": (TypeError, {"eps": "1e-5"}, ["eps must be a number", "str"]),
     "eps None": (TypeError, {"eps": None}, ["eps must be a number", "NoneType"]),
     # statistics
@@ -170,8 +180,10 @@ def test_options_are_keywords_only():
 
 
 def test_what_is_allowed_is_taken(backend):
-    """eps = 0, an integer eps, an empty batch with its empty drop_scale, statistics of several tiles."""
+    """eps = 0, an integer eps, numpy's integers, an empty batch with its empty drop_scale, several tiles."""
     x = torch.arange(120.0).view(B, C, 4, 5).sin()
+    five, numpys = (pool_mixer(x, None, None, pool_size=size) for size in (5, np.int64(5)))
+    assert torch.equal(five, numpys)
     assert torch.equal(pool_mixer(x, None, None, eps=1), pool_mixer(x, None, None, eps=1.0))
     assert pool_mixer(x, None, None, eps=0).isfinite().all()
     assert pool_mixer(x[:0], None, None, drop_scale=torch.ones(0)).shape == (0, C, 4, 5)

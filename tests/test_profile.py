@@ -462,7 +462,7 @@ def test_command_times(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "poolformer_s13"], "--model: name is 'poolformer_s13'; allowed: poolformer_s12"),
+        (["--model", "poolformer_s13"], "argument --model: 'poolformer_s13' is no model (did you mean "),
         (["--image-size", "31"], "argument --image-size: must be at least 32"),
         (["--batch-size", "0"], "argument --batch-size: must be a positive integer, got '0'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -493,5 +493,5 @@ def test_command_without_rich(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.profile", raising=False)
     assert main(["profile"]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("poolformer-kernels: error: profile's extra is missing (")
-    assert captured.err.endswith("pip install 'poolformer_kernels[bench]'\n")
+    assert captured.err.startswith("poolformer-kernels: error: packages for profile are missing (")
+    assert captured.err.endswith("pip install 'poolformer_kernels[cli]'\n")

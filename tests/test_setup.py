@@ -2,16 +2,19 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from setuptools import Distribution
 
+import poolformer_kernels as pk
 from poolformer_kernels.backends import cpp
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,15 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def tracked(*places: str) -> list[str]:
+    """The files of the repository there; of an unpacked sdist, which has no git, all that are there."""
+    command = ["git", "ls-files", *places]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    found = [path for place in places for path in (files(ROOT / place) or ROOT.glob(place))]
+    kept = [str(path.relative_to(ROOT)) for path in found if path.suffix not in (".pyc", ".so")]
+    return listed or kept
+
+
 def setup_script():
     """setup.py as a module, without a build."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
@@ -32,9 +44,9 @@ def setup_script():
     return module
 
 
-def setup(*arguments, check=True, **env):
+def setup(*arguments, check=True, source=ROOT, **env):
     command = [sys.executable, "setup.py", "--quiet", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=source, env={**os.environ, **env}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -49,27 +61,47 @@ def test_source_distribution_holds_every_source(tmp_path):
     setup(*egg, "sdist", "--dist-dir", str(tmp_path), POOLFORMER_KERNELS_SKIP_EXT="1")
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    command = [
-        "git",
-        "ls-files",
-        "csrc",
-        "poolformer_kernels",
-        "tests",
-        "benchmarks",
-        "setup.py",
-        "README.md",
-        "LICENSE",
-    ]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    wanted = listed or [str(path.relative_to(ROOT)) for path in files(ROOT / "csrc")]
+    wanted = tracked("csrc", "poolformer_kernels", "tests", "benchmarks", "docs", "examples")
+    wanted += ["setup.py", "pyproject.toml", "Makefile", "LICENSE", "CITATION.cff", *tracked("*.md")]
     assert "csrc/cuda/pool_mixer/pool_mixer.cu" in wanted
-    assert set(wanted) - held == set()
+    assert {path for path in wanted if not path.startswith("benchmarks/results/")} - held == set()
 
 
-@pytest.mark.parametrize("env", [{"POOLFORMER_KERNELS_SKIP_EXT": "1"}, {"CXX": "no-such-compiler"}])
-def test_without_the_extension_the_package_runs_and_says_so_once(env, folders):
+def test_a_wheel_of_an_sdist_holds_the_modules_and_nothing_else(tmp_path, folders):
+    egg, wheel = ["egg_info", "--egg-base", str(tmp_path)], ["bdist_wheel", "--dist-dir", str(tmp_path)]
+    setup(*egg, "sdist", "--dist-dir", str(tmp_path), POOLFORMER_KERNELS_SKIP_EXT="1")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / f"poolformer_kernels-{pk.__version__}"
+    env = {"POOLFORMER_KERNELS_SKIP_EXT": "1", "POOLFORMER_KERNELS_LOCAL_VERSION": "cu13"}
+    build = [*egg, "build", *folders, *wheel, "--bdist-dir", str(tmp_path / "files")]
+    setup(*build, source=source, **env)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        held = set(archive.namelist())
+        metadata = archive.read(next(name for name in held if name.endswith("/METADATA"))).decode()
+    info = {name for name in held if ".dist-info/" in name}
+    assert {name.partition("/")[2] for name in info} >= {"licenses/LICENSE", "entry_points.txt"}
+    modules = [path for path in tracked("poolformer_kernels") if path.endswith((".py", ".pyi", "py.typed"))]
+    modules += [f"poolformer_kernels/{path}" for path in tracked("benchmarks") if path.endswith(".py")]
+    some = ("__init__.py", "py.typed", "_C.pyi", "benchmarks/harness.py")
+    assert {f"poolformer_kernels/{path}" for path in some} <= set(modules)
+    assert held - info == set(modules)
+    assert f"\nVersion: {pk.__version__}+cu13\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"POOLFORMER_KERNELS_SKIP_EXT": "1"}, "POOLFORMER_KERNELS_SKIP_EXT is set"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler can build it"),
+    ],
+)
+def test_without_the_extension_the_package_runs_and_says_so_once(env, reason, folders):
     done = setup("build", *folders, **env)
     assert done.stderr.count("installing without the C++ extension") == 1
+    assert {"py.typed", "_C.pyi"} <= {path.name for path in Path(folders[3], "poolformer_kernels").iterdir()}
+    assert f"installing without the C++ extension: {reason}\n" in done.stderr
     code = (
         "import sys\n"  # an editable install would lend its extension to this copy
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
@@ -77,7 +109,9 @@ def test_without_the_extension_the_package_runs_and_says_so_once(env, folders):
         "x = torch.randn(2, 3, 5, 5)\n"
         "a, b = (pk.ops.pool_mixer(x, None, None) for _ in range(2))\n"
         "with pk.use_backend('reference'): assert torch.equal(a, pk.ops.pool_mixer(x, None, None))\n"
-        "assert 'was not built' in pk.available_backends()['cpp']\n"
+        "assert 'cpp' not in pk.available_backends()\n"
+        "assert 'was not built' in (reason := pk.backend_reasons()['cpp'])\n"
+        "assert 'C++ compiler' in reason and 'POOLFORMER_KERNELS_SKIP_EXT' in reason\n"
         "try:\n"
         "    with pk.use_backend('cpp'): pk.ops.pool_mixer(x, None, None)\n"
         "except RuntimeError as error: print(error)\n"
@@ -90,6 +124,16 @@ def test_without_the_extension_the_package_runs_and_says_so_once(env, folders):
     assert "backend 'cpp' was asked for and cannot run this call" in ran.stdout
     assert ran.stderr.count("no C++ backend") == 1
     assert ran.stderr.count("running the reference implementation") == 1
+    wrong = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folders[3],
+        env={**path, "POOLFORMER_KERNELS_ISA": "avx1"},
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.stderr.endswith(
+        "ValueError: POOLFORMER_KERNELS_ISA is 'avx1'; allowed: baseline, avx2, avx512, avx512_bf16, amx\n"
+    )
 
 
 def test_a_compiler_that_cannot_build_is_named(folders):
@@ -117,6 +161,25 @@ def test_the_extension_is_linked_to_torchs_stream_function():
     assert "Shared library: [libtorch.so]" in needed
     assert "libcudart" not in needed  # nor is CUDA needed for the import
     assert info["cuda_stream_bound"] == (torch.version.cuda is not None)
+
+
+def test_the_extension_says_nothing_of_the_machine_that_built_it(monkeypatch, tmp_path):
+    """torch's headers name themselves in error messages, by the path that the compiler was given."""
+    module = setup_script().extension()["ext_modules"][0]
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "-xc++", "-c", "-", "-o", str(tmp_path / "one.o")]
+    command += [f"-I{folder}" for folder in module.include_dirs] + [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    ]
+    source = "#include <torch/csrc/stable/tensor.h>\n"
+    source += "void one(const torch::stable::Tensor& x) { STD_TORCH_CHECK(x.dim() == 1, __FILE__); }\n"
+    include = str(Path(torch.__file__).parent)
+
+    def paths(flags: list[str]) -> bool:
+        subprocess.run([*command, *flags], input=source, text=True, check=True, cwd=ROOT)
+        return include.encode() in (tmp_path / "one.o").read_bytes()
+
+    assert paths(["-std=c++20"])
+    assert not paths(module.extra_compile_args)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

@@ -188,6 +188,27 @@ def test_outside_transforms_and_modes(mode):
     assert values == [2.0, False]
 
 
+def draws() -> list[torch.Tensor]:
+    x = torch.ones(3, 4)
+    new = [torch.rand(3), torch.randn(2, 3), torch.rand_like(x), torch.randint(9, (5,)), torch.randperm(9)]
+    return [*new, x.clone().bernoulli_(0.5), torch.bernoulli(x / 2), nn.functional.dropout(x), x.normal_()]
+
+
+def test_random_numbers_of_their_own():
+    state = torch.get_rng_state()
+    seen = []
+    for _ in range(2):
+        with private.OwnRandomNumbers():
+            seen.append([*draws(), *draws()])
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = seen
+    assert all(map(torch.equal, first, second))
+    half = len(first) // 2
+    assert not any(map(torch.equal, first[:half], first[half:]))
+    torch.manual_seed(0)
+    assert all(map(torch.equal, draws(), first))  # what a generator of this seed gives
+
+
 def test_the_rest_of_the_package_uses_none():
     """Neither ``torch._…`` nor ``from torch._…``, nor underscored names of torch's modules."""
     found = []

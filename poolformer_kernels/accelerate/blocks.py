@@ -5,124 +5,127 @@ the module to itself, which replicas of DataParallel and other shallow copies ta
 the original's parameters; pickle would find a method by its name, which is the class's own forward; and our
 own checks, like other packages', take such a forward for a hook. The class has the original's name, because
 some look for it (``_no_split_modules``), and so cannot be found by it: `__reduce_ex__` names its recipe.
+
+A call goes on with the recipe that it began with, so that another thread may change the class meanwhile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..layout import memory_format_of
-from ..nn.chain_cache import calls_more, run_chain
+from ..nn.chain_cache import CHANGES, PLACE, calls_more, run_chain
 from ..nn.fusion import MIXER, MLP, run_stage
 from ..ops.chain import Chain
 from ..ops.torch_private import forward_mode, has_global_hooks, in_transform
-from .layouts import ACT, LAYOUTS, PLAIN, STAR_RELU, BlockLayout, activation_of
+from .equivalence import check_equivalence
+from .layouts import PLAIN
+from .recipe import OUTDATED, Recipe
 
-__all__ = ["Recipe", "Sequential", "accelerated_class", "recipe_of"]
+__all__ = ["Recipe", "Sequential", "accelerated_class", "recipe_in", "recipe_of", "renewed"]
 
 _RECIPE = "_poolformer_kernels_recipe"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the class of an accelerated block is made from; equal recipes make the same class."""
-
-    original: type[nn.Module]
-    name: str  # of its BlockLayout
-    # The types of the parts of each sub-block; None where it runs its modules.
-    types: tuple[tuple[type, ...] | None, tuple[type, ...] | None]
-    activation: str | None
-
-    @property
-    def layout(self) -> BlockLayout:
-        return LAYOUTS[self.name]
-
-    def unfused_reason(self, block: nn.Module, which: int) -> str | None:
-        """Why a call of the block now runs a sub-block's modules, or None where it is an operator call."""
-        layout = self.layout
-        reason = layout.unsupported_reason(block, which, self.activation)
-        if reason is not None:
-            return reason
-        if self.types[which] is None:
-            return f"accelerate was called with {('mixer', 'mlp')[which]}=False"
-        parts = layout.parts(block, which)
-        replaced = tuple([type(part) for part in parts]) != self.types[which]
-        if which == MLP and (type(parts[ACT]) is nn.GELU or self.activation == STAR_RELU):
-            replaced |= activation_of(parts[ACT]) != self.activation
-        if replaced:
-            return f"a module of {layout.bodies[which]} or around it was replaced after accelerate"
-        return layout.temporary_reason(block, which)
-
-    def fused(self, block: nn.Module) -> tuple[bool, bool]:
-        """Whether the mixer and the MLP are operator calls now."""
-        return self.unfused_reason(block, MIXER) is None, self.unfused_reason(block, MLP) is None
-
-    def run(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        fused: tuple[bool, bool],
-        stats: Tensor | None = None,
-        return_stats: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `poolformer_kernels.nn.fusion.BlockParts.run`."""
-        if not any(fused):
-            return block(x), None
-        return self.layout.run(block, x, fused, stats, return_stats, self.activation)
-
-
 def recipe_of(block: nn.Module) -> Recipe | None:
     """The recipe of an accelerated block, also where its class was derived further, as by fully_shard."""
-    return getattr(type(block), _RECIPE, None)
+    return recipe_in(type(block))
 
 
-@lru_cache(None)
+def recipe_in(kind: type[nn.Module]) -> Recipe | None:
+    """The recipe of a class that a block has, or had a moment ago: another thread may give it another."""
+    recipe: Recipe | None = getattr(kind, _RECIPE, None)
+    return recipe
+
+
+def renewed(block: nn.Module, recipe: Recipe) -> Recipe:
+    """The recipe of a block whose modules were replaced after `accelerate`, compared now.
+
+    A class that was derived from ours cannot be exchanged: then it is the recipe given.
+    """
+    kind, made = type(block), accelerated_class(recipe)
+    if issubclass(kind, made) and kind is not made:
+        return recipe
+    with saved_tensors_hooks(_itself, _itself):  # a checkpoint must not count what the comparison saves
+        current = check_equivalence(block, recipe.original, recipe.wanted, recipe.save_hidden)
+    with CHANGES:
+        if type(block) is made:  # else another thread has restored the block
+            block.__class__ = accelerated_class(current)
+    return current
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+_classes: dict[Recipe, type[nn.Module]] = {}
+
+
 def accelerated_class(recipe: Recipe) -> type[nn.Module]:
     """The original class with our forward; one for each recipe."""
+    with CHANGES:
+        if recipe not in _classes:
+            _classes[recipe] = _make_class(recipe)
+        return _classes[recipe]
+
+
+def _make_class(recipe: Recipe) -> type[nn.Module]:
     original, layout = recipe.original, recipe.layout
 
     @wraps(original.forward)  # torch.jit.script compiles the original, which it finds as __wrapped__
-    def forward(self, *given, **named):
+    def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         x = given[0] if len(given) == 1 and not named else None
         if not _takes(x):
             return original.forward(self, *given, **named)
-        fused = recipe.fused(self)
+        current, reasons = recipe, recipe.reasons(self)
+        if OUTDATED in reasons and not torch.compiler.is_compiling():
+            current = renewed(self, recipe)
+            reasons = current.reasons(self)
+        fused = reasons[MIXER] is None, reasons[MLP] is None
         if not any(fused):
             return original.forward(self, x)
         y = run_chain(self, x, _channels_last(x)) if all(fused) else None
         if y is None:
-            y, _ = recipe.run(self, x, fused)
+            y, _ = current.run(self, x, fused)
         return (y,) if layout.returns_tuple else y
 
-    def add_to(self, chain: Chain) -> bool:
+    def add_to(self: nn.Module, chain: Chain) -> bool:
         """Adds the block to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
-        return all(recipe.fused(self)) and layout.add_to(self, chain, recipe.activation)
+        return recipe.add_to(self, chain)
 
-    def reduce(self, protocol):
+    def reduce(self: nn.Module, protocol: int) -> Any:
         reduced = original.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and reduced[1] and reduced[1][0] is made:
             make, (_, *arguments), *rest = reduced
-            return (_rebuild, (recipe, make, *arguments), *rest)
+            return (_rebuild, (recipe, make, *arguments), *map(_without_chain, rest))
         return reduced
 
     own = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     own |= {"forward": forward, "add_to": add_to, "__reduce_ex__": reduce, _RECIPE: recipe}
-    made = type(original)(original.__name__, (original,), own)
+    made: type[nn.Module] = type(original)(original.__name__, (original,), own)
     return made
 
 
-def _rebuild(recipe: Recipe, make: Callable[..., nn.Module], *arguments) -> nn.Module:
+def _rebuild(recipe: Recipe, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     return make(accelerated_class(recipe), *arguments)
+
+
+def _without_chain(state: Any) -> Any:
+    """A module's attributes, as they are now, without the chain that a call may put among them."""
+    if not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.copy().items() if name != PLACE}
 
 
 class Sequential(nn.Sequential):
     """A stage of accelerated blocks; see `poolformer_kernels.nn.PoolFormerStage`."""
 
     @wraps(nn.Sequential.forward)
-    def forward(self, *given, **named):
+    def forward(self, *given: Any, **named: Any) -> Any:
         x = given[0] if len(given) == 1 and not named else None
         if not _takes(x):
             return nn.Sequential.forward(self, *given, **named)
@@ -133,12 +136,21 @@ class Sequential(nn.Sequential):
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
-        return len(self) > 0 and all(_fusion_of(block) and block.add_to(chain) for block in self)
+        blocks = [*self]
+        recipes = [_fusion_of(block) for block in blocks]
+        return len(blocks) > 0 and all(
+            recipe is not None and recipe.add_to(block, chain)
+            for recipe, block in zip(recipes, blocks, strict=True)
+        )
+
+    def __reduce_ex__(self, protocol: int) -> Any:  # type: ignore[override]
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        return (make, arguments, *map(_without_chain, rest))
 
 
 def _fusion_of(block: nn.Module) -> Recipe | None:
     """The recipe of a block whose forward may be computed without calling it."""
-    recipe = vars(type(block)).get(_RECIPE)
+    recipe: Recipe | None = vars(type(block)).get(_RECIPE)
     return None if recipe is None or recipe.layout.returns_tuple or calls_more(block) else recipe
 
 
@@ -146,7 +158,7 @@ def _channels_last(x: Tensor) -> bool:
     return memory_format_of(x) == torch.channels_last
 
 
-def _takes(x: object) -> bool:
+def _takes(x: Any) -> bool:
     """Whether operators compute on x what modules do: a plain image, outside of transforms and tracers."""
     if torch.compiler.is_compiling():
         plain = isinstance(x, Tensor) and x.dim() == 4 and not has_global_hooks()

@@ -1,6 +1,7 @@
 """The blocks that other packages build a PoolFormer from, and why a sub-block of one is no operator call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,27 @@ from ..nn.checks import hooked
 from ..nn.fusion import MIXER, MLP, BlockParts, MlpOperands
 from ..nn.layers import fold_star_relu
 from ..nn.mlp import activation_name, pointwise_reason
+from ..nn.names import class_path, more_than_forward
 from ..ops.torch_private import TRACED_PARAMETERS
 from ..reference import ACTIVATIONS
 
-__all__ = ["ACT", "FC1", "FC2", "LAYOUTS", "PLAIN", "STAR_RELU", "BlockLayout", "activation_of", "layout_of"]
+__all__ = [
+    "ACT",
+    "FC1",
+    "FC2",
+    "LAYOUTS",
+    "PLAIN",
+    "STAR_RELU",
+    "BlockLayout",
+    "activation_of",
+    "layout_of",
+    "layout_with",
+]
 
 NORM, DROP_PATH, BODY, POOL = range(4)  # indices into what BlockLayout.parts returns
 FC1, ACT, FC2 = range(3, 6)
 PLAIN = (Tensor, nn.Parameter)  # subclasses may be quantised, sharded or fake
+_SHARDED = "torch.distributed.tensor.DTensor"
 STAR_RELU = "star_relu"  # runs as relu_squared, its scale and bias folded into the next layer
 
 
@@ -34,6 +48,7 @@ class BlockLayout(BlockParts):
     inner_drop_path: str | None = None  # in the MLP, called after the activation and after the second layer
     residual_scales: tuple[str, str] | None = None  # where there are any, LayerScale is a module, too
     returns_tuple: bool = False
+    keeps_hidden: bool | None = None  # ``save_hidden`` of the MLP's operator calls
     widens = True  # in these packages a float32 LayerScale makes a half-precision stream float32
 
     def matches(self, block: nn.Module) -> bool:
@@ -64,6 +79,17 @@ class BlockLayout(BlockParts):
             parts += [modules[self.scales[which]], modules[self.residual_scales[which]]]
         return parts
 
+    def paths(self, which: int) -> list[str]:
+        """Where the block has what `parts` returns."""
+        body = self.bodies[which]
+        inner = ["pool"] if which == MIXER else [*self.layers, *self.noop_modules]
+        if which == MLP and self.inner_drop_path is not None:
+            inner.append(self.inner_drop_path)
+        paths = [self.norms[which], self.drop_paths[which], body, *(f"{body}.{name}" for name in inner)]
+        if self.residual_scales is not None:
+            paths += [self.scales[which], self.residual_scales[which]]
+        return paths
+
     def layer_scale(self, block: nn.Module, which: int) -> Tensor | None:
         """The LayerScale vector ``[C]``."""
         if self.residual_scales is None:
@@ -82,7 +108,7 @@ class BlockLayout(BlockParts):
 
     def pool_size(self, block: nn.Module) -> int:
         size = block._modules[self.bodies[MIXER]]._modules["pool"].kernel_size
-        return size if isinstance(size, int) else size[0]
+        return int(size if isinstance(size, Integral) else size[0])
 
     def mlp_operands(self, block: nn.Module, activation: str | None) -> MlpOperands:
         inner = block._modules[self.bodies[MLP]]._modules
@@ -94,6 +120,9 @@ class BlockLayout(BlockParts):
 
     def folds_star_relu(self, block: nn.Module) -> bool:
         return is_star_relu(block._modules[self.bodies[MLP]]._modules[self.layers[1]])
+
+    def save_hidden(self, block: nn.Module) -> bool | None:
+        return self.keeps_hidden
 
     def drops(self, block: nn.Module) -> bool:
         inner = self._inner_drop_path(block)
@@ -136,77 +165,95 @@ class BlockLayout(BlockParts):
     def unsupported_reason(self, block: nn.Module, which: int, activation: str | None = None) -> str | None:
         """Why no operator computes a sub-block, whatever its modules are set to, or None.
 
-        ``activation`` is the operator's name for the MLP's, where it was found earlier.
+        Modules are named by their paths in the block. ``activation`` is the operator's name for the MLP's,
+        where it was found earlier.
         """
         try:
             parts = self.parts(block, which)
         except KeyError as missing:
             body = block._modules[self.bodies[which]]
-            wanted = "not average pooling" if which == MIXER else f"without {missing}"
-            return f"{self.bodies[which]} is {_kind(body)}, {wanted}"
+            return f"{self.bodies[which]} is {class_path(body)}, without {missing}"
         reason = self._around_reason(parts, which)
         if reason is not None:
             return reason
         return (
-            _pool_reason(self.bodies[MIXER], parts[POOL])
+            _pool_reason(f"{self.bodies[MIXER]}.pool", parts[POOL])
             if which == MIXER
             else self._mlp_reason(parts, activation)
         )
 
-    def temporary_reason(self, block: nn.Module, which: int) -> str | None:
-        """Why a sub-block that an operator computes must run its modules now, or None."""
+    def temporary_reason(self, block: nn.Module, which: int, gathered: bool = False) -> str | None:
+        """Why a sub-block that an operator computes must run its modules now, or None.
+
+        ``gathered``: FSDP replaces sharded weights by plain ones for the time of a call.
+        """
         parts, body = self.parts(block, which), self.bodies[which]
         if which == MLP:
             for name, module in zip(self.noop_modules, parts[FC2 + 1 :], strict=False):
                 if type(module) is nn.Dropout and module.p > 0 and module.training:
-                    return f"{name} of {body} is active (p = {module.p})"
+                    return f"{body}.{name} is active (p = {module.p})"
             for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
                 kind = type(fc.weight)
-                if kind not in PLAIN and not (torch.compiler.is_compiling() and kind in TRACED_PARAMETERS):
-                    return f"{name} has a weight of {_kind(fc.weight)}, not a plain parameter"
-            parts += parts[ACT]._modules.values()
-        for part in parts:
+                if (
+                    kind not in PLAIN
+                    and not (torch.compiler.is_compiling() and kind in TRACED_PARAMETERS)
+                    and not (gathered and class_path(kind) == _SHARDED)
+                ):
+                    return f"{body}.{name} has a weight of {class_path(kind)}, not a plain parameter"
+            for name, module in [*parts[ACT]._modules.items()]:
+                if module is not None and hooked(module):
+                    return more_than_forward(f"{body}.{self.layers[1]}.{name}", module)
+        for i, part in enumerate(parts):
             if hooked(part):
-                return f"{_kind(part)} in or around {body} has hooks"
+                return more_than_forward(self.paths(which)[i], part)
         return "forward was set on the block itself" if "forward" in vars(block) else None
 
     def _around_reason(self, parts: list[nn.Module], which: int) -> str | None:
         norm, drop_path = parts[NORM], parts[DROP_PATH]
         if not isinstance(norm, nn.GroupNorm):
-            return f"{self.norms[which]} is {_kind(norm)}, not GroupNorm"
+            return f"{self.norms[which]} is {class_path(norm)}, not GroupNorm"
         if norm.num_groups != 1:
             return f"{self.norms[which]} has {norm.num_groups} groups, not 1"
         if type(drop_path) is not nn.Identity and "drop_prob" not in vars(drop_path):
-            return f"{self.drop_paths[which]} is {_kind(drop_path)}, not DropPath or Identity"
+            return f"{self.drop_paths[which]} is {class_path(drop_path)}, not DropPath or Identity"
         if self.residual_scales is not None:
             for name, scale in ((self.scales[which], parts[-2]), (self.residual_scales[which], parts[-1])):
                 if type(scale) is not nn.Identity and not _has_vectors(scale, {"scale"}):
-                    return f"{name} is {_kind(scale)}, not a scale of channels or Identity"
+                    return f"{name} is {class_path(scale)}, not a scale of channels or Identity"
         return None
 
     def _mlp_reason(self, parts: list[nn.Module], activation: str | None) -> str | None:
+        body = self.bodies[MLP]
         for name, fc in ((self.layers[0], parts[FC1]), (self.layers[2], parts[FC2])):
             if type(fc) is not nn.Conv2d:
-                return f"{name} is {_kind(fc)}, not Conv2d"
-            reason = pointwise_reason(name, fc)
+                return f"{body}.{name} is {class_path(fc)}, not Conv2d"
+            reason = pointwise_reason(f"{body}.{name}", fc)
             if reason is not None:
                 return reason
-        name, act = self.layers[1], parts[ACT]
+        act = parts[ACT]
         if activation is None and activation_of(act) is None:
-            return f"{name} is {_kind(act)}, which computes none of {', '.join(ACTIVATIONS)} or StarReLU"
+            known = f"{', '.join(ACTIVATIONS)} or StarReLU with one scale and bias"
+            return f"{body}.{self.layers[1]} is {class_path(act)}, which computes none of {known}"
         for name, module in zip(self.noop_modules, parts[FC2 + 1 :], strict=False):
             if type(module) not in (nn.Dropout, nn.Identity):
-                return f"{name} is {_kind(module)}, not Dropout or Identity"
-        if self.inner_drop_path is not None and "drop_prob" not in vars(
-            parts[FC2 + 1 + len(self.noop_modules)]
-        ):
-            return f"{self.inner_drop_path} is not DropPath"
+                return f"{body}.{name} is {class_path(module)}, not Dropout or Identity"
+        if self.inner_drop_path is not None:
+            drop_path = parts[FC2 + 1 + len(self.noop_modules)]
+            if "drop_prob" not in vars(drop_path):
+                return f"{body}.{self.inner_drop_path} is {class_path(drop_path)}, not DropPath"
         return None
 
 
 def layout_of(block: nn.Module) -> BlockLayout | None:
     """The layout whose names a module has, or None."""
+    if type(block) is nn.Module or isinstance(block, torch.jit.ScriptModule):
+        return None  # what is left of a block in a graph, or compiled code
     return next((s for s in LAYOUTS.values() if s.matches(block)), None)
+
+
+def layout_with(name: str, save_hidden: bool | None) -> BlockLayout:
+    """The layout of a name, with ``save_hidden`` for the MLP's operator calls."""
+    return _LAYOUTS_WITH[name, save_hidden]
 
 
 def is_star_relu(act: nn.Module) -> bool:
@@ -255,22 +302,22 @@ def _drawn(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     return scale if scale.dtype == torch.float64 else scale.float()
 
 
-def _pool_reason(body: str, pool: nn.Module) -> str | None:
+def _pool_reason(path: str, pool: nn.Module) -> str | None:
     if type(pool) is not nn.AvgPool2d:
-        return f"{body}.pool is {_kind(pool)}, not AvgPool2d"
+        return f"{path} is {class_path(pool)}, not AvgPool2d"
     size, stride, padding = (
-        (v, v) if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)
+        (v, v) if isinstance(v, Integral) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)
     )
     if size[0] != size[1] or size[0] % 2 == 0:
-        return f"{body}.pool has kernel_size {pool.kernel_size}, not odd and square"
+        return f"{path} has kernel_size {pool.kernel_size}, not odd and square"
     if stride != (1, 1):
-        return f"{body}.pool has stride {pool.stride}, not 1"
+        return f"{path} has stride {pool.stride}, not 1"
     if padding != (size[0] // 2, size[0] // 2):
-        return f"{body}.pool has padding {pool.padding}, not half its size"
+        return f"{path} has padding {pool.padding}, not half its size"
     if pool.count_include_pad:
-        return f"{body}.pool has count_include_pad=True"
+        return f"{path} has count_include_pad=True"
     if pool.divisor_override is not None:
-        return f"{body}.pool has divisor_override {pool.divisor_override}"
+        return f"{path} has divisor_override {pool.divisor_override}"
     return None
 
 
@@ -285,10 +332,6 @@ def _has_vectors(module: nn.Module, names: set[str]) -> bool:
 
 def _scale(module: nn.Module) -> Tensor | None:
     return None if type(module) is nn.Identity else module.scale
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
 
 
 _MLP = ("fc1", "act", "fc2")
@@ -325,4 +368,9 @@ LAYOUTS = {
             noop_modules=("drop",),
         ),
     )
+}
+_LAYOUTS_WITH = {
+    (name, hidden): replace(layout, keeps_hidden=hidden)
+    for name, layout in LAYOUTS.items()
+    for hidden in (None, False, True)
 }

@@ -4,9 +4,11 @@ import importlib.util
 import math
 import sys
 import warnings
+from typing import TypedDict
 
 import torch
 
+from .. import environment
 from ..ops.dispatch import register
 from ..ops.library import LIBRARY  # noqa: F401  (the schemas come first)
 
@@ -14,6 +16,7 @@ __all__ = [
     "DEVICES",
     "ISA",
     "UNAVAILABLE",
+    "BuildInfo",
     "build_info",
     "hidden_kept_from",
     "mlp_stats_tiles",
@@ -25,20 +28,39 @@ __all__ = [
 
 DEVICES = ("cpu",)
 UNAVAILABLE: str | None = None
+_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # those of csrc/cpu/isa/isa.h
+
+
+class BuildInfo(TypedDict, total=False):
+    """Facts about the compiled extension; none of them where there is none."""
+
+    isa_compiled: list[str]  # instruction-set levels, the lowest first
+    isa_supported: list[str]  # those that this processor runs
+    isa_chosen: str  # the kernels' own
+    compiler: str  # "gcc 12.2.0"
+    torch_built_with: str
+    cuda_built_with: str  # CUDA's version, empty without nvcc
+    cuda_archs: list[str]  # "9.0a", "10.0+PTX"; empty without nvcc
+    cuda_stream_bound: bool  # torch's stream function was found
+
 
 try:
     from .._C import build_info
     from .._C import multiply_rate as _multiply_rate
 except ImportError as error:
+    if str(error).startswith("POOLFORMER_KERNELS_ISA"):  # isa.cpp, which knows the levels, refuses this one
+        raise ValueError(str(error)) from None
+    environment.choice("POOLFORMER_KERNELS_ISA", _LEVELS)  # a wrong name is told without the extension, too
     if importlib.util.find_spec("poolformer_kernels._C") is None:
         UNAVAILABLE = (
-            "the extension poolformer_kernels._C was not built (a C++ compiler is needed at install time)"
+            "the extension poolformer_kernels._C was not built: when this was installed there was no C++ "
+            "compiler or no torch, or POOLFORMER_KERNELS_SKIP_EXT was set"
         )
     else:
         UNAVAILABLE = f"the extension poolformer_kernels._C cannot be loaded: {error}"
     warnings.warn(f"poolformer_kernels: no C++ backend, {UNAVAILABLE}", stacklevel=2)
 
-    def build_info() -> dict:
+    def build_info() -> BuildInfo:
         """Facts about the compiled extension; empty where there is none."""
         return {}
 
@@ -68,12 +90,13 @@ def mlp_unsupported(
     return None
 
 
-def hidden_kept_from() -> float:
+def hidden_kept_from(operand: torch.dtype) -> float:
     """From how many channels on it is faster to keep fc1's output (`poolformer-kernels bench mlp`).
 
-    With fewer there is more to keep and less to compute again, and a matrix unit computes it sooner.
+    With fewer there is more to keep and less to compute again, and a matrix unit, which multiplies bfloat16
+    only, computes it sooner.
     """
-    return math.inf if ISA == "amx" else 256
+    return math.inf if ISA == "amx" and operand == torch.bfloat16 else 256
 
 
 def multiply_rate(bfloat16: bool, seconds: float, level: str | None = None) -> float:

@@ -134,7 +134,7 @@ def mlp_unsupported(
     return None
 
 
-def hidden_kept_from() -> float:
+def hidden_kept_from(operand: torch.dtype) -> float:
     """Infinite: a wide MLP is Triton's, and that backend is asked then."""
     return math.inf
 

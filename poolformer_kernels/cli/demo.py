@@ -34,28 +34,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import timm
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from .. import __version__, create_model, ops
-from ..models import model_config
+from .. import __version__, create_model
+from ..models import export_state_dict, model_config
 from ..numerics import errors, tolerance, without_tf32
 from ..ops.dispatch import explain_selection, use_backend
 from ..profiling import count_macs, time_interleaved
-from .errors import CommandError, check_writable
+from .errors import CommandError
+from .files import check_readable, check_writable, make_folder, write_whole
 from .info import device_name
-
-try:
-    import PIL  # noqa: F401  (photos and report need it)
-    import timm
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from timm.models.metaformer import checkpoint_filter_fn
-except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside a torch without CUDA
-    raise CommandError(
-        f"the demo's extras are missing ({error}): pip install 'poolformer_kernels[demo]'"
-    ) from None
-
 from .photos import crop, default_photos, load_photo, preprocess
 from .report import PROVIDERS, print_tables, write_report
 
@@ -109,23 +101,19 @@ def make_models(name: str, checkpoint: str | None) -> tuple[nn.Module, nn.Module
     of order 0.1, and norms and biases differ from 1 and 0.
 
     Raises:
-        CommandError: an unknown model or a checkpoint that does not fit.
+        CommandError: a checkpoint that does not fit.
     """
-    try:
-        model_config(name, "poolformer_*")
-    except ValueError as error:
-        raise CommandError(f"--model: {error}") from None
     try:
         loaded = create_model(name, head="timm", checkpoint=checkpoint)
     except (OSError, TypeError, ValueError, ImportError) as error:
-        raise CommandError(f"--checkpoint {checkpoint}: {error}") from None
+        raise CommandError(str(error)) from None  # it names the checkpoint itself
     if checkpoint is None:
         _randomise(loaded)
     ours = create_model(name, head="timm")
     ours.load_state_dict(loaded.state_dict())
     ours.head_mode = "timm"  # timm's way of evaluating the head, whatever the checkpoint's
     peer = timm.create_model(name)
-    peer.load_state_dict(checkpoint_filter_fn(loaded.state_dict(), peer))
+    peer.load_state_dict(export_state_dict(loaded.state_dict(), "timm"))
     return peer.eval(), ours.eval()
 
 
@@ -138,6 +126,8 @@ def _randomise(model: nn.Module) -> None:
                 p.copy_(0.1 + 0.03 * noise)
             elif "norm" in name and name.endswith("weight"):
                 p.copy_(1 + 0.1 * noise)
+            elif "res_scale" in name or "act." in name:  # StarReLU's two numbers
+                p.mul_(1 + 0.1 * noise)
             elif p.dim() == 1:
                 p.copy_(0.1 * noise)
             else:
@@ -188,44 +178,30 @@ def _verification_row(dtype, layout, implementation, logits, exact, allowed) -> 
 
 
 class _TimmSubBlock(nn.Module):
-    """A sub-block of timm's modules: norm, branch, LayerScale, residual."""
+    """A sub-block of timm's modules: norm, branch, LayerScale, and the residual with its ResScale."""
 
-    def __init__(self, norm: nn.Module, branch: nn.Module, layer_scale: nn.Module) -> None:
+    def __init__(
+        self, norm: nn.Module, branch: nn.Module, layer_scale: nn.Module, res_scale: nn.Module
+    ) -> None:
         super().__init__()
-        self.norm, self.branch, self.layer_scale = norm, branch, layer_scale
+        self.norm, self.branch, self.layer_scale, self.res_scale = norm, branch, layer_scale, res_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer_scale(self.branch(self.norm(x)))
+        return self.res_scale(x) + self.layer_scale(self.branch(self.norm(x)))
 
 
 def _timm_sub_blocks(block: nn.Module) -> dict[str, _TimmSubBlock]:
     return {
-        "mixer": _TimmSubBlock(block.norm1, block.token_mixer, block.layer_scale1),
-        "mlp": _TimmSubBlock(block.norm2, block.mlp, block.layer_scale2),
+        "mixer": _TimmSubBlock(block.norm1, block.token_mixer, block.layer_scale1, block.res_scale1),
+        "mlp": _TimmSubBlock(block.norm2, block.mlp, block.layer_scale2, block.res_scale2),
     }
 
 
 def _our_sub_blocks(block: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    def mixer(x: Tensor) -> Tensor:
-        norm, scale = block.norm1, block.layer_scale_1
-        return ops.pool_mixer(x, norm.weight, norm.bias, eps=norm.eps, layer_scale=scale, residual=True)
-
-    def mlp(x: Tensor) -> Tensor:
-        norm, fc1, fc2 = block.norm2, block.mlp.fc1, block.mlp.fc2
-        return ops.mlp(
-            x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=norm.eps,
-            layer_scale=block.layer_scale_2,
-            residual=True,
-        )
-
-    return {"mixer": mixer, "mlp": mlp}
+    return {
+        "mixer": lambda x: block.mixer_with_stats(x, None, False)[0],
+        "mlp": lambda x: block.mlp_with_stats(x, None, False)[0],
+    }
 
 
 def _compiled(module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, str]:
@@ -328,6 +304,7 @@ def _run(args: argparse.Namespace) -> int:
         if backend == "none":
             raise CommandError(reason)
     check_writable(args.json, args.report)
+    check_readable("--checkpoint", args.checkpoint)
 
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs (from 1 a CPU on, times are unreliable)"
     with _Steps(2 + 10 * len(args.dtype)) as steps:
@@ -381,7 +358,7 @@ def _run(args: argparse.Namespace) -> int:
     }
     print_tables(result)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    page = write_report(result, [crop(photo, config, size) for photo in photos], Path(args.report))
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
+    page = write_report(result, [crop(photo, config, size) for photo in photos], make_folder(args.report))
     print(f"report: {page}")
     return 0 if result["passed"] else 1

@@ -1,5 +1,6 @@
 """Photos as the models see them, prepared as a model's config says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,22 +10,31 @@ from torch import Tensor
 from ..models import ModelConfig
 from .errors import CommandError
 
-__all__ = ["crop", "default_photos", "load_photo", "preprocess"]
+__all__ = ["FILTERS", "crop", "default_photos", "load_photo", "normalise", "preprocess"]
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def load_photo(path: str | Path) -> Image.Image:
-    """The photo as RGB, upright.
+def load_photo(path: str | Path, option: str = "--image") -> Image.Image:
+    """The photo as RGB, upright; ``option`` is what an error calls the argument that named it.
+
+    Of 16-bit grey the upper eight bits are kept.
 
     Raises:
         CommandError: it cannot be read as an image.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {image.mode}, 32 bits; allowed: 8 or 16 bits")
+            if image.mode.startswith("I;16"):  # Pillow's own conversion makes everything above 255 white
+                import numpy as np
+
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CommandError(f"--image {path}: cannot be read as an image: {error}") from None
+        raise CommandError(f"{option} {path}: cannot be read as an image: {error}") from None
 
 
 def default_photos() -> list[str]:
@@ -44,16 +54,19 @@ def crop(photo: Image.Image, config: ModelConfig, size: int) -> Image.Image:
     shorter = int(size / config.crop_pct)
     scale = shorter / min(photo.size)
     width, height = (shorter if side == min(photo.size) else int(side * scale) for side in photo.size)
-    photo = photo.resize((width, height), _FILTERS[config.interpolation])
+    photo = photo.resize((width, height), FILTERS[config.interpolation])
     left, top = round((width - size) / 2), round((height - size) / 2)
     return photo.crop((left, top, left + size, top + size))
 
 
 def preprocess(photo: Image.Image, config: ModelConfig, size: int) -> Tensor:
     """The cropped photo as the model's input ``[3, size, size]``, float32, normalised."""
-    image = crop(photo, config, size)
-    pixels = (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
-    )
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
-    return (pixels.contiguous().float() / 255 - mean) / std
+    return normalise(crop(photo, config, size), config.mean, config.std)
+
+
+def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An RGB picture as a model's input ``[3, height, width]``, float32: ``(pixels / 255 - mean) / std``."""
+    width, height = image.size
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+    return (pixels.permute(2, 0, 1).contiguous().float() / 255 - mean) / std

@@ -1,32 +1,34 @@
 """`poolformer-kernels profile`: a `Profile`, or the paper's tables, as tables on the terminal and as JSON.
 
 The JSON file (``--json``) of a profile is ``{"schema": 1, "environment": {name: text}, "profile": ...}``
-with `Profile.to_dict`, times in seconds; with ``--paper`` it is ``{"schema": 1, "paper": ...}`` with
-`paper_figures`.
+with `Profile.to_dict` (`DenseProfile.to_dict` of a detector or segmenter), times in seconds; with ``--paper``
+it is ``{"schema": 1, "paper": ...}`` with `paper_figures`.
 """
 
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
+import rich.box
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from .. import __version__, create_model
 from ..models import model_config
 from ..ops.dispatch import explain_selection
 from ..profiling.paper import paper_figures
 from ..profiling.profile import Profile, Row, profile
-from .errors import CommandError, check_writable
+from .errors import CommandError
+from .files import check_writable, write_whole
 from .info import device_name
+from .options import HEADS
 
-try:
-    import rich.box
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:
-    message = f"profile's extra is missing ({error}): pip install 'poolformer_kernels[bench]'"
-    raise CommandError(message) from None
+if TYPE_CHECKING:
+    from ..profiling.dense import DenseProfile
 
 __all__ = ["print_paper", "print_profile"]
 
@@ -41,20 +43,19 @@ def run(args: argparse.Namespace) -> int:
         print_paper(figures)
         result = {"schema": 1, "paper": figures}
     else:
-        measured = _profile(args)
-        environment = _environment(measured)
-        print_profile(measured, environment)
+        measured, show = _profile(args)
+        environment = _environment(measured.device, measured.backend)
+        show(measured, environment)
         result = {"schema": 1, "environment": environment, "profile": measured.to_dict()}
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def _profile(args: argparse.Namespace) -> Profile:
-    try:
-        config = model_config(args.model, "poolformer_*")
-    except ValueError as error:
-        raise CommandError(f"--model: {error}") from None
+def _profile(args: argparse.Namespace) -> "tuple[Profile | DenseProfile, Callable[..., None]]":
+    """(the profile, the function that prints it)."""
+    dense = args.model.startswith(HEADS)
+    size = _sides(args.image_size)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not args.no_time and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no CUDA device; allowed here: cpu")
@@ -62,24 +63,34 @@ def _profile(args: argparse.Namespace) -> Profile:
     backend, reason = explain_selection(device, dtype)
     if backend == "none" and not args.no_time:
         raise CommandError(reason)
+    if dense:
+        from .profile_dense import print_dense, run_dense  # needs torchvision
+
+        return run_dense(args, size, device, dtype), partial(print_dense, console=_console())
     with torch.device("meta" if args.no_time else "cpu"):
         model = create_model(args.model)
-    return profile(
+    measured = profile(
         model,
-        args.image_size or config.input_size,
+        size or model_config(args.model).input_size,
         batch=args.batch_size,
         dtype=dtype,
         device=None if args.no_time else device,
         measure=not args.no_time,
     )
+    return measured, print_profile
 
 
-def _environment(measured: Profile) -> dict[str, str]:
+def _sides(sizes: list[int] | None) -> int | tuple[int, int] | None:
+    if sizes is not None and len(sizes) > 2:
+        raise CommandError(f"--image-size: {len(sizes)} numbers; allowed: a side, or height and width")
+    return sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes))
+
+
+def _environment(device: str, backend: str | None) -> dict[str, str]:
     facts = {"poolformer-kernels": __version__, "torch": torch.__version__}
-    if measured.limits is None:
+    if backend is None:  # nothing was timed
         return facts
-    device = device_name(torch.device(measured.device).type)
-    return facts | {"device": device, "backend": measured.backend}
+    return facts | {"device": device_name(torch.device(device).type), "backend": backend}
 
 
 def _console() -> Console:

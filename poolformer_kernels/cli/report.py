@@ -3,8 +3,6 @@
 The page is one self-contained file that requests nothing and follows the reader's light or dark mode.
 """
 
-import base64
-import io
 import sys
 from html import escape
 from pathlib import Path
@@ -13,6 +11,9 @@ import rich.box
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from .. import html_page
+from .files import write_whole
 
 __all__ = ["PROVIDERS", "print_tables", "render", "write_report"]
 
@@ -28,28 +29,9 @@ _LABEL, _PLOT, _VALUE, _BAR, _GAP = (
 )  # chart geometry in px: columns, bar height, group gap
 
 _STYLE = """
-:root { --bg:#f6f7f9; --card:#fff; --ink:#1a1f29; --soft:#5b6474; --line:#e1e5eb; --grid:#d4d9e1;
-  --eager:#9aa5b5; --compile:#4a7fc1; --ours:#e07b28; --good:#1b7f4b; --goodbg:#e3f4ea; --bad:#b3261e;
-  --badbg:#fbe6e4 }
-@media (prefers-color-scheme: dark) { :root { --bg:#11151c; --card:#1a2029; --ink:#e6eaf1; --soft:#9aa5b5;
-  --line:#2b333f; --grid:#343d4a; --eager:#77839a; --compile:#6fa3e0; --ours:#f0944a; --good:#6fd6a0;
-  --goodbg:#173527; --bad:#ff9a91; --badbg:#431f1c } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--bg); color:var(--ink);
-  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif }
-main { max-width:960px; margin:0 auto; padding:40px 20px 64px }
-h1 { font-size:27px; line-height:1.2; margin:0 0 6px; letter-spacing:-.01em }
-h2 { font-size:18px; margin:0 0 4px }
-h3 { font-size:14px; margin:18px 0 2px }
-p { margin:4px 0 12px } .soft { color:var(--soft) } small, .small { font-size:13px }
-section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:22px 24px;
-  margin-top:20px }
-.verdict { display:inline-block; font-weight:600; border-radius:999px; padding:3px 14px; margin:6px 0 2px }
-td .verdict { padding:0 10px; margin:0; font-size:13px }
-.good { color:var(--good); background:var(--goodbg) } .bad { color:var(--bad); background:var(--badbg) }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(250px,1fr)); gap:14px; margin-top:20px }
-.tile { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:14px 18px }
-.tile b { display:block; font-size:24px; line-height:1.3; letter-spacing:-.01em }
+:root { --grid:#d4d9e1; --eager:#9aa5b5; --compile:#4a7fc1; --ours:#e07b28 }
+@media (prefers-color-scheme: dark) { :root { --grid:#343d4a; --eager:#77839a; --compile:#6fa3e0;
+  --ours:#f0944a } }
 .photos { display:grid; grid-template-columns:repeat(auto-fill,minmax(410px,1fr)); gap:24px; margin-top:14px }
 .photo { display:flex; gap:18px; align-items:flex-start; min-width:0 }
 .photo img { width:172px; height:172px; border-radius:8px; flex:none }
@@ -58,11 +40,6 @@ td .verdict { padding:0 10px; margin:0; font-size:13px }
   justify-content:space-between; gap:10px }
 .photo li i { position:absolute; inset:0 auto 0 0; background:var(--ours); opacity:.26; border-radius:4px }
 .photo li span { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
-.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
-th { text-align:left; font-weight:600; font-size:13px; color:var(--soft) }
-th, td { padding:6px 12px 6px 0; border-bottom:1px solid var(--line); white-space:nowrap }
-tr:last-child td { border-bottom:0 } .num { text-align:right }
-td.wrap { white-space:normal; overflow-wrap:anywhere }
 svg { display:block; width:100%; height:auto; min-width:640px; max-width:840px; font-size:13px }
 svg text { fill:var(--ink) }
 svg .soft { fill:var(--soft) } svg .grid { stroke:var(--grid) }
@@ -170,7 +147,7 @@ def _digits(value: float) -> str:
 def write_report(result: dict, photos: list[Image.Image], folder: Path) -> Path:
     """Write ``folder/index.html`` from the result (see `poolformer_kernels.cli.demo`); return its path."""
     page = folder / "index.html"
-    page.write_text(render(result, photos), encoding="utf-8")
+    write_whole(page, render(result, photos))
     return page
 
 
@@ -179,12 +156,7 @@ def render(result: dict, photos: list[Image.Image]) -> str:
     model = result["model"]
     passed = result["passed"]
     verdict = "Verified against float64" if passed else "Verification FAILED"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{escape(model["name"])} · poolformer-kernels</title>
-<style>{_STYLE}</style></head><body><main>
-<h1>{escape(model["name"])}: timm's against ours</h1>
+    body = f"""<h1>{escape(model["name"])}: timm's against ours</h1>
 <p class="soft">The same weights and photos through timm's modules and through poolformer-kernels' operators,
 on {escape(result["environment"]["device"])}.</p>
 <span class="verdict {"good" if passed else "bad"}">{verdict}</span>
@@ -192,9 +164,8 @@ on {escape(result["environment"]["device"])}.</p>
 {_photos(result, photos)}
 {_verification(result["verification"])}
 {_charts(result)}
-{_environment(result)}
-</main></body></html>
-"""
+<section><h2>Where this ran</h2>{html_page.table_of(result["environment"])}</section>"""
+    return html_page.page(model["name"], body, _STYLE)
 
 
 def _tiles(result: dict) -> str:
@@ -212,11 +183,7 @@ def _tiles(result: dict) -> str:
     tiles.append((f"{model['params'] / 1e6:.2f} M", f"parameters ({model['params']:,})"))
     macs = model["macs_official_head"]
     tiles.append((f"{macs / 1e9:.3f} G", f"MACs at {model['input_size']}² in fvcore's count ({macs:,})"))
-    cells = (
-        f'<div class="tile"><b>{value}</b><span class="soft small">{what}</span></div>'
-        for value, what in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return html_page.tiles(tiles)
 
 
 def _range(rows: list[dict], what: str, dtype: str, base: str) -> str:
@@ -240,7 +207,7 @@ def _photos(result: dict, photos: list[Image.Image]) -> str:
         )
         name = escape(image["name"])
         figures.append(
-            f'<div class="photo"><img src="{_data_uri(photo)}" alt="{name} as the model sees it">'
+            f'<div class="photo"><img src="{html_page.image_uri(photo)}" alt="{name} as the model sees it">'
             f"<div><b>{name}</b><ol>{rows}</ol></div></div>"
         )
     weights = result["model"]["weights"]
@@ -252,12 +219,6 @@ def _photos(result: dict, photos: list[Image.Image]) -> str:
         f'<section><h2>Photos and their top 5</h2><p class="soft">By our model in {dtype}, on the crop '
         f'that is shown. {note}</p><div class="photos">{"".join(figures)}</div></section>'
     )
-
-
-def _data_uri(photo: Image.Image) -> str:
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _verification(rows: list[dict]) -> str:
@@ -347,11 +308,3 @@ def _bars(rows: list[dict]) -> str:
         f'<div class="scroll"><svg viewBox="0 0 {width} {y + 18}" role="img" aria-label="{label}">'
         f"{''.join(grid + marks)}</svg></div>"
     )
-
-
-def _environment(result: dict) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td class='wrap'>{escape(value)}</td></tr>"
-        for key, value in result["environment"].items()
-    )
-    return f'<section><h2>Where this ran</h2><div class="scroll"><table>{rows}</table></div></section>'

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from torch import Tensor
 from .. import ops
 from ..numerics import errors, tolerance, without_tf32
 from ..ops.dispatch import BACKENDS, explain_selection, use_backend
-from .errors import CommandError, check_writable
+from .errors import CommandError
+from .files import check_writable, write_whole
 
 __all__ = ["OPERATORS", "Check", "Operator", "verify"]
 
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         rows = [{**asdict(c), "passed": c.passed} for c in checks]
         document = {"schema": 1, "passed": not failed, "checks": rows}
-        Path(args.json).write_text(json.dumps(document, indent=1) + "\n")
+        write_whole(args.json, json.dumps(document, indent=1) + "\n")
     passed = f"{len(checks) - len(failed)} of {len(checks)} values within 1.5 x eager's error + rounding"
     print(
         f"\n{passed} (relative L2 and maximum)" + (f"; {len(failed)} FAILED, marked with !" if failed else "")

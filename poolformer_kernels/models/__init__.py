@@ -1,16 +1,29 @@
 """Models made of the package's layers, with the official parameter names; any released checkpoint loads."""
 
 from os import PathLike
+from typing import Any
 
-from .checkpoints import CheckpointReport, convert_state_dict, download_pretrained, load_checkpoint
+import torch
+
+from ..nn.factory import Device
+from .checkpoints import (
+    CheckpointReport,
+    check_memory,
+    convert_state_dict,
+    download_pretrained,
+    load_checkpoint,
+)
+from .export import export_state_dict
 from .metaformer import MetaFormer, MetaFormerConfig
 from .poolformer import HEADS, ModelConfig, PoolFormer
 from .poolformerv2 import PoolFormerV2
 from .registry import list_models, model_class, model_config, structured
+from .timm_habits import FeatureInfo, Indices
 
 __all__ = [
     "HEADS",
     "CheckpointReport",
+    "FeatureInfo",
     "MetaFormer",
     "MetaFormerConfig",
     "ModelConfig",
@@ -18,6 +31,7 @@ __all__ = [
     "PoolFormerV2",
     "convert_state_dict",
     "create_model",
+    "export_state_dict",
     "list_models",
     "load_checkpoint",
     "model_config",
@@ -31,24 +45,30 @@ def create_model(
     head: str | None = None,
     drop_path_rate: float | None = None,
     features_only: bool = False,
-    checkpoint: str | PathLike | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     pretrained: bool = False,
-    **structure: object,
+    *,
+    out_indices: Indices = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+    **structure: Any,
 ) -> PoolFormer:
     """A PoolFormer, PoolFormerV2 or MetaFormer by name, with random weights or those of a checkpoint.
 
     Args:
         name: one of `list_models`. ``metaformer_s12`` to ``_m48`` are PoolFormer's skeletons with identity
             as the token mixer.
-        num_classes, in_chans, features_only: see `PoolFormer`.
+        num_classes, in_chans, features_only, out_indices: see `PoolFormer`.
         head: ``"official"`` or ``"timm"``, see `PoolFormer`; None is ``"timm"`` for PoolFormerV2, which has
             no other, else ``"official"``.
         drop_path_rate: stochastic depth of the last block; None is 0, as in the official code and timm. The
             training recipe's rate is ``model_config(name).drop_path_rate``.
-        checkpoint: a file for `load_checkpoint`, which also sets the head mode that belongs to it.
+        checkpoint: a file, or a folder of transformers' ``save_pretrained``, for `load_checkpoint`, which
+            also sets the head mode that belongs to it.
         pretrained: ImageNet-1k weights from the Hugging Face hub (``timm/<name>.sail_in1k``, so head mode
             ``"timm"``); for another number of classes load 1000 and call ``reset_classifier``. Of
             ``poolformer_*`` and ``poolformerv2_*``.
+        device, dtype: of the parameters, as in torch.nn; ``device="meta"`` makes a model without memory.
         structure: keywords of `MetaFormerConfig`, ``token_mixers`` to ``image_size`` and
             ``layer_scale_init``, that change the model from what its name says: `MetaFormer` has a table. Not
             of PoolFormerV2.
@@ -81,9 +101,14 @@ def create_model(
         in_chans=in_chans,
         drop_path_rate=0.0 if drop_path_rate is None else drop_path_rate,
         features_only=features_only,
+        out_indices=out_indices,
+        device=device,
+        dtype=dtype,
         **options,
     )
-    if pretrained:
+    if pretrained or checkpoint is not None:
+        check_memory(model)
+    if pretrained and config.hf_hub_id is not None:
         checkpoint = download_pretrained(config.hf_hub_id)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)

@@ -1,10 +1,11 @@
 """MetaFormer: PoolFormer's skeleton with any token mixer, norm and activation, or without a part of it."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import (
     Attention,
@@ -12,12 +13,14 @@ from ..nn import (
     GroupNorm,
     MetaFormerBlock,
     PoolFormerBlock,
+    PoolFormerStage,
     Pooling,
     PositionEmbedding,
     RandomMatrix,
     SpatialFC,
+    StarReLU,
 )
-from ..nn.checks import boolean, not_negative, odd, positive_int
+from ..nn.checks import boolean, finite, not_negative, odd, positive_int, tracing
 from .poolformer import CONFIGS, HEADS, SMALL, ModelConfig, PoolFormer
 
 __all__ = ["METAFORMER_CONFIGS", "MetaFormer", "MetaFormerConfig"]
@@ -31,6 +34,12 @@ ACTIVATIONS = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
     "silu": nn.SiLU,
+    "star_relu": StarReLU,
+}
+SIZED = {  # the mixers that are made for one size of images, and what is
+    "random_matrix": "random matrices",
+    "attention": "a position embedding",
+    "spatial_fc": "spatial FCs",
 }
 
 
@@ -46,7 +55,8 @@ class MetaFormerConfig(ModelConfig):
         pool_size: side of pool and convolution, odd.
         norm_layer: ``"group"`` (GroupNorm of one group), ``"layer"`` (LayerNorm over channels), ``"batch"``
             or ``"none"``, or a callable dim -> module; of the blocks and of the head.
-        act_layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``, or a callable () -> module.
+        act_layer: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"star_relu"``, or a callable
+            () -> module.
         residual, mlp: False leaves the residual connections or the MLPs out.
         layer_scale_init: initial value of LayerScale, None for none.
         image_size: side or (H, W) of the images. The position embedding, random matrices and spatial FCs are
@@ -78,29 +88,49 @@ class MetaFormerConfig(ModelConfig):
         for mixer in mixers:
             _check_layer("token_mixers", mixer, TOKEN_MIXERS)
         object.__setattr__(self, "token_mixers", tuple(mixers))
-        odd("pool_size", self.pool_size)
+        object.__setattr__(self, "pool_size", odd("pool_size", self.pool_size))
         _check_layer("norm_layer", self.norm_layer, NORMS)
         _check_layer("act_layer", self.act_layer, ACTIVATIONS)
         boolean("residual", self.residual)
         boolean("mlp", self.mlp)
         if self.layer_scale_init is not None:
-            not_negative("layer_scale_init", self.layer_scale_init)
+            not_negative("layer_scale_init", finite("layer_scale_init", self.layer_scale_init))
         size = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
         if len(size) != 2:
             raise ValueError(f"image_size must be an int or (height, width), got {self.image_size!r}")
         for side in size:
             if positive_int("image_size", side) < 3:
                 raise ValueError(f"image_size must be at least 3, got {side}")
-        object.__setattr__(self, "image_size", tuple(size))
+        object.__setattr__(self, "image_size", tuple(map(int, size)))
 
     @property
     def hf_hub_id(self) -> None:
         """None: the released weights are files of the official repository."""
         return None
 
-    def stage_size(self, stage: int) -> tuple[int, int]:
-        """(H, W) of a stage's maps for images of ``image_size``."""
-        height, width = ((side + 4 - 7) // 4 + 1 for side in self.image_size)
+    @property
+    def differences(self) -> str:
+        """The parts that a PoolFormer has otherwise: ``"pool_size=5, act_layer=relu"``; empty for none."""
+        usual = MetaFormerConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
+        parts = ("token_mixers", "pool_size", "norm_layer", "act_layer", "residual", "mlp")
+        changed = [part for part in parts if getattr(self, part) != getattr(usual, part)]
+        changed += ["layer_scale_init"] if self.layer_scale_init is None else []
+        return ", ".join(f"{part}={_described(getattr(self, part))}" for part in changed)
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """``image_size`` as (height, width)."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the model is made for."""
+        return 3, *self.image_sides
+
+    def stage_size(self, stage: int, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(H, W) of a stage's maps for images of ``image_size``, by default the configuration's."""
+        height, width = ((side + 4 - 7) // 4 + 1 for side in image_size or self.image_sides)
         for _ in range(stage):
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
         return height, width
@@ -140,8 +170,8 @@ class MetaFormer(PoolFormer):
 
     Args:
         config: a `MetaFormerConfig`.
-        num_classes, in_chans, head, drop_path_rate, features_only: see `PoolFormer`; head mode ``"timm"``
-            needs a norm that is ``"group"`` or ``"layer"``.
+        num_classes, in_chans, head, drop_path_rate, features_only, out_indices, device, dtype: see
+            `PoolFormer`; head mode ``"timm"`` needs a norm that is ``"group"`` or ``"layer"``.
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype; the result, logits ``[B, num_classes]``
     or four maps, is `PoolFormer`'s.
@@ -158,6 +188,23 @@ class MetaFormer(PoolFormer):
     @property
     def heads(self) -> tuple[str, ...]:
         return HEADS if self.config.norm_layer in ("group", "layer") else ("official",)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        x = super()._checked(x)
+        config = self.config
+        stages = range(sum(isinstance(module, PoolFormerStage) for module in self.network))
+        sized = next((s for s in stages if config.token_mixers[s] in SIZED), None)
+        if sized is None or tracing():
+            return x
+        height, width = x.shape[2:]
+        if config.stage_size(sized, (height, width)) != config.stage_size(sized):
+            made, got = (f"{h} x {w}" for h, w in (config.image_sides, (height, width)))
+            raise ValueError(
+                f"x has images of {got} pixels; this {config.name} has {SIZED[config.token_mixers[sized]]}"
+                f" for image_size={config.image_sides}: allowed are images of {made} pixels, or a model of"
+                f" create_model({config.name!r}, image_size=({height}, {width}))"
+            )
+        return x
 
     def _before(self, stage: int) -> list[nn.Module]:
         config = self.config
@@ -196,9 +243,19 @@ class MetaFormer(PoolFormer):
     def _norm(self, dim: int) -> nn.Module:
         return _made(self.config.norm_layer, NORMS)(dim)
 
+    def _notes(self) -> dict[str, str]:
+        return {**super()._notes(), "structure": self.config.differences}
 
-def _made(layer: Layer, named: Mapping[str, Callable]) -> Callable:
+
+def _made(layer: Any, named: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     return named[layer] if isinstance(layer, str) else layer
+
+
+def _described(part: object) -> str:
+    if isinstance(part, tuple):
+        of_each = [_described(one) for one in part]
+        return of_each[0] if len(set(of_each)) == 1 else "/".join(of_each)
+    return getattr(part, "__qualname__", type(part).__name__) if callable(part) else str(part)
 
 
 def _check_layer(name: str, layer: object, names: Collection[str]) -> None:

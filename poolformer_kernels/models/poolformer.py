@@ -1,6 +1,7 @@
 """PoolFormer: the table of released models and the module, under the official state-dict keys."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from ..layout import memory_format_of
 from ..nn import GroupNorm, PoolFormerBlock, PoolFormerStage
 from ..nn.chain_cache import calls_more, run_chain
+from ..nn.checks import integer, positive_int, probability, tracing
+from ..nn.factory import Device, placed
 from ..ops.chain import Chain
+from .timm_habits import FeatureInfo, Indices, TimmHabits, stage_indices
 
 __all__ = ["CONFIGS", "HEADS", "MEDIUM", "SMALL", "ModelConfig", "PatchEmbed", "PoolFormer"]
 
@@ -45,6 +49,31 @@ class ModelConfig:
         """The repository of the pretrained weights on the Hugging Face hub, or None where there is none."""
         return f"timm/{self.name}.sail_in1k"
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the released weights are for."""
+        return 3, self.input_size, self.input_size
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What timm's tools read of a model, `timm.data.resolve_model_data_config` for one, in its names."""
+        return {
+            "url": "",
+            "hf_hub_id": self.hf_hub_id,
+            "architecture": self.name,
+            "tag": "sail_in1k" if self.hf_hub_id else "",
+            "num_classes": 1000,
+            "input_size": self.image_shape,
+            "pool_size": tuple(-(-side // 32) for side in self.image_shape[1:]),
+            "crop_pct": self.crop_pct,
+            "crop_mode": "center",
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+
 
 SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
 CONFIGS = (
@@ -56,7 +85,7 @@ CONFIGS = (
 )
 
 
-class PoolFormer(nn.Module):
+class PoolFormer(TimmHabits):
     """PoolFormer for classification, or with ``features_only`` as a backbone for dense prediction.
 
     Args:
@@ -67,6 +96,9 @@ class PoolFormer(nn.Module):
             LayerNorm with eps 1e-6, as timm >= 0.9 evaluates the same weights.
         drop_path_rate: of the last block; the rates grow linearly from 0 in the first.
         features_only: no head, see Returns.
+        out_indices: of ``features_only``: the stages whose maps are returned, as timm's ``out_indices``: None
+            for all, an int for the last so many, or their indices. Stages behind the last are not made.
+        device, dtype: of the parameters, as in torch.nn.
 
     A call takes images ``[B, in_chans, H, W]`` of a floating dtype, H and W at least 3.
 
@@ -74,9 +106,10 @@ class PoolFormer(nn.Module):
     and in training, the modules are called, with the same result up to rounding.
 
     Returns:
-        logits ``[B, num_classes]``; with ``features_only`` a list of four maps ``[B, dims[s], H_s, W_s]`` at
+        logits ``[B, num_classes]``; with ``features_only`` a list of maps ``[B, dims[s], H_s, W_s]`` at
         strides 4, 8, 16 and 32, each through a GroupNorm of its own (``norm0``, ``norm2``, ``norm4``,
-        ``norm6``).
+        ``norm6``), which timm's maps are not: `forward_intermediates` gives those. ``feature_info`` has their
+        channels and strides.
 
     Raises:
         TypeError, ValueError: an argument or image of the wrong type, shape or range.
@@ -92,41 +125,61 @@ class PoolFormer(nn.Module):
         head: str = "official",
         drop_path_rate: float = 0.0,
         features_only: bool = False,
+        *,
+        out_indices: Indices = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if type(in_chans) is not int:
-            raise TypeError(f"in_chans must be an int, got {type(in_chans).__name__}")
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be positive, got {in_chans}")
-        if not isinstance(drop_path_rate, (int, float)):
-            raise TypeError(f"drop_path_rate must be a number, got {type(drop_path_rate).__name__}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        rate = probability("drop_path_rate", drop_path_rate)
+        if out_indices is not None and not features_only:
+            raise ValueError(f"out_indices is {out_indices}; allowed with features_only=True")
+        stages = stage_indices("out_indices", out_indices, len(config.dims))
         self.config = config
-        self.in_chans = in_chans
-        self.num_features = config.dims[-1]
+        self.in_chans = positive_int("in_chans", in_chans)
         self.features_only = features_only
         self.head_mode = head
-        self.patch_embed = self._embed(0, in_chans, config.dims[0], kernel=7, stride=4, padding=2)
-        network: list[nn.Module] = []
+        self.pretrained_cfg = config.pretrained_cfg()
+        self.num_features = self.head_hidden_size = config.dims[stages[-1]]
+        with placed(self, device, dtype):
+            self.patch_embed = self._embed(0, self.in_chans, config.dims[0], kernel=7, stride=4, padding=2)
+            self.network = nn.ModuleList(self._network(stages[-1] + 1, rate))
+            if features_only:
+                for stage in stages:
+                    self.add_module(f"norm{2 * stage}", self._norm(config.dims[stage]))
+            else:
+                self.norm = self._norm(self.num_features)
+                self.reset_classifier(num_classes)
+        self.feature_info = self._feature_info(stages)
+        self.register_state_dict_post_hook(_note_head_mode)
+
+    def _network(self, stages: int, drop_path_rate: float) -> list[nn.Module]:
+        """The entries of ``network`` for so many stages."""
+        config = self.config
         step = drop_path_rate / (sum(config.layers) - 1)
+        network: list[nn.Module] = []
         done = 0
-        for stage, (depth, dim) in enumerate(zip(config.layers, config.dims, strict=True)):
+        for stage, (depth, dim) in enumerate(zip(config.layers[:stages], config.dims, strict=False)):
             if stage > 0:
                 network.append(self._embed(stage, config.dims[stage - 1], dim, kernel=3, stride=2, padding=1))
             network += self._before(stage)
-            network.append(
-                PoolFormerStage(*(self._block(stage, step * i) for i in range(done, done + depth)))
-            )
+            blocks = (self._block(stage, step * i) for i in range(done, done + depth))
+            network.append(PoolFormerStage(*blocks))
             done += depth
-        self.network = nn.ModuleList(network)
-        if features_only:
-            for stage, dim in enumerate(config.dims):
-                self.add_module(f"norm{2 * stage}", self._norm(dim))
-        else:
-            self.norm = self._norm(self.num_features)
-            self.reset_classifier(num_classes)
-        self.register_state_dict_post_hook(_note_head_mode)
+        return network
+
+    def _feature_info(self, out_indices: tuple[int, ...]) -> FeatureInfo:
+        places = [f"network.{i}" for i, m in enumerate(self.network) if isinstance(m, PoolFormerStage)]
+        rows = (
+            {
+                "num_chs": dim,
+                "reduction": 4 << stage,
+                "module": f"norm{2 * stage}" if self.features_only else places[stage],
+                "index": stage,
+            }
+            for stage, dim in enumerate(self.config.dims)
+        )
+        return FeatureInfo(rows, out_indices)
 
     # Subclasses override these.
 
@@ -146,6 +199,10 @@ class PoolFormer(nn.Module):
     def _norm(self, dim: int) -> nn.Module:
         return GroupNorm(dim)
 
+    def _notes(self) -> dict[str, str]:
+        """What a state dict's metadata says of the model; ``structure``: how it differs from a PoolFormer."""
+        return {"head_mode": self.head_mode, "structure": ""}
+
     @property
     def heads(self) -> tuple[str, ...]:
         """The head modes that the model can be evaluated with, its own first."""
@@ -162,25 +219,39 @@ class PoolFormer(nn.Module):
             raise ValueError(f"head is {mode!r}; allowed: {', '.join(self.heads)}")
         self._head_mode = mode
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(
+        self,
+        num_classes: int,
+        global_pool: str | None = None,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Replace the classifier by a new one of so many outputs (0: none), on the model's device and dtype.
 
+        Args:
+            num_classes: its outputs.
+            global_pool: timm's argument: None or ``"avg"``, the mean over pixels that the model has.
+            device, dtype: where not the model's.
+
         Raises:
-            TypeError, ValueError: num_classes is not an int, or negative.
+            TypeError, ValueError: num_classes is not an int, or negative; another global_pool.
             RuntimeError: the model has no head (``features_only``).
         """
         self._require_head()
-        if type(num_classes) is not int:
-            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 0:
+        if integer("num_classes", num_classes) < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            like = self.patch_embed.proj.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool is {global_pool!r}; allowed: None, 'avg'")
+        self.num_classes = int(num_classes)
+        self.head: nn.Module = nn.Identity()
+        if self.num_classes > 0:
+            like = next(self.patch_embed.parameters())
+            device = like.device if device is None else device
+            head = nn.Linear(self.num_features, self.num_classes, device=device, dtype=dtype or like.dtype)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            self.head = head
         self.head.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -201,17 +272,12 @@ class PoolFormer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = self._checked(x)
         if not self.features_only:
+            x = self._checked(x)
             logits = run_chain(self, x, _channels_last(x, self.patch_embed))
             return self.forward_head(self.forward_features(x)) if logits is None else logits
-        x = self.patch_embed(x)
-        features = []
-        for module in self.network:
-            x = module(x)
-            if isinstance(module, PoolFormerStage):
-                features.append(self.get_submodule(f"norm{2 * len(features)}")(x))
-        return features
+        wanted = self.feature_info.out_indices
+        return self.forward_intermediates(x, wanted, norm=True, stop_early=True, intermediates_only=True)
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the whole model to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
@@ -240,15 +306,13 @@ class PoolFormer(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+        if tracing():  # what is asked of sizes now would be constants of the trace
+            return x
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {list(x.shape)}")
         if x.shape[2] < 3 or x.shape[3] < 3:
             raise ValueError(f"x must be at least 3 pixels high and wide, got {x.shape[2]} x {x.shape[3]}")
         return x
-
-    def _require_head(self) -> None:
-        if self.features_only:
-            raise RuntimeError("this model was created with features_only=True and has no head")
 
 
 class PatchEmbed(nn.Module):
@@ -286,6 +350,8 @@ def _channels_last(x: Tensor, embed: nn.Module) -> bool:
     )
 
 
-def _note_head_mode(model: PoolFormer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """The head mode goes into the state dict's metadata: no key could hold it and stay official."""
-    local_metadata["head_mode"] = model.head_mode
+def _note_head_mode(
+    model: PoolFormer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """What no key could hold and stay official goes into the state dict's metadata."""
+    local_metadata.update(model._notes())

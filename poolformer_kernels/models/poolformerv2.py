@@ -1,9 +1,12 @@
 """PoolFormerV2: PoolFormer with StarReLU, ResScale and norms without biases."""
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import ChannelLayerNorm, GroupNorm, MetaFormerBlock, StarReLU
+from ..nn.factory import Device
 from .poolformer import MEDIUM, SMALL, ModelConfig, PatchEmbed, PoolFormer
+from .timm_habits import Indices
 
 __all__ = ["CONFIGS_V2", "PoolFormerV2"]
 
@@ -57,8 +60,22 @@ class PoolFormerV2(PoolFormer):
         head: str = "timm",
         drop_path_rate: float = 0.0,
         features_only: bool = False,
+        *,
+        out_indices: Indices = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(config, num_classes, in_chans, head, drop_path_rate, features_only)
+        super().__init__(
+            config,
+            num_classes,
+            in_chans,
+            head,
+            drop_path_rate,
+            features_only,
+            out_indices=out_indices,
+            device=device,
+            dtype=dtype,
+        )
         for module in self.modules():
             if isinstance(module, NormedPatchEmbed):
                 nn.init.trunc_normal_(module.proj.weight, std=0.02)

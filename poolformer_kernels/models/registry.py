@@ -3,6 +3,7 @@
 import difflib
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from typing import Any
 
 from .metaformer import METAFORMER_CONFIGS, MetaFormer, MetaFormerConfig
 from .poolformer import CONFIGS, ModelConfig, PoolFormer
@@ -39,7 +40,7 @@ def model_config(name: str, pattern: str = "*") -> ModelConfig:
     return _CONFIGS[name]
 
 
-def structured(config: ModelConfig, structure: dict[str, object]) -> ModelConfig:
+def structured(config: ModelConfig, structure: dict[str, Any]) -> ModelConfig:
     """The configuration with keywords of `MetaFormerConfig` changed.
 
     Raises:

@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layout import memory_format_of
 from ..ops.chain import Chain
 from .chain_cache import calls_more, run_chain
-from .checks import hooked, is_number, positive_int, probability
+from .checks import boolean, finite, hooked, makes_module, positive_int, probability, tracing
+from .factory import Device, placed
 from .fusion import MIXER, MLP, BlockParts, FusedBlock, MlpOperands, run_stage
 from .layers import DropPath, GroupNorm, Pooling, StarReLU
-from .mlp import Mlp
+from .mlp import TRACED, Mlp
+from .names import class_path, more_than_forward
 
 __all__ = ["PoolFormerBlock", "PoolFormerStage"]
 
@@ -41,6 +44,7 @@ class PoolFormerBlock(nn.Module):
         layer_scale_init_value: its initial value.
         save_hidden: see `poolformer_kernels.ops.mlp`.
         token_mixer: called with ``dim``; ``Pooling(pool_size)`` when None.
+        device, dtype: of the parameters, as in torch.nn; what the three callables make gets them, too.
 
     Returns:
         y, of x's shape and memory format. Under autocast on the CPU a bfloat16 x stays bfloat16, while the
@@ -67,24 +71,29 @@ class PoolFormerBlock(nn.Module):
         *,
         save_hidden: bool | None = None,
         token_mixer: Callable[[int], nn.Module] | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        positive_int("dim", dim)
-        if not is_number(mlp_ratio) or int(dim * mlp_ratio) < 1:
-            raise ValueError(
-                f"mlp_ratio must be a number that leaves at least one channel, got {mlp_ratio!r}"
-            )
-        self.norm1 = norm_layer(dim)
-        self.token_mixer = Pooling(pool_size) if token_mixer is None else token_mixer(dim)
-        self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, save_hidden=save_hidden)
-        self.drop_path = DropPath(drop_path) if probability("drop_path", drop_path) > 0 else nn.Identity()
-        self.use_layer_scale = use_layer_scale
-        for name in ("layer_scale_1", "layer_scale_2"):
-            scale = (
-                nn.Parameter(torch.full((dim,), float(layer_scale_init_value))) if use_layer_scale else None
-            )
-            self.register_parameter(name, scale)
+        dim = positive_int("dim", dim)
+        hidden = int(dim * finite("mlp_ratio", mlp_ratio))
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio must leave at least one channel, got {mlp_ratio!r}")
+        makes_module("norm_layer", norm_layer, "poolformer_kernels.nn.GroupNorm")
+        if token_mixer is not None:
+            makes_module("token_mixer", token_mixer, "poolformer_kernels.nn.Pooling")
+        initial = finite("layer_scale_init_value", layer_scale_init_value)
+        with placed(self, device, dtype):
+            self.norm1 = norm_layer(dim)
+            self.token_mixer = Pooling(pool_size) if token_mixer is None else token_mixer(dim)
+            self.norm2 = norm_layer(dim)
+            self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=drop, save_hidden=save_hidden)
+            drops = probability("drop_path", drop_path) > 0
+            self.drop_path = DropPath(drop_path) if drops else nn.Identity()
+            self.use_layer_scale = boolean("use_layer_scale", use_layer_scale)
+            for name in ("layer_scale_1", "layer_scale_2"):
+                scale = nn.Parameter(torch.full((dim,), initial)) if use_layer_scale else None
+                self.register_parameter(name, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_stats(x)[0]
@@ -136,34 +145,38 @@ class PoolFormerBlock(nn.Module):
     def mixer_unfused_reason(self) -> str | None:
         """Why the token mixer sub-block is not one operator call, or None where it is."""
         mixer = self._modules["token_mixer"]
+        if tracing():
+            return TRACED
         if type(mixer) is not Pooling:
-            return f"token_mixer is {type(mixer).__name__}, not Pooling"
+            return f"token_mixer is {class_path(mixer)}, not Pooling"
         if hooked(mixer):
-            return "token_mixer has hooks"
+            return more_than_forward("token_mixer", mixer)
         return self._around_unfused_reason("norm1")
 
     def mlp_unfused_reason(self) -> str | None:
         """Why the MLP sub-block is not one operator call, or None where it is."""
         mlp = self._modules["mlp"]
         if type(mlp) is not Mlp:
-            return f"mlp is {type(mlp).__name__}, not Mlp"
+            return f"mlp is {class_path(mlp)}, not Mlp"
         reason = mlp.unfused_reason()
         if reason is not None:
             return reason
         if type(mlp._modules["fc1"]) is not nn.Conv2d:
             return "mlp has linear layers, not convolutions"
         if hooked(mlp):
-            return "mlp has hooks"
+            return more_than_forward("mlp", mlp)
         return self._around_unfused_reason("norm2")
 
     def _around_unfused_reason(self, name: str) -> str | None:
         norm, drop_path = self._modules[name], self._modules["drop_path"]
         if type(norm) not in _GROUP_NORMS or norm.num_groups != 1:
-            return f"{name} is {type(norm).__name__}, not a GroupNorm of one group"
+            return f"{name} is {class_path(norm)}, not a GroupNorm of one group"
         if type(drop_path) not in _DROP_PATHS:
-            return f"drop_path is {type(drop_path).__name__}, not DropPath or Identity"
-        if hooked(norm) or hooked(drop_path):
-            return f"{name} or drop_path has hooks"
+            return f"drop_path is {class_path(drop_path)}, not DropPath or Identity"
+        if hooked(norm):
+            return more_than_forward(name, norm)
+        if hooked(drop_path):
+            return more_than_forward("drop_path", drop_path)
         return None
 
 
@@ -241,6 +254,9 @@ class PoolFormerStage(nn.Sequential):
 
     Inference is one operator call where no block has hooks, on CUDA in channels_last only.
 
+    With ``grad_checkpointing = True`` each block keeps its input alone for the backward, which computes the
+    block again: training needs less memory and a third more time, with the same gradients.
+
     x and the result are ``[B, C, H, W]``; dtypes and layouts are the blocks'.
 
     Raises:
@@ -249,11 +265,14 @@ class PoolFormerStage(nn.Sequential):
     Source: MetaFormer (arXiv 2111.11418), Figure 2 and section 3.2.
     """
 
+    grad_checkpointing = False
+
     def forward(self, x: Tensor) -> Tensor:
         y = run_chain(self, x, channels_last=isinstance(x, Tensor) and memory_format_of(x) == _LAST)
         if y is not None:
             return y
-        return run_stage(self, x, _fusion_of)
+        again = self.grad_checkpointing and torch.is_grad_enabled() and not tracing()
+        return run_stage(self, x, _Checkpointed if again else _fusion_of)
 
     def add_to(self, chain: Chain) -> bool:
         """Adds the blocks to a chain of layers; see `poolformer_kernels.nn.chain_cache.Chained`."""
@@ -264,6 +283,31 @@ def _fusion_of(block: nn.Module) -> FusedBlock | None:
     """How a stage runs a block without calling it; None: it must be called."""
     own_forward = getattr(type(block), "forward", None) is PoolFormerBlock.forward
     return PARTS if own_forward and not calls_more(block) else None
+
+
+class _Checkpointed:
+    """Runs a block that keeps its input alone for the backward, which runs it again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.fusion = _fusion_of(block)
+
+    def fused(self, block: nn.Module) -> tuple[bool, bool]:
+        return (False, False) if self.fusion is None else self.fusion.fused(block)
+
+    def run(
+        self, block: nn.Module, x: Tensor, fused: tuple[bool, bool], stats: Tensor | None, return_stats: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        paths = [m for m in block.modules() if isinstance(m, DropPath) and m.draws is not None]
+        calls = [path.calls for path in paths]
+
+        def compute(x: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            for path, count in zip(paths, calls, strict=True):
+                path.calls = count  # the second time the same samples are dropped
+            if self.fusion is None:
+                return block(x), None
+            return self.fusion.run(block, x, fused, stats, return_stats)
+
+        return checkpoint(compute, x, stats, use_reentrant=False)
 
 
 _NORMS, _BODIES, _SCALES = ("norm1", "norm2"), ("token_mixer", "mlp"), ("layer_scale_1", "layer_scale_2")

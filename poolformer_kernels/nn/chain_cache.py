@@ -1,7 +1,9 @@
 """Which modules run as one operator call, found once and kept for as long as nothing about them changes."""
 
+import threading
+from collections.abc import Iterator, Set
 from operator import getitem, is_
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -11,9 +13,10 @@ from ..ops.chain import Chain, chainable
 from ..ops.torch_private import HOOKS, compiled_on_its_own, has_global_hooks
 from .checks import hooked
 
-__all__ = ["PLACE", "Chained", "calls_more", "forget_chain", "run_chain"]
+__all__ = ["CHANGES", "PLACE", "Chained", "calls_more", "forget_chain", "modules_of", "run_chain"]
 
 PLACE = "_poolformer_kernels_plan"  # an attribute of the module, so that both die together
+CHANGES = threading.RLock()  # held by a thread while it gives modules other classes or attributes
 _INTERNAL = vars(nn.Module()).keys() - {"training"} | {PLACE}
 
 
@@ -45,13 +48,38 @@ def run_chain(module: nn.Module, x: Tensor, channels_last: bool) -> Tensor | Non
 
 def forget_chain(module: nn.Module) -> None:
     """Removes what `run_chain` keeps in the module."""
-    module.__dict__.pop(PLACE, None)
+    with CHANGES:
+        module.__dict__.pop(PLACE, None)
 
 
-def _collect(module: Chained) -> Chain | None:
+def modules_of(root: nn.Module, again: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """``root.named_modules()``, also while another thread puts modules in or takes some out.
+
+    A module that is in several places comes once, or ``again`` in each. What TorchScript has compiled comes
+    without its parts, which are no modules any more.
+    """
+    seen: set[nn.Module] = set()
+    left = [("", root)]
+    while left:
+        path, module = left.pop()
+        if again or module not in seen:
+            seen.add(module)
+            yield path, module
+            if not isinstance(module, torch.jit.ScriptModule):
+                inside = reversed(module._modules.copy().items())
+                left += ((f"{path}.{name}".lstrip("."), m) for name, m in inside if m is not None)
+
+
+def _is_chained(module: nn.Module) -> bool:
+    """Whether the module can be layers of a chain; `poolformer_kernels.restore` takes that from it."""
+    return hasattr(type(module), "add_to")
+
+
+def _collect(module: nn.Module) -> Chain | None:
     chain = Chain()
+    add_to = getattr(module, "add_to", None)  # None: another thread has just restored it
     try:
-        return chain if module.add_to(chain) else None
+        return chain if add_to is not None and add_to(chain) else None
     except KeyError:  # something that is mostly a parameter or a module is a plain attribute
         return None
 
@@ -64,20 +92,23 @@ class _CachedChain:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        root.__dict__.setdefault(PLACE, None)  # counted by the sizes below
+        with CHANGES:
+            if _is_chained(root):
+                root.__dict__.setdefault(PLACE, None)  # counted by the sizes below
         self._root = ref(root)
-        self._places: list[dict] = []
+        self._places: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._values: list[object] = []
-        self._modules = [*root.modules()]
+        modules = [module for _, module in modules_of(root)]
+        self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # of no chain
         self._types = [*map(type, self._modules)]
-        self._hooks: list[dict] = []
+        self._hooks: list[dict[str, Any]] = []
         for module in self._modules:
             attributes = module.__dict__
-            self._watch(attributes, [key for key in attributes if key not in _INTERNAL])
-            self._watch(module._parameters, list(module._parameters))
-            self._watch(module._modules, list(module._modules))
-            self._watch(module._buffers, list(module._buffers))
+            self._watch(attributes, _INTERNAL)
+            self._watch(module._parameters)
+            self._watch(module._modules)
+            self._watch(module._buffers)
             if module is not root:  # the call that led here has run root's hooks
                 self._hooks += (attributes[name] for name in HOOKS)
         self._hooked = [*map(bool, self._hooks)]
@@ -89,12 +120,15 @@ class _CachedChain:
         # a parametrization computes its tensor anew in each call
         computed = any("parametrizations" in m._modules for m in self._modules)
         self.chain = None if computed else _collect(root)
-        root.__dict__[PLACE] = self
+        with CHANGES:
+            if PLACE in root.__dict__:  # else another thread has restored the module or forgotten its chain
+                root.__dict__[PLACE] = self
 
-    def _watch(self, place: dict, keys: list[str]) -> None:
-        self._places += [place] * len(keys)
-        self._keys += keys
-        self._values += (place[key] for key in keys)
+    def _watch(self, place: dict[str, Any], without: Set[str] = frozenset()) -> None:
+        entries = {key: value for key, value in place.copy().items() if key not in without}
+        self._places += [place] * len(entries)
+        self._keys += entries.keys()
+        self._values += entries.values()
 
     def is_current(self, root: nn.Module) -> bool:
         """Whether nothing that the chain was read from has changed."""

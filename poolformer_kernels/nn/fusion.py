@@ -7,7 +7,7 @@ is called, how statistics travel and what a chain takes is written here, once.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..ops.dispatch import select_backend
 from ..ops.mlp import mlp_with_stats
 from ..ops.pool_mixer import pool_mixer_with_stats
 
-__all__ = ["MIXER", "MLP", "BlockParts", "FusedBlock", "MlpOperands", "run_stage"]
+__all__ = ["MIXER", "MLP", "BlockParts", "FusedBlock", "MlpOperands", "Operators", "run_stage"]
 
 MIXER, MLP = range(2)  # the values of ``which``: the two sub-blocks of a block
 
@@ -32,10 +32,31 @@ class MlpOperands(NamedTuple):
     activation: str
 
 
+class Operators:
+    """The operators as blocks call them, on the backend that is in force."""
+
+    def pool_mixer(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `poolformer_kernels.ops.pool_mixer.pool_mixer_with_stats`."""
+        return pool_mixer_with_stats(x, weight, bias, **options)
+
+    def mlp(
+        self, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `poolformer_kernels.ops.mlp.mlp_with_stats`."""
+        return mlp_with_stats(x, w1, b1, w2, b2, **options)
+
+    def stats_are_free(self, x: Tensor) -> bool:
+        """Whether statistics cost nothing: the reference would compute them in another pass over y."""
+        return select_backend(x.device, x.dtype) != "reference"
+
+
 class BlockParts(ABC):
     """One kind of block: where it keeps what the operators take, and the rules that it has of its own."""
 
     widens = False  # whether a LayerScale or ResScale of a wider dtype widens the residual stream
+    operators = Operators()
 
     @abstractmethod
     def norm(self, block: nn.Module, which: int) -> nn.GroupNorm:
@@ -132,7 +153,7 @@ class BlockParts(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         norm, scale = self.norm(block, MIXER), self.layer_scale(block, MIXER)
         x = self._widened(x, scale)
-        y, stats = pool_mixer_with_stats(
+        y, stats = self.operators.pool_mixer(
             x,
             norm.weight,
             norm.bias,
@@ -142,7 +163,7 @@ class BlockParts(ABC):
             drop_scale=self.drop_scale(block, MIXER, x),
             residual=shortcut is True,
             stats=stats,
-            return_stats=return_stats and isinstance(shortcut, bool) and _on_kernels(x),
+            return_stats=return_stats and isinstance(shortcut, bool) and self.operators.stats_are_free(x),
         )
         return self.add_shortcut(y, x, shortcut), stats
 
@@ -160,7 +181,7 @@ class BlockParts(ABC):
         w1, b1, w2, b2, activation = self.mlp_operands(block, activation)
         drop_scale, b2, constant = self.mlp_drop_scale(block, x, b2, scale)
         final = isinstance(shortcut, bool) and constant is None  # nothing follows the operator
-        y, stats = mlp_with_stats(
+        y, stats = self.operators.mlp(
             x,
             w1,
             b1,
@@ -176,7 +197,7 @@ class BlockParts(ABC):
             residual=shortcut is True,
             save_hidden=self.save_hidden(block),
             stats=stats,
-            return_stats=return_stats and final and _on_kernels(x),
+            return_stats=return_stats and final and self.operators.stats_are_free(x),
         )
         if constant is not None:
             y = torch.addcmul(y, *(t.to(y.dtype) for t in constant))
@@ -234,18 +255,15 @@ def run_stage(
     """
     blocks = [*blocks]
     fusions = [fusion_of(block) for block in blocks]
-    fused = [f is not None and f.fused(block) for f, block in zip(fusions, blocks, strict=True)]
-    stats = None
-    for i, block in enumerate(blocks):
-        if fusions[i] is None:
+    fused = [
+        (False, False) if fusion is None else fusion.fused(block)
+        for fusion, block in zip(fusions, blocks, strict=True)
+    ]
+    stats: Tensor | None = None
+    for i, (block, fusion) in enumerate(zip(blocks, fusions, strict=True)):
+        if fusion is None:
             x, stats = block(x), None
-            continue
-        following = fused[i + 1] if i + 1 < len(blocks) else False
-        wanted = bool(following) and following[MIXER]
-        x, stats = fusions[i].run(block, x, fused[i], stats, wanted)
+        else:
+            wanted = i + 1 < len(blocks) and fused[i + 1][MIXER]
+            x, stats = fusion.run(block, x, fused[i], stats, wanted)
     return x
-
-
-def _on_kernels(x: Tensor) -> bool:
-    """Whether statistics cost nothing: the reference would compute them in another pass over y."""
-    return isinstance(x, Tensor) and select_backend(x.device, x.dtype) != "reference"

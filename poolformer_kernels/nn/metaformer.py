@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..ops.chain import Chain
 from .block import PoolFormerBlock
-from .checks import boolean, is_number
+from .checks import boolean, finite
+from .factory import Device
 from .fusion import MIXER
 from .layers import GroupNorm
 
@@ -28,7 +29,7 @@ class MetaFormerBlock(PoolFormerBlock):
 
     Args:
         dim, pool_size, mlp_ratio, act_layer, norm_layer, drop, drop_path, use_layer_scale,
-            layer_scale_init_value, save_hidden, token_mixer: see `PoolFormerBlock`.
+            layer_scale_init_value, save_hidden, token_mixer, device, dtype: see `PoolFormerBlock`.
         residual: add x to each branch.
         mlp: have the second line.
         mlp_bias: whether the MLP's layers have biases.
@@ -59,6 +60,8 @@ class MetaFormerBlock(PoolFormerBlock):
         mlp: bool = True,
         mlp_bias: bool = True,
         res_scale_init_value: float | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -72,12 +75,12 @@ class MetaFormerBlock(PoolFormerBlock):
             layer_scale_init_value,
             save_hidden=save_hidden,
             token_mixer=token_mixer,
+            device=device,
+            dtype=dtype,
         )
         self.residual = boolean("residual", residual)
         if res_scale_init_value is not None:
-            if not is_number(res_scale_init_value):
-                got = type(res_scale_init_value).__name__
-                raise TypeError(f"res_scale_init_value must be a number or None, got {got}")
+            finite("res_scale_init_value", res_scale_init_value)
             if not residual:
                 raise ValueError(
                     f"res_scale_init_value must be None where residual is False, got {res_scale_init_value}"
@@ -86,7 +89,8 @@ class MetaFormerBlock(PoolFormerBlock):
         for i in lines:
             scale = None
             if res_scale_init_value is not None:
-                scale = nn.Parameter(torch.full((dim,), float(res_scale_init_value)))
+                initial = torch.full((int(dim),), float(res_scale_init_value), device=device, dtype=dtype)
+                scale = nn.Parameter(initial)
             self.register_parameter(f"res_scale_{i}", scale)
         if not mlp:
             self.register_module("norm2", None)

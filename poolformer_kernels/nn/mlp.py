@@ -2,18 +2,25 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .checks import boolean, hooked, positive_int, probability
+from .checks import boolean, hooked, makes_module, positive_int, probability, tracing
+from .factory import Device, placed
 from .layers import StarReLU
+from .names import class_path, more_than_forward
 
-__all__ = ["Mlp", "activation_name", "pointwise_reason"]
+__all__ = ["TRACED", "Mlp", "activation_name", "pointwise_reason"]
+
+TRACED = "a trace is being made, which must run without this package"
 
 
 class Mlp(nn.Module):
-    """Two 1x1 convolutions (or linear layers) with an activation between: the official and timm's ``Mlp``.
+    """Two 1x1 convolutions (or linear layers) with an activation between: the official ``Mlp``.
 
     Equivalent PyTorch::
 
@@ -33,8 +40,15 @@ class Mlp(nn.Module):
         use_conv: fc1 and fc2 are ``nn.Conv2d`` and x is ``[B, C, H, W]`` (or ``[C, H, W]``); else they are
             ``nn.Linear`` and x is ``[..., C]``.
         save_hidden: see `poolformer_kernels.ops.mlp`.
+        device, dtype: of the parameters, as in torch.nn.
 
     A state dict with weights ``[out, in]`` or ``[out, in, 1, 1]`` loads into either kind of layer.
+
+    timm's ``Mlp`` computes the same from the same parameters, with these differences: its default is
+    ``use_conv=False``; it has a ``norm_layer`` before fc2, its fifth argument, and ``bias`` is its sixth;
+    ``bias`` and ``drop`` may be pairs, one for each layer; its dropouts are two modules, ``drop1`` and
+    ``drop2``; and its weights start as PyTorch's, while here they start as the official code's, normal with
+    a standard deviation of 0.02, and biases as 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
@@ -53,19 +67,24 @@ class Mlp(nn.Module):
         bias: bool = True,
         use_conv: bool = True,
         save_hidden: bool | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        positive_int("in_features", in_features)
-        hidden = in_features if hidden_features is None else positive_int("hidden_features", hidden_features)
-        out = in_features if out_features is None else positive_int("out_features", out_features)
+        channels = positive_int("in_features", in_features)
+        hidden = channels if hidden_features is None else positive_int("hidden_features", hidden_features)
+        out = channels if out_features is None else positive_int("out_features", out_features)
+        makes_module("act_layer", act_layer, "torch.nn.GELU")
         boolean("bias", bias)
-        kernel = (1,) if boolean("use_conv", use_conv) else ()
-        layer = nn.Conv2d if use_conv else nn.Linear
+        make: Callable[..., nn.Conv2d | nn.Linear] = nn.Linear
+        if boolean("use_conv", use_conv):
+            make = partial(nn.Conv2d, kernel_size=1)
         self.save_hidden = boolean("save_hidden", save_hidden, optional=True)
-        self.fc1 = layer(in_features, hidden, *kernel, bias=bias)
-        self.act = act_layer()
-        self.fc2 = layer(hidden, out, *kernel, bias=bias)
-        self.drop = nn.Dropout(probability("drop", drop))
+        with placed(self, device, dtype):
+            self.fc1 = make(channels, hidden, bias=bias)
+            self.act = act_layer()
+            self.fc2 = make(hidden, out, bias=bias)
+            self.drop = nn.Dropout(probability("drop", drop))
         for fc in (self.fc1, self.fc2):
             nn.init.trunc_normal_(fc.weight, std=0.02)
             if bias:
@@ -99,7 +118,8 @@ class Mlp(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The old name of `operator_weights`, until 0.3.0."""
-        warnings.warn("Mlp.operands is now Mlp.operator_weights", DeprecationWarning, stacklevel=2)
+        message = "Mlp.operands is now Mlp.operator_weights; the old name goes in 0.3.0"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         return self.operator_weights()
 
     @property
@@ -112,25 +132,28 @@ class Mlp(nn.Module):
         """Why a call is not one operator call, or None where it is."""
         modules = self._modules  # an attribute of a module costs nearly 1 us, and this is asked in every call
         fc1, act, fc2, drop = modules["fc1"], modules["act"], modules["fc2"], modules["drop"]
+        if tracing():
+            return TRACED
         if self.activation is None:
-            return f"act is {type(act).__name__}, not GELU, ReLU, SiLU or StarReLU"
+            return f"act is {class_path(act)}, not GELU, ReLU, SiLU or StarReLU"
         if type(drop) is nn.Dropout:
             if drop.p > 0 and drop.training:
                 return f"drop is active (p = {drop.p})"
         elif type(drop) is not nn.Identity:
-            return f"drop is {type(drop).__name__}, not Dropout or Identity"
+            return f"drop is {class_path(drop)}, not Dropout or Identity"
         if type(fc1) is nn.Conv2d and type(fc2) is nn.Conv2d:
             for name, fc in (("fc1", fc1), ("fc2", fc2)):
                 reason = pointwise_reason(name, fc)
                 if reason is not None:
                     return reason
         elif type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
-            return f"fc1 and fc2 are {type(fc1).__name__} and {type(fc2).__name__}, not Conv2d or Linear"
-        if hooked(fc1) or hooked(act) or hooked(fc2) or hooked(drop):
-            return "fc1, act, fc2 or drop has hooks"
+            return f"fc1 and fc2 are {class_path(fc1)} and {class_path(fc2)}, not Conv2d or Linear"
+        for name, module in (("fc1", fc1), ("act", act), ("fc2", fc2), ("drop", drop)):
+            if hooked(module):
+                return more_than_forward(name, module)
         return None
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, fc in (("fc1", self.fc1), ("fc2", self.fc2)):
             key = f"{prefix}{name}.weight"
             given, own = state_dict.get(key), getattr(fc, "weight", None)

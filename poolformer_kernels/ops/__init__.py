@@ -1,8 +1,17 @@
 """The operators: schema, checks, fakes, autograd and autocast. The kernels are in `..backends`."""
 
-from . import norm_stats
-from .dispatch import available_backends, use_backend
+from . import flops, norm_stats
+from .dispatch import available_backends, backend_reasons, get_backend, use_backend
 from .mlp import mlp
 from .pool_mixer import pool_mixer
 
-__all__ = ["available_backends", "mlp", "norm_stats", "pool_mixer", "use_backend"]
+__all__ = [
+    "available_backends",
+    "backend_reasons",
+    "flops",
+    "get_backend",
+    "mlp",
+    "norm_stats",
+    "pool_mixer",
+    "use_backend",
+]

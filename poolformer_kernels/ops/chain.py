@@ -1,17 +1,29 @@
 """Layers in a row as one operator, for inference: activations and statistics stay inside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .batching import register_batching
 from .dispatch import select_backend
 from .library import LIBRARY, NAMESPACE, call, refuse_forward_derivatives
 from .torch_private import forward_mode, in_transform, observed
 
-__all__ = ["CONV", "MIXER", "MLP", "POOLS", "Chain", "Layer", "chainable", "register_cuda_chain"]
+__all__ = [
+    "CONV",
+    "MIXER",
+    "MLP",
+    "POOLS",
+    "Chain",
+    "Layer",
+    "LayerShape",
+    "chainable",
+    "layer_shapes",
+    "register_cuda_chain",
+]
 
 # Kinds of layers, as csrc/cpu/chain/chain.cpp numbers them
 CONV, MIXER, MLP = range(3)
@@ -49,10 +61,10 @@ def chainable(x: Tensor) -> bool:
         )
     return (
         x.is_cpu
-        and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and (torch.compiler.is_compiling() or not in_transform())
         and select_backend("cpu", x.dtype) == "cpp"
+        and x.numel() > 0  # last: a trace, which no backend computes, would record the question
     )
 
 
@@ -71,7 +83,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
-        self.plans: dict = {}  # what the CUDA backends keep for the calls to come
+        self.plans: dict[object, object] = {}  # what the CUDA backends keep for the calls to come
         self._weights: list[Tensor] = []
         self._vectors: list[Tensor] = []
         self._parameters: list[Tensor] = []  # all of them, in the order of the layers
@@ -166,15 +178,25 @@ class Chain:
         return call(torch.ops.poolformer_kernels.chain_cpp.default, *arguments)
 
 
-def _fake(
-    x: Tensor, parameters: list[Tensor], steps: list[int], epsilons: list[float], channels_last: bool
-) -> Tensor:
-    batch, channels, height, width = x.shape
-    steps, parameters, pooled = iter(steps), iter(parameters), False
+class LayerShape(NamedTuple):
+    """The sizes of a layer within a call."""
+
+    kind: int
+    weights: tuple[Sequence[int], ...]  # the shapes of its matrices or kernels
+    output: tuple[int, int, int]  # channels, height, width
+
+
+def layer_shapes(
+    x: Sequence[int], parameters: Iterable[Sequence[int]], steps: Iterable[int]
+) -> Iterator[LayerShape]:
+    """Of every layer of a chain, given the operator's arguments, each tensor by its shape."""
+    _, channels, height, width = x
+    steps, parameters = iter(steps), iter(parameters)
     for kind in steps:
         present = next(steps)
+        weights = tuple(next(parameters) for _ in range({CONV: 1, MLP: 2}.get(kind, 0)))
         if kind == CONV:
-            channels, _, *kernel = next(parameters).shape
+            channels, _, *kernel = weights[0]
             stride, padding = next(steps), next(steps)
             height, width = (
                 (size + 2 * padding - k) // stride + 1
@@ -182,17 +204,23 @@ def _fake(
             )
         elif kind in POOLS.values():
             height = width = 1
-            pooled = True
         else:
             next(steps)  # the pool size or the activation
-            for _ in range(2 if kind == MLP else 0):
-                next(parameters)
         for _ in range(present.bit_count()):
             next(parameters)
-    if pooled:
-        return x.new_empty((batch, channels))
+        yield LayerShape(kind, weights, (channels, height, width))
+
+
+def _fake(
+    x: Tensor, parameters: list[Tensor], steps: list[int], epsilons: list[float], channels_last: bool
+) -> Tensor:
+    layers = [*layer_shapes(x.shape, (p.shape for p in parameters), steps)]
+    channels, height, width = layers[-1].output
+    if any(layer.kind in POOLS.values() for layer in layers):
+        return x.new_empty((x.shape[0], channels))
     fmt = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=fmt)
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 LIBRARY.define("replay(Tensor[] tensors, int settings) -> Tensor[]")  # backends/triton/replay.py
@@ -201,3 +229,4 @@ LIBRARY.define(
     "chain_cpp(Tensor x, Tensor[] parameters, int[] steps, float[] epsilons, bool channels_last) -> Tensor"
 )
 torch.library.register_fake(f"{NAMESPACE}::chain_cpp", _fake, lib=LIBRARY)
+register_batching(torch.ops.poolformer_kernels.chain_cpp.default, LIBRARY, per_sample=(0,))

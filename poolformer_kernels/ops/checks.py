@@ -1,11 +1,22 @@
 """Checks of operator arguments: each error names the argument, what was given and what is allowed."""
 
 import sys
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_bool", "check_eps", "check_input", "check_stats", "check_tensor", "check_vectors"]
+from ..reference import ACTIVATIONS
+
+__all__ = [
+    "check_activation",
+    "check_bool",
+    "check_eps",
+    "check_input",
+    "check_stats",
+    "check_tensor",
+    "check_vectors",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -16,6 +27,11 @@ def check_input(x: Tensor) -> None:
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.is_nested:
+        raise TypeError(
+            "x must be a dense tensor [B, C, H, W] of images of one size, got a nested tensor; call the"
+            " operator with image[None] for each image of x.unbind()"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor (torch.strided), got {x.layout}")
     if x.dim() != 4:
@@ -73,14 +89,26 @@ def check_stats(x: Tensor, stats: Tensor) -> None:
         raise ValueError(f"stats must be on x's device {x.device}, got {stats.device}")
 
 
+def check_activation(activation: str) -> None:
+    """activation is a name of the operator's; MetaFormer's StarReLU is one of them and weights."""
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return
+    message = f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+    if activation == "star_relu":
+        message += (
+            "; StarReLU, s * relu(h)**2 + b, is 'relu_squared' with s * w2 for w2 and b2 + b * w2.sum(1)"
+            " for b2: poolformer_kernels.nn.StarReLU.fold(w2, b2) returns both, and an nn.Mlp with StarReLU"
+            " as its act_layer does it by itself"
+        )
+    raise ValueError(message)
+
+
 def check_eps(eps: float) -> None:
     """eps is a finite number, not negative."""
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, (int, float, Real)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    if eps > sys.float_info.max:
-        raise ValueError(f"eps must be a finite float, got {eps}")
+    if not 0 <= eps <= sys.float_info.max:  # not so where it is NaN
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
 
 
 def check_bool(name: str, value: bool | None, optional: bool = False) -> None:

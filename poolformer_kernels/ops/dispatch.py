@@ -2,19 +2,21 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
+from .. import environment
 from .torch_private import constant_result
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "available_backends",
+    "backend_reasons",
     "explain_selection",
+    "get_backend",
     "mlp_backend",
     "mlp_of_cuda",
     "register",
@@ -55,8 +57,11 @@ class Backend(Protocol):
         """Which MLP it has no kernel for, in words, if these sizes and operands are one; else None."""
 
     @staticmethod
-    def hidden_kept_from() -> float:
-        """From how many channels on fc1's output is kept for the backward, if the caller leaves it open."""
+    def hidden_kept_from(operand: torch.dtype) -> float:
+        """From how many channels on fc1's output is kept for the backward, if the caller leaves it open.
+
+        ``operand`` is the dtype of the products.
+        """
 
 
 _registered: dict[str, Backend] = {}
@@ -65,7 +70,7 @@ _registered: dict[str, Backend] = {}
 def register(name: str, backend: Backend) -> None:
     """Makes a backend known under one of the names of `BACKENDS`; backends call it when they are imported."""
     if name not in BACKENDS:
-        raise ValueError(f"name is {name!r}; allowed: {', '.join(BACKENDS)}")
+        raise ValueError(f"backend is {name!r}; allowed: {', '.join(BACKENDS)}")
     _registered[name] = backend
 
 
@@ -74,14 +79,21 @@ def registered(name: str) -> Backend:
     return _registered[name]
 
 
-def _checked(name: str, origin: str) -> str:
-    if name not in _CHOICES:
-        raise ValueError(f"{origin} is {name!r}; allowed: {', '.join(_CHOICES)}")
-    return name
-
-
-_chosen = _checked(os.environ.get("POOLFORMER_KERNELS_BACKEND", "auto"), "POOLFORMER_KERNELS_BACKEND")
+_chosen = environment.choice("POOLFORMER_KERNELS_BACKEND", _CHOICES)
 _logged: set[str] = set()
+
+
+def get_backend() -> str:
+    """The choice in force: the innermost `use_backend`'s, else ``POOLFORMER_KERNELS_BACKEND``'s, else "auto".
+
+    Which backend "auto" takes depends on the call: see `poolformer_kernels.explain`.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     get_backend()
+        'reference'
+    """
+    return _chosen
 
 
 @contextlib.contextmanager
@@ -93,12 +105,22 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: at once, for an unknown name.
-        RuntimeError: from the operator, if that backend cannot run the call. It never falls back.
+        RuntimeError: from the operator, if that backend cannot run the call. It never falls back. Only traces
+            for TorchScript and ONNX, which have none of our operators, take the reference in any case.
 
-    The choice is per process, not per thread; a call keeps the backend of its forward for its backward.
+    The choice is the process's, not the thread's: while one thread is in the block, calls in all threads
+    follow it. Leaving the block puts back what held when it was entered, so blocks of several threads must
+    not overlap: where threads compute at once, enter it around all of them. A call keeps the backend of its
+    forward for its backward, wherever autograd runs that.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     y = poolformer_kernels.ops.pool_mixer(torch.ones(1, 2, 3, 3), None, None)
     """
     global _chosen
-    previous, _chosen = _chosen, _checked(name, "backend")
+    if name not in _CHOICES:
+        raise ValueError(f"backend is {name!r}; allowed: {', '.join(_CHOICES)}")
+    previous, _chosen = _chosen, name
     try:
         yield
     finally:
@@ -127,18 +149,35 @@ def unavailable_reason(backend: str, device: torch.device | None = None) -> str 
             return found.unavailable(torch.device("cpu"))
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         reasons = [unavailable_reason(backend, each) for each in devices] or ["no CUDA device"]
-        return None if None in reasons else "; ".join(dict.fromkeys(reasons))
+        known = dict.fromkeys(reason for reason in reasons if reason is not None)
+        return None if None in reasons else "; ".join(known)
     if device.type not in found.DEVICES:
         return f"it runs on {' and '.join(found.DEVICES)} tensors, not {device.type}"
     return found.unavailable(_with_index(device))
 
 
-def available_backends() -> dict[str, str | None]:
-    """Every backend by name, with None where it can run here and the reason where it cannot.
+def available_backends() -> list[str]:
+    """The names of the backends that can run here, in the order of `BACKENDS`; see `backend_reasons`.
 
-    One of several CUDA devices that a backend can run on is enough; `poolformer_kernels.explain` asks each.
+    Of several CUDA devices one that a backend can run on is enough; `poolformer_kernels.explain` asks each.
+
+    Example:
+        >>> available_backends()
+        ['reference', 'cpp']
     """
-    return {name: unavailable_reason(name) for name in BACKENDS}
+    reasons = backend_reasons()
+    return [name for name in BACKENDS if name not in reasons]
+
+
+def backend_reasons() -> dict[str, str]:
+    """Why a backend cannot run here, by name: only those that cannot, so it is empty where all can.
+
+    Example:
+        >>> backend_reasons()
+        {'triton': 'triton is not installed', 'cuda': 'no CUDA device'}
+    """
+    reasons = {name: unavailable_reason(name) for name in BACKENDS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -155,8 +194,8 @@ _PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # what ``auto`` tri
 
 def select_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that runs a call with x on this device and of this dtype."""
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        return "reference"  # whatever was asked for: ONNX has none of our operators
+    if torch.onnx.is_in_onnx_export() if torch.compiler.is_compiling() else torch.jit.is_tracing():
+        return "reference"  # whatever was asked for: neither ONNX nor what reads a trace has our operators
     return _selected(_chosen, device, dtype)
 
 
@@ -168,8 +207,8 @@ def _selected(chosen: str, device: torch.device | str, dtype: torch.dtype) -> st
         backend, reason = _decide(chosen, device, dtype)
     if torch.device(device) == _with_index(torch.device(device)):  # `cuda` alone follows the current device
         _SELECTED[chosen, device, dtype] = backend, reason
-    if backend == "reference" and chosen == "auto":
-        _log_reference(reason)
+    if backend == "reference" and chosen == "auto" and torch.device(device).type != "meta":
+        _log_reference(reason)  # of meta tensors nothing is computed, however it is done
     return backend
 
 
@@ -189,7 +228,7 @@ def _decide(chosen: str, device: torch.device | str, dtype: torch.dtype) -> tupl
     preferred = _PREFERENCE.get(device.type)
     if preferred is None:
         return "reference", f"no kernel backend runs on {device.type} tensors"
-    reasons = []
+    reasons: list[str] = []
     for backend in preferred:
         reason = _unsupported(backend, device, dtype)
         if reason is None:

@@ -1,12 +1,14 @@
 """The torch.library namespace that every operator is defined in, and how operators are called."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..layout import memory_format_of
+from .batching import register_batching
 from .torch_private import (
     OpOverload,
     any_requires_grad,
@@ -30,10 +32,10 @@ __all__ = [
 NAMESPACE = "poolformer_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _FUNCTIONS: dict[OpOverload, type[torch.autograd.Function]] = {}  # for each op that has a backward
-_REPLAYS: dict[OpOverload, Callable[[tuple], tuple[Tensor, ...] | None]] = {}
+_REPLAYS: dict[OpOverload, Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]] = {}
 
 
-def register_replay(name: str, replay: Callable[[tuple], tuple[Tensor, ...] | None]) -> None:
+def register_replay(name: str, replay: Callable[[tuple[Any, ...]], tuple[Tensor, ...] | None]) -> None:
     """``replay(arguments)`` returns what the op of this name would, or None; it is tried first.
 
     It calls no operator that a dispatch mode could see, so under one the op is called.
@@ -69,7 +71,7 @@ def refuse_forward_derivatives(operator: str, backend: str, tensors: tuple[Tenso
         )
 
 
-def call(op, *args):
+def call(op: OpOverload, *args: Any) -> Any:
     """The op on these arguments, by the shortest way through the dispatcher.
 
     `torch.library.register_autograd` walks through the schema in each call that autograd records, which takes
@@ -95,11 +97,16 @@ def register(
     operator: str,
     backend: str,
     schemas: tuple[str, str],
-    fakes: tuple[Callable, Callable],
-    setup_context: Callable,
-    backward: Callable,
+    fakes: tuple[Callable[..., object], Callable[..., object]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., object],
+    per_sample: tuple[int, ...],
 ) -> tuple[OpOverload, OpOverload]:
-    """Defines one backend's (forward, backward) ops, differentiable once; kernels register themselves."""
+    """Defines one backend's (forward, backward) ops, differentiable once; kernels register themselves.
+
+    Args:
+        per_sample: the positions of the forward's arguments whose first dimension is the batch, x first.
+    """
 
     def double_backward(ctx, *_):
         raise RuntimeError(
@@ -115,6 +122,8 @@ def register(
     torch.library.register_autograd(forward, backward, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(derivative, double_backward, lib=LIBRARY)
     ops = tuple(getattr(torch.ops.poolformer_kernels, name).default for name in names)
+    register_batching(ops[0], LIBRARY, per_sample)
+    register_batching(ops[1], LIBRARY, ())
 
     def function_forward(ctx, *args):
         output = _run(ops[0], args)

@@ -5,10 +5,18 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import memory_format_of
-from .checks import check_bool, check_eps, check_input, check_stats, check_tensor, check_vectors
+from .checks import (
+    check_activation,
+    check_bool,
+    check_eps,
+    check_input,
+    check_stats,
+    check_tensor,
+    check_vectors,
+)
 from .dispatch import mlp_backend, mlp_of_cuda, registered, select_backend
 from .library import call, refuse_forward_derivatives, register
-from .torch_private import constant_result, tf32_allowed
+from .torch_private import OpOverload, constant_result, tf32_allowed
 
 __all__ = ["allows_tf32", "check_arguments", "mlp", "mlp_with_stats"]
 
@@ -76,7 +84,8 @@ def mlp(
         save_hidden: keep fc1's output for the backward instead of computing it again from x: faster where
             memory is plenty. It takes ``hidden / C`` times the memory of x in the operands' dtype, which is
             less than half of what eager PyTorch keeps. None: where that is faster and x is small: on CPUs
-            without a matrix unit from 256 channels on, on GPUs from 320 on. False: never.
+            from 256 channels on, unless a matrix unit computes the products (bfloat16 with AMX), on GPUs from
+            320 on. False: never.
 
     Returns:
         y ``[B, out, H, W]``, of x's dtype; channels_last if x's channels are innermost, else contiguous.
@@ -94,6 +103,9 @@ def mlp(
     the CPU has no products of that dtype, "cpp" multiplies float32 weights as they are): their gradients are
     then float32 throughout. The plain form then returns that dtype; with ``residual`` the stream keeps x's,
     and on CUDA a half x is computed in, and returned as, float32.
+
+    ``torch.vmap`` over x, with or without drop_scale, is one call on a larger batch; over parameters one
+    call for each member.
 
     Raises:
         TypeError: an argument that is not a tensor, or of a dtype that is not supported.
@@ -187,7 +199,7 @@ def mlp_with_stats(
     else:
         refuse_forward_derivatives("mlp", backend, tensors)
         if save_hidden is None:
-            save_hidden = w1.shape[1] >= _hidden_kept_from(backend)
+            save_hidden = w1.shape[1] >= _hidden_kept_from(backend, operand)
         if save_hidden:
             save_hidden = _differentiates(tensors)
         rounds_to = operand if backend == "triton" else cast_to  # None: "cpp" follows its weights
@@ -201,8 +213,8 @@ def mlp_with_stats(
 
 
 @constant_result
-def _hidden_kept_from(backend: str) -> float:
-    return registered(backend).hidden_kept_from()
+def _hidden_kept_from(backend: str, operand: torch.dtype) -> float:
+    return registered(backend).hidden_kept_from(operand)
 
 
 def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -258,9 +270,23 @@ def _autocast(
 
 
 def check_arguments(
-    x, w1, b1, w2, b2, activation, norm, norm_weight, norm_bias, eps, layer_scale, drop_scale, residual,
-    save_hidden, stats, cast_to,
-) -> torch.dtype:  # fmt: skip
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    norm: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    residual: bool,
+    save_hidden: bool | None,
+    stats: Tensor | None,
+    cast_to: torch.dtype | None,
+) -> torch.dtype:
     """Raises `mlp`'s errors; returns the dtype of the products' operands: ``cast_to`` under autocast."""
     batch, channels = x.shape[:2]
     dtype = x.dtype
@@ -284,8 +310,7 @@ def check_arguments(
         ),
         vectors,
     )
-    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     check_bool("norm", norm, optional=True)
     if not norm:
         for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("stats", stats)):
@@ -407,10 +432,11 @@ def _register(backend: str) -> None:
         (forward_fake, backward_fake),
         setup_context,
         backward,
+        per_sample=(0, 8, 9),  # x, drop_scale, stats
     )
 
 
-_FORWARD_OPS = {}
-_BACKWARD_OPS = {}
+_FORWARD_OPS: dict[str, OpOverload] = {}
+_BACKWARD_OPS: dict[str, OpOverload] = {}
 for _backend in ("cpp", "triton", "cuda"):
     _register(_backend)

@@ -1,5 +1,7 @@
 """The token mixer operator: norm, then average pool minus identity, and the residual around it."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from ..layout import memory_format_of
 from .checks import check_bool, check_eps, check_input, check_stats, check_vectors
 from .dispatch import registered, select_backend
 from .library import call, empty_output, refuse_forward_derivatives, register
+from .torch_private import OpOverload
 
 __all__ = ["check_arguments", "pool_mixer"]
 
@@ -62,6 +65,9 @@ def pool_mixer(
     Under autocast the operator follows GroupNorm's rule: on CUDA a half x is computed in, and returned as,
     float32 (the residual stream of eager AMP); on the CPU x keeps its dtype.
 
+    ``torch.vmap`` over x, with or without drop_scale, is one call on a larger batch; over parameters one
+    call for each member.
+
     Raises:
         TypeError: an argument that is not a tensor, or of a dtype that is not supported.
         ValueError: a wrong rank, size, device, pool size or eps.
@@ -106,6 +112,7 @@ def pool_mixer_with_stats(
         (y, partials of y or None).
     """
     check_arguments(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual)
+    pool_size = int(pool_size)  # numpy's, too
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
     backend = select_backend(x.device, x.dtype)
@@ -131,7 +138,17 @@ def pool_mixer_with_stats(
     return y, y_stats if return_stats else None
 
 
-def check_arguments(x, weight, bias, layer_scale, drop_scale, stats, pool_size, eps, residual) -> None:
+def check_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    stats: Tensor | None,
+    pool_size: int,
+    eps: float,
+    residual: bool,
+) -> None:
     """Raises `pool_mixer`'s errors."""
     check_input(x)
     batch, channels = x.shape[:2]
@@ -146,7 +163,7 @@ def check_arguments(x, weight, bias, layer_scale, drop_scale, stats, pool_size, 
     )
     if stats is not None:
         check_stats(x, stats)
-    if type(pool_size) is not int:
+    if type(pool_size) is not int and (isinstance(pool_size, bool) or not isinstance(pool_size, Integral)):
         raise TypeError(f"pool_size must be an int, got {type(pool_size).__name__}")
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(f"pool_size must be odd and positive, got {pool_size}")
@@ -220,10 +237,11 @@ def _register(backend: str) -> None:
         (forward_fake, backward_fake),
         setup_context,
         backward,
+        per_sample=(0, 4, 5),  # x, drop_scale, stats
     )
 
 
-_FORWARD_OPS = {}
-_BACKWARD_OPS = {}
+_FORWARD_OPS: dict[str, OpOverload] = {}
+_BACKWARD_OPS: dict[str, OpOverload] = {}
 for _backend in ("cpp", "triton", "cuda"):
     _register(_backend)

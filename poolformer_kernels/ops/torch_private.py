@@ -5,9 +5,10 @@ ways to them copy or search in each call. The oldest torch that is supported is 
 tests/test_torch_private.py says which of these a torch has not, or has otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "CALLED_INSTEAD",
     "HOOKS",
     "TRACED_PARAMETERS",
     "OpOverload",
+    "OwnRandomNumbers",
     "TorchDispatchMode",
     "allow_repeated_backward",
     "any_requires_grad",
@@ -41,24 +44,32 @@ __all__ = [
     "outside_transforms_and_modes",
     "tf32_allowed",
     "tree_leaves",
+    "tree_map",
 ]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # The type of torch.ops.<namespace>.<name>.<overload>, which has no public name.
 OpOverload = torch._ops.OpOverload
 
 # `TorchDispatchMode` sees every operator that runs, and `tree_leaves` finds the tensors among its arguments:
-# the bytes that eager PyTorch moves are counted so, and torch.profiler counts none on the meta device.
+# the bytes that eager PyTorch moves are counted so, and torch.profiler counts none on the meta device. With
+# `tree_map` the rules for `torch.vmap` take a member's tensors out of an operator's arguments.
 
 # A module's hooks: nn.Module registers them publicly, but cannot be asked whether there are any.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Attributes of a module that its call prefers to its class's forward: one set by hand, `module.compile()`.
+CALLED_INSTEAD = ("forward", "_compiled_call_impl")
 
 # What parameters are while torch.export traces; torch.compiler.is_exporting does not tell of one tensor.
 TRACED_PARAMETERS = (FakeTensor, FunctionalTensor)
 
 
-def constant_result(function: Callable) -> Callable:
+def constant_result(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.assume_constant_result`, which would import the whole compiler: 1.5 s of our import."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -145,6 +156,39 @@ def compiled_on_its_own(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+class OwnRandomNumbers(TorchDispatchMode):
+    """Random operators of this thread draw from a generator of their own, the same numbers every time.
+
+    `torch.random.fork_rng` would seed the generator of all threads. The schema, which is not public, says
+    whether an operator takes a generator; the few that take none (attention, say, which draws nothing without
+    dropout) run as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            given = _arguments(function)
+            packet = function.overloadpacket
+            for overload in (function, *(getattr(packet, name) for name in packet.overloads())):
+                if _arguments(overload) == given | {"generator"}:
+                    return overload(*args, **kwargs | {"generator": self._generator})
+        return function(*args, **kwargs)
+
+
+def _arguments(function: OpOverload) -> set[str]:
+    return {argument.name for argument in function._schema.arguments}
+
+
 # A context in which no dispatch mode sees what is called.
 outside_modes = _disable_current_modes
 
@@ -160,7 +204,7 @@ def outside_transforms_and_modes() -> ExitStack:
     return stack
 
 
-def frozen_weights() -> AbstractContextManager:
+def frozen_weights() -> AbstractContextManager[object]:
     """A context in which torch.compile makes weights constants of what it compiles, for the benchmarks.
 
     The compiler is imported here: that takes seconds.

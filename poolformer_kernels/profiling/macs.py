@@ -1,22 +1,23 @@
 """Multiply-accumulates in two conventions, fvcore's and torch's, and the bytes that eager PyTorch moves."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..nn import Mlp
-from ..ops.chain import CONV, MLP, POOLS
 from ..ops.dispatch import use_backend
 from ..ops.torch_private import TorchDispatchMode, tree_leaves
 
-__all__ = ["EagerCost", "count_macs", "eager_cost"]
+__all__ = ["EagerCost", "count_macs", "eager_cost", "written_out"]
 
+Result = TypeVar("Result")
 _aten = torch.ops.aten
-_ours = torch.ops.poolformer_kernels
 
 
 def _convolution(x, weight, bias, stride, padding, dilation, transposed, *_, out) -> int:
@@ -42,61 +43,14 @@ _COUNTED = {
     _aten.native_group_norm.default: ("group_norm", lambda x, w, *_, out: _norm(x, w is not None)),
     _aten.native_batch_norm.default: ("batch_norm", lambda x, w, *_, out: x.numel() * (1 + (w is not None))),
     _aten.native_layer_norm.default: ("layer_norm", lambda x, shape, w, *_, out: _norm(x, w is not None)),
+    _aten.upsample_nearest2d.default: ("upsampling", lambda x, *_, out: out.numel()),
+    _aten.upsample_bilinear2d.default: ("upsampling", lambda x, *_, out: 4 * out.numel()),
 }
 
 
 # These need a statistic of the whole sample before they can write the first element: they read their input
 # twice.
 _READ_TWICE = {_aten.native_group_norm.default, _aten.native_layer_norm.default}
-
-
-# Formulas for FlopCounterMode, which counts what a kernel executes, two FLOPs for a multiply-accumulate. Each
-# of our operators that multiplies matrices or convolves has one.
-
-
-@register_flop_formula([_ours.mlp_cpp, _ours.mlp_triton])
-def _mlp_flops(x, w1, b1, w2, *_, out_shape, **__) -> int:
-    return 2 * _tokens(x) * w1[0] * (w1[1] + w2[0])
-
-
-@register_flop_formula([_ours.mlp_cpp_backward, _ours.mlp_triton_backward])
-def _mlp_backward_flops(
-    grad, x, mean_rstd, w1, b1, w2, b2, norm_weight, norm_bias, layer_scale, drop_scale, hidden,
-    activation, norm, residual, parameter_grads, drop_grad, *_, out_shape, **__,
-) -> int:  # fmt: skip
-    """fc1 again unless its output was saved, the gradients of both inputs and, where asked, both weights."""
-    recomputed = w1[1] if hidden is None else 0
-    return 2 * _tokens(x) * w1[0] * ((w1[1] + w2[0]) * (1 + parameter_grads) + recomputed)
-
-
-@register_flop_formula([_ours.chain_cpp])
-def _chain_flops(x, parameters, steps, *_, out_shape, **__) -> int:
-    batch, _, height, width = x
-    steps, shapes, macs = iter(steps), iter(parameters), 0
-    for kind in steps:
-        present = next(steps)
-        if kind == CONV:
-            out, channels, *kernel = next(shapes)
-            stride, padding = next(steps), next(steps)
-            kernel = kernel or (1, 1)
-            height, width = (
-                (n + 2 * padding - k) // stride + 1 for n, k in zip((height, width), kernel, strict=True)
-            )
-            macs += batch * height * width * out * channels * kernel[0] * kernel[1]
-        elif kind in POOLS.values():
-            height = width = 1
-        else:
-            next(steps)  # the pool size or the activation
-            if kind == MLP:
-                w1, w2 = next(shapes), next(shapes)
-                macs += batch * height * width * w1[0] * (w1[1] + w2[0])
-        for _ in range(present.bit_count()):
-            next(shapes)
-    return 2 * macs
-
-
-def _tokens(shape) -> int:
-    return shape[0] * shape[2] * shape[3]
 
 
 class _Counter(TorchDispatchMode):
@@ -121,9 +75,8 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
 
     fvcore's convention, the one of the published PoolFormer figures: a convolution or matrix product counts
     its multiplications, a normalisation 5 per element (4 without affine parameters; a batch norm 2 and 1),
-    pooling, activations and additions nothing. A fused operator counts as the operations it stands for, in
-    the forward pass alone (PyTorch's ``FlopCounterMode``, where this module registers the operators, counts
-    what a kernel executes).
+    upsampling 1 per element of its result (bilinear 4), pooling, activations and additions nothing. A fused
+    operator counts as the operations it stands for.
 
     Args:
         model: any module; it runs on meta tensors in eval mode, so nothing is computed and no weight copied.
@@ -137,18 +90,27 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[str]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     counter = _Counter()
-    # with a hook on fc1 an Mlp calls its layers one by one instead of its fused operator
-    hooks = [m.fc1.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, Mlp)]
     try:
         # no_grad, because in inference_mode composite operators would reach the counter undecomposed
-        with torch.no_grad(), use_backend("reference"), counter:
+        with torch.no_grad(), written_out(model), counter:
             torch.func.functional_call(model, state, (x,))
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
     return counter.macs
+
+
+@contextmanager
+def written_out(model: nn.Module) -> Iterator[None]:
+    """Within it the model's calls consist of PyTorch's own operators."""
+    # with a hook on fc1 an Mlp calls its layers one by one instead of its fused operator
+    hooks = [m.fc1.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, Mlp)]
+    try:
+        with use_backend("reference"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -160,8 +122,8 @@ class EagerCost:
     moved: int
 
 
-def eager_cost(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[EagerCost, Tensor]:
-    """What ``call(x)`` costs as it is written, operator by operator; and its result.
+def eager_cost(call: Callable[..., Result], *args: object) -> tuple[EagerCost, Result]:
+    """What ``call(*args)`` costs as it is written, operator by operator; and its result.
 
     Every ATen operator reads its tensors and writes its results, a normalisation reading its input twice,
     for the statistics and for the result; views move nothing. Caches are not modelled. What the numbers
@@ -169,9 +131,9 @@ def eager_cost(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[EagerCost, 
 
     Args:
         call: a function of plain PyTorch operators; on meta tensors nothing is computed.
-        x: its argument.
+        args: its arguments.
     """
     counter, flops = _Counter(), FlopCounterMode(display=False)
-    with torch.no_grad(), counter, flops:
-        y = call(x)
+    with torch.no_grad(), flops, counter:  # `flops` takes some operators apart, so it is behind the counter
+        y = call(*args)
     return EagerCost(counter.macs.total(), flops.get_total_flops() // 2, counter.moved), y

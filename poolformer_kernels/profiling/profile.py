@@ -3,9 +3,10 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import MetaFormer, PoolFormer, PoolFormerV2
 from ..ops.dispatch import select_backend, use_backend
@@ -17,6 +18,7 @@ from .throughput import Timing
 
 __all__ = ["Profile", "Row", "profile"]
 
+Model = TypeVar("Model", bound=nn.Module)
 _LAYER_S, _MODEL_S = 1.0, 4.0  # seconds after which a measurement ends, but not before 3 rounds
 _FORMATS = (torch.channels_last, torch.contiguous_format)
 
@@ -135,10 +137,10 @@ def profile(
     dtype = dtype or own.dtype
     if measure and own.is_meta:
         raise ValueError("model is on the meta device and has no weights to time (measure=False only counts)")
-    device = _checked_device(own.device if device is None else device)
+    device = checked_device(own.device if device is None else device)
     backend = select_backend(device, dtype) if measure else None
     shape = (batch, model.in_chans, height, width)
-    work = _without_hooks(model)
+    work = without_hooks(model)
     timings = None
     if measure:
         work.to(device=device, dtype=dtype, memory_format=memory_format)
@@ -165,6 +167,14 @@ def _checked(model, size, batch, dtype, memory_format, measure, rounds) -> tuple
         raise TypeError(f"model must be a poolformer_kernels.models.PoolFormer, got {type(model).__name__}")
     if isinstance(model, (MetaFormer, PoolFormerV2)):
         raise TypeError(f"model must be a plain PoolFormer, got {type(model).__name__}; count_macs takes any")
+    if memory_format not in _FORMATS:
+        allowed = " or ".join(map(str, _FORMATS))
+        raise ValueError(f"memory_format must be {allowed}, got {memory_format!r}")
+    return checked_options(size, batch, dtype, measure, rounds)
+
+
+def checked_options(size, batch, dtype, measure, rounds) -> tuple[int, int]:
+    """(height, width); raises TypeError or ValueError for an option of the wrong type or range."""
     sides = (size, size) if type(size) is int else size
     if not isinstance(sides, tuple) or len(sides) != 2 or any(type(side) is not int for side in sides):
         raise TypeError(f"size must be an int or a tuple of two ints, got {size!r}")
@@ -177,15 +187,12 @@ def _checked(model, size, batch, dtype, memory_format, measure, rounds) -> tuple
             raise ValueError(f"{name} must be positive, got {value}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
-    if memory_format not in _FORMATS:
-        allowed = " or ".join(map(str, _FORMATS))
-        raise ValueError(f"memory_format must be {allowed}, got {memory_format!r}")
     if type(measure) is not bool:
         raise TypeError(f"measure must be a bool, got {type(measure).__name__}")
     return sides
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
@@ -197,7 +204,7 @@ def _checked_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _without_hooks(model: PoolFormer) -> PoolFormer:
+def without_hooks(model: Model) -> Model:
     """A copy in eval mode whose modules are called without the model's hooks, which are not copied either."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = (getattr(module, name) for module in model.modules() for name in names)

@@ -11,7 +11,7 @@ from poolformer_kernels.ops import dispatch as selection
 
 
 def lines(module) -> dict[str, list[str]]:
-    return {line.split()[0]: line.split(maxsplit=3)[2:] for line in pk.explain(module).splitlines()}
+    return {call.path: [call.backend, call.reason] for call in pk.explain(module).calls}
 
 
 def test_explain_says_what_stays_with_triton(monkeypatch) -> None:

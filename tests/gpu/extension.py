@@ -88,14 +88,14 @@ def check(out: Path | None, dry: bool) -> int:
         (out / "device.txt").write_text(f"{name}\n")
     print(f"{name}, {arch}; torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"package: {Path(pk.__file__).parent}")
-    archs, backends, problems = build_info().get("cuda_archs", []), pk.available_backends(), []
+    archs, reasons, problems = build_info().get("cuda_archs", []), pk.backend_reasons(), []
     for backend in ("triton", "cuda"):
-        print(f"backend {backend}: {backends[backend] or 'available'}")
-        if backends[backend] is not None:
-            problems.append(f"backend {backend} cannot run: {backends[backend]}")
+        print(f"backend {backend}: {reasons.get(backend, 'available')}")
+        if backend in reasons:
+            problems.append(f"backend {backend} cannot run: {reasons[backend]}")
     if arch not in archs and not dry:
         problems.append(f"the extension was built for {', '.join(archs) or 'no GPU'}, not for {arch}")
-    if backends["cuda"] is None:  # a missing symbol shows in the first launch, not in the import
+    if "cuda" not in reasons:  # a missing symbol shows in the first launch, not in the import
         torch.ops.poolformer_kernels.norm_stats_cuda(torch.ones(1, 64, 4, 4, device="cuda"))
         torch.cuda.synchronize()
         print("a kernel of the extension was launched")

@@ -175,16 +175,16 @@ def images(batch=8, size=224, dtype=torch.bfloat16, memory_format=torch.channels
 
 @pytest.mark.host
 def test_explain() -> None:
-    lines = pk.explain(s12()).splitlines()
-    assert len(lines) == 2 * 12
-    for line in lines:
-        place, operator, backend, reason = re.split(r"\s{2,}", line)
-        narrow = place.startswith(("network.0.", "network.2."))
-        if operator == "pool_mixer" or narrow:
-            assert (backend, reason) == ("cuda", "asked for")
+    calls = pk.explain(s12()).calls
+    assert len(calls) == 2 * 12
+    for call in calls:
+        narrow = call.path.startswith(("network.0.", "network.2."))
+        if call.operator == "pool_mixer" or narrow:
+            assert (call.backend, call.reason) == ("cuda", "asked for")
         else:
-            assert backend == "triton"
-            assert re.fullmatch(r"asked for; cuda has no kernel for (320|512) to .* channels, not .*", reason)
+            assert call.backend == "triton"
+            missing = r"asked for; cuda has no kernel for (320|512) to .* channels, not .*"
+            assert re.fullmatch(missing, call.reason)
 
 
 # ---- whole models ------------------------------------------------------------------------------------------

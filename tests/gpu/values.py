@@ -56,8 +56,8 @@ def unavailable() -> list[str]:
     """A line for each CUDA backend that cannot run."""
     import poolformer_kernels as pk
 
-    reasons = pk.available_backends()
-    return [f"backend {name} cannot run: {reasons[name]}" for name in ("triton", "cuda") if reasons[name]]
+    reasons = pk.backend_reasons()
+    return [f"backend {name} cannot run: {reasons[name]}" for name in ("triton", "cuda") if name in reasons]
 
 
 def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:

@@ -18,7 +18,7 @@ BACKWARD = torch.ops.poolformer_kernels.pool_mixer_triton_backward.default
 
 
 def test_the_interpreter_makes_the_backend_available_on_the_cpu() -> None:
-    assert pk.available_backends()["triton"] is None
+    assert "triton" in pk.available_backends()
     assert "cpu" in backend.DEVICES
 
 

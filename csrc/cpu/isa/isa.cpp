@@ -6,6 +6,7 @@
 #include <unistd.h>
 #endif
 
+#include <cctype>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -67,16 +68,32 @@ std::vector<Isa> isa_supported() {
   return levels;
 }
 
+static std::string joined(const std::vector<Isa>& levels) {
+  std::string out;
+  for (Isa isa : levels) out += (out.empty() ? "" : ", ") + std::string(isa_name(isa));
+  return out;
+}
+
+// POOLFORMER_KERNELS_ISA in lower case; empty where it is not set.
+static std::string forced_name() {
+  const char* given = std::getenv("POOLFORMER_KERNELS_ISA");
+  std::string name = given == nullptr ? "" : given;
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name;
+}
+
 static Isa choose() {
   const auto levels = isa_supported();
-  const char* forced = std::getenv("POOLFORMER_KERNELS_ISA");
-  if (forced == nullptr || *forced == '\0') return levels.back();
-  std::string allowed;
-  for (Isa isa : levels) {
-    if (forced == std::string(isa_name(isa))) return isa;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(isa_name(isa));
-  }
-  throw std::runtime_error("POOLFORMER_KERNELS_ISA is '" + std::string(forced) + "'; this machine runs: " + allowed);
+  const std::string forced = forced_name();
+  if (forced.empty()) return levels.back();
+  for (Isa isa : levels)
+    if (forced == isa_name(isa)) return isa;
+  const std::string given = "POOLFORMER_KERNELS_ISA is '" + std::string(std::getenv("POOLFORMER_KERNELS_ISA")) + "'";
+  for (Isa isa : isa_compiled())
+    if (forced == isa_name(isa))
+      throw std::runtime_error(given + ", which this processor does not run; allowed here: " + joined(levels));
+  throw std::runtime_error(given + "; allowed: " + joined(isa_compiled()) + "; of these this processor runs " +
+                           joined(levels));
 }
 
 Isa isa_chosen() {

@@ -1,0 +1,3 @@
+"""The package's version, for what lies below the package's own namespace."""
+
+__version__ = "0.2.0"

@@ -1,0 +1,185 @@
+"""Folders that transformers' save_pretrained writes, and errors that name a checkpoint once."""
+
+import json
+
+import pytest
+import torch
+from helpers import randn
+from peers import randomise, relative_error, require
+
+import poolformer_kernels as pk
+from poolformer_kernels.models.files import IN_FOLDER
+
+CLASSES = 7
+X = randn(2, 3, 48, 64)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    transformers = require("transformers", "models.poolformer.modeling_poolformer")
+    require("safetensors")
+    torch.manual_seed(1)
+    config = transformers.PoolFormerConfig(num_labels=CLASSES)
+    return randomise(transformers.PoolFormerForImageClassification(config), 1).eval()
+
+
+def ours(**options):
+    return pk.create_model("poolformer_s12", num_classes=CLASSES, **options).eval()
+
+
+def assert_same_logits(model, theirs):
+    assert model.head_mode == "official"
+    with torch.no_grad():
+        assert relative_error(model(X), theirs(X).logits) < 1e-5
+
+
+def save_bin(theirs, folder, shards=1):
+    """As transformers < 5 does without safetensors."""
+    state = theirs.state_dict()
+    keys = list(state)
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    places = {key: f"pytorch_model-{i % shards + 1:05}-of-{shards:05}.bin" for i, key in enumerate(keys)}
+    for name in set(places.values()):
+        torch.save({key: state[key] for key in keys if places[key] == name}, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", IN_FOLDER)
+def test_every_kind_of_folder(kind, theirs, tmp_path):
+    """config.json is not needed."""
+    if kind.startswith("model"):
+        theirs.save_pretrained(tmp_path, max_shard_size="10MB" if kind.endswith("json") else "5GB")
+        (tmp_path / "config.json").unlink()
+    else:
+        save_bin(theirs, tmp_path, 3 if kind.endswith("json") else 1)
+    assert (tmp_path / kind).is_file()
+    if kind.endswith("json"):
+        assert len(set(json.loads((tmp_path / kind).read_text())["weight_map"].values())) > 1
+    assert_same_logits(ours(checkpoint=tmp_path), theirs)
+    model = ours(head="timm")
+    report = pk.load_checkpoint(model, str(tmp_path))
+    assert (report.source, report.not_in_file, report.not_in_model) == ("huggingface", (), ())
+    assert_same_logits(model, theirs)
+
+
+def test_safetensors_come_first(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"another format")
+    assert_same_logits(ours(checkpoint=tmp_path), theirs)
+
+
+def test_a_folder_that_timm_saved(tmp_path):
+    """Of timm's names, so evaluated as timm does."""
+    timm = require("timm")
+    safetensors = require("safetensors.torch")
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model("poolformer_s12", num_classes=CLASSES)).eval()
+    safetensors.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    model = ours(checkpoint=tmp_path)
+    assert model.head_mode == "timm"
+    with torch.no_grad():
+        assert relative_error(model(X), theirs(X)) < 1e-5
+
+
+# ---- folders that do not fit -------------------------------------------------------------------------------
+
+
+def nothing(theirs, folder):
+    pass
+
+
+def other_files(theirs, folder):
+    for name in ("tf_model.h5", "config.json", "a.txt", "b.txt", "c.txt", "d.txt"):
+        (folder / name).write_text("{}")
+
+
+def missing_part(theirs, folder):
+    save_bin(theirs, folder, 3)
+    (folder / "pytorch_model-00002-of-00003.bin").unlink()
+
+
+def index_of(content):
+    def make(theirs, folder):
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return make
+
+
+def broken(theirs, folder):
+    (folder / "model.safetensors").write_bytes(b"nothing of the kind")
+
+
+def broken_part(theirs, folder):
+    save_bin(theirs, folder, 3)
+    (folder / "pytorch_model-00002-of-00003.bin").write_bytes(b"nothing of the kind")
+
+
+def list_part(theirs, folder):
+    save_bin(theirs, folder, 3)
+    torch.save([1], folder / "pytorch_model-00002-of-00003.bin")
+
+
+def incomplete(theirs, folder):
+    state = theirs.state_dict()
+    del state["poolformer.encoder.block.2.5.output.conv1.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def other_model(theirs, folder):
+    torch.save({"bert.embeddings.weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+
+
+MAP = '{{"weight_map": {}}}'
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (nothing, FileNotFoundError, ("is a folder that has nothing", *IN_FOLDER)),
+        (other_files, FileNotFoundError, ("has a.txt, b.txt, c.txt, config.json, d.txt, ...;", *IN_FOLDER)),
+        (missing_part, FileNotFoundError, ("has no pytorch_model-00002-of-00003.bin", "index.json names")),
+        (index_of("no json"), ValueError, ("model.safetensors.index.json must have a weight_map",)),
+        (index_of("[]"), ValueError, ("must have a weight_map",)),
+        (index_of(MAP.format('{"a": 3}')), ValueError, ("must have a weight_map",)),
+        (index_of(MAP.format('{"a": "../secret.safetensors"}')), ValueError, ("files beside it",)),
+        (index_of(MAP.format('{"a": "/etc/passwd"}')), ValueError, ("files beside it",)),
+        (broken, ValueError, ("model.safetensors cannot be read as tensors only",)),
+        (broken_part, ValueError, ("pytorch_model-00002-of-00003.bin cannot be read as tensors only",)),
+        (list_part, TypeError, ("pytorch_model-00002-of-00003.bin must hold a mapping", "list")),
+        (incomplete, ValueError, ("missing keys, the first network.4.5.mlp.fc1.weight",)),
+        (other_model, ValueError, ("not a PoolFormer checkpoint", "'bert.embeddings.weight'")),
+    ],
+)
+def test_a_wrong_folder_is_named_once(make, error, words, theirs, tmp_path):
+    make(theirs, tmp_path)
+    model = ours()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for load in (lambda: pk.load_checkpoint(model, tmp_path), lambda: ours(checkpoint=tmp_path)):
+        with pytest.raises(error) as caught:
+            load()
+        assert str(caught.value).startswith(f"checkpoint {tmp_path}")
+        assert str(caught.value).count(f"checkpoint {tmp_path}") == 1
+        for word in words:
+            assert word in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_of_another_image_size(tmp_path):
+    """The position embedding's shape is told as the image size that it is of."""
+    name, size = "metaformer_ppaa_s12_224", {"image_size": 96}
+    torch.save(pk.create_model(name, CLASSES).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"pos_embed: .*image_size=\(96, 96\): make it for the file's"):
+        pk.create_model(name, CLASSES, checkpoint=tmp_path / "model.pth", **size)
+    with pytest.raises(
+        ValueError, match=r"a position embedding for image_size=\(96, 96\): allowed"
+    ) as caught:
+        pk.create_model(name, CLASSES, **size)(X)
+    for words in (
+        "x has images of 48 x 64 pixels",
+        "96 x 96",
+        f"create_model('{name}', image_size=(48, 64))",
+    ):
+        assert words in str(caught.value)

@@ -1,0 +1,140 @@
+"""Our models in torch.jit.trace, the legacy ONNX exporter and OpenVINO: plain PyTorch, the same numbers."""
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import assert_close_to_fp64, randn
+from metaformer_helpers import SIZE, tiny
+from peers import randomise, require
+
+import poolformer_kernels as pk
+from poolformer_kernels.models import ModelConfig, PoolFormer, PoolFormerV2
+
+pytestmark = [
+    pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.jit.trace is gone"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+CONFIG = ModelConfig("small", (1, 2, 1, 1), (16, 24, 32, 48), 1e-5, 0.1, None, 1.0)
+MIXERS = ("pooling", "random_matrix", "attention", "spatial_fc")
+MODELS = {
+    "PoolFormer": lambda: PoolFormer(CONFIG, 7),
+    "timm's head": lambda: PoolFormer(CONFIG, 7, head="timm"),
+    "PoolFormerV2": lambda: PoolFormerV2(CONFIG, 7),
+    "MetaFormer": lambda: tiny(token_mixers=MIXERS, norm_layer="layer"),
+    "convolutions": lambda: tiny(token_mixers="convolution", norm_layer="batch", act_layer="relu"),
+}
+
+
+def problem(name: str, channels_last: bool = False) -> tuple[PoolFormer, torch.Tensor, torch.Tensor]:
+    """A model with random weights, an image batch to trace it with, and a larger one."""
+    torch.manual_seed(0)
+    model = randomise(MODELS[name]()).eval()
+    images = randn(2, 3, *SIZE), randn(5, 3, *SIZE, seed=1)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
+    return model, *images
+
+
+def assert_same(y: torch.Tensor, model: PoolFormer, x: torch.Tensor) -> None:
+    """By the error rule, beside PyTorch's own operators."""
+    with torch.no_grad(), pk.use_backend("reference"):
+        exact, eager = copy.deepcopy(model).double()(x.double()), model(x)
+    assert exact.std(0).norm() > 1e-3  # the image matters
+    assert_close_to_fp64(y, eager, exact)
+
+
+def traced(model: PoolFormer, x: torch.Tensor, gradients: bool = False) -> torch.jit.ScriptModule:
+    """The trace; PyTorch's own modules may warn of what it makes constant, ours must not."""
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(gradients):
+        warnings.simplefilter("always")
+        trace = torch.jit.trace(model, x)
+    assert not [w for w in caught if "poolformer_kernels" in w.filename]
+    return trace
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trace_has_torchs_operators_alone(name, gradients, channels_last, kernels):
+    """Without gradients and in channels_last, where all layers are one operator call otherwise, too."""
+    model, x, larger = problem(name, channels_last)
+    trace = traced(model, x, gradients)
+    assert "poolformer_kernels::" not in str(trace.inlined_graph)
+    with torch.no_grad():
+        for images in (x, larger):
+            assert_same(trace(images), model, images)
+
+
+def test_a_trace_of_training_gives_the_gradients(kernels):
+    model, x, _ = problem("PoolFormer")
+    trace = traced(model.train(), x, gradients=True)
+    for own, given in zip(gradients(model, x), gradients(trace, x), strict=True):
+        torch.testing.assert_close(given, own, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, x):
+    return torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+
+
+def test_a_backbone_gives_its_maps(kernels):
+    torch.manual_seed(0)
+    model, x = randomise(PoolFormer(CONFIG, features_only=True)).eval(), randn(2, 3, *SIZE)
+    trace = traced(model, x)
+    assert "poolformer_kernels::" not in str(trace.inlined_graph)
+    with torch.no_grad(), pk.use_backend("reference"):
+        exact = copy.deepcopy(model).double()(x.double())
+        for y, eager, right in zip(trace(x), model(x), exact, strict=True):
+            assert_close_to_fp64(y, eager, right)
+
+
+def test_a_saved_trace_runs_without_this_package(tmp_path, kernels):
+    model, x, _ = problem("PoolFormer")
+    torch.jit.save(traced(model, x), tmp_path / "model.pt")
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch; torch.save(torch.jit.load('model.pt')(torch.load('x.pt')), 'y.pt');"
+        " assert 'poolformer_kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    assert_same(torch.load(tmp_path / "y.pt").detach(), model, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels_last"), [*((name, False) for name in MODELS), ("PoolFormer", True)]
+)
+def test_the_legacy_onnx_exporter(name, channels_last, tmp_path, kernels):
+    require("onnx")
+    onnxruntime = require("onnxruntime")
+    model, x, larger = problem(name, channels_last)
+    file = str(tmp_path / "model.onnx")
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.onnx.export(model, (x,), file, dynamo=False, dynamic_axes=axes, **names)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for images in (x, larger):
+        (y,) = session.run(None, {"images": images.contiguous().numpy()})
+        assert_same(torch.from_numpy(y), model, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels_last"),
+    [("PoolFormer", True), *(pytest.param(name, False, marks=pytest.mark.long) for name in MODELS)],
+)
+def test_openvino(name, channels_last, kernels):
+    openvino = pytest.importorskip("openvino")
+    model, x, larger = problem(name, channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        converted = openvino.convert_model(model, example_input=x)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(converted, "CPU", options)
+    for images in (x, larger):
+        y = compiled(images.contiguous().numpy())[0]
+        assert_same(torch.from_numpy(y), model, images)

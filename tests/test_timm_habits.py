@@ -1,0 +1,438 @@
+"""What timm's users and tools do with a model, on ours and on timm's with the same weights."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close_to_fp64, randn
+from metaformer_helpers import SIZE, tiny
+from peers import randomise, relative_error, require
+from torch import nn
+
+import poolformer_kernels as pk
+from poolformer_kernels.models import FeatureInfo
+
+timm = require("timm")
+NAMES = ("poolformer_s12", "poolformerv2_s12")
+X = randn(2, 3, 64, 96)
+both = pytest.mark.parametrize("name", NAMES)
+
+
+def twins(name: str, **options):
+    """timm's model and ours with the same random weights."""
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model(name, num_classes=7, **options)).eval()
+    ours = pk.create_model(name, num_classes=7, head="timm", **options).eval()
+    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
+    return ours, theirs
+
+
+def backbone(name: str, **options):
+    torch.manual_seed(0)
+    return randomise(pk.create_model(name, features_only=True, **options)).eval()
+
+
+def assert_like(ours, theirs, call):
+    """The same by the error rule: ``call(model, x)`` in float32, and of timm's in float64."""
+    with torch.no_grad():
+        y, eager = call(ours, X), call(theirs, X)
+        assert_close_to_fp64(y, eager, call(copy.deepcopy(theirs).double(), X.double()))
+
+
+# ---- the head ----------------------------------------------------------------------------------------------
+
+
+@both
+def test_the_classifier(name):
+    ours, theirs = twins(name)
+    assert torch.equal(ours.get_classifier().weight, theirs.get_classifier().weight)
+    assert ours.get_classifier() is ours.head
+    for attribute in ("num_classes", "num_features", "head_hidden_size", "in_chans", "grad_checkpointing"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    for model in (ours, theirs):
+        model.reset_classifier(5, global_pool="avg")
+    assert (ours.num_classes, ours.get_classifier().weight.shape) == (5, theirs.get_classifier().weight.shape)
+    for model in (ours, theirs):
+        model.reset_classifier(0)
+    assert isinstance(ours.get_classifier(), nn.Identity)
+    assert_like(ours, theirs, lambda model, x: model(x))
+    with pytest.raises(ValueError, match=r"global_pool is 'max'; allowed: None, 'avg'"):
+        ours.reset_classifier(5, "max")
+    with pytest.raises(RuntimeError, match=r"features_only"):
+        backbone(name).get_classifier()
+
+
+@both
+def test_features_and_head(name):
+    ours, theirs = twins(name)
+    assert_like(ours, theirs, lambda model, x: model.forward_features(x))
+    for pre_logits in (False, True):
+        assert_like(
+            ours, theirs, lambda model, x, p=pre_logits: model.forward_head(model.forward_features(x), p)
+        )
+
+
+# ---- maps --------------------------------------------------------------------------------------------------
+
+INDICES = (None, 1, 2, [0, 2], [-1], [3, 1], (1, 1))
+
+
+@both
+@pytest.mark.parametrize("early", [False, True])
+def test_intermediates(name, early):
+    ours, theirs = twins(name)
+    double = copy.deepcopy(theirs).double()
+    for indices in INDICES:
+        with torch.no_grad():
+            last, maps = ours.forward_intermediates(X, indices, stop_early=early)
+            eager, exact = (
+                m.forward_intermediates(X.to(dtype), indices, stop_early=early)
+                for m, dtype in ((theirs, torch.float32), (double, torch.float64))
+            )
+            only = ours.forward_intermediates(X, indices, stop_early=early, intermediates_only=True)
+        assert all(map(torch.equal, only, maps))
+        for y, there, right in zip([last, *maps], [eager[0], *eager[1]], [exact[0], *exact[1]], strict=True):
+            assert_close_to_fp64(y, there, right)
+
+
+def test_stages_behind_the_last_map_are_not_computed():
+    ours, _ = twins("poolformer_s12")
+    seen = []
+    ours.network[4].register_forward_hook(lambda *_: seen.append(1))
+    ours.forward_intermediates(X, [1], stop_early=True)
+    assert not seen
+    ours.forward_intermediates(X, [1])
+    assert seen
+
+
+@both
+@pytest.mark.parametrize("out_indices", [None, (0, 1, 2, 3), (1, 3), (0, 2), (-3,), 2], ids=str)
+def test_features_only(name, out_indices):
+    """timm's maps, each through its GroupNorm, of what timm's feature_info says; nothing is made in vain."""
+    options = {} if out_indices is None else {"out_indices": out_indices}
+    theirs = timm.create_model(name, features_only=True, **options).eval()
+    randomise(theirs)
+    ours = backbone(name, **options)
+    state = pk.convert_state_dict(theirs.state_dict())
+    missing, unexpected = ours.load_state_dict(state, strict=False)
+    assert not unexpected
+    taken = ours.feature_info.out_indices
+    assert {key.split(".")[0] for key in missing} == {f"norm{2 * stage}" for stage in taken}
+    info, wanted = ours.feature_info, theirs.feature_info
+    assert info.channels() == wanted.channels()
+    assert info.reduction() == wanted.reduction()
+    assert info.channels(3) == wanted.channels(3) == info.channels(np.int64(3))
+    assert info.get_dicts(["num_chs", "reduction"]) == wanted.get_dicts(["num_chs", "reduction"])
+    assert info.module_name() == [f"norm{2 * stage}" for stage in taken]
+    assert ours.num_features == info.channels()[-1]
+    double = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        maps = ours.forward_intermediates(X, taken, intermediates_only=True)
+        for y, eager, exact in zip(maps, theirs(X), double(X.double()), strict=True):
+            assert_close_to_fp64(y, eager, exact)
+        for normed, y, norm in zip(ours(X), maps, info.module_name(), strict=True):
+            assert torch.equal(normed, ours.get_submodule(norm)(y))
+    sum(y.sum() for y in ours(X)).backward()
+    assert [name for name, p in ours.named_parameters() if p.grad is None] == []
+
+
+def test_feature_info():
+    """A classifier's is what timm's feature getter takes; position embeddings move names."""
+    from timm.models._features import FeatureGetterNet
+
+    ours, _ = twins("poolformer_s12")
+    info = ours.feature_info
+    assert info.module_name() == ["network.0", "network.2", "network.4", "network.6"]
+    getter = FeatureGetterNet(ours, out_indices=(1, 3))
+    for y, expected in zip(getter(X), ours.forward_intermediates(X, [1, 3])[1], strict=True):
+        assert torch.equal(y, expected)
+    for same in (copy.deepcopy(info), pickle.loads(pickle.dumps(info))):
+        assert type(same) is FeatureInfo
+        assert (same.channels(), same.info) == (info.channels(), info.info)
+    attention = pk.create_model("metaformer_ppaa_s12_224", device="meta")
+    for name in attention.feature_info.module_name():
+        assert isinstance(attention.get_submodule(name), pk.nn.PoolFormerStage)
+
+
+def test_maps_of_every_family():
+    model = tiny(token_mixers=("pooling", "attention", "identity", "pooling"), norm_layer="layer")
+    x = randn(2, 3, *SIZE)
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        assert torch.equal(last, model.forward_features(x))
+        assert torch.equal(maps[-1], last)
+        hooked = []
+        for name in model.feature_info.module_name():
+            model.get_submodule(name).register_forward_hook(lambda m, given, y: hooked.append(y))
+        model(x)
+        assert all(relative_error(y, expected) < 1e-6 for y, expected in zip(maps, hooked, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m, f: m.forward_intermediates(X, [4]), ValueError, ("indices is [4]", "-4 to 3")),
+        (lambda m, f: m.forward_intermediates(X, 5), ValueError, ("indices is 5", "1 to 4")),
+        (lambda m, f: m.forward_intermediates(X, []), ValueError, ("indices is []", "-4 to 3")),
+        (lambda m, f: m.forward_intermediates(X, [1.0]), TypeError, ("indices", "float")),
+        (
+            lambda m, f: m.forward_intermediates(X, output_fmt="NLC"),
+            ValueError,
+            ("output_fmt is 'NLC'", "NCHW"),
+        ),
+        (
+            lambda m, f: m.forward_intermediates(X, norm=True),
+            ValueError,
+            ("norm is True", "features_only=True"),
+        ),
+        (
+            lambda m, f: f.forward_intermediates(X, [0], norm=True),
+            ValueError,
+            ("norm is True", "stages 1, 2"),
+        ),
+        (lambda m, f: f.forward_intermediates(X, [3]), ValueError, ("indices is [3]", "-3 to 2")),
+        (lambda m, f: backbone("poolformer_s12", out_indices=4.0), TypeError, ("out_indices", "float")),
+        (lambda m, f: backbone("poolformer_s12", out_indices=[7]), ValueError, ("out_indices is [7]", "3")),
+        (
+            lambda m, f: pk.create_model("poolformer_s12", out_indices=[1]),
+            ValueError,
+            ("features_only=True",),
+        ),
+        (lambda m, f: m.set_grad_checkpointing("yes"), TypeError, ("enable", "bool", "str")),
+    ],
+)
+def test_bad_arguments(call, error, words):
+    model, features = pk.create_model("poolformer_s12"), backbone("poolformer_s12", out_indices=(1, 2))
+    with pytest.raises(error) as caught:
+        call(model, features)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_files_for_a_part_of_the_backbone(tmp_path):
+    """Whole files load: what the model has not made is named in the report."""
+    _, theirs = twins("poolformer_s12")
+    for file, state in (
+        ("timm.pth", theirs.state_dict()),
+        ("dense.pth", backbone("poolformer_s12").state_dict()),
+    ):
+        torch.save(state, tmp_path / file)
+    model = backbone("poolformer_s12", out_indices=(0, 2))
+    report = pk.load_checkpoint(model, tmp_path / "timm.pth")
+    assert torch.equal(model.network[4][5].mlp.fc2.weight, theirs.stages[2].blocks[5].mlp.fc2.weight)
+    assert {key.split(".")[0] for key in report.not_in_file} == {"norm0", "norm4"}
+    assert {".".join(key.split(".")[:2]) for key in report.not_in_model if key.startswith("network")} == {
+        "network.5",
+        "network.6",
+    }
+    report = pk.load_checkpoint(model, tmp_path / "dense.pth")
+    assert not report.not_in_file
+    assert {key.split(".")[0] for key in report.not_in_model} == {"norm2", "norm6", "network"}
+
+
+def test_a_detector_needs_all_maps():
+    require("torchvision")
+    from poolformer_kernels.dense.backbone import feature_backbone
+
+    with pytest.raises(ValueError, match=r"stages \(1, 2\); allowed: one made without out_indices"):
+        feature_backbone(backbone("poolformer_s12", out_indices=(1, 2)), {})
+
+
+# ---- data and parameters -----------------------------------------------------------------------------------
+
+ALL = [*pk.list_models("poolformer_*"), *pk.list_models("poolformerv2_*")]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pretrained_cfg(name):
+    from timm.data import resolve_model_data_config
+
+    with torch.device("meta"):
+        ours, theirs = (package.create_model(name, in_chans=1) for package in (pk, timm))
+    assert resolve_model_data_config(ours) == resolve_model_data_config(theirs)
+    assert ours.default_cfg is ours.pretrained_cfg
+    names = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    for key, value in theirs.pretrained_cfg.items():
+        if key in ours.pretrained_cfg:
+            assert ours.pretrained_cfg[key] == names.get(key, value), key
+    assert {*names, "num_classes", "hf_hub_id", "url", "input_size", "crop_pct"} <= ours.pretrained_cfg.keys()
+    for key, cls in (("first_conv", nn.Conv2d), ("classifier", nn.Linear)):
+        assert isinstance(ours.get_submodule(ours.pretrained_cfg[key]), cls)
+
+
+def test_the_data_of_another_image_size():
+    from timm.data import resolve_model_data_config
+
+    model = pk.create_model("metaformer_ppaa_s12_224", image_size=(96, 160), device="meta")
+    assert resolve_model_data_config(model)["input_size"] == (3, 96, 160)
+    assert model.pretrained_cfg["hf_hub_id"] is None
+
+
+@both
+def test_groups_of_parameters(name):
+    """The same parameters without weight decay as in timm's model; the learning rate falls with depth."""
+    from timm.models import group_parameters
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    ours, theirs = twins(name)
+    named, twin = (
+        {id(p): key for key, p in pk.convert_state_dict(dict(model.named_parameters())).items()}
+        for model in (ours, theirs)
+    )
+
+    def names(groups, of):
+        return [{of[id(p)] for p in group["params"]} for group in groups]
+
+    skipped = ours.no_weight_decay()
+    decayed = names(param_groups_weight_decay(ours, 0.1, no_weight_decay_list=skipped), named)
+    assert decayed == names(param_groups_weight_decay(theirs, 0.1), twin)
+    depths = {}
+    for group in param_groups_layer_decay(ours, 0.1, skipped, layer_decay=0.5):
+        for p in group["params"]:
+            depths[named[id(p)]] = group["lr_scale"]
+    order = ["patch_embed.proj.weight", "network.0.0.mlp.fc1.weight", "network.0.1.norm1.weight"]
+    order += ["network.1.proj.weight", "network.2.0.mlp.fc2.weight", "network.6.1.mlp.fc2.weight"]
+    scales = [depths[key] for key in order]
+    assert scales == sorted(set(scales))
+    assert depths["head.weight"] == depths["norm.weight"] == max(depths.values())
+    assert depths["network.0.0.mlp.fc1.weight"] == depths["network.0.0.norm2.weight"]
+    assert len(set(depths.values())) == 1 + 3 + 12 + 1  # stem, downsamples, blocks, head
+    assert len(group_parameters(ours, ours.group_matcher(coarse=True))) == 1 + 7 + 1
+
+
+def test_position_embeddings_do_not_decay():
+    model = pk.create_model("metaformer_ppaa_s12_224", device="meta")
+    assert model.no_weight_decay() == {key for key in model.state_dict() if key.endswith("pos_embed")}
+    assert len(model.no_weight_decay()) == 1
+    assert pk.create_model("poolformer_s12", device="meta").no_weight_decay() == set()
+
+
+# ---- checkpointing of gradients ----------------------------------------------------------------------------
+
+
+def step(model, x):
+    """The loss and the gradients of one training step, from the same draws."""
+    for p in model.parameters():
+        p.grad = None
+    torch.manual_seed(3)
+    y = model(x)
+    loss = sum(t.square().mean() for t in (y if isinstance(y, list) else [y]))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+CHECKPOINTED = {
+    "PoolFormer": lambda: twins("poolformer_s12", drop_path_rate=0.3)[0],
+    "PoolFormerV2": lambda: twins("poolformerv2_s12", drop_path_rate=0.3)[0],
+    "MetaFormer": lambda: tiny(
+        token_mixers=("pooling", "identity", "attention", "pooling"), drop_path_rate=0.3
+    ),
+    "backbone": lambda: backbone("poolformer_s12", out_indices=(1, 3), drop_path_rate=0.3),
+    "hooked": lambda: hooked(twins("poolformer_s12", drop_path_rate=0.3)[0]),
+}
+
+
+def hooked(model):
+    """A block that is called as a module."""
+    model.network[4][1].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointing_gives_the_same_gradients(name, layout, backend):
+    model = CHECKPOINTED[name]().train()
+    x = randn(4, 3, *SIZE).contiguous(memory_format=getattr(torch, layout))
+    expected = step(model, x)
+    calls = []
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+    for module in model.modules():
+        if isinstance(module, pk.nn.DropPath):
+            module.register_forward_hook(lambda *_: None)
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
+    with_hooks = step(model, x)
+    assert len(calls) == 2 * 2 * sum(isinstance(m, pk.nn.DropPath) for m in model.modules())  # all ran twice
+    for module in model.modules():
+        if isinstance(module, pk.nn.DropPath):
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+    given = step(model, x)
+    assert all(map(torch.equal, given, expected))
+    for y, right in zip(with_hooks, expected, strict=True):
+        torch.testing.assert_close(y, right, rtol=1e-3, atol=1e-4)
+    model.set_grad_checkpointing(False)
+    assert not model.grad_checkpointing
+    assert all(map(torch.equal, step(model, x), expected))
+
+
+def test_checkpointing_with_draws_that_are_given():
+    """As `poolformer-kernels train` gives them: the second run of a block drops what the first did."""
+    model, _ = twins("poolformer_s12", drop_path_rate=0.5)
+    paths = [m for m in model.train().modules() if isinstance(m, pk.nn.DropPath)]
+    x = randn(6, 3, 32, 32)
+
+    def given():
+        generator = torch.Generator().manual_seed(0)
+        for path in paths:
+            path.draws, path.calls = torch.rand((2, 6), generator=generator), 0
+        result = step(model, x)
+        assert [path.calls for path in paths] == [2] * len(paths)
+        return result
+
+    expected = given()
+    model.set_grad_checkpointing()
+    assert all(map(torch.equal, given(), expected))
+
+
+MEMORY = """
+import sys
+import torch
+import poolformer_kernels as pk
+
+def resident(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
+
+torch.set_num_threads(1)
+model = pk.create_model("poolformer_s24", num_classes=10).to(memory_format=torch.channels_last)
+model.set_grad_checkpointing(sys.argv[1] == "True")
+x = torch.randn(4, 3, 160, 160).contiguous(memory_format=torch.channels_last)
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+model(x[:1, :, :32, :32]).sum().backward()
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # the peak starts again from here
+model(x).sum().backward()
+print(resident("VmHWM") - before)
+"""
+
+
+def test_checkpointing_saves_memory():
+    """The peak of a training step above what the process had before: at most six tenths."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    peaks = {}
+    for enable in (False, True):
+        command = [sys.executable, "-c", MEMORY, str(enable)]
+        malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=os.environ | malloc, check=True, capture_output=True, text=True)
+        peaks[enable] = int(done.stdout)
+    assert peaks[True] < 0.6 * peaks[False], peaks
+
+
+def test_compiled_with_checkpointing():
+    model, x = tiny(), randn(2, 3, *SIZE)
+    expected = step(model.train(), x)
+    model.set_grad_checkpointing()
+    torch.compiler.reset()
+    given = step(torch.compile(model, backend="aot_eager"), x)
+    for y, right in zip(given, expected, strict=True):
+        torch.testing.assert_close(y, right, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,314 @@
+"""What a dense run starts from and may meet: checkpoints, precisions, hard pictures, bad ones, and NaN."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from dense_data_helpers import coco_annotation, disc, require_dense_data, write_coco
+from train_dense_helpers import TASKS, data_of, few_regions, make_discs, rows, run_task
+from train_helpers import losses, state
+
+require_dense_data()
+
+from poolformer_kernels.cli.main import main
+from poolformer_kernels.dense import create_detector
+from poolformer_kernels.models import PoolFormer
+from poolformer_kernels.train import loop, nuclei
+from poolformer_kernels.train.coco import open_coco
+from poolformer_kernels.train.networks import DIGITS
+from poolformer_kernels.train.processes import Processes
+from poolformer_kernels.train.recipe import resolve
+
+MOST = ["detection", pytest.param("instance", marks=pytest.mark.long), "segmentation"]
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_regions():
+    with pytest.MonkeyPatch.context() as patch:
+        few_regions(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory):
+    return make_discs(tmp_path_factory.mktemp("discs"))
+
+
+def task_of(discs, name: str, **changes):
+    """A task that has not begun."""
+    cls = loop.TASKS[name]
+    model = f"{cls.kind.head}_poolformer_digits"
+    sizes = {"scale": (64, 64), "crop": 64, "zero_label": "class"} if name == "segmentation" else {}
+    sizes = sizes or {"min_size": (64, 64), "max_size": 64}
+    recipe = resolve("paper", {"model": model, "workers": 0, **sizes, **changes}, kind=cls.kind)
+    return cls(recipe, cls.open(data_of(discs, name), recipe), ONE)
+
+
+def error_of(capsys, discs, task: str, *more: str, run) -> str:
+    capsys.readouterr()
+    assert run_task(run, discs, task, *more) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err.removeprefix("poolformer-kernels: error: ").strip()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_classifiers_weights_go_into_the_backbone(discs, tmp_path, task) -> None:
+    """The norms of the outputs, which it has not, stay 1 and 0."""
+    torch.manual_seed(5)
+    source = PoolFormer(DIGITS, num_classes=10)
+    file = tmp_path / "imagenet.pth"
+    torch.save(source.state_dict(), file)
+    model = task_of(discs, task, checkpoint=str(file)).build()
+    own, given = model.backbone.body.state_dict(), source.state_dict()
+    blocks = [name for name in given if name.startswith(("patch_embed", "network"))]
+    assert len(blocks) > 20
+    assert all(own[name].equal(given[name]) for name in blocks)
+    norms = {name: t for name, t in own.items() if name not in given}
+    assert len(norms) == (6 if task == "detection" else 8)
+    assert all(bool((t == (1 if name.endswith("weight") else 0)).all()) for name, t in norms.items())
+    fresh = task_of(discs, task).build().state_dict()
+    others = [name for name in fresh if not name.startswith("backbone.body.")]
+    assert all(model.state_dict()[name].equal(fresh[name]) for name in others)  # the seed's
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_whole_models_weights_go_into_the_whole(discs, tmp_path, task) -> None:
+    source = task_of(discs, task, seed=9).build()
+    file = tmp_path / "whole.pth"
+    torch.save(source.state_dict(), file)
+    model = task_of(discs, task, checkpoint=str(file)).build()
+    assert all(t.equal(source.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_another_kind_of_model_gives_its_backbone(discs, tmp_path) -> None:
+    """And one of the same kind with other classes all but these."""
+    source = task_of(discs, "segmentation", seed=1).build()
+    torch.save(source.state_dict(), tmp_path / "segmenter.pth")
+    made = task_of(discs, "detection", checkpoint=str(tmp_path / "segmenter.pth")).build()
+    fresh = task_of(discs, "detection").build().state_dict()
+    given = source.backbone.body.state_dict()
+    for name, t in made.state_dict().items():
+        of_body = name.startswith("backbone.body.")
+        assert t.equal(given[name.removeprefix("backbone.body.")] if of_body else fresh[name]), name
+
+    other = create_detector("retinanet", PoolFormer(DIGITS, features_only=True), 7)
+    torch.save(other.state_dict(), tmp_path / "seven.pth")
+    made = task_of(discs, "detection", checkpoint=str(tmp_path / "seven.pth")).build()
+    given = other.state_dict()
+    for name, t in made.state_dict().items():
+        assert t.equal(fresh[name] if "cls_logits" in name else given[name]), name
+
+
+def test_other_checkpoints_are_one_line(discs, tmp_path, capsys) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({"a.weight": torch.zeros(3)}, other)
+    text = tmp_path / "text.pth"
+    text.write_text("no weights")
+    for file in (other, text, tmp_path / "missing.pth"):
+        found = error_of(capsys, discs, "detection", "--checkpoint", str(file), run=tmp_path / "run")
+        assert str(file) in found
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backbone", ["metaformer_pppa_s12_224", "metaformer_pppf_s12_224"])
+def test_a_backbone_for_images_of_one_size_is_one_line(discs, tmp_path, capsys, backbone) -> None:
+    more = ("--model", f"retinanet_{backbone}")
+    found = error_of(capsys, discs, "detection", *more, run=tmp_path / "run")
+    assert found.startswith(f"model is retinanet_{backbone}, whose ")
+    assert "was made for images of 224 pixels; allowed: backbones for images of any size" in found
+    assert not (tmp_path / "run").exists()
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bfloat16_is_near_float32(discs, task) -> None:
+    """The loss and the gradient of a batch, within what eight bits leave."""
+    found = {}
+    changes = {"dropout": 0.0, "batch_size": 2} if task == "segmentation" else {"batch_size": 1}
+    if task == "detection":  # P6 of 2 x 2: of 1 x 1 in channels_last, PyTorch's gradient of P7 is wrong
+        changes |= {"min_size": (128, 128), "max_size": 128}
+    for precision in ("float32", "bfloat16"):
+        made = task_of(discs, task, precision=precision, **changes)
+        model = made.build().train()
+        loss = made.loss(model, next(iter(made.loader(0))))
+        assert loss.dtype == torch.float32
+        loss.backward()
+        gradient = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        found[precision] = loss.item(), gradient
+    (loss, gradient), (half_loss, half) = found.values()
+    assert half_loss == pytest.approx(loss, rel=0.03)
+    assert half_loss != loss
+    assert torch.cosine_similarity(gradient, half, 0).item() > 0.95
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_a_picture_whose_objects_are_cropped_away_has_a_loss(discs) -> None:
+    """As a random crop may leave it."""
+    for name in ("detection", "instance"):
+        made = task_of(discs, name, batch_size=2)
+        model = made.build().train()
+        batch = next(iter(made.loader(0)))
+        empty = batch.targets[1]
+        keep = torch.zeros(len(empty.labels), dtype=torch.bool)
+        masks = None if empty.masks is None else empty.masks[keep]
+        batch.targets[1] = replace(empty, boxes=empty.boxes[keep], labels=empty.labels[keep], masks=masks)
+        for targets in (batch.targets, [batch.targets[1]] * 2):
+            batch.targets = targets
+            model.zero_grad()
+            loss = made.loss(model, batch)
+            loss.backward()
+            assert math.isfinite(loss.item())
+            without = [n for n, p in model.named_parameters() if p.grad is None]
+            assert without == []  # else several processes would wait for each other
+            assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", ["detection", pytest.param("instance", marks=pytest.mark.long)])
+def test_pictures_of_different_sizes_make_a_batch(tmp_path, task) -> None:
+    discs = make_discs(tmp_path / "discs", sizes=((64, 48), (48, 96), (40, 64)), validation=2)
+    run = tmp_path / "run"
+    assert run_task(run, discs, task, "--max-size", "128", "--epochs", "1") == 0
+    assert all(math.isfinite(loss) for loss in losses(run))
+    data = open_coco(str(discs / "coco"), masks=False)
+    assert {data.train.size(i) for i in range(6)} == {(64, 48), (48, 96), (40, 64)}
+
+
+def spoil(discs, task: str, split: str) -> str:
+    """Makes the second picture unreadable; its name."""
+    folder = {"train": "training", "val": "validation"}[split]
+    parent = discs / "coco" / split if task != "segmentation" else discs / "maps" / "images" / folder
+    (parent / "1.png").write_bytes(b"no picture")
+    return "1.png"
+
+
+@pytest.mark.parametrize(
+    ("task", "split"),
+    [
+        ("detection", "train"),
+        ("segmentation", "val"),
+        pytest.param("detection", "val", marks=pytest.mark.long),
+        pytest.param("segmentation", "train", marks=pytest.mark.long),
+    ],
+)
+def test_bad_images_fail_or_are_skipped(tmp_path, capsys, task, split) -> None:
+    discs = make_discs(tmp_path / "discs", validation=2)
+    name = spoil(discs, task, split)
+    short = ["--iterations", "4"] if task == "segmentation" else ["--epochs", "1"]
+    assert run_task(tmp_path / "run", discs, task, *short) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert found.startswith("poolformer-kernels: error: cannot read image ")
+    assert name in found
+    assert found.endswith("--bad-images skip puts its neighbour in its place")
+    run = tmp_path / "skipped"
+    assert run_task(run, discs, task, *short, "--bad-images", "skip") == 0
+    assert int(rows(run)[-1]["bad_images"]) >= 1
+    command = ["validate", data_of(discs, task), "--checkpoint", str(run / "best.safetensors")]
+    command += ["--device", "cpu"]
+    capsys.readouterr()
+    assert main(command) == (2 if split == "val" else 0)
+    assert main([*command, "--bad-images", "skip"]) == 0
+    assert f"on {1 if split == 'val' else 2} images" in capsys.readouterr().out
+
+
+def test_data_without_a_usable_picture_is_one_line(tmp_path, capsys) -> None:
+    discs = make_discs(tmp_path / "discs", images=1, validation=1)
+    found = error_of(capsys, discs, "detection", run=tmp_path / "run")
+    assert found.endswith("coco has 1 images; batch_size is 2")
+    mask = disc(64, 64, 30, 30, 9)
+    bad = coco_annotation(1, 99, 4, mask)
+    image = {"id": 1, "file_name": "0.png", "height": 64, "width": 64}
+    write_coco(discs / "coco", "train", {"images": [image], "annotations": [bad], "categories": []}, {})
+    found = error_of(capsys, discs, "detection", run=tmp_path / "run")
+    assert "instances_train.json" in found
+
+
+# ---- not finite --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", MOST)
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
+    discs, tmp_path, monkeypatch, capsys, task
+):
+    cls = loop.TASKS[task]
+    real, calls = cls.loss, []
+
+    def loss(self, model, batch):
+        calls.append(0)
+        return real(self, model, batch) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(cls, "loss", loss)
+    run = tmp_path / "run"
+    assert run_task(run, discs, task, "--validate-every", "100") == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss of step 3 is nan" in err
+    assert err.endswith("the state of step 2 is saved")
+    tensors, facts = state(run)
+    assert facts["step"] == 2
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+@pytest.mark.parametrize("task", MOST)
+def test_a_rate_that_is_far_too_high_ends_the_run_with_one_line(discs, tmp_path, capsys, task) -> None:
+    run = tmp_path / "run"
+    more = ["--warmup-steps", "0"] if task != "segmentation" else []
+    code = run_task(run, discs, task, "--lr", "1e30", "--validate-every", "100", *more)
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1, err
+    assert "the loss of step" in err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weights_that_are_not_finite_score_nothing(discs, tmp_path, monkeypatch, task) -> None:
+    """The run goes on to the step whose loss tells; its page has pictures, too."""
+    made = task_of(discs, task)
+    model = made.build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    found = made.evaluate(model.eval(), stop=lambda: False)
+    assert found.bad == 0
+    if task == "segmentation":
+        assert math.isnan(found.values["val_loss"])
+        assert found.values["val_mIoU"] == 0
+    else:
+        assert {value for name, value in found.values.items() if "AP" in name} == {0.0}
+    assert len(made.samples(model)) == 4
+
+
+# ---- several micro-batches ---------------------------------------------------------------------------------
+
+
+def test_micro_batches_differ_by_their_own_numbers_of_positive_anchors(discs) -> None:
+    """Each divides its sums by its own positives, so the step's loss is a mean of theirs, not the whole's."""
+    made = task_of(discs, "detection", batch_size=4)
+    model = made.build().train()
+    whole = made.loss(model, next(iter(made.loader(0)))).item()
+    parts = task_of(discs, "detection", batch_size=4, accumulate=2)
+    parts.build()
+    found = [parts.loss(model, batch).item() for batch, _ in zip(parts.loader(0), range(2), strict=False)]
+    assert sum(found) / 2 == pytest.approx(whole, rel=0.2)
+    assert sum(found) / 2 != pytest.approx(whole, rel=1e-5)
+
+
+# ---- sample:nuclei -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nuclei_without_their_package_are_one_line(tmp_path, capsys, monkeypatch, task) -> None:
+    monkeypatch.setattr(nuclei, "find_spec", lambda name: None)
+    assert main(["train", "sample:nuclei", "--task", task, "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "poolformer-kernels: error: DATA is sample:nuclei, which the package stardist carries: "
+        "pip install --no-deps stardist\n"
+    )

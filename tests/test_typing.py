@@ -1,0 +1,50 @@
+"""Types for other programs: the public API in use, under mypy and basedpyright, strict."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peers import require
+
+SCRIPT = Path(__file__).parent / "typing" / "public_api.py"
+ROOT = SCRIPT.parents[2]
+MODULES = {"": "pk", "nn": "pk.nn", "models": "pk.models", "ops": "pk.ops", "dense": "dense"}
+
+
+def test_the_script_uses_every_public_name():
+    attributes = (node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.Attribute))
+    used = {ast.unparse(node) for node in attributes}
+    for module, written in MODULES.items():
+        if module == "dense":
+            require("torchvision")
+        names = importlib.import_module(f"poolformer_kernels.{module}".rstrip(".")).__all__
+        assert {f"{written}.{name}" for name in names} - used == set()
+
+
+@pytest.mark.long
+def test_the_script_runs(tmp_path):
+    for package in ("captum", "timm", "torchvision"):
+        require(package)
+    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("24 of 24 on ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checker", ["mypy", "basedpyright"])
+def test_no_error_in_strict_mode(checker, tmp_path):
+    """Of the script. Of the package only what it tells the script: its own files have tests of their own."""
+    require(checker)
+    settings = {"include": [str(SCRIPT)], "extraPaths": [str(ROOT)], "typeCheckingMode": "strict"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    options = {
+        "mypy": ["--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path), str(SCRIPT)],
+        "basedpyright": ["--project", str(tmp_path), "--pythonpath", sys.executable],
+    }
+    command = [sys.executable, "-m", checker, *options[checker]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
