@@ -143,6 +143,7 @@ class _Silent:
 def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Bytes of the peak, of our layers and of eager's."""
     peaks = {}
+    folder.mkdir()
     for name in ("ours", "eager"):
         run = str(folder / name)
         words = [name, str(args.memory_batch), args.model, run, str(args.threads)]
