@@ -2,6 +2,7 @@
 # make test    the test suite        make lint   ruff, clang-format, floors    make bench  benchmarks and plots
 # make test-long   the rest of it: full products of parameters, all of gpu-check on a null GPU
 # make sanitize   the operators' tests under AddressSanitizer and UBSan
+# make mutants   whether the operators' tests find mistakes in the kernels (ten minutes)
 # make train-demo   a small PoolFormer learns handwritten digits: train-demo/index.html
 # make dense-demo   a detector and a segmenter learn to find cell nuclei: dense-demo/*/index.html (4 minutes)
 # make docs    the pages of docs/ as a site: open site/index.html
@@ -25,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(CPP)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo train-demo dense-demo test test-long docs lint bench sanitize gpu-check clean
+.PHONY: setup demo train-demo dense-demo test test-long mutants docs lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.extension
@@ -54,6 +55,10 @@ test: $(VENV)/.extra-test $(VENV)/.nuclei $(VENV)/.extension
 test-long: $(VENV)/.extra-test $(VENV)/.nuclei $(VENV)/.extension
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
+# one mistake at a time; exit code 1 where the tests pass with it
+mutants: $(VENV)/.extra-test $(VENV)/.extension
+	PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
+
 # a warning fails, as for a link that leads nowhere; the variable silences an advertisement
 docs: $(VENV)/.extra-docs $(VENV)/.extension
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
@@ -74,7 +79,7 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	POOLFORMER_KERNELS_SKIP_CUDA=1 $(SANITIZED) \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal ../../tests/test_pool_mixer*.py \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal ../../tests/contract/pool_mixer*.py ../../tests/contract/mlp*.py ../../tests/test_pool_mixer*.py \
 	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large and not long" \
 	  -k "not compile and not export" $(ARGS)
 

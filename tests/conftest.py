@@ -4,11 +4,11 @@ import os
 import zlib
 from collections.abc import Iterator
 
-import graph_helpers
 import pytest
 import torch
-from helpers import BACKENDS, require_backend
-from peers import require
+from support import graphs
+from support.peers import require, require_backend
+from support.problems import BACKENDS
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.main import load_benchmarks
@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", text)
     for backend in ("cuda", "triton"):
         config.addinivalue_line("markers", f"{backend}: of tests/gpu, on this backend")
+    if os.environ.get("POOLFORMER_TEST_CASES"):  # a folder for the cases that are computed: see the module
+        config.pluginmanager.import_plugin("support.cases")
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
         torch.set_num_threads(1)
 
@@ -96,4 +98,12 @@ def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
 @pytest.fixture
 def stand_in(monkeypatch) -> None:
     """CUDA graphs on the CPU, of recorded operators."""
-    graph_helpers.install(monkeypatch)
+    graphs.install(monkeypatch)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the operators' contract was not run on, of the targets that have processes of their own."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [p for report in reports for p in getattr(report, "user_properties", [])]
+    for line in sorted({value for name, value in properties if name == "not_run"}):
+        terminalreporter.write_line(line)

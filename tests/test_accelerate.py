@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate_helpers import (
+from support.accelerate import (
     DEPTHS,
     SOURCES,
     PoolFormerBlock,

@@ -1,6 +1,6 @@
 """What timm's and transformers' own tests ask of a PoolFormer, of accelerated models and in numbers.
 
-Their test files run on accelerated models by the plugin accelerate_plugin; here is what they look at, for CI.
+The plugin support.accelerate_plugin runs their test files on accelerated models; here is what they look at.
 """
 
 import copy
@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate_helpers import blocks_of, image, logits, make_model
-from peers import randomise, relative_error, require
+from support.accelerate import blocks_of, image, logits, make_model
+from support.peers import randomise, relative_error, require
 from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate, unfused_reasons

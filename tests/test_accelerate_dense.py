@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate_helpers import blocks_of
-from chain_helpers import Calls
-from peers import randomise, require
+from support.accelerate import blocks_of
+from support.chain import Calls
+from support.peers import randomise, require
 from torch import Tensor, nn
 
 from poolformer_kernels import explain

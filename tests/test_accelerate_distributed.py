@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate_helpers import DEPTHS, image, make_model
-from peers import relative_error
+from support.accelerate import DEPTHS, image, make_model
+from support.peers import relative_error
 from torch.nn.functional import cross_entropy
 
 
@@ -21,7 +21,7 @@ def test_two_processes_find_the_gradients_of_the_joined_batch(kernels, tmp_path)
     torch.save((model, x, labels), files[1])
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("accelerate_worker.py")), *files],
+        [sys.executable, str(Path(__file__).with_name("support") / "workers" / "accelerate.py"), *files],
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

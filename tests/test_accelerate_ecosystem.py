@@ -6,15 +6,8 @@ import shutil
 
 import pytest
 import torch
-from accelerate_helpers import (
-    DEPTHS,
-    SOURCES,
-    PoolFormerBlock,
-    blocks_of,
-    logits,
-    make_model,
-)
-from peers import randomise, relative_error, require
+from support.accelerate import DEPTHS, SOURCES, PoolFormerBlock, blocks_of, logits, make_model
+from support.peers import randomise, relative_error, require
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from accelerate_helpers import (
+from support.accelerate import (
     DropPath,
     Mlp,
     MmpretrainBlock,
@@ -17,7 +17,7 @@ from accelerate_helpers import (
     logits,
     make_model,
 )
-from peers import randomise
+from support.peers import randomise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -139,7 +139,7 @@ def test_scales_without_a_flag_must_both_be_there():
     assert unfused_reasons(accelerate(block)) == (None, None)
     block = MmpretrainBlock()
     block.layer_scale_2 = None
-    with pytest.raises(ValueError, match=r"no block to accelerate in accelerate_helpers\.MmpretrainBlock"):
+    with pytest.raises(ValueError, match=r"no block to accelerate in support\.accelerate\.MmpretrainBlock"):
         accelerate(block)
 
 
@@ -283,7 +283,7 @@ def test_a_passing_error_is_not_remembered(compared, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(equivalence, "_run", full)
         block = accelerate(PoolFormerBlock())
-        reason = "the forward of accelerate_helpers.PoolFormerBlock could not be compared with ours"
+        reason = "the forward of support.accelerate.PoolFormerBlock could not be compared with ours"
         assert unfused_reasons(block)[0] == f"{reason}: no memory"
     assert not compared
     assert unfused_reasons(accelerate(PoolFormerBlock())) == (None, None)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from accelerate_helpers import blocks_of, logits, results
-from helpers import assert_close_to_fp64, randn
-from peers import randomise, require
+from support.accelerate import blocks_of, logits, results
+from support.peers import randomise, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate, unfused_reasons

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from accelerate_helpers import SOURCES, PoolFormerBlock, assert_equal, blocks_of, image, make_model, results
-from peers import require
+from support.accelerate import SOURCES, PoolFormerBlock, assert_equal, blocks_of, image, make_model, results
+from support.peers import require
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
@@ -19,8 +19,8 @@ NAMES = {
     "timm": "timm.models.metaformer.MetaFormer",
     "timm v2": "timm.models.metaformer.MetaFormer",
     "transformers": "transformers.models.poolformer.modeling_poolformer.PoolFormerForImageClassification",
-    "official": "accelerate_helpers.Official",
-    "mmpretrain": "accelerate_helpers.Official",
+    "official": "support.accelerate.Official",
+    "mmpretrain": "support.accelerate.Official",
 }
 MIXER = "token_mixer is timm.models.metaformer.{}, without 'pool'"
 NORM = "norm2 is timm.models.metaformer.{}, not GroupNorm"
@@ -132,7 +132,7 @@ def test_what_runs_on_the_reference_is_not_fast(caplog):
     reason = pk.explain(torch.zeros(1, 1, 1, 1, dtype=torch.float64)).calls[0].reason
     block = PoolFormerBlock().double()
     line = (
-        "2 of 2 sub-blocks of accelerate_helpers.PoolFormerBlock run as operator calls,"
+        "2 of 2 sub-blocks of support.accelerate.PoolFormerBlock run as operator calls,"
         f" 2 of them on the reference: {reason}"
     )
     with pytest.warns(UserWarning, match=WARNING) as warned:

@@ -3,7 +3,7 @@
 from types import ModuleType
 
 import pytest
-from peers import require
+from support.peers import require
 
 from poolformer_kernels.accelerate import equivalence
 
@@ -54,7 +54,7 @@ def test_plugin(tests, code, counts, timm, pytester, monkeypatch, kernels):
     create = timm.create_model
     monkeypatch.setattr(equivalence, "_compared", {})  # the calls for it do not count
     pytester.makepyfile(tests)
-    run = pytester.runpytest_inprocess("-p", "accelerate_plugin")
+    run = pytester.runpytest_inprocess("-p", "support.accelerate_plugin")
     assert run.ret == code
     run.assert_outcomes(passed=tests.count("def test"))
     run.stdout.fnmatch_lines(["*= accelerated models =*", counts])

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerate_helpers import PoolFormerBlock, Pooling, blocks_of, image, logits, make_model
-from peers import randomise, require
+from support.accelerate import PoolFormerBlock, Pooling, blocks_of, image, logits, make_model
+from support.peers import randomise, require
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,7 @@ def rows(model: nn.Module) -> dict[str, tuple[str, str]]:
     return {call.path: (call.backend, call.reason) for call in pk.explain(model).calls}
 
 
-HERE, BLOCK = "test_accelerate_reasons", "accelerate_helpers.PoolFormerBlock"
+HERE, BLOCK = "test_accelerate_reasons", "support.accelerate.PoolFormerBlock"
 pytestmark = pytest.mark.filterwarnings("ignore:accelerate made nothing faster")
 OTHER = "computes something else than its modules' names say"
 
@@ -233,7 +233,7 @@ def test_overridden_forwards():
     assert rows(block)["mlp"] == (
         "modules",
         "test_accelerate_reasons.test_overridden_forwards.<locals>.Mine overrides the forward of"
-        " accelerate_helpers.PoolFormerBlock",
+        " support.accelerate.PoolFormerBlock",
     )
 
 

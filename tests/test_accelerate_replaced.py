@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate_helpers import (
+from support.accelerate import (
     DEPTHS,
     SOURCES,
     PoolFormerBlock,
@@ -16,7 +16,7 @@ from accelerate_helpers import (
     make_model,
     results,
 )
-from peers import randomise
+from support.peers import randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint

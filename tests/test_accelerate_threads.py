@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate_helpers import PoolFormerBlock, blocks_of, image, logits, make_model, results
+from support.accelerate import PoolFormerBlock, blocks_of, image, logits, make_model, results
 from torch import nn
 
 import poolformer_kernels as pk

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from accelerate_helpers import DEPTHS, blocks_of, image, logits, make_model
-from chain_helpers import Calls
-from peers import require
+from support.accelerate import DEPTHS, blocks_of, image, logits, make_model
+from support.chain import Calls
+from support.peers import require
 from torch import nn
 
 import poolformer_kernels as pk

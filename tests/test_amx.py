@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import require_backend
+from support.peers import require_backend
 
 from poolformer_kernels.backends import cpp
 

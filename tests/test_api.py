@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from helpers import require_backend
 from setuptools.config.pyprojecttoml import read_configuration
+from support.peers import require_backend
 
 import poolformer_kernels as pk
 

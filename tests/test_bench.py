@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate_helpers import blocks_of
-from chain_helpers import Calls
+from support.accelerate import blocks_of
+from support.chain import Calls
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import unfused_reasons

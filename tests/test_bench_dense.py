@@ -7,8 +7,8 @@ import csv
 import numpy as np
 import pytest
 import torch
-from accelerate_helpers import blocks_of
-from peers import require
+from support.accelerate import blocks_of
+from support.peers import require
 from torch import nn
 
 require("torchvision", "models.detection")

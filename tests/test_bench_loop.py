@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from train_helpers import require_train
+from support.train import require_train
 
 require_train()
 

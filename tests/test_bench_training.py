@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate_helpers import PoolFormerBlock
+from support.accelerate import PoolFormerBlock
 from torch import nn
 
 from poolformer_kernels.accelerate import accelerate

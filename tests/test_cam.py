@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from gradcam_helpers import tiny
-from peers import randomise, require
+from support.gradcam import tiny
+from support.peers import randomise, require
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.main import main

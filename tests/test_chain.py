@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from chain_helpers import (
+from support.chain import (
     DTYPES,
     FIRST,
     LAST,
@@ -23,7 +23,9 @@ from chain_helpers import (
     problem,
     threads,
 )
-from helpers import as_layout, assert_close_to_fp64, bits, randn
+from support.layouts import as_layout
+from support.problems import randn
+from support.rule import assert_close_to_fp64, bits
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference

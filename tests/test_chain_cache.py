@@ -5,13 +5,14 @@ import gc
 import pickle
 import weakref
 
-import accelerate_helpers
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
-from chain_helpers import ONE, RIGHT, by_reference, calls, filled, images, infer, make_model
-from helpers import HALVES, assert_close_to_fp64
-from peers import relative_error
+from support import accelerate as blocks
+from support.chain import ONE, RIGHT, by_reference, calls, filled, images, infer, make_model
+from support.peers import relative_error
+from support.problems import HALVES
+from support.rule import assert_close_to_fp64
 from torch import nn
 
 from poolformer_kernels.accelerate import accelerate
@@ -413,7 +414,7 @@ def test_a_model_is_collected(function, x):
 def test_a_parameter_that_is_computed_is_never_stale(where):
     """The norms of an accelerated block may be of any class derived from GroupNorm."""
     torch.manual_seed(0)
-    block, x = accelerate_helpers.PoolFormerBlock(), images(2, 16, 9, 7)
+    block, x = blocks.PoolFormerBlock(), images(2, 16, 9, 7)
     with torch.no_grad():
         for p in block.parameters():
             p.normal_(std=0.3)

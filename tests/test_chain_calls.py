@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chain_helpers import (
+from support.chain import (
     FIRST,
     LAST,
     ONE,
@@ -20,8 +20,10 @@ from chain_helpers import (
     infer,
     make_model,
 )
-from helpers import HALVES, as_layout, bits, randn
-from peers import relative_error
+from support.layouts import as_layout
+from support.peers import relative_error
+from support.problems import HALVES, randn
+from support.rule import bits
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import PoolFormer

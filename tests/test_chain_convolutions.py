@@ -8,8 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_helpers import DTYPES, FIRST, LAST, convolve, problem, threads
-from helpers import as_layout, assert_close_to_fp64, bits, randn
+from support.chain import DTYPES, FIRST, LAST, convolve, problem, threads
+from support.layouts import as_layout
+from support.problems import randn
+from support.rule import assert_close_to_fp64, bits
 
 from poolformer_kernels.ops.chain import Chain
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import randn
-from peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models.files import IN_FOLDER

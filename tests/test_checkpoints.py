@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import randn
-from peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import CheckpointReport

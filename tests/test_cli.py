@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import require
+from support.peers import require
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.main import main

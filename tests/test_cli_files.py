@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from peers import require
+from support.peers import require
 
 from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.cli.files import check_writable, make_folder, write_whole

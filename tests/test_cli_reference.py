@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from peers import require
+from support.peers import require
 
 for package in ("matplotlib", "rich", "safetensors", "timm", "yaml"):
     require(package)

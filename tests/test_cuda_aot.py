@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peers import require
+from support.peers import require
 from test_setup import setup_script
 
 from poolformer_kernels.backends import cpp

@@ -3,7 +3,6 @@
 Every test there passes, or the one here fails and shows the output.
 """
 
-import fcntl
 import os
 import re
 import subprocess
@@ -11,23 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiers
+from support.processes import executor_library, tiers
 
 FOLDER = Path(__file__).parent / "cuda_executor"
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    """The kernels and the executor, built once for all workers."""
-    from cuda_executor.build import build
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    target = folder / "cuda_executor.so"
-    with open(folder / "cuda_executor.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return target if target.exists() else build(target)
+    return executor_library(tmp_path_factory)
 
 
 @pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))

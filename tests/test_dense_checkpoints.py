@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_files import (
+from support.dense_files import (
     CLASSES,
     HEADS,
     NAMES,
@@ -18,8 +18,8 @@ from dense_files import (
     require_dense,
     tiny_body,
 )
-from helpers import randn
-from peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import CheckpointReport, load_checkpoint
@@ -170,8 +170,8 @@ def check_regions(model, state, maps):
     [("retinanet", 21_653_044), ("mask_rcnn", 31_570_608), ("semantic_fpn", 15_669_846)],
 )
 def test_official_shapes_add_up_to_the_papers_parameters(head, parameters, monkeypatch):
-    monkeypatch.setattr("dense_files.LAYERS", (2, 2, 6, 2))
-    monkeypatch.setattr("dense_files.DIMS", (64, 128, 320, 512))
+    monkeypatch.setattr("support.dense_files.LAYERS", (2, 2, 6, 2))
+    monkeypatch.setattr("support.dense_files.DIMS", (64, 128, 320, 512))
     shapes = official_shapes(head, 150 if head == "semantic_fpn" else 80)
     counted = {k: s for k, s in shapes.items() if "running" not in k and "tracked" not in k}
     assert sum(torch.Size(shape).numel() for shape in counted.values()) == parameters
@@ -195,8 +195,8 @@ def test_model_of_checkpoint(official):
 
 
 def test_released_sizes_get_their_names(monkeypatch, tmp_path):
-    monkeypatch.setattr("dense_files.LAYERS", (2, 2, 6, 2))
-    monkeypatch.setattr("dense_files.DIMS", (64, 128, 320, 512))
+    monkeypatch.setattr("support.dense_files.LAYERS", (2, 2, 6, 2))
+    monkeypatch.setattr("support.dense_files.DIMS", (64, 128, 320, 512))
     official_file(tmp_path / "s12.pth", "semantic_fpn", classes=150, names=None)
     model, _, classes = model_of_checkpoint(tmp_path / "s12.pth")
     assert (model.backbone.body.config.name, model.num_classes) == ("poolformer_s12", 150)

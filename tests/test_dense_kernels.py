@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from dense_helpers import images, require_dense, sample, tiny
-from helpers import assert_close_to_fp64, one_thread
+from support.dense import images, require_dense, sample, tiny
+from support.rule import assert_close_to_fp64, one_thread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

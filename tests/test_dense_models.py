@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from dense_helpers import DIMS, images, require_dense, sample, target, tiny, tiny_body
+from support.dense import DIMS, images, require_dense, sample, target, tiny, tiny_body
 from torch import nn
 
 import poolformer_kernels as pk

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dense_helpers import require_dense, tiny_body
-from dense_truth import iou
+from support.dense import require_dense, tiny_body
+from support.dense_truth import iou
 from torch import Tensor
 
 require_dense()

@@ -1,11 +1,11 @@
 """Anchors, matching, boxes and images of the detectors against their definitions (`dense_truth`)."""
 
-import dense_truth as truth
-import dense_truth_regions as regions
 import pytest
 import torch
-from dense_helpers import images, require_dense, sample, tiny
-from dense_truth import assert_near
+from support import dense_truth as truth
+from support import dense_truth_regions as regions
+from support.dense import images, require_dense, sample, tiny
+from support.dense_truth import assert_near
 
 require_dense()
 

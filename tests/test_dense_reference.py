@@ -1,12 +1,12 @@
 """Detectors and the segmenter against their definitions in float64 (`dense_truth`)."""
 
-import dense_truth as truth
-import dense_truth_regions as regions
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_helpers import images, require_dense, sample, target, tiny
-from dense_truth import assert_near
+from support import dense_truth as truth
+from support import dense_truth_regions as regions
+from support.dense import images, require_dense, sample, target, tiny
+from support.dense_truth import assert_near
 from torch import Tensor
 
 require_dense()
@@ -136,8 +136,10 @@ def test_mask_rcnn_losses_and_gradients():
     model = everything_sampled(tiny("mask_rcnn", dtype=F64), 25).train()
     x, targets = sample(F64)
     targets = [one | {"masks": uneven(one["masks"])} for one in targets]
-    p = truth.parameters(model)
-    losses, expected = model(x, targets), regions.mask_rcnn_training(p, x, targets, 3, 60, 25)
+    p, anchored = truth.parameters(model), []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, args, boxes: anchored.append(boxes[0]))
+    losses = model(x, targets)
+    expected = regions.mask_rcnn_training(p, x, targets, 3, 60, 25, anchored[0])
     assert set(losses) == set(expected)
     for name, value in losses.items():
         assert value > 1e-3, name

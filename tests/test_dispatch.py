@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_same, make_grad, make_inputs, require_backend, run
+from support.peers import require_backend
+from support.pool_mixer import make_grad, make_inputs
+from support.rule import assert_same, run
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops import dispatch as selection

@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
-from peers import require
+from support.peers import require
 
 import poolformer_kernels as pk
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from peers import require
+from support.peers import require
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate_helpers import PoolFormerBlock
-from peers import require
+from support.accelerate import PoolFormerBlock
+from support.peers import require
 
 import poolformer_kernels as pk
 from poolformer_kernels.explain import Call, Explanation

@@ -7,9 +7,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64, randn
-from metaformer_helpers import on_meta, tiny, twin
-from peers import official_model, randomise, relative_error, require
+from support.metaformer import on_meta, tiny, twin
+from support.peers import official_model, randomise, relative_error, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import export as command

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peers import require
+from support.peers import require
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from peers import require
+from support.peers import require
 
 from poolformer_kernels.cli.main import load_benchmarks
 

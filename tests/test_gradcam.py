@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcam_helpers import CLASSES, tiny
-from helpers import randn
-from peers import randomise, require
+from support.gradcam import CLASSES, tiny
+from support.peers import randomise, require
+from support.problems import randn
 from torch import nn
 
 import poolformer_kernels as pk

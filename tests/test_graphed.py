@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graph_helpers import SaysCuda
-from peers import randomise
+from support.graphs import SaysCuda
+from support.peers import randomise
 from torch import nn
 
 import poolformer_kernels as pk

@@ -6,8 +6,8 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_helpers import Net, adamw
-from peers import randomise
+from support.graphs import Net, adamw
+from support.peers import randomise
 from torch import nn
 
 import poolformer_kernels as pk

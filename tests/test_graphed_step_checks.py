@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_helpers import Net, SaysCuda, adamw
+from support.graphs import Net, SaysCuda, adamw
 from torch import nn
 
 from poolformer_kernels import graphs

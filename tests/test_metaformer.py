@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randn
-from metaformer_helpers import LAYERS, SIZE, Shift, on_meta, tiny, twin
-from peers import relative_error
+from support.metaformer import LAYERS, SIZE, Shift, on_meta, tiny, twin
+from support.peers import relative_error
+from support.problems import randn
 from torch import nn
 
 import poolformer_kernels as pk

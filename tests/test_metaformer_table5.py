@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from helpers import randn
-from metaformer_helpers import on_meta, twin
-from peers import relative_error
+from support.metaformer import on_meta, twin
+from support.peers import relative_error
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import MetaFormer, PoolFormer

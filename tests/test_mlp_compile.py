@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers import HALVES, LAYOUTS, as_layout, assert_close_to_fp64, assert_same, bits, run, tiled_stats
-from mlp_helpers import PARAMETERS, PLAIN, VECTORS, eager, make_grad, make_inputs, truth, ulps_of
+from support.layouts import LAYOUTS, as_layout
+from support.mlp import PARAMETERS, PLAIN, VECTORS, eager, make_grad, make_inputs, truth, ulps_of
+from support.problems import HALVES, tiled_stats
+from support.rule import assert_close_to_fp64, assert_same, bits, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poolformer_kernels.ops import dispatch as selection

@@ -6,8 +6,9 @@ Other levels always take the usual way.
 
 import pytest
 import torch
-from helpers import as_layout, assert_same
-from mlp_helpers import make_inputs
+from support.layouts import as_layout
+from support.mlp import make_inputs
+from support.rule import assert_same
 
 from poolformer_kernels.ops import mlp
 

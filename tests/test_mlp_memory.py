@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HALVES, LAYOUTS, as_layout
-from mlp_helpers import NAMES, make_grad, make_inputs
+from support.layouts import LAYOUTS, as_layout
+from support.mlp import NAMES, make_grad, make_inputs
+from support.problems import HALVES
 from torch.autograd.graph import saved_tensors_hooks
 
 from poolformer_kernels.ops import mlp

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers import HALVES, as_layout, bits, randn
-from mlp_helpers import make_inputs
+from support.layouts import as_layout
+from support.mlp import make_inputs
+from support.problems import HALVES, randn
+from support.rule import bits
 from torch import Tensor, nn
 
 from poolformer_kernels.ops import mlp

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randn
-from peers import official_model, randomise, relative_error, require
+from support.peers import official_model, randomise, relative_error, require
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import HEADS, PoolFormer, model_config

@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64, randn
-from metaformer_helpers import SIZE, tiny
-from peers import randomise, require
+from support.metaformer import SIZE, tiny
+from support.peers import randomise, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import ModelConfig, PoolFormer, PoolFormerV2

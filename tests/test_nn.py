@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_to_fp64, randn
-from nn_helpers import gradients, make_block, official_block
-from peers import randomise, relative_error, require
+from support.nn import gradients, make_block, official_block
+from support.peers import randomise, relative_error, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 from torch import nn
 
 import poolformer_kernels as pk

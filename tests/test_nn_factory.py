@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import randn
+from support.problems import randn
 from torch import nn
 
 import poolformer_kernels as pk

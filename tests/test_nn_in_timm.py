@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64, randn
-from peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
 

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_to_fp64, randn
-from peers import relative_error, require
+from support.peers import relative_error, require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 from torch import nn
 
 import poolformer_kernels as pk

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64, randn
-from peers import require
+from support.peers import require
+from support.problems import randn
+from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
 from poolformer_kernels.nn import PoolFormerBlock, PoolMixer

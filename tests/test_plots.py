@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from peers import require
+from support.peers import require
 
 from poolformer_kernels.cli.main import load_benchmarks
 

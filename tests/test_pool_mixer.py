@@ -1,210 +1,40 @@
-"""Values and gradients of the token mixer on every CPU backend, against fp64 beside eager PyTorch.
+"""The token mixer where no target is concerned: float64, autocast, second derivatives, torch.func.
 
-The tests named ``core`` are also run by test_isa.py, once for each instruction set level of this machine.
+What it promises on every target is in contract/pool_mixer.py.
 """
 
 import pytest
 import torch
-from helpers import (
-    CHANNELS_LAST,
-    GRAD_LAYOUTS,
-    LAYOUTS,
-    PARAMETERS,
-    VECTOR_LAYOUTS,
-    as_layout,
-    as_vector_layout,
-    assert_right,
-    assert_same,
-    make_grad,
-    make_inputs,
-    run,
-)
+from support.layouts import LAYOUTS, as_layout
+from support.pool_mixer import assert_right, make_grad, make_inputs, mixer_with_stats
+from support.problems import tiled_stats
+from support.rule import assert_same, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk
+from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import pool_mixer
-from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = (torch.bfloat16, torch.float16)
-FORMATS = ("nchw", "channels_last")
-
-
-def assert_formats(actual: dict, layout: str) -> None:
-    """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
-    wanted = torch.channels_last if layout in CHANNELS_LAST else torch.contiguous_format
-    for name in (
-        ("y",) if pk.ops.dispatch.select_backend("cpu", actual["y"].dtype) == "reference" else ("y", "dx")
-    ):
-        t = actual[name]
-        if t.numel() > 0:
-            assert t.is_contiguous(memory_format=wanted), f"{name}: strides {t.stride()} of {tuple(t.shape)}"
-
-
-def assert_mixer_right(inputs, grad, layout="nchw", **options) -> dict:
-    inputs = {**inputs, "x": as_layout(inputs["x"], layout)}
-    actual = run(pool_mixer, inputs, as_layout(grad, layout), **options)
-    assert_right(actual, inputs, as_layout(grad, layout), **options)
-    assert_formats(actual, layout)
-    return actual
-
-
-# ---- shapes ------------------------------------------------------------------------------------------------
-
-SHAPES = (
-    (2, 17, 5, 8),  # H != W
-    (2, 3, 1, 9),
-    (2, 3, 9, 1),
-    (3, 17, 1, 1),
-    (2, 5, 2, 2),
-    (1, 96, 7, 7),
-    (3, 3, 13, 29),
-    (2, 1, 14, 14),
-    (1, 64, 14, 14),
-    (1, 17, 56, 56),
-    (1, 320, 7, 7),
-    (1, 768, 3, 7),
-)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_shapes(backend, dtype, shape, layout):
-    inputs = make_inputs(shape, dtype)
-    assert_mixer_right(inputs, make_grad(inputs), layout, residual=True)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(2, 17, 5, 8), (2, 20, 1, 1), (2, 64, 7, 7), (1, 3, 13, 29)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_without_residual(backend, dtype, shape, layout):
-    inputs = make_inputs(shape, dtype)
-    assert_mixer_right(inputs, make_grad(inputs), layout, residual=False)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("pool_size", [1, 3, 5, 7, 9, 31])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (13, 29)], ids=str)
-def test_core_pool_sizes(backend, size, pool_size, layout):
-    """The pool may be larger than the image; pool size 1 leaves the identity (or zero) exactly."""
-    inputs = make_inputs((2, 19, *size))
-    grad = make_grad(inputs)
-    actual = assert_mixer_right(inputs, grad, layout, pool_size=pool_size, residual=True)
-    if pool_size == 1 and backend != "reference":
-        assert torch.equal(actual["y"], inputs["x"])
-        assert torch.equal(actual["dx"], grad)
-    assert_mixer_right(inputs, grad, layout, pool_size=pool_size, residual=False)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("pool_size", [3, 5, 9])
-@pytest.mark.parametrize("shape", [(1, 5, 100, 70), (1, 64, 40, 40), (1, 7, 300, 6)], ids=str)
-def test_core_pools_across_work_items(backend, shape, pool_size, layout):
-    """Images of several strips of rows: those at a strip's edge belong to the pool of the next."""
-    inputs = make_inputs(shape)
-    assert_mixer_right(inputs, make_grad(inputs), layout, pool_size=pool_size, residual=True)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("size", [(400, 1), (1, 400), (3, 50)], ids=str)
-def test_core_pool_far_wider_than_a_thin_image(backend, size, layout):
-    inputs = make_inputs((1, 3, *size))
-    expected = run(pool_mixer, inputs, make_grad(inputs), pool_size=2 * max(size) - 1)
-    assert_same(run(pool_mixer, inputs, make_grad(inputs), pool_size=2**31 - 1), expected)
-    assert_mixer_right(inputs, make_grad(inputs), layout, pool_size=801, residual=True)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_core_every_half_survives(dtype, layout, kernels):
-    """All 65536 values in and out unchanged, where the pool leaves the identity: infinities and NaN too."""
-    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 64, 32, 32)
-    if dtype == torch.bfloat16:  # hardware conversions may take a subnormal for zero
-        x = torch.where((x.abs() < torch.finfo(dtype).tiny), torch.zeros_like(x), x)
-    stats = torch.tensor([[[65536.0, 0.0, 65536.0]]])
-    finite = as_layout(torch.where(x.isfinite(), x, torch.ones_like(x)), layout)
-    y, _ = pool_mixer_with_stats(finite, None, None, pool_size=1, residual=True, stats=stats)
-    assert torch.equal(y, finite)
-    y, _ = pool_mixer_with_stats(as_layout(x, layout), None, None, pool_size=1, residual=True, stats=stats)
-    assert torch.equal(y.isfinite(), x.isfinite())
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_core_many_samples(backend, dtype, layout):
-    inputs = make_inputs((513, 5, 3, 4), dtype)
-    assert_mixer_right(inputs, make_grad(inputs), layout, residual=True)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("residual", [False, True])
-def test_core_no_samples(backend, residual, layout):
-    inputs = make_inputs((0, 5, 3, 4))
-    actual = assert_mixer_right(inputs, make_grad(inputs), layout, residual=residual)
-    assert actual["y"].shape == (0, 5, 3, 4)
-    assert actual["ddrop_scale"].shape == (0,)
-    for name in ("weight", "bias", "layer_scale"):
-        assert torch.equal(actual[f"d{name}"], torch.zeros(5)), name
-
-
-# ---- layouts -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_core_layouts_of_x(backend, dtype, layout):
-    inputs = make_inputs((3, 17, 6, 9), dtype)
-    inputs["x"] = as_layout(inputs["x"], layout)
-    grad = make_grad(inputs)
-    actual = run(pool_mixer, inputs, grad, residual=True)
-    assert_right(actual, inputs, grad, residual=True)
-    assert_formats(actual, layout)
-
-
-@pytest.mark.parametrize("x_layout", FORMATS)
-@pytest.mark.parametrize("layout", GRAD_LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_core_layouts_of_the_gradient(backend, dtype, layout, x_layout):
-    inputs = make_inputs((3, 17, 6, 9), dtype)
-    inputs["x"] = as_layout(inputs["x"], x_layout)
-    grad = as_layout(make_grad(inputs), layout)
-    actual = run(pool_mixer, inputs, grad, residual=True)
-    assert_right(actual, inputs, grad, residual=True)
-    assert_formats(actual, x_layout)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("layout", VECTOR_LAYOUTS)
-def test_layouts_of_parameters(backend, layout, name):
-    inputs = make_inputs((5, 6, 4, 5))
-    inputs[name] = as_vector_layout(inputs[name], layout)
-    grad = make_grad(inputs)
-    assert_right(run(pool_mixer, inputs, grad, residual=True), inputs, grad, residual=True)
-
-
-# ---- dtypes ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_core_float32_parameters_with_half_activations(backend, dtype, residual, layout):
-    inputs = make_inputs((2, 17, 6, 9), dtype, parameter_dtype=torch.float32)
-    assert_mixer_right(inputs, make_grad(inputs), layout, residual=residual)
-
-
-def test_each_parameter_has_its_own_dtype(backend):
-    inputs = make_inputs((2, 17, 6, 9), torch.bfloat16)
-    for name in ("bias", "drop_scale"):
-        inputs[name] = inputs[name].float()
-    assert_mixer_right(inputs, make_grad(inputs), residual=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64_runs_the_reference(layout):
     inputs = make_inputs((3, 5, 6, 9), torch.float64)
-    assert_mixer_right(inputs, make_grad(inputs), layout, residual=True)
+    inputs["x"] = as_layout(inputs["x"], layout)
+    grad = as_layout(make_grad(inputs), layout)
+    actual = run(pool_mixer, inputs, grad, residual=True)
+    assert_right(actual, inputs, grad, residual=True)
+    assert actual["y"].is_contiguous(memory_format=memory_format_of(inputs["x"]))
+
+
+@pytest.mark.parametrize("tiles", [1, 7])
+def test_given_statistics_in_float64(tiles):
+    inputs = make_inputs((3, 18, 6, 9), torch.float64)
+    grad = make_grad(inputs)
+    actual = run(mixer_with_stats, inputs, grad, residual=True, stats=tiled_stats(inputs["x"], tiles))
+    # as many ulps as the reference formula itself is off
+    assert_right(actual, inputs, grad, residual=True, ulps=16)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -234,3 +64,49 @@ def test_cuda_autocast_computes_in_float32(dtype, enabled):
         finally:
             torch.set_autocast_enabled("cuda", before)
     assert y.dtype == (torch.float32 if enabled else dtype)
+
+
+def test_double_backward_on_the_reference():
+    """A gradient penalty: the second derivative of the reference in float32 against float64."""
+
+    def penalty(dtype: torch.dtype) -> torch.Tensor:
+        inputs = make_inputs((2, 3, 4, 5), parameter_dtype=torch.float32)
+        inputs = {name: t.to(dtype) for name, t in inputs.items()}
+        x = inputs["x"].requires_grad_()
+        with pk.use_backend("reference"):
+            y = pool_mixer(**inputs, residual=True)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(torch.float32).double(), penalty(torch.float64), rtol=1e-4, atol=1e-4)
+
+
+# ---- forward mode and torch.func ---------------------------------------------------------------------------
+
+
+def jvp_by_func(x, tangent):
+    return torch.func.jvp(lambda a: pool_mixer(a, None, None), (x,), (tangent,))[1]
+
+
+def jvp_by_dual(x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        y = pool_mixer(torch.autograd.forward_ad.make_dual(x, tangent), None, None)
+        return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+
+def grad_by_func(x, tangent):
+    return torch.func.grad(lambda a: (pool_mixer(a, None, None) * tangent).sum())(x)
+
+
+@pytest.mark.parametrize("transform", [jvp_by_func, jvp_by_dual, grad_by_func])
+def test_transforms_run_on_the_reference_and_are_refused_by_kernels(kernels, transform):
+    """A kernel has no tangents: a zero or a missing one would be a wrong number."""
+    x, tangent = torch.randn(2, 3, 5, 6).double(), torch.randn(2, 3, 5, 6).double()
+    with pk.use_backend("reference"):
+        expected = transform(x, tangent)
+        step = 1e-6
+        if transform is not grad_by_func:
+            ahead, behind = (pool_mixer(x + s * step * tangent, None, None) for s in (1, -1))
+            torch.testing.assert_close(expected, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative and no torch\.func gradient; use"):
+        transform(x.float(), tangent.float())

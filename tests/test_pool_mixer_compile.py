@@ -7,17 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers import (
-    LAYOUTS,
-    PARAMETERS,
-    as_layout,
-    assert_same,
-    bits,
-    make_grad,
-    make_inputs,
-    run,
-    tiled_stats,
-)
+from support.layouts import LAYOUTS, as_layout
+from support.pool_mixer import PARAMETERS, make_grad, make_inputs
+from support.problems import tiled_stats
+from support.rule import assert_same, bits, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randn
-from peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require
+from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import ModelConfig, PoolFormerV2, model_config

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dense_files import HEADS, NAMES, make, official_file, require_dense, tiny_body
-from peers import randomise, require
+from support.dense_files import HEADS, NAMES, make, official_file, require_dense, tiny_body
+from support.peers import randomise, require
 from test_cli import assert_one_line
 
 from poolformer_kernels.cli.main import main

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from peers import randomise
+from support.peers import randomise
 from torch import nn
 
 import poolformer_kernels as pk
@@ -411,7 +411,7 @@ def test_cuda_where_there_is_none():
 
 
 def rich_or_skip():
-    from peers import require
+    from support.peers import require
 
     require("rich")
 

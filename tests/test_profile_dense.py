@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peers import require
+from support.peers import require
 
 require("torchvision", "models.detection")
 

@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
-from helpers import LAYOUTS, as_layout, assert_close_to_fp64, make_inputs, randn, tiled_stats
+from support.layouts import LAYOUTS, as_layout
+from support.pool_mixer import make_inputs
+from support.problems import randn, tiled_stats
+from support.rule import assert_close_to_fp64
 
 from poolformer_kernels import reference
 from poolformer_kernels.layout import memory_format_of

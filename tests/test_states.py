@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import require_backend
+from support.peers import require_backend
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.profiling import states

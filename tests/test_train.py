@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from train_helpers import (
+from support.train import (
     ALL_DRAWS,
     SMALL,
     command,

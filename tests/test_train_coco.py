@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dense_data_helpers import (
+from support.dense_data import (
     CATEGORIES,
     DISCS,
     SIZE,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from train_helpers import make_folder, require_train
+from support.train import make_folder, require_train
 
 require_train()
 

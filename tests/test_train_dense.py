@@ -8,12 +8,13 @@ import re
 import shutil
 import signal
 
-import dense_files
 import pytest
 import torch
 import yaml
-from dense_data_helpers import require_dense_data
-from train_dense_helpers import (
+from support import dense_files
+from support.dense_data import require_dense_data
+from support.train import differing, state
+from support.train_dense import (
     SCORE,
     STEPS,
     TASKS,
@@ -25,7 +26,6 @@ from train_dense_helpers import (
     run_task,
     values,
 )
-from train_helpers import differing, state
 
 require_dense_data()
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dense_data_helpers import (
+from support.dense_data import (
     CATEGORIES,
     SIZE,
     box_of,
@@ -18,7 +18,7 @@ from dense_data_helpers import (
     run_lengths,
     write_coco,
 )
-from peers import require
+from support.peers import require
 
 require_dense_data()
 

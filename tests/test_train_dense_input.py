@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dense_data_helpers import coco_annotation, disc, require_dense_data, write_coco
-from train_dense_helpers import TASKS, data_of, few_regions, make_discs, rows, run_task
-from train_helpers import losses, state
+from support.dense_data import coco_annotation, disc, require_dense_data, write_coco
+from support.train import losses, state
+from support.train_dense import TASKS, data_of, few_regions, make_discs, rows, run_task
 
 require_dense_data()
 

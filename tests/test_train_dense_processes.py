@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_data_helpers import require_dense_data
-from train_dense_helpers import OPTIONS, STEPS, TASKS, data_of, make_discs, rows, values
-from train_helpers import command, differing, environment, in_processes, losses, state
+from support.dense_data import require_dense_data
+from support.train import command, differing, environment, in_processes, losses, state
+from support.train_dense import OPTIONS, STEPS, TASKS, data_of, make_discs, rows, values
 
 require_dense_data()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_data_helpers import require_dense_data
+from support.dense_data import require_dense_data
 
 require_dense_data()
 

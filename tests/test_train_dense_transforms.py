@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from dense_data_helpers import box_of, paint
-from train_helpers import require_train
+from support.dense_data import box_of, paint
+from support.train import require_train
 
 require_train()
 

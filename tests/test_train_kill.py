@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from train_helpers import (
+from support.train import (
     ALL_DRAWS,
     SMALL,
     command,

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from train_helpers import ALL_DRAWS, SMALL, command, environment, in_processes, losses, require_train, state
+from support.train import ALL_DRAWS, SMALL, command, environment, in_processes, losses, require_train, state
 
 require_train()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from train_helpers import require_train
+from support.train import require_train
 
 require_train()
 

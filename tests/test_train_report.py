@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peers import require
+from support.peers import require
 
 
 @pytest.fixture(scope="module")

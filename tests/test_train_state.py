@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from train_helpers import differing, environment, require_train
+from support.train import differing, environment, require_train
 
 require_train()
 

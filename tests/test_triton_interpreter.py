@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiers
+from support.processes import tiers
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
 

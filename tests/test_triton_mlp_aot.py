@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from triton_helpers import check_accesses, check_products, parameters
+from support.ttgir import check_accesses, check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):

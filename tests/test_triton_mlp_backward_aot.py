@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.ttgir import check_accesses, check_products, parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_helpers import check_accesses, check_products, parameters
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from peers import require
+from support.peers import require
 
 SCRIPT = Path(__file__).parent / "typing" / "public_api.py"
 ROOT = SCRIPT.parents[2]

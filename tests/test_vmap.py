@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import randn
+from support.problems import randn
 from torch import Tensor
 
 import poolformer_kernels as pk

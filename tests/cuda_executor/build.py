@@ -1,6 +1,7 @@
 """Builds csrc/cuda for the host: the kernels' own source, with the executor in place of the CUDA runtime."""
 
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,14 +23,20 @@ ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]  # this 
 DEFINES = ["-DPK_EXECUTOR", "-DPK_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
-def build(target: Path, sources: list[Path] | None = None, jobs: int = 2, with_torch: bool = True) -> Path:
-    """Compiles the kernels (all of them by default) into the library ``target``."""
+def build(
+    target: Path,
+    sources: list[Path] | None = None,
+    jobs: int = 2,
+    with_torch: bool = True,
+    flags: Sequence[str] = (),
+) -> Path:
+    """Compiles the kernels (all of them by default) into the library ``target``, with more ``flags``."""
     headers = [f"-I{FOLDER / 'include'}", *(f"-I{path}" for path in include_paths())]
 
     def compiled(source: Path) -> str:
         out = target.parent / source.relative_to(ROOT).with_suffix(".o")
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = ["g++", *FLAGS, *ALIGNMENT, *DEFINES, "-include", "cuda_runtime.h", *headers]
+        command = ["g++", *FLAGS, *ALIGNMENT, *DEFINES, *flags, "-include", "cuda_runtime.h", *headers]
         done = subprocess.run(
             [*command, "-x", "c++", "-c", str(source), "-o", str(out)], capture_output=True, text=True
         )

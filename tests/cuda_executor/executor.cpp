@@ -294,5 +294,6 @@ EXPORT void executor_order(int bits) {
   executor::by_warp = bits & 2;
 }
 EXPORT void executor_architecture(int number) { executor::architecture = number; }
+EXPORT int executor_chosen_architecture() { return executor::architecture; }
 EXPORT void executor_shared(int bytes) { executor::shared_of_block = bytes; }
 EXPORT int executor_threads() { return static_cast<int>(blockDim.x); }

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64
+from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops import dispatch as selection

@@ -1,29 +1,20 @@
-"""The CUDA C++ MLP's forward, both its kernels, in the executor: the error rule over dtypes and shapes."""
+"""The CUDA C++ MLP's forward, both its kernels, in the executor: its operator, tiles and limits."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    HALVES,
-    LAYOUTS,
-    as_layout,
-    as_vector_layout,
-    assert_close_to_fp64,
-    assert_same,
-    assert_statistics_of,
-    bits,
-    tiled_stats,
-)
-from mlp_helpers import PLAIN, VECTORS, as_weight_layout, assert_right, eager, make_grad, make_inputs
+from support.layouts import as_layout
+from support.mlp import PLAIN, assert_right, make_grad, make_inputs
+from support.problems import HALVES, tiled_stats
+from support.rule import assert_close_to_fp64, assert_same, bits
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference
 from poolformer_kernels.backends.cuda import STATS_ROWS
 from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import mlp
-from poolformer_kernels.ops.mlp import mlp_with_stats
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -64,111 +55,7 @@ def check(inputs, layout="channels_last", ulps=8, **options) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
-def test_residual_form(shape, hidden, dtype) -> None:
-    check(make_inputs(shape, hidden, dtype), residual=True)
-
-
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
-def test_layouts_of_x(layout) -> None:
-    check(make_inputs((3, 64, 6, 9), 64, torch.bfloat16), layout, residual=True)
-
-
-@pytest.mark.parametrize("conv", [True, False])
-@pytest.mark.parametrize("layout", ["transposed", "strided", "padded", "offset", "expanded"])
-@pytest.mark.parametrize("name", ["w1", "w2"])
-def test_layouts_of_weights(name, layout, conv) -> None:
-    inputs = make_inputs((1, 64, 6, 7), 64, torch.bfloat16, conv=conv)
-    inputs[name] = as_weight_layout(inputs[name], layout)
-    check(inputs, residual=True)
-
-
-@pytest.mark.parametrize("layout", ["strided", "expanded", "offset", "column"])
-def test_layouts_of_vectors(layout) -> None:
-    inputs = make_inputs((2, 64, 6, 7), 64, torch.bfloat16)
-    check(inputs | {name: as_vector_layout(inputs[name], layout) for name in VECTORS}, residual=True)
-
-
-@pytest.mark.parametrize(
-    "given", [(), ("b1",), ("b2", "drop_scale"), ("norm_weight",), ("norm_bias", "layer_scale")], ids=str
-)
-def test_missing_vectors(given) -> None:
-    for norm in (False, True) if not any(name.startswith("norm") for name in given) else (True,):
-        check(make_inputs(*ONE, torch.bfloat16, parameters=given), residual=True, norm=norm)
-        check(make_inputs(*ONE, torch.bfloat16, parameters=given), norm=norm)
-
-
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_activations(dtype, activation) -> None:
-    check(make_inputs((1, 64, 8, 9), 64, dtype), residual=True, activation=activation)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype", "vector_dtype"),
-    [
-        *((half, torch.float32, torch.float32) for half in HALVES),
-        *((torch.float32, half, vector) for half in HALVES for vector in (torch.float32, half)),
-        *((half, half, torch.float32) for half in HALVES),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("shape", "hidden"), [ONE, SHAPES[3]], ids=str)
-def test_mixed_dtypes(shape, hidden, dtype, weight_dtype, vector_dtype) -> None:
-    dtypes = {"weight_dtype": weight_dtype, "vector_dtype": vector_dtype}
-    check(make_inputs(shape, hidden, dtype, **dtypes), residual=True)
-    check(make_inputs(shape, hidden, dtype, parameters=PLAIN, **dtypes))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "mean", "sigma"),
-    [(torch.bfloat16, 1e2, 1.0), (torch.bfloat16, -1e4, 1e2), (torch.float16, 1e2, 1.0)],
-    ids=str,
-)
-def test_mean_much_larger_than_sigma(dtype, mean, sigma) -> None:
-    """The mean is a float32, in eager PyTorch too: an ulp of it is allowed."""
-    inputs = make_inputs(*ONE, dtype, mean=mean, sigma=sigma)
-    for residual in (True, False):
-        check(inputs, residual=residual, ulps=8 + abs(mean) / sigma)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_a_sample_that_is_not_finite_stays_alone(value) -> None:
-    for parameters in (PLAIN, VECTORS):
-        inputs = make_inputs(*ONE, torch.bfloat16, parameters=parameters)
-        clean = mlp(**inputs)
-        inputs["x"][1, 3, 2, 4] = value
-        y = mlp(**inputs)
-        hurt = torch.zeros(y.shape, dtype=torch.bool)
-        hurt[1 if parameters is VECTORS else (1, slice(None), 2, 4)] = True
-        assert not y[hurt].isfinite().any()
-        assert torch.equal(y[~hurt], clean[~hurt])
-
-
-@pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2", "norm_weight", "norm_bias"])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_nan_in_a_parameter_is_not_lost(activation, name) -> None:
-    inputs = make_inputs((1, 64, 3, 5), 64, torch.bfloat16)
-    inputs["drop_scale"] = None
-    inputs[name].view(-1)[3] = float("nan")
-    y = mlp(**inputs, activation=activation)
-    assert torch.equal(y.isnan(), eager(**inputs, activation=activation).isnan())
-    assert y.isnan().any()
-
-
 # ---- statistics --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tiles", [1, 5, 300])
-def test_given_statistics(tiles) -> None:
-    inputs = make_inputs(*ONE, torch.bfloat16, mean=40.0)
-    stats = tiled_stats(inputs["x"], tiles)
-    y = mlp_with_stats(**inputs, residual=True, stats=stats)[0]
-    with torch.enable_grad():
-        assert_right({"y": y}, inputs, make_grad(inputs), residual=True, ulps=88)
-    permuted = stats.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert torch.equal(bits(y), bits(mlp_with_stats(**inputs, residual=True, stats=permuted)[0]))
 
 
 def test_many_partials_are_merged_as_the_mixer_does() -> None:
@@ -184,29 +71,6 @@ def test_many_partials_are_merged_as_the_mixer_does() -> None:
         mean, var = reference.merge_stats(stats.double())
         torch.testing.assert_close(mean_rstd[:, 0].double(), mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(mean_rstd[:, 1].double(), (var + 1e-5).rsqrt(), rtol=2e-6, atol=0)
-
-
-def test_given_statistics_are_used() -> None:
-    inputs = make_inputs(*ONE, torch.bfloat16)
-    quarter = reference.sample_stats(inputs["x"]) * torch.tensor([1.0, 1.0, 0.25])
-    doubled = mlp(**{**inputs, "norm_weight": 2 * inputs["norm_weight"]}, eps=0.0)
-    y, stats = mlp_with_stats(**inputs, eps=0.0, stats=quarter, return_stats=False)
-    assert stats is None
-    torch.testing.assert_close(y, doubled, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(3, 64, 9, 13), (2, 64, 8, 8), (5, 64, 1, 65), (4, 96, 7, 7), (1, 192, 5, 26)], ids=str
-)
-def test_statistics_of_the_rounded_y(shape, dtype) -> None:
-    operand = torch.bfloat16 if dtype == torch.float32 else dtype
-    for mean, residual in ((-2.3, False), (1e3, True)):
-        inputs = make_inputs(shape, 64, dtype, mean=mean, weight_dtype=operand, vector_dtype=torch.float32)
-        inputs["drop_scale"] = None
-        inputs["x"] = as_layout(inputs["x"], "channels_last")
-        y, stats = mlp_with_stats(**inputs, residual=residual)
-        assert_statistics_of(stats, y)
 
 
 # ---- the op ------------------------------------------------------------------------------------------------
@@ -246,33 +110,6 @@ def test_hidden_beyond_float16() -> None:
         rows = FORWARD(*arguments(inputs, **options))[3].view(-1, ONE[1])
         assert (rows[:, 1::2] == most).all()
         assert (rows[:, ::2] == -65504).all()
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("batch", [0, 2])
-def test_schema_and_fakes(batch, layout) -> None:
-    for pixels in ((5, 13), (3, 5)):
-        inputs = make_inputs((batch, 64, *pixels), 64, torch.bfloat16)
-        inputs["x"] = as_layout(inputs["x"], layout)
-        torch.library.opcheck(FORWARD, arguments(inputs), test_utils=("test_schema", "test_faketensor"))
-        others = FORWARD(
-            *arguments(
-                make_inputs((batch, 64, *pixels), 64, torch.bfloat16, parameters=PLAIN),
-                norm=False,
-                return_stats=False,
-                save_hidden=False,
-            )
-        )[1:]
-        assert [t.shape for t in others] == [(0,)] * 3
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_the_order_of_threads_does_not_matter(dtype, other_orders) -> None:
-    for shape, hidden in (SHAPES[2], SHAPES[4]):
-        call = arguments(make_inputs(shape, hidden, dtype))
-        first = FORWARD(*call)
-        for _ in other_orders():
-            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, FORWARD(*call), strict=True))
 
 
 @pytest.mark.parametrize("architecture", [90], indirect=True)

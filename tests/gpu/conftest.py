@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import require_backend
+from support.peers import require_backend
 
 import poolformer_kernels as pk
 

@@ -64,36 +64,39 @@ MLPS = {
 
 def cases(backend: str, values: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, call) of each; without ``values`` nothing is compared."""
-    import helpers
-    import mlp_helpers
     import torch
+    from support import mlp as mlp_problems
+    from support import pool_mixer as mixer_problems
 
     from gpu import mixer_cases, mlp_cases
     from poolformer_kernels.ops import mlp, pool_mixer
 
     for shape, pool_size, dtypes in MIXERS[backend]:
         for dtype in (getattr(torch, name) for name in dtypes):
-            inputs, options = helpers.make_inputs(shape, dtype), {"pool_size": pool_size, "residual": True}
+            inputs, options = (
+                mixer_problems.make_inputs(shape, dtype),
+                {"pool_size": pool_size, "residual": True},
+            )
             compare = partial(mixer_cases.check, inputs, layouts=FORMATS, **options)
-            launch = partial(launch_only, pool_mixer, inputs, helpers.make_grad(inputs), **options)
+            launch = partial(launch_only, pool_mixer, inputs, mixer_problems.make_grad(inputs), **options)
             yield f"mixer, pool {pool_size}, {_text(shape, dtype)}", compare if values else launch
     for shape, hidden, activation, save_hidden, mixed, dtypes in MLPS[backend]:
         for dtype in (getattr(torch, name) for name in dtypes):
             kind = torch.float32 if mixed else dtype
-            inputs = mlp_helpers.make_inputs(shape, hidden, dtype, weight_dtype=kind, vector_dtype=kind)
+            inputs = mlp_problems.make_inputs(shape, hidden, dtype, weight_dtype=kind, vector_dtype=kind)
             options = {"activation": activation, "residual": True, "save_hidden": save_hidden}
             compare = partial(mlp_cases.check, inputs, layouts=FORMATS, **options)
-            launch = partial(launch_only, mlp, inputs, mlp_helpers.make_grad(inputs), **options)
+            launch = partial(launch_only, mlp, inputs, mlp_problems.make_grad(inputs), **options)
             what = f"{activation}{', fc1 saved' * save_hidden}{', float32 parameters' * mixed}"
             yield f"mlp, hidden {hidden}, {what}, {_text(shape, dtype)}", compare if values else launch
 
 
 def launch_only(function: Callable, inputs: dict, grad, **options) -> set[str]:
     """The operator and its gradients in both layouts; on the null GPU, the kernels that it recorded."""
-    from helpers import as_layout, run
     from null_gpu import null_gpu
-
-    from gpu.cases import like_on, on
+    from support.devices import like_on, on
+    from support.layouts import as_layout
+    from support.rule import run
 
     if null_gpu.ACTIVE:
         null_gpu.take()

@@ -1,12 +1,13 @@
 """The error rule for the token mixer on the device: truth is its fp64, eager NCHW there (pytorch#188344)."""
 
 import torch
-from helpers import as_layout, assert_close_to_fp64, assert_same, eager, make_grad, run, truth
+from support.devices import like_on, on, truth_on
+from support.layouts import as_layout
+from support.pool_mixer import eager, make_grad, truth
+from support.rule import assert_close_to_fp64, assert_same, run
 
 from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import pool_mixer
-
-from .cases import like_on, on, truth_on
 
 
 def check(inputs, grad=None, *, layouts=("nchw",), device="cuda", **options) -> None:

@@ -3,14 +3,15 @@
 from itertools import product
 
 import torch
-from helpers import HALVES, as_layout, assert_close_to_fp64, assert_same, run
-from mlp_helpers import PLAIN, VECTORS, eager, make_grad, truth, ulps_of, y_of_mlp_with_stats
+from support.devices import like_on, on, truth_on
+from support.layouts import as_layout
+from support.mlp import PLAIN, VECTORS, eager, make_grad, truth, ulps_of, y_of_mlp_with_stats
+from support.problems import HALVES
+from support.rule import assert_close_to_fp64, assert_same, run
 
 from poolformer_kernels.backends.cuda import mlp_unsupported
 from poolformer_kernels.layout import memory_format_of
 from poolformer_kernels.ops import mlp
-
-from .cases import like_on, on, truth_on
 
 FORMS = {  # parameters, residual
     "plain": (PLAIN, False),

@@ -6,17 +6,20 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import HALVES, as_layout, assert_same, require_backend, run
-from helpers import make_inputs as mixer_inputs
-from mlp_helpers import NAMES, make_grad, make_inputs
-from peers import randomise, relative_error
+from support.devices import like_on, on
+from support.layouts import as_layout
+from support.mlp import NAMES, make_grad, make_inputs
+from support.peers import randomise, relative_error, require_backend
+from support.pool_mixer import make_inputs as mixer_inputs
+from support.problems import HALVES
+from support.rule import assert_same, run
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.kernels import short_name
 from poolformer_kernels.nn import PoolFormerBlock, PoolFormerStage
 from poolformer_kernels.ops import mlp, pool_mixer
 
-from .cases import FORMATS, like_on, on
+from .cases import FORMATS
 
 OPS = torch.ops.poolformer_kernels
 

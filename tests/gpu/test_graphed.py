@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import as_layout
-from peers import randomise
+from support.layouts import as_layout
+from support.peers import randomise
 
 import poolformer_kernels as pk
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_layout, assert_same, randn, run
-from mlp_helpers import PLAIN, make_grad, make_inputs
+from support.devices import like_on, on
+from support.layouts import as_layout
+from support.mlp import PLAIN, make_grad, make_inputs
+from support.problems import randn
+from support.rule import assert_same, run
 
 from poolformer_kernels import reference
 from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 
-from .cases import FORMATS, like_on, on, over
+from .cases import FORMATS, over
 from .mlp_cases import DTYPE, EACH, FUSED, NARROW, ODD, ROUNDS, SMALL, STAGES, check, each
 
 F32, BF16 = torch.float32, torch.bfloat16

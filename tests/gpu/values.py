@@ -1,4 +1,4 @@
-"""The value tests of one backend: its tests in tests/gpu, in parallel.
+"""The value tests of one backend: the operators' contract on it and its tests in tests/gpu, in parallel.
 
     python tests/gpu/values.py cuda|triton [--jobs 12] [--out DIR] [--dry]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # where PYTHONPATH has no package
+CONTRACT = ("pool_mixer", "mlp", "mlp_numerics", "mlp_autograd")
 NO_TESTS = 5  # pytest's exit code where none was selected
 
 
@@ -36,10 +37,16 @@ def pytest_commands(backend: str, jobs: int, reports: Path, dry: bool) -> list[l
     if importlib.util.find_spec("xdist"):
         print(f"pytest-xdist runs them in {jobs} processes", flush=True)
         parallel = ["-n", str(jobs), "--dist", "worksteal", f"--junitxml={reports / f'{backend}.xml'}"]
-        return [[*command, *parallel, str(HERE)]]
+        return [[*command, *parallel, str(HERE), *contract(dry)]]
     print(f"pytest-xdist is not installed: a process for each file, {jobs} at a time", flush=True)
-    files = sorted(HERE.glob("test_*.py"))
-    return [[*command, f"--junitxml={reports / f'{backend}-{file.stem}.xml'}", str(file)] for file in files]
+    files = [*map(str, sorted(HERE.glob("test_*.py"))), *contract(dry)]
+    return [[*command, f"--junitxml={reports / f'{backend}-{Path(file).stem}.xml'}", file] for file in files]
+
+
+def contract(dry: bool) -> list[str]:
+    """The contract's files; all its tests look at values."""
+    folder = HERE.parent / "contract"
+    return [] if dry else sorted(str(folder / f"{name}.py") for name in CONTRACT)
 
 
 def count_passed(reports: Path, backend: str) -> int:
@@ -66,7 +73,10 @@ def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:
         file.unlink()
     commands = pytest_commands(backend, jobs, reports, dry)
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parents[1])])
-    options = {"cwd": HERE, "env": os.environ | {"PYTHONPATH": path}}  # the package is that of PYTHONPATH
+    options = {
+        "cwd": HERE,
+        "env": os.environ | {"PYTHONPATH": path, "POOLFORMER_TEST_TARGETS": backend},
+    }  # the package is that of PYTHONPATH
     pool = ThreadPoolExecutor(jobs)
     futures = [pool.submit(subprocess.run, command, **options) for command in commands]
     try:

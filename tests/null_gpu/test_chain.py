@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import test_chain_cache
 import torch
-from chain_helpers import make_model
+from support.chain import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import poolformer_kernels as pk

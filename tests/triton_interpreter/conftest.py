@@ -1,11 +1,11 @@
 """Tests of the kernels in Triton's interpreter, in a process of their own: see test_triton_interpreter.py."""
 
 import os
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
 import pytest
 import torch
+from support.interpreter import hasten
 
 import poolformer_kernels as pk
 
@@ -15,34 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> None:
-    """The interpreter without two things that it does again and again, a third of its time and more.
-
-    At each call of a device function it patches all of Triton's language, which the launch has patched; with
-    each tensor it makes a table of NumPy's types. Neither changes a result.
-    """
-    from triton.language import core
-    from triton.runtime import interpreter
-
-    if not {"_patch_lang", "_get_np_dtype"} <= vars(interpreter).keys():
-        return  # another version's: only slower
-    patch, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
-    types = {}
-
-    @cache
-    def languages(function: Callable) -> list:
-        given = {id(value) for value in function.__globals__.values()}
-        return [language for language in (interpreter.tl, core) if id(language) in given]
-
-    def patch_once(function: Callable):
-        unpatched = any(core.is_builtin(language.load) for language in languages(function))
-        return patch(function) if unpatched else None
-
-    def known_numpy_type(dtype):
-        if dtype.name not in types:
-            types[dtype.name] = numpy_type(dtype)
-        return types[dtype.name]
-
-    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_numpy_type
+    hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """What the tests of the MLP's forward and of its operator share."""
 
 import torch
-from helpers import HALVES
+from support.problems import HALVES
 
 KINDS = ((torch.float32, "nchw"), *((dtype, "channels_last") for dtype in HALVES))
 

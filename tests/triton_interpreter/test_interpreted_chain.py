@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_helpers import by_reference, images, make_model
-from helpers import HALVES, assert_close_to_fp64, randn
+from support.chain import by_reference, images, make_model
+from support.problems import HALVES, randn
+from support.rule import assert_close_to_fp64
 
 from poolformer_kernels import reference
 from poolformer_kernels.backends.triton.chain import add_bias, head, run_layers

@@ -51,8 +51,8 @@ PK_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 #else
-uint8_t tile_rows[8];
-packed32 tiles[8][16][16];
+thread_local uint8_t tile_rows[8];
+thread_local packed32 tiles[8][16][16];
 struct MatrixUnit {
   MatrixUnit(const TileConfig& config = {}) { __builtin_memcpy(tile_rows, config.rows, sizeof tile_rows); }
   ~MatrixUnit() { __builtin_memset(tile_rows, 0, sizeof tile_rows); }

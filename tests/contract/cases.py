@@ -1,0 +1,86 @@
+"""Which cases of a contract's product of parameters a target runs."""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from .targets import Target
+
+NOT_RUN: dict[str, Counter[str]] = {}  # of each target, why how many cases are not run
+
+
+@dataclass
+class Cases:
+    """The axes of a test's parameters and whom it concerns.
+
+    ``kernels``: the reference does not promise it. ``once``: it does not depend on the instruction-set level.
+    ``where(target, **case)`` says why a target does not run a case, or None. A name with commas is an axis of
+    tuples.
+    """
+
+    axes: dict[str, tuple]
+    kernels: bool = False
+    once: bool = False
+    where: Callable[..., str | None] | None = None
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = tuple(name for axis in self.axes for name in axis.split(", "))
+
+
+def over(*, kernels: bool = False, once: bool = False, where=None, also: dict | None = None, **axes):
+    """Decorates a test of the contract, whose first parameter is ``target``, with its `Cases`.
+
+    ``also`` has the axes of several names: ``{"shape, hidden": [...]}``.
+    """
+
+    def decorate(function):
+        found = {name: tuple(values) for name, values in ((also or {}) | axes).items()}
+        function.cases = Cases(found, kernels, once, where)
+        return function
+
+    return decorate
+
+
+def covering(rows: list[tuple], strength: int | None) -> set[int]:
+    """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all."""
+    if strength is None:
+        return set(range(len(rows)))
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    seen, found = set(), set()
+    for i in order:
+        parts = set(itertools.combinations(enumerate(map(str, rows[i])), min(strength, len(rows[i]))))
+        if parts - seen or not found:
+            seen |= parts
+            found.add(i)
+    return found
+
+
+def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tuple, bool]]:
+    """(the values of the parameters, whether the case is left to `make test-long`) of each case."""
+    refused = NOT_RUN.setdefault(target.name, Counter())
+    rows = []
+    for row in itertools.product(*cases.axes.values()):
+        flat: list = []
+        for axis, value in zip(cases.axes, row, strict=True):
+            flat += value if ", " in axis else [value]
+        case = dict(zip(cases.names, flat, strict=True))
+        reason = target.refuses(operator, case)
+        if cases.kernels and not target.kernels:
+            reason = "only kernels promise it"
+        if cases.once and target.level:
+            reason = "it does not depend on the level"
+        reason = reason or (cases.where(target, **case) if cases.where else None)
+        if reason:
+            refused[reason] += 1
+        else:
+            rows.append((row, tuple(flat)))
+    short, whole = (covering([row for row, _ in rows], n) for n in (target.short, target.whole))
+    for i, (_, flat) in enumerate(rows):
+        if i in short | whole:
+            yield flat, i not in short
+        else:
+            refused["each value or pair of values runs in another case"] += 1

@@ -1,0 +1,94 @@
+"""One call of an operator and its gradients on a target, held to everything that holds for every call."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from support.devices import like_on, on, truth_on
+from support.layouts import CHANNELS_LAST, as_layout
+from support.problems import HALVES, Tensors
+from support.rule import assert_close_to_fp64, assert_same, one_thread, run
+from torch import Tensor
+
+from .targets import Target
+
+
+def values(
+    target: Target, function: Callable[..., Tensor], inputs: Tensors, grad: Tensor, *, frozen=(), **options
+) -> Tensors:
+    """y and, where they are the target's own, the gradients; nothing that was given is written to."""
+    given, cotangent = on(target.device, inputs), like_on(target.device, grad)
+    before = {name: t.clone() for name, t in given.items() if t is not None} | {"grad": cotangent.clone()}
+    operator = "mlp" if "w1" in inputs else "pool_mixer"
+    if target.differentiates(operator, inputs["x"].shape[1]):
+        found = run(function, given, cotangent, frozen=frozen, **options)
+    else:
+        with torch.no_grad():
+            found = {"y": function(**given, **options)}
+    assert_same({name: t for name, t in (given | {"grad": cotangent}).items() if t is not None}, before)
+    return found
+
+
+def check(
+    target: Target,
+    problem: ModuleType,
+    function: Callable[..., Tensor],
+    inputs: Tensors,
+    grad: Tensor | None = None,
+    *,
+    layout: str = "",
+    ulps: float | dict[str, float] = 0,
+    given: dict | None = None,
+    frozen: tuple[str, ...] = (),
+    **options,
+) -> Tensors:
+    """The error rule, dtypes, devices and memory formats of y and every gradient.
+
+    ``problem`` has the operator's `eager` and `truth`. With a ``layout`` x has it, and a gradient that is not
+    given, too. ``ulps`` are added to the target's floor, for all values or by name. ``given`` are options
+    that the target alone gets, ``frozen`` names of inputs whose gradients it is not asked for.
+    """
+    mlp = "w1" in inputs
+    if layout:
+        inputs = {**inputs, "x": as_layout(inputs["x"], layout)}
+    if grad is None:
+        grad = problem.make_grad(inputs)
+        grad = as_layout(grad, layout) if layout else grad
+    found = values(target, function, inputs, grad, frozen=frozen, **(given or {}), **options)
+    plain = {
+        name: t if t is None else t.detach().contiguous() for name, t in on(target.device, inputs).items()
+    }
+    with one_thread():
+        theirs = run(problem.eager, plain, like_on(target.device, grad).contiguous(), **options)
+    right = truth_on(target.device, problem.truth, inputs, grad, **options)
+    operand = inputs["w1" if mlp and inputs["x"].dtype not in HALVES else "x"].dtype
+    for name, value in found.items():
+        source = inputs["x" if name == "y" else name[1:]]
+        assert value.dtype == source.dtype, f"{name}: {value.dtype}, not {source.dtype}"
+        assert value.device.type == target.device, name
+        more = ulps.get(name, 0) if isinstance(ulps, dict) else ulps
+        floor = target.ulps[mlp] + more
+        floor = problem.ulps_of(value.dtype, operand, floor) if mlp else floor
+        exact, scale = right.values[name], right.scales[name]
+        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=floor, what=name)
+    assert_formats(target, found, inputs["x"], layout)
+    return found
+
+
+def assert_formats(target: Target, found: Tensors, x: Tensor, layout: str) -> None:
+    """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
+    if not layout or x.numel() == 0:
+        return
+    for name in ("y", "dx") if target.kernels and "dx" in found else ("y",):
+        last = layout in CHANNELS_LAST and (name == "dx" or x.shape[1] > 1)
+        wanted = torch.channels_last if last else torch.contiguous_format
+        t = found[name]
+        assert t.is_contiguous(memory_format=wanted), f"{name}: strides {t.stride()} of {tuple(t.shape)}"
+
+
+def same_pattern(actual: Tensor, expected: Tensor) -> bool:
+    """NaN, +inf and -inf are where they are in ``expected``, and nowhere else."""
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    return torch.equal(actual.isnan(), expected.isnan()) and torch.equal(
+        torch.where(actual.isinf(), actual, 0.0), torch.where(expected.isinf(), expected, 0.0)
+    )

@@ -1,0 +1,71 @@
+"""Runs the contract's tests on the targets of this run; the summary says what no target ran, and why."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from support.interpreter import hasten
+from support.peers import require_backend
+
+from . import cases
+from .targets import Target, chosen
+
+_SHOWN = pytest.StashKey[dict]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" not in metafunc.fixturenames:
+        return
+    given = getattr(metafunc.function, "cases", cases.Cases({}))
+    rows = []
+    for target in chosen():
+        for values, long in cases.selection(target, metafunc.module.OPERATOR, given):
+            name = "-".join([target.name, *map(str, values)])
+            rows.append(pytest.param(target, *values, id=name, marks=[pytest.mark.long] if long else []))
+    none = pytest.param(None, *[None] * len(given.names), id="no target")
+    metafunc.parametrize(("target", *given.names), rows or [none], indirect=["target"])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that concerns no target of this run is no test of it."""
+    nobody = [i for i in items if hasattr(i, "callspec") and i.callspec.params.get("target", i) is None]
+    if nobody:
+        config.hook.pytest_deselected(items=nobody)
+        items[:] = [item for item in items if item not in set(nobody)]
+    for item in items:
+        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+        if target is not None and target.device == "cuda":
+            item.add_marker(target.backend)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        hasten()
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The test computes on this target."""
+    if not request.param.architecture:
+        require_backend(request.param.backend)
+    with request.param.use():
+        yield request.param
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["contract"] = {k: dict(v) for k, v in cases.NOT_RUN.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash[_SHOWN] = getattr(node, "workeroutput", {}).get("contract", {})
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    counted = config.stash.get(_SHOWN, None) or cases.NOT_RUN
+    for name, reasons in counted.items():
+        for reason, count in reasons.items():
+            terminalreporter.write_line(f"not run on {name}: {count} cases: {reason}")

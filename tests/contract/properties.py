@@ -1,0 +1,158 @@
+"""The contract on random problems: shapes, layouts, dtypes, options and parameters drawn by hypothesis.
+
+Each test goes on for its seconds in rounds of a few examples; a round is one seed, which a failure shows and
+POOLFORMER_TEST_SEED repeats. In CI, seeds are the same in every run, as hypothesis has it. What is found is
+mended and becomes a case of the contract.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from support import mlp as mlp_problem
+from support import pool_mixer as mixer_problem
+from support.layouts import (
+    GRAD_LAYOUTS,
+    LAYOUTS,
+    VECTOR_LAYOUTS,
+    WEIGHT_LAYOUTS,
+    as_layout,
+    as_vector_layout,
+    as_weight_layout,
+)
+from support.pool_mixer import mixer_with_stats
+from support.problems import HALVES, tiled_stats
+
+from poolformer_kernels.ops import mlp, pool_mixer
+from poolformer_kernels.reference import ACTIVATIONS
+
+from .cases import over
+from .check import check
+from .targets import Target
+
+OPERATOR = "pool_mixer"
+pytestmark = pytest.mark.long
+SECONDS = {"cpp": 75.0}  # of each of the two tests; of any other target a third
+DTYPES = (torch.float32, *HALVES)
+ULPS = 28  # more than elsewhere: of a gradient that is one number there is one error, by chance a large one
+VARYING = [name for name in GRAD_LAYOUTS if name not in ("expanded_hw", "expanded_all")]  # others cancel to 0
+
+
+def drive(target: Target, one: Callable[[st.DataObject], None]) -> None:
+    """``one`` on new examples until the target's time is over."""
+    given = os.environ.get("POOLFORMER_TEST_SEED")
+    seed = int(given) if given else 0 if os.environ.get("CI") else random.randrange(2**31)
+    end = time.monotonic() + SECONDS.get(target.name, SECONDS["cpp"] / 3)
+    while True:
+        print(f"POOLFORMER_TEST_SEED={seed}")
+        settings = hypothesis.settings(
+            max_examples=10,
+            deadline=None,
+            database=None,
+            derandomize=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        hypothesis.seed(seed)(settings(hypothesis.given(st.data())(one)))()
+        if given or time.monotonic() > end:
+            return
+        seed += 1
+
+
+def any_shape(data: st.DataObject, target: Target) -> tuple[int, ...]:
+    most = 3 if target.elements < 1e5 else 6
+    channels = st.integers(1, 40) | st.sampled_from([48, 63, 64, 65, 96, 128, 130])
+    size = st.integers(1, 10) | st.integers(1, 24 if target.elements > 2e4 else 12)
+    shape = tuple(data.draw(s) for s in (st.integers(1, most), channels, size, size))
+    hypothesis.assume(shape[0] * shape[2] * shape[3] > 1)  # eager's GroupNorm refuses one pixel of one sample
+    return shape
+
+
+@over()
+def test_random_token_mixers(target):
+    def one(data: st.DataObject) -> None:
+        shape, dtype = any_shape(data, target), data.draw(st.sampled_from(DTYPES))
+        floats = data.draw(st.booleans())
+        inputs = mixer_problem.make_inputs(
+            shape,
+            dtype,
+            parameters=tuple(data.draw(st.sets(st.sampled_from(mixer_problem.PARAMETERS)))),
+            parameter_dtype=torch.float32 if floats else dtype,
+            mean=data.draw(st.sampled_from([-2.3, 0.0, 5.0])),
+            seed=data.draw(st.integers(0, 1000)),
+        )
+        pool_size = data.draw(st.sampled_from([3, 3, 1, 5, 7, 9, 13]))
+        case = {"shape": shape, "dtype": dtype, "pool_size": pool_size}
+        hypothesis.assume(not target.refuses("pool_mixer", case))
+        strange_vectors(data, inputs, mixer_problem.PARAMETERS)
+        grad = as_layout(mixer_problem.make_grad(inputs), data.draw(st.sampled_from(VARYING)))
+        layout = data.draw(st.sampled_from(LAYOUTS))
+        tiles = data.draw(st.none() | st.integers(1, 40))
+        function, given = pool_mixer, {}
+        if tiles:
+            stats = tiled_stats(as_layout(inputs["x"], layout), tiles)
+            function, given = mixer_with_stats, {"stats": stats.to(target.device)}
+        options = {"pool_size": pool_size, "residual": data.draw(st.booleans())}
+        check(target, mixer_problem, function, inputs, grad, layout=layout, given=given, ulps=ULPS, **options)
+
+    drive(target, one)
+
+
+@over(where=lambda target: target.refuses("mlp", {"dtype": torch.bfloat16}))
+def test_random_mlps(target):
+    def one(data: st.DataObject) -> None:
+        shape, dtype = any_shape(data, target), data.draw(st.sampled_from(DTYPES))
+        hidden = data.draw(st.integers(1, 80) | st.sampled_from([96, 127, 128, 129, 200, 256, 300]))
+        out = data.draw(st.none() | st.integers(1, 70))
+        kind = {torch.float32: DTYPES}.get(dtype, (dtype, torch.float32))
+        weight_dtype = data.draw(st.sampled_from(kind))
+        channels, hidden, out = target.fit(shape[1], hidden, out)
+        shape = (shape[0], channels, *shape[2:])
+        case = {"shape": shape, "channels": channels, "hidden": hidden, "out": out, "dtype": dtype}
+        hypothesis.assume(not target.refuses("mlp", case | {"weight_dtype": weight_dtype}))
+        vectors = [torch.float32, weight_dtype if dtype == torch.float32 else dtype]
+        half = dtype in HALVES or weight_dtype in HALVES
+        names = [n for n in ACTIVATIONS if n != "relu" or not half]  # there rounding decides the sign of h
+        inputs = mlp_problem.make_inputs(
+            shape,
+            hidden,
+            dtype,
+            out=out,
+            parameters=tuple(data.draw(st.sets(st.sampled_from(mlp_problem.VECTORS)))),
+            weight_dtype=weight_dtype,
+            vector_dtype=data.draw(st.sampled_from(vectors)),
+            conv=data.draw(st.booleans()),
+            mean=data.draw(st.sampled_from([-2.3, 0.0, 5.0])),
+            seed=data.draw(st.integers(0, 1000)),
+        )
+        strange_vectors(data, inputs, mlp_problem.VECTORS)
+        for name in mlp_problem.WEIGHTS:
+            layout = data.draw(st.none() | st.sampled_from(WEIGHT_LAYOUTS))
+            if layout and (layout != "channels_last" or inputs[name].dim() == 4):
+                inputs[name] = as_weight_layout(inputs[name], layout)
+        grad = as_layout(mlp_problem.make_grad(inputs), data.draw(st.sampled_from(GRAD_LAYOUTS)))
+        check(
+            target,
+            mlp_problem,
+            mlp,
+            inputs,
+            grad,
+            layout=data.draw(st.sampled_from(LAYOUTS)),
+            given={"save_hidden": data.draw(st.sampled_from([None, False, True]))},
+            ulps=ULPS,
+            residual=out in (None, channels) and data.draw(st.booleans()),
+            activation=data.draw(st.sampled_from(names)),
+        )  # fmt: skip
+
+    drive(target, one)
+
+
+def strange_vectors(data: st.DataObject, inputs: dict, names: tuple[str, ...]) -> None:
+    for name in names:
+        layout = data.draw(st.none() | st.sampled_from(VECTOR_LAYOUTS))
+        if layout and inputs[name] is not None:
+            inputs[name] = as_vector_layout(inputs[name], layout)

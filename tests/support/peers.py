@@ -1,0 +1,71 @@
+"""Other people's packages that the tests compare with, and weights under which every branch matters."""
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import poolformer_kernels as pk
+
+
+def require(name: str, part: str = "") -> ModuleType:
+    """The package, or the test is skipped without it; in CI that is a failure.
+
+    ``part`` is a module of a package that imports its own lazily; RuntimeError: torchvision beside a torch
+    without CUDA.
+    """
+    try:
+        if part:
+            importlib.import_module(f"{name}.{part}")
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"needs {name}: {error}")
+        pytest.skip(f"needs {name}: {error}", allow_module_level=True)
+
+
+def require_backend(name: str) -> None:
+    """Skip the test where the backend cannot run; in CI that is a failure."""
+    reason = pk.backend_reasons().get(name)
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend {name}: {reason}")
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random norms, biases and a LayerScale of order 0.1: at the initial 1e-5 no wrong branch would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                mean, sigma = (1.0, 0.2) if "norm" in name and name.endswith("weight") else (0.0, 0.1)
+                mean, sigma = (0.2, 0.1) if "layer_scale" in name else (mean, sigma)
+                p.copy_(torch.randn(p.shape, generator=generator).mul_(sigma).add_(mean))
+    return model
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The L2 norm of the difference, relative to the expected value's."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def official_model(state, x, layers=(2, 2, 6, 2)):
+    """The whole official model as functions of its state dict; returns the last map and the logits."""
+    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 4, 2)
+    for stage, depth in enumerate(layers):
+        if stage:
+            key = f"network.{2 * stage - 1}.proj"
+            x = F.conv2d(x, state[f"{key}.weight"], state[f"{key}.bias"], 2, 1)
+        for i in range(depth):
+            p = {k.removeprefix(f"network.{2 * stage}.{i}."): v for k, v in state.items()}
+            n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"])
+            x = x + p["layer_scale_1"].view(-1, 1, 1) * (F.avg_pool2d(n, 3, 1, 1, False, False) - n)
+            n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"])
+            h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
+            x = x + p["layer_scale_2"].view(-1, 1, 1) * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+    pooled = F.group_norm(x, 1, state["norm.weight"], state["norm.bias"]).mean((2, 3))
+    return x, F.linear(pooled, state["head.weight"], state["head.bias"])

@@ -1,0 +1,104 @@
+"""Runs the operators' contract on the targets that need a process of their own.
+
+Every case there passes, or the test here fails and shows the output; what a target does not run is printed at
+the end of this run, too.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.peers import require, require_backend
+from support.processes import executor_library, once_for_all
+from support.variants import build_emulated_tiles
+
+from poolformer_kernels.backends import cpp
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests" / "contract"
+FILES = ("pool_mixer", "pool_mixer_checks", "mlp", "mlp_numerics", "mlp_autograd", "mlp_checks")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
+
+
+def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **environment: str) -> None:
+    """The cases of ``tier`` of one file of the contract on one target."""
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command += ["-q", "--tb=short", *PLUGINS, "-W", "ignore::RuntimeWarning"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    ours = {
+        "POOLFORMER_TEST_TARGETS": target,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # NumPy's products are small; its threads would wait for each other
+    }
+    done = subprocess.run(
+        [*command, "-m", tier, str(HERE / f"{file}.py")], env=inherited | ours | environment,
+        cwd=cwd, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or [""]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    summary = r"\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in .*"
+    assert re.fullmatch(summary, lines[-1].strip("= ")), done.stdout[-2000:]
+    for line in lines:
+        if line.startswith("not run on "):
+            record_property("not_run", line)
+
+
+def both(*names: str) -> list:
+    """(target, file, tier): what `make test` runs and what `make test-long` adds."""
+    return [
+        pytest.param(name, file, tier, marks=[] if tier == "not long" else [pytest.mark.long])
+        for name in names
+        for file in FILES
+        for tier in ("not long", "long and not large")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("level", "file", "tier"),
+    [
+        pytest.param(
+            level, file, tier, marks=[] if (level, tier) == ("avx2", "not long") else pytest.mark.long
+        )
+        for level in LEVELS
+        if level != cpp.build_info().get("isa_chosen")  # an ordinary process has this one
+        for file in FILES
+        for tier in ("not long", "long and not large")
+    ],
+)
+def test_on_another_level(level, file, tier, record_property) -> None:
+    """The instruction-set level is read once, at import."""
+    require_backend("cpp")
+    if level not in cpp.build_info()["isa_supported"]:
+        pytest.skip(f"this machine or this build has no {level}")
+    run(f"cpp {level}", file, tier, record_property, POOLFORMER_KERNELS_ISA=level)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", [name for name in FILES if name != "pool_mixer"])
+def test_on_emulated_tiles(file, record_property, tmp_path_factory) -> None:
+    """The matrix unit's code on any processor that has bfloat16 products."""
+    require_backend("cpp")
+    if "avx512_bf16" not in cpp.build_info()["isa_supported"]:
+        pytest.skip("this machine or this build has no avx512_bf16")
+    folder = once_for_all(tmp_path_factory, "emulated_tiles", build_emulated_tiles)
+    ours = {"POOLFORMER_KERNELS_ISA": "amx", "PYTHONPATH": str(folder)}
+    run("cpp emulated", file, "not large", record_property, cwd=folder, **ours)
+
+
+@pytest.mark.parametrize(("target", "file", "tier"), both("interpreter"))
+def test_in_tritons_interpreter(target, file, tier, record_property) -> None:
+    """The interpreter is chosen before kernels are imported."""
+    require("triton")
+    run(target, file, tier, record_property, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(("target", "file", "tier"), both("executor", "executor sm_80"))
+def test_in_the_executor(target, file, tier, record_property, tmp_path_factory) -> None:
+    """The CUDA C++ kernels' source, compiled for the host."""
+    library = executor_library(tmp_path_factory)
+    run(target, file, tier, record_property, POOLFORMER_KERNELS_TEST_EXECUTOR=str(library))
