@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_layout, as_vector_layout, make_inputs, require_backend
-from mlp_helpers import as_weight_layout
-from mlp_helpers import make_inputs as make_mlp_inputs
 from support import cases, recorder
+from support.layouts import as_layout, as_vector_layout, as_weight_layout
+from support.mlp import make_inputs as make_mlp_inputs
+from support.peers import require_backend
+from support.pool_mixer import make_inputs
 
 import poolformer_kernels as pk
 

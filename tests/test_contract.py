@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from contract.targets import TARGETS
 from support.peers import require, require_backend
 from support.processes import executor_library, once_for_all
 from support.variants import build_emulated_tiles
@@ -48,38 +50,42 @@ def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **
             record_property("not_run", line)
 
 
-def both(*names: str) -> list:
-    """(target, file, tier): what `make test` runs and what `make test-long` adds."""
-    return [
-        pytest.param(name, file, tier, marks=[] if tier == "not long" else [pytest.mark.long])
-        for name in names
-        for file in FILES
-        for tier in ("not long", "long and not large")
-    ]
+def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
+    """(target, file, tier) of what `make test` runs of a target, if ``short``, and `make test-long` adds."""
+    found = []
+    for name in names:
+        target = TARGETS[name]
+        for file in FILES:
+            python_only = file.endswith("_checks")  # the same on every level and architecture
+            if not file.startswith(target.operators) or (python_only and (target.level or "sm_80" in name)):
+                continue
+            marks = [] if short(name) else [pytest.mark.long]
+            found.append(
+                pytest.param(name, file, "not long", marks=[] if short(name) else [pytest.mark.long])
+            )
+            if target.short != target.whole and not python_only:
+                found.append(pytest.param(name, file, "long and not large", marks=[pytest.mark.long]))
+    return found
+
+
+CHOSEN = cpp.build_info().get("isa_chosen")  # an ordinary process has this level
 
 
 @pytest.mark.parametrize(
-    ("level", "file", "tier"),
-    [
-        pytest.param(
-            level, file, tier, marks=[] if (level, tier) == ("avx2", "not long") else pytest.mark.long
-        )
-        for level in LEVELS
-        if level != cpp.build_info().get("isa_chosen")  # an ordinary process has this one
-        for file in FILES
-        for tier in ("not long", "long and not large")
-    ],
+    ("target", "file", "tier"),
+    parts([f"cpp {level}" for level in LEVELS if level != CHOSEN], lambda name: name == "cpp avx2"),
 )
-def test_on_another_level(level, file, tier, record_property) -> None:
+def test_on_another_level(target, file, tier, record_property) -> None:
     """The instruction-set level is read once, at import."""
     require_backend("cpp")
+    level = target.removeprefix("cpp ")
     if level not in cpp.build_info()["isa_supported"]:
         pytest.skip(f"this machine or this build has no {level}")
-    run(f"cpp {level}", file, tier, record_property, POOLFORMER_KERNELS_ISA=level)
+    run(target, file, tier, record_property, POOLFORMER_KERNELS_ISA=level)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", [name for name in FILES if name != "pool_mixer"])
+@pytest.mark.parametrize("file", [name for name in FILES if name.startswith("mlp") and name != "mlp_checks"])
 def test_on_emulated_tiles(file, record_property, tmp_path_factory) -> None:
     """The matrix unit's code on any processor that has bfloat16 products."""
     require_backend("cpp")
@@ -90,14 +96,14 @@ def test_on_emulated_tiles(file, record_property, tmp_path_factory) -> None:
     run("cpp emulated", file, "not large", record_property, cwd=folder, **ours)
 
 
-@pytest.mark.parametrize(("target", "file", "tier"), both("interpreter"))
+@pytest.mark.parametrize(("target", "file", "tier"), parts(["interpreter"], lambda name: True))
 def test_in_tritons_interpreter(target, file, tier, record_property) -> None:
     """The interpreter is chosen before kernels are imported."""
     require("triton")
     run(target, file, tier, record_property, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(("target", "file", "tier"), both("executor", "executor sm_80"))
+@pytest.mark.parametrize(("target", "file", "tier"), parts(["executor", "executor sm_80"], lambda name: True))
 def test_in_the_executor(target, file, tier, record_property, tmp_path_factory) -> None:
     """The CUDA C++ kernels' source, compiled for the host."""
     library = executor_library(tmp_path_factory)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.interpreter import hasten
@@ -29,12 +30,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that concerns no target of this run is no test of it."""
-    nobody = [i for i in items if hasattr(i, "callspec") and i.callspec.params.get("target", i) is None]
+    ours = [item for item in items if item.path.parent == Path(__file__).parent and hasattr(item, "callspec")]
+    targets = {item: item.callspec.params["target"] for item in ours if "target" in item.callspec.params}
+    nobody = {item for item, target in targets.items() if target is None}
     if nobody:
-        config.hook.pytest_deselected(items=nobody)
-        items[:] = [item for item in items if item not in set(nobody)]
-    for item in items:
-        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+        config.hook.pytest_deselected(items=[*nobody])
+        items[:] = [item for item in items if item not in nobody]
+    for item, target in targets.items():
         if target is not None and target.device == "cuda":
             item.add_marker(target.backend)
 

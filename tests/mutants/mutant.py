@@ -48,7 +48,7 @@ DECLARATION = 'extern "C" __attribute__((visibility("hidden"))) int pk_mutant;\n
 DEFINITION = f"""#include <cstdlib>
 {DECLARATION}
 static int chosen() {{
-  const char* number = std::getenv("POOLFORMER_KERNELS_MUTANT");
+  const char* number = std::getenv("POOLFORMER_TEST_MUTANT");
   return number == nullptr ? 0 : std::atoi(number);
 }}
 int pk_mutant = chosen();

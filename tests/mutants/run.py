@@ -83,7 +83,7 @@ class Variants:
         }[target]
         unbuffered = {"PYTHONUNBUFFERED": "1"}  # a process that crashes has then said in which test
         own["POOLFORMER_TEST_TARGETS"] = CONTRACTS[target]
-        return environment(package, POOLFORMER_KERNELS_MUTANT=str(number), **own, **unbuffered)
+        return environment(package, POOLFORMER_TEST_MUTANT=str(number), **own, **unbuffered)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
 
 def main(given: Sequence[str] | None = None) -> int:
     options = arguments(given)
-    os.environ.pop("POOLFORMER_KERNELS_MUTANT", None)
+    os.environ.pop("POOLFORMER_TEST_MUTANT", None)
     if options.keep is not None:
         options.keep.mkdir(parents=True)
         return run(options, options.keep.resolve())
