@@ -60,9 +60,7 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
             if not file.startswith(target.operators) or (python_only and (target.level or "sm_80" in name)):
                 continue
             marks = [] if short(name) else [pytest.mark.long]
-            found.append(
-                pytest.param(name, file, "not long", marks=[] if short(name) else [pytest.mark.long])
-            )
+            found.append(pytest.param(name, file, "not long", marks=marks))
             if target.short != target.whole and not python_only:
                 found.append(pytest.param(name, file, "long and not large", marks=[pytest.mark.long]))
     return found
