@@ -2,19 +2,18 @@
 
 import ast
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from setuptools.config.pyprojecttoml import read_configuration
+from support.commands import ROOT, python
 from support.peers import require_backend
 
 import poolformer_kernels as pk
 
 PACKAGE = Path(pk.__file__).parent
-ROOT = PACKAGE.parent
 # what takes long to import, or may not be installed
 HEAVY = ("triton", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.tensor")
 HEAVY += ("torch.utils.flop_counter", "torch.utils.cpp_extension", "numpy", "sympy", "onnx", "matplotlib")
@@ -24,7 +23,7 @@ HEAVY += ("PIL", "huggingface_hub", "rich", "safetensors", "setuptools", "timm",
 def modules_after(code: str) -> list[set[str]]:
     """The modules that are loaded in a fresh process at each ``look()`` of the code."""
     looking = "import sys\ndef look(): print(*sys.modules)\n"
-    done = subprocess.run([sys.executable, "-c", looking + code], capture_output=True, text=True, timeout=120)
+    done = python("-c", looking + code, timeout=120)
     assert done.returncode == 0, done.stderr
     return [set(line.split()) for line in done.stdout.splitlines()]
 
@@ -52,8 +51,7 @@ def test_numpy_is_not_needed(tmp_path: Path) -> None:
         model(torch.ones(1, 3, 32, 32)).sum().backward()
         sys.exit(main(["info"]))
     """
-    code = textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = python("-W", "ignore", "-c", textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
     assert "cpu, float32" in done.stdout
 
@@ -127,5 +125,5 @@ def test_the_version_is_written_once() -> None:
     code = "import sys; sys.modules['torch'] = None\n"
     code += "from setuptools.config.pyprojecttoml import read_configuration\n"
     code += "print(read_configuration('pyproject.toml')['project']['version'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", code, cwd=ROOT)
     assert done.stdout == f"{pk.__version__}\n", done.stderr

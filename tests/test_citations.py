@@ -5,9 +5,10 @@ import re
 import warnings
 from pathlib import Path
 
+from support.commands import ROOT
+
 from poolformer_kernels.cli.main import load_benchmarks
 
-ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".md", ".toml", ".h", ".cpp", ".cu", ".cuh", ".in"}
 FOLDERS = ("poolformer_kernels", "csrc", "benchmarks", "tests", "docs")
 HEADING = re.compile(r'([\w/-]+\.md|README|[Aa]lgebra)(?:\'s)?,? "([^"]+)"')
@@ -46,11 +47,8 @@ def test_headings():
 def test_files():
     found = cited(PATH)
     assert len(found) > 20
-    made = ("results/",)  # not kept in the repository
-    missing = [
-        (where, m[1]) for where, m in found if not (ROOT / m[1]).exists() and not m[1].startswith(made)
-    ]
-    assert missing == []
+    kept = [(where, m[1]) for where, m in found if not m[1].startswith("results/")]
+    assert [(where, path) for where, path in kept if not (ROOT / path).exists()] == []
 
 
 def exists(name: str) -> bool:

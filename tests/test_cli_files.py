@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+from support.commands import printed, refused
 from support.peers import require
 
 from poolformer_kernels.cli.errors import CommandError
 from poolformer_kernels.cli.files import check_writable, make_folder, write_whole
-from poolformer_kernels.cli.main import main
+from poolformer_kernels.cli.main import load_benchmark, load_benchmarks
 
 
 @pytest.fixture
@@ -22,39 +23,39 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["verify", "--json", "a/b/c.json"],
-        ["profile", "--no-time", "--json", "a/b/c.json"],
-        ["demo", "--json", "a/b/c.json"],
-        ["demo", "--report", "a/b"],
-        ["predict", "a.png", "--checkpoint", "w.pth", "--out", "a/b"],
-        ["cam", "a.png", "--random-weights", "--out", "a/b"],
-        ["export", "w.pth", "--to", "timm", "--out", "a/b/c.pth"],
-        ["train", "sample:digits", "--out", "a/b"],
-        ["bench", "mlp", "--csv", "a/b/c.csv"],
-        ["bench", "model", "--json", "a/b/c.json"],
-        ["bench", "loop", "--csv", "a/b/c.csv"],
-        ["bench", "host", "--csv", "a/b/c.csv"],
-    ],
-    ids=lambda words: " ".join(words[:2]) + words[-2],
-)
-def test_the_parent_of_a_path_must_exist(words, below, capsys) -> None:
+NO_PARENT = [
+    "verify --json a/b/c.json",
+    "profile --no-time --json a/b/c.json",
+    "demo --json a/b/c.json",
+    "demo --report a/b",
+    "predict a.png --checkpoint w.pth --out a/b",
+    "cam a.png --random-weights --out a/b",
+    "export w.pth --to timm --out a/b/c.pth",
+    "train sample:digits --out a/b",
+    "bench mlp --csv a/b/c.csv",
+    "bench model --json a/b/c.json",
+    "bench loop --csv a/b/c.csv",
+    "bench host --csv a/b/c.csv",
+]
+
+
+@pytest.mark.parametrize("words", [*NO_PARENT, "verify --json .", "demo --json ."])
+def test_an_unwritable_path_ends_before_the_work(words, below, capsys) -> None:
     for package in ("PIL", "captum", "matplotlib", "rich", "safetensors", "timm", "yaml"):
         require(package)
     (below / "w.pth").touch()
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert "there is no folder a; only the last folder of a path is made" in error
-    assert "a/b" in error
-    assert error.count("\n") == 1
+    error = refused(capsys, words)
+    if words in NO_PARENT:
+        assert words.split()[-1] in error
+        assert "there is no folder a; only the last folder of a path is made" in error
+    else:
+        assert error == "cannot write to .: Is a directory"
     assert files(below) == ["w.pth"]
 
 
 def test_the_last_folder_is_made(below, capsys) -> None:
     require("rich")
-    assert main(["profile", "--paper", "--json", "new/p.json"]) == 0
+    printed(capsys, "profile --paper --json new/p.json")
     assert files(below) == ["new", "new/p.json"]
 
 
@@ -86,20 +87,23 @@ def test_a_path_that_may_not_be_written_is_refused(below, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr
 )
+@pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_file_is_written_whole_or_not_at_all(exists, error, below, monkeypatch) -> None:
-    place = below / "a.json"
+def test_a_file_is_written_whole_or_not_at_all(exists, where, error, below, monkeypatch) -> None:
+    place, sizes = below / "a.json", []
     if exists:
         place.write_text("before")
 
-    def full(_) -> None:
+    def fail(*_) -> None:
+        sizes.extend(path.stat().st_size for path in below.glob(".poolformer-kernels.*"))
         raise error
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os if where == "fsync" else type(below), where, fail)
     with pytest.raises((CommandError, KeyboardInterrupt)) as raised:
         write_whole(place, "content")
     if isinstance(error, OSError):
         assert str(raised.value) == f"cannot write to {place}: No space left on device"
+    assert sizes == [len("content")]  # it was written beside its place
     assert files(below) == (["a.json"] if exists else [])
     assert not exists or place.read_text() == "before"
 
@@ -137,8 +141,6 @@ def test_a_file_keeps_its_mode_and_a_long_name_is_no_hindrance(below) -> None:
 def test_results_go_below_the_current_folder(below) -> None:
     """Wherever the package is: in a source tree, too, never beside its own files."""
     require("rich")
-    from poolformer_kernels.cli.main import load_benchmark, load_benchmarks
-
     load_benchmarks()
     from poolformer_kernels.benchmarks import facts
 

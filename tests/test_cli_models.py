@@ -4,9 +4,10 @@ import argparse
 import json
 
 import pytest
+from support.commands import printed, refused
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.main import main
+from poolformer_kernels.cli.main import load_benchmark
 from poolformer_kernels.cli.options import DIGITS, HEADS, model, models_like_timms, short_names
 from poolformer_kernels.cli.parser import parser, subparsers
 
@@ -38,9 +39,7 @@ def chosen(words: tuple[str, ...], name: str) -> str:
     return value[0] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(
-    ("words", "every"), COMMANDS.items(), ids=lambda v: v[0] if isinstance(v, tuple) else ""
-)
+@pytest.mark.parametrize(("words", "every"), COMMANDS.items(), ids=[words[0] for words in COMMANDS])
 def test_every_command_knows_every_name(words, every) -> None:
     for name in pk.list_models() if every else pk.list_models("poolformer_*"):
         assert chosen(words, name) == name
@@ -50,11 +49,8 @@ def test_every_command_knows_every_name(words, every) -> None:
 
 
 def test_every_command_with_a_model_is_looked_at() -> None:
-    have = {
-        name
-        for name, command in subparsers(parser()).items()
-        if any("--model" in action.option_strings for action in command._actions)
-    }
+    commands = subparsers(parser()).items()
+    have = {n for n, c in commands if any("--model" in action.option_strings for action in c._actions)}
     assert have == {words[0] for words in COMMANDS}
 
 
@@ -62,9 +58,8 @@ def test_short_names_are_of_one_model_each_and_none_is_a_whole_name() -> None:
     short = short_names()
     assert len(set(short.values())) == len(short)
     assert not set(short) & set(pk.list_models())
-    assert set(pk.list_models()) - set(short.values()) == set(
-        pk.list_models("metaformer_[sm][0-9]*")
-    )  # theirs are PoolFormer's
+    poolformers = set(pk.list_models("metaformer_[sm][0-9]*"))  # their short names are PoolFormer's
+    assert set(pk.list_models()) - set(short.values()) == poolformers
 
 
 def test_heads_are_those_of_dense_models() -> None:
@@ -91,37 +86,21 @@ def test_models_like_timms_are_timms() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "demo --model poolformer_s13",
-            "argument --model: 'poolformer_s13' is no model (did you mean poolformer_s",
-        ),
-        ("export a.pth --to timm --out b.pth --model pppf_s12", " is no model (did you mean pppf_s12_224"),
-        ("predict a.png --checkpoint a --model retinanet_s121", " is no model (did you mean retinanet_s12"),
-        (
-            "demo --model zzz",
-            "argument --model: 'zzz' is no model; all of them: poolformer-kernels info --models",
-        ),
-        (
-            "demo --model metaformer_s12",
-            "metaformer_s12 cannot be taken: timm has none to compare it with; allowed: p",
-        ),
-        (
-            "profile --model v2_s12",
-            "poolformerv2_s12 cannot be taken: its layers are not PoolFormer's; allowed: ",
-        ),
-        ("cam a.png --model S", "argument --model: 'S' is no model"),
+        ("demo --model poolformer_s13", "'poolformer_s13' is no model (did you mean poolformer_s"),
+        ("export a --to timm --out b --model pppf_s12", "'pppf_s12' is no model (did you mean pppf_s12_224"),
+        ("predict a --checkpoint b --model retinanet_s121", "'retinanet_s121' is no model (did you mean ret"),
+        ("demo --model zzz", "'zzz' is no model; all of them: poolformer-kernels info --models"),
+        ("demo --model metaformer_s12", "metaformer_s12 cannot be taken: timm has none to compare it with; "),
+        ("profile --model v2_s12", "poolformerv2_s12 cannot be taken: its layers are not PoolFormer's; "),
+        ("cam a.png --model S", "'S' is no model"),
     ],
 )
 def test_a_wrong_name_is_refused_with_what_is_near(words, message, capsys) -> None:
-    assert main(words.split()) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert refused(capsys, words).startswith(f"argument --model: {message}")
 
 
 def test_benchmarks_and_training_take_short_names() -> None:
     pytest.importorskip("timm", exc_type=ImportError)
-    from poolformer_kernels.cli.main import load_benchmark
     from poolformer_kernels.cli.train import add_options
 
     parsed = {
@@ -139,23 +118,19 @@ def test_benchmarks_and_training_take_short_names() -> None:
         assert top.parse_args(words).recipe_model == head + short_names()[name.removeprefix(head)]
 
 
-def test_a_wrong_model_is_refused_before_photos_are_read(monkeypatch, tmp_path, capsys) -> None:
+def test_a_wrong_model_is_refused_before_photos_are_read(monkeypatch, capsys) -> None:
     """And before anything is imported for them."""
     reached = []
     monkeypatch.setattr("poolformer_kernels.cli.main.require", reached.append)
-    assert main(["demo", "--model", "foo", "--image", str(tmp_path / "none.png")]) == 2
-    assert main(["predict", str(tmp_path / "none.png"), "--checkpoint", "none.pth", "--model", "foo"]) == 2
-    assert main(["cam", str(tmp_path / "none.png"), "--model", "foo"]) == 2
-    assert capsys.readouterr().err.count("'foo' is no model") == 3
+    for command in ("demo --image none.png", "predict none.png --checkpoint none.pth", "cam none.png"):
+        assert "'foo' is no model" in refused(capsys, f"{command} --model foo")
     assert reached == []
 
 
 def test_info_lists_the_models(capsys) -> None:
-    assert main(["info", "--models", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(printed(capsys, "info --models --json"))
     assert [row["name"] for row in rows] == pk.list_models()
     assert {row["short"]: row["name"] for row in rows if row["short"]} == short_names()
-    assert main(["info", "--models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys, "info --models").splitlines()
     assert lines[0].split() == ["poolformer_s12", "s12", "11.9", "M", "parameters"]
     assert len(lines) == len(rows)

@@ -1,17 +1,15 @@
 """README and the pages of docs/: their code runs, commands exist, tables leave nothing out."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
+from support.commands import ROOT, python
 
 from poolformer_kernels.cli.reference import sections
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
@@ -69,9 +67,7 @@ def test_blocks_run(page, tmp_path):
     file.write_text(script(page), encoding="utf-8")
     work = tmp_path / "work"
     work.mkdir()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, file], cwd=work, env=env, capture_output=True, text=True)
+    ran = python(file, cwd=work, env={"HF_HUB_OFFLINE": "1"})
     assert ran.returncode == 0, ran.stderr
     assert list(work.iterdir()) == [], "a page leaves files where it is tried"
 
@@ -118,23 +114,19 @@ def first_column(page: str) -> set[str]:
 
 def test_every_environment_variable_is_listed():
     files = [ROOT / "setup.py", *(ROOT / "tests").rglob("*.py")]
+    suffixes = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
     for folder in ("poolformer_kernels", "benchmarks", "csrc"):
-        files += [
-            p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
-        ]
-    read = set()
-    for file in files:
-        if file != Path(__file__):
-            read.update(VARIABLE.findall(file.read_text(encoding="utf-8")))
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    texts = [file.read_text(encoding="utf-8") for file in files if file != Path(__file__)]
+    read = {name for text in texts for name in VARIABLE.findall(text)}
     listed = {name for name in first_column("backends.md") if VARIABLE.fullmatch(name)}
     assert {"POOLFORMER_KERNELS_ISA", "POOLFORMER_KERNELS_SKIP_EXT"} <= listed
     assert listed == read
 
 
 def test_every_extra_is_listed():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", text, re.MULTILINE | re.DOTALL)[1]
-    assert first_column("install.md") == set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+    project = read_configuration(ROOT / "pyproject.toml")["project"]
+    assert first_column("install.md") == project["optional-dependencies"].keys()
 
 
 def test_every_page_is_in_the_menu():

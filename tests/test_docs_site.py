@@ -3,21 +3,16 @@
 import importlib
 import importlib.util
 import inspect
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
+from support.commands import ROOT, python
 from support.peers import require
 
 import poolformer_kernels as pk
 
 for package in ("mkdocs", "mkdocstrings", "latex2mathml", "griffe"):
     require(package)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +83,8 @@ def test_pages_that_load_from_elsewhere_are_refused(hooks, html, wrong, tmp_path
 @pytest.mark.long
 def test_the_site_builds_without_a_warning(tmp_path):
     """Links and anchors included; every name of the package and every command has an anchor."""
-    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
-    built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    words = ("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
+    built = python(*words, cwd=ROOT, env={"NO_MKDOCS_2_WARNING": "1"})
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in pk.__all__:

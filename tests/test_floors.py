@@ -2,12 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import grimp
 import pytest
+from support.commands import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "poolformer_kernels"
 # Who may import a module by a computed name: the command line a benchmark, which lies below; the backend of
 # Triton its own kernels, at the first call; the commands what they need; the benchmarks the null GPU.
@@ -72,9 +71,8 @@ def test_only_commands_import_the_whole_package(graph):
 
 def test_nothing_is_imported_by_name():
     found = set()
-    for folder in (PACKAGE, "benchmarks"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
-                    found.add(str(path.relative_to(ROOT)))
+    for path in [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+                found.add(str(path.relative_to(ROOT)))
     assert found == BY_NAME

@@ -1,10 +1,8 @@
 """PyTorch's FlopCounterMode counts our operators as it counts the eager ones they stand for."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from support.commands import python
 from support.peers import require
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,28 +75,26 @@ def test_what_is_computed_again_is_not_counted(save_hidden: bool, frozen: bool, 
     assert counted == 2 * 3 * 35 * 40 * (12 + 9) * (2 if frozen else 3)
 
 
-LOOKED_UP = """import importlib.util, poolformer_kernels as pk
-importlib.util.find_spec("torch.utils.flop_counter")"""
+IMPORTS = {
+    "counter first": "import torch.utils.flop_counter, poolformer_kernels as pk",
+    "package first": "import poolformer_kernels as pk",
+    "looked up first": "import poolformer_kernels as pk; find_spec('torch.utils.flop_counter')",
+}
+COUNT = """import sys, torch
+from importlib.util import find_spec
+{}
+print('torch.utils.flop_counter' in sys.modules)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter: pk.nn.Mlp(4, 6)(torch.ones(2, 4, 3, 5))
+print(counter.get_total_flops())
+"""
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import torch.utils.flop_counter, poolformer_kernels as pk",
-        "import poolformer_kernels as pk",
-        LOOKED_UP,
-    ],
-    ids=["counter first", "package first", "looked up first"],
-)
-def test_whichever_is_imported_first(imports: str) -> None:
+@pytest.mark.parametrize("first", IMPORTS)
+def test_whichever_is_imported_first(first: str) -> None:
     """The formulas are registered when the counter is imported, and the package does not import it."""
-    code = f"import sys, torch\n{imports}\nprint('torch.utils.flop_counter' in sys.modules)\n"
-    code += "from torch.utils.flop_counter import FlopCounterMode\n"
-    code += "with FlopCounterMode(display=False) as counter: pk.nn.Mlp(4, 6)(torch.ones(2, 4, 3, 5))\n"
-    code += "print(counter.get_total_flops())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    already = imports.startswith("import torch.utils.flop_counter")
-    assert done.stdout == f"{already}\n{2 * 2 * 15 * 6 * 8}\n", done.stderr
+    done = python("-c", COUNT.format(IMPORTS[first]))
+    assert done.stdout == f"{first == 'counter first'}\n{2 * 2 * 15 * 6 * 8}\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["cpp", "triton", "cuda"])

@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gradcam import CLASSES, tiny
-from support.peers import randomise, require
+from support.gradcam import CLASSES, DIMS, tiny
+from support.models import unchanged
+from support.peers import poolformer_of_timm, randomise, require
 from support.problems import randn
+from support.rule import assert_close_to_fp64
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.gradcam import grad_cam, target_layer
 from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.nn.chain_cache import PLACE
-from poolformer_kernels.numerics import errors, tolerance
 
 require("captum")
 
@@ -27,21 +28,32 @@ def map_of(activation: torch.Tensor, gradient: torch.Tensor, size: int) -> torch
     """Grad-CAM of a layer's ``[B, C, h, w]``, written out one image at a time."""
     maps = []
     for a, g in zip(activation.detach(), gradient, strict=True):
-        raw = torch.zeros(a.shape[1:], dtype=a.dtype)
-        for channel, weight in zip(a, g.flatten(1).mean(1), strict=True):
-            raw += weight * channel
+        raw = torch.einsum("c,chw->hw", g.mean((1, 2)), a)
         wide = F.interpolate(raw.clamp_min(0)[None, None], (size, size), mode="bilinear")[0]
         wide -= wide.min()
         maps.append(wide / wide.max() if wide.max() > 0 else wide)
     return torch.stack(maps)
 
 
-def expected(model: PoolFormer, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Of one of our models, through its two halves."""
-    features = model.forward_features(x).detach().requires_grad_()
-    score = sum(logits[c] for logits, c in zip(model.forward_head(features), classes, strict=True))
-    (gradient,) = torch.autograd.grad(score, features)
-    return map_of(features, gradient, x.shape[-1])
+def as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def expected(
+    model: nn.Module, x: torch.Tensor, classes: torch.Tensor, layer: str = "network.6", to_map=as_it_is
+) -> torch.Tensor:
+    """The layer's output is kept, and the gradient with respect to it taken."""
+    kept = []
+
+    def keep(module, args, out):
+        kept.append(out.detach().requires_grad_())
+        return kept[0]
+
+    hook = model.get_submodule(layer).register_forward_hook(keep)
+    logits = model(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(x)), classes].sum(), kept[0])
+    return map_of(to_map(kept[0]), to_map(gradient), x.shape[-1])
 
 
 def timm_model(name: str, **options) -> nn.Module:
@@ -78,9 +90,8 @@ def test_float32_is_within_the_error_rule():
     classes = model(x).argmax(1)
     truth = expected(copy.deepcopy(model).double(), x.double(), classes)
     with pk.use_backend("reference"):
-        eager = errors(expected(model, x, classes), truth)
-    found = errors(grad_cam(model, x, classes), truth)
-    assert found.within(tolerance(eager, truth, torch.float32))
+        eager = expected(model, x, classes)
+    assert_close_to_fp64(grad_cam(model, x, classes), eager, truth, ulps=0)
 
 
 def test_a_model_that_runs_as_one_call_without_gradients(kernels):
@@ -88,15 +99,16 @@ def test_a_model_that_runs_as_one_call_without_gradients(kernels):
     model = tiny().eval().requires_grad_(False).to(memory_format=torch.channels_last)
     x = images().contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        classes = model(x).argmax(1)
+        predicted = model(x).argmax(1)
         assert vars(model)[PLACE].chain is not None
         found = grad_cam(model, x).clone()
-        assert model(x).argmax(1).equal(classes)
+        assert model(x).argmax(1).equal(predicted)
         assert vars(model)[PLACE].chain is not None
+    classes = predicted.clone()  # autograd takes no tensor of inference mode
     with pk.use_backend("reference"):
         truth = expected(copy.deepcopy(model).double(), x.double(), classes)
-        eager = errors(expected(model, x, classes), truth)
-    assert errors(found, truth).within(tolerance(eager, truth, torch.float32))
+        eager = expected(model, x, classes)
+    assert_close_to_fp64(found, eager, truth, ulps=0)
 
 
 def test_images_of_inference_mode():
@@ -124,52 +136,18 @@ def test_compiled_models_are_watched_too():
 
 
 def test_an_accelerated_timm_poolformer():
-    require("timm")
-    plain = tiny_timm()
+    torch.manual_seed(0)
+    plain = randomise(poolformer_of_timm((1, 1, 1, 1), DIMS, CLASSES)).eval()
     fast = pk.accelerate(copy.deepcopy(plain))
     assert "modules" not in str(pk.explain(fast))
     assert str(pk.explain(plain)).count("not accelerated") == 8
     x = images()
     classes = plain(x).argmax(1)
     assert target_layer(plain) == target_layer(fast) == "stages.3"
-    truth = timm_map(copy.deepcopy(plain).double(), "stages.3", x.double(), classes)
-    eager = errors(grad_cam(plain, x), truth)
-    found = errors(grad_cam(fast, x), truth)
-    assert found.within(tolerance(eager, truth, torch.float32))
-    assert eager.largest < 1e-4
-
-
-def tiny_timm() -> nn.Module:
-    """timm's PoolFormer of the size of `tiny`."""
-    from timm.models.metaformer import GroupNorm1, MetaFormer
-
-    torch.manual_seed(0)
-    model = MetaFormer(
-        depths=(1, 1, 1, 1),
-        dims=(16, 24, 32, 40),
-        downsample_norm=None,
-        mlp_act=nn.GELU,
-        mlp_bias=True,
-        norm_layers=GroupNorm1,
-        layer_scale_init_values=1e-5,
-        res_scale_init_values=None,
-        use_mlp_head=False,
-        num_classes=CLASSES,
-    )
-    return randomise(model).eval()
-
-
-def timm_map(
-    model: nn.Module, layer: str, x: torch.Tensor, classes: torch.Tensor, to_map=None
-) -> torch.Tensor:
-    """Of any model: the layer's output is kept, and the gradient with respect to it taken."""
-    kept = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out))
-    logits = model(x)
-    hook.remove()
-    (gradient,) = torch.autograd.grad(logits[torch.arange(len(x)), classes].sum(), kept[0])
-    to_map = to_map or (lambda t: t)
-    return map_of(to_map(kept[0]), to_map(gradient), x.shape[-1])
+    truth = expected(copy.deepcopy(plain).double(), x.double(), classes, "stages.3")
+    eager = grad_cam(plain, x)
+    assert_close_to_fp64(grad_cam(fast, x), eager, truth, ulps=0)
+    torch.testing.assert_close(eager.double(), truth, rtol=0, atol=1e-4)
 
 
 def tokens(prefix: int, side: int):
@@ -182,35 +160,26 @@ def tokens(prefix: int, side: int):
     return to_map
 
 
+ONES = (1, 1, 1, 1)
+RESNET = {"layers": ONES, "channels": (8, 8, 16, 16)}
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": 64, "embed_dim": 12, "depths": ONES, "num_heads": ONES, "window_size": 2}
 OTHERS = [
-    ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, 64, "layer4.0", None),
-    ("deit_tiny_patch16_224", VIT, 64, "blocks.1.norm1", tokens(1, 4)),
-    ("deit_tiny_distilled_patch16_224", VIT, 64, "blocks.1.norm1", tokens(2, 4)),
-    ("resmlp_12_224", {"img_size": 64}, 64, "blocks.11", tokens(0, 4)),
-    ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}, 64, "stages.3", None),
-    (
-        "swin_tiny_patch4_window7_224",
-        {
-            "img_size": 64,
-            "embed_dim": 12,
-            "depths": (1, 1, 1, 1),
-            "num_heads": (1, 1, 1, 1),
-            "window_size": 2,
-        },
-        64,
-        "layers.3.blocks.0",
-        lambda t: t.permute(0, 3, 1, 2),
-    ),
+    ("resnet18", RESNET, "layer4.0", as_it_is),
+    ("deit_tiny_patch16_224", VIT, "blocks.1.norm1", tokens(1, 4)),
+    ("deit_tiny_distilled_patch16_224", VIT, "blocks.1.norm1", tokens(2, 4)),
+    ("resmlp_12_224", {"img_size": 64}, "blocks.11", tokens(0, 4)),
+    ("convnext_atto", {"depths": ONES, "dims": (8, 8, 16, 16)}, "stages.3", as_it_is),
+    ("swin_tiny_patch4_window7_224", SWIN, "layers.3.blocks.0", lambda t: t.permute(0, 3, 1, 2)),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "size", "layer", "to_map"), OTHERS, ids=[o[0] for o in OTHERS])
-def test_timms_models(name, options, size, layer, to_map):
+@pytest.mark.parametrize(("name", "options", "layer", "to_map"), OTHERS, ids=[o[0] for o in OTHERS])
+def test_timms_models(name, options, layer, to_map):
     model = timm_model(name, **options).double()
-    x = images(size, torch.float64)
+    x = images(64, torch.float64)
     classes = torch.tensor([4, 0, 2])
-    truth = timm_map(model, layer, x, classes, to_map)
+    truth = expected(model, x, classes, layer, to_map)
     assert target_layer(model) == layer
     assert truth.amax() == 1  # not all zero
     torch.testing.assert_close(grad_cam(model, x, classes), truth, rtol=1e-9, atol=1e-9)
@@ -219,7 +188,7 @@ def test_timms_models(name, options, size, layer, to_map):
 def test_a_layer_that_is_given():
     model, x = tiny().double().eval(), images(dtype=torch.float64)
     classes = model(x).argmax(1)
-    truth = timm_map(model, "network.2", x, classes)
+    truth = expected(model, x, classes, "network.2")
     torch.testing.assert_close(grad_cam(model, x, layer=model.network[2]), truth, rtol=1e-9, atol=1e-9)
 
 
@@ -242,40 +211,24 @@ def test_the_model_is_left_as_it_was():
     model.head.bias.grad = torch.full_like(model.head.bias, 7.0)
     seen = []
     model.network[-1].register_forward_hook(lambda module, args, out: seen.append(module))
-    before = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    modes = [m.training for m in model.modules()]
-    hooks = [[*m._forward_hooks] for m in model.modules()]
-    kept = x.clone()
-
-    def unchanged() -> None:
-        assert [m.training for m in model.modules()] == modes
-        assert [[*m._forward_hooks] for m in model.modules()] == hooks
-        for name, p in model.named_parameters():
-            value, requires_grad, grad = before[name]
-            assert p.detach().equal(value)
-            assert p.requires_grad is requires_grad
-            assert p.grad is grad
-        assert not x.requires_grad
-        assert x.equal(kept)
-
-    grad_cam(model, x)
-    unchanged()
+    with unchanged(model):
+        grad_cam(model, x)
     assert seen == [model.network[-1]]
-    with pytest.raises(ValueError, match="target is 5"):
+    with unchanged(model), pytest.raises(ValueError, match="target is 5"):
         grad_cam(model, x, 5)
-    unchanged()
+    assert not x.requires_grad
+    assert x.equal(images())
     assert torch.is_grad_enabled()
 
 
 def test_eval_mode_counts_while_the_map_is_made():
     """Batch norm of a training model would mix the images, and its statistics would move."""
-    model = timm_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
+    model = timm_model("resnet18", **RESNET)
     x = images(64)
     in_eval = grad_cam(model, x, 1)
     model.train()
-    statistics = copy.deepcopy(dict(model.named_buffers()))
-    assert grad_cam(model, x, 1).equal(in_eval)
-    assert all(b.equal(statistics[name]) for name, b in model.named_buffers())
+    with unchanged(model):
+        assert grad_cam(model, x, 1).equal(in_eval)
 
 
 def test_zero_and_constant_maps_are_zero():
@@ -299,42 +252,45 @@ def test_zero_and_constant_maps_are_zero():
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
-def test_errors_name_the_argument():
-    model, x = tiny(), images(64, batch=2)
-    wrong = [
-        (TypeError, "model must be a torch.nn.Module, got str", ("model", x)),
-        (TypeError, "images must be a tensor, got list", (model, [x])),
-        (TypeError, "images must be of a floating dtype, got torch.uint8", (model, x.byte())),
-        (
-            ValueError,
-            r"images must have shape \[B, 3, H, W\] and not be empty, got \[3, 64, 64\]",
-            (model, x[0]),
-        ),
-        (TypeError, "target must be an int, a tensor of integers or None, got bool", (model, x, True)),
-        (TypeError, "target must be .*, got torch.float32", (model, x, torch.ones(2))),
-        (
-            ValueError,
-            r"target must have shape \[2\], one class an image, got \[3\]",
-            (model, x, torch.arange(3)),
-        ),
-        (ValueError, "target is -1; allowed: 0 to 4", (model, x, torch.tensor([0, -1]))),
-        (TypeError, "layer must be a torch.nn.Module or None, got str", (model, x, 0, "network")),
-        (ValueError, "layer must be one of the model's modules", (model, x, 0, nn.Identity())),
-        (ValueError, "no layer is known for Linear; allowed: .*MetaFormer", (nn.Linear(2, 2), x)),
-        (ValueError, "1 x 1 pixels for images of 32 x 32, which shows no place", (model, x[..., :32, :32])),
-        (ValueError, r"output must be \[B, C, h, w\] or tokens .*, got \[2, 5\]", (model, x, 0, model.head)),
-    ]
-    for kind, message, arguments in wrong:
-        with pytest.raises(kind, match=message):
-            grad_cam(*arguments)
-    backbone = PoolFormer(model.config, features_only=True)
-    with pytest.raises(ValueError, match="features_only=True; allowed: a classifier"):
-        grad_cam(backbone, x)
-    tokens_at_once = timm_model("deit_tiny_patch16_224", **VIT)
-    tokens_at_once.num_prefix_tokens = 0  # the class token cannot lie in the map
+MODEL, X = tiny(), images(64, batch=2)
+BACKBONE = PoolFormer(MODEL.config, features_only=True)
+SHAPE = r"images must have shape \[B, 3, H, W\] and not be empty, got \[3, 64, 64\]"
+TARGET = "target must be an int, a tensor of integers or None, got "
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "model must be a torch.nn.Module, got str", {"model": "model"}),
+        (TypeError, "images must be a tensor, got list", {"images": [X]}),
+        (TypeError, "images must be of a floating dtype, got torch.uint8", {"images": X.byte()}),
+        (ValueError, SHAPE, {"images": X[0]}),
+        (TypeError, f"{TARGET}bool", {"target": True}),
+        (TypeError, f"{TARGET}torch.float32", {"target": torch.ones(2)}),
+        (ValueError, r"target must have shape \[2\], one class an i.*\[3\]", {"target": torch.arange(3)}),
+        (ValueError, "target is -1; allowed: 0 to 4", {"target": torch.tensor([0, -1])}),
+        (TypeError, "layer must be a torch.nn.Module or None, got str", {"layer": "network"}),
+        (ValueError, "layer must be one of the model's modules", {"layer": nn.Identity()}),
+        (ValueError, "no layer is known for Linear; allowed: .*MetaFormer", {"model": nn.Linear(2, 2)}),
+        (ValueError, "1 x 1 pixels for images of 32 x 32, .* no place", {"images": X[..., :32, :32]}),
+        (ValueError, r"output must be \[B, C, h, w\] or tokens .*, got \[2, 5\]", {"layer": MODEL.head}),
+        (ValueError, "features_only=True; allowed: a classifier", {"model": BACKBONE}),
+    ],
+)
+def test_errors_name_the_argument(error, message, arguments):
+    with pytest.raises(error, match=message):
+        grad_cam(**({"model": MODEL, "images": X} | arguments))
+
+
+def test_tokens_that_are_no_square():
+    model = timm_model("deit_tiny_patch16_224", **VIT)
+    model.num_prefix_tokens = 0  # the class token cannot lie in the map
     with pytest.raises(ValueError, match="17 tokens for images of 64 x 64 are no square map"):
-        grad_cam(tokens_at_once, x)
-    unused = tiny()
-    unused.add_module("spare", nn.Identity())
+        grad_cam(model, X)
+
+
+def test_a_layer_that_is_not_called():
+    model = tiny()
+    model.add_module("spare", nn.Identity())
     with pytest.raises(RuntimeError, match="layer was not called"):
-        grad_cam(unused, x, 0, unused.spare)
+        grad_cam(model, X, 0, model.spare)

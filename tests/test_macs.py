@@ -1,39 +1,25 @@
-"""MACs and parameters against the published figures (fvcore's count at 224 x 224)."""
+"""MACs against the published figures (fvcore's count at 224 x 224)."""
 
 import pytest
-import torch
+from support.models import PUBLISHED, on_meta, unchanged
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.profiling import count_macs
 
-FIGURES = {
-    "poolformer_s12": (11_915_176, 1_822_678_528),
-    "poolformer_s24": (21_388_968, 3_412_906_496),
-    "poolformer_s36": (30_862_760, 5_003_134_464),
-    "poolformer_m36": (56_172_520, 8_801_876_736),
-    "poolformer_m48": (73_473_448, 11_590_708_992),
-}
 
-
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_figures(name: str) -> None:
-    with torch.device("meta"):
-        model = pk.create_model(name)
-    params, macs = FIGURES[name]
-    assert sum(p.numel() for p in model.parameters()) == params
-    assert count_macs(model, (1, 3, 224, 224)).total() == macs
+    assert count_macs(on_meta(name), (1, 3, 224, 224)).total() == PUBLISHED[name][1]
 
 
 def test_the_figure_does_not_depend_on_the_backend_or_on_training(backend: str) -> None:
-    with torch.device("meta"):
-        model = pk.create_model("poolformer_s12").train()
-    assert count_macs(model, (1, 3, 224, 224)).total() == FIGURES["poolformer_s12"][1]
+    macs = count_macs(on_meta().train(), (1, 3, 224, 224))
+    assert macs.total() == PUBLISHED["poolformer_s12"][1]
 
 
 def test_kinds_and_batch() -> None:
-    with torch.device("meta"):
-        model = pk.create_model("poolformer_s12", num_classes=10)
+    model = on_meta(num_classes=10)
     one, three = count_macs(model, (1, 3, 64, 64)), count_macs(model, (3, 3, 64, 64))
     assert one["linear"] == 512 * 10  # fc1 and fc2 are convolutions
     # two norms a block and the head's, 5 an element, on 16 x 16 to 2 x 2 tokens
@@ -43,8 +29,7 @@ def test_kinds_and_batch() -> None:
 
 
 def test_timm_head_normalises_the_mean() -> None:
-    with torch.device("meta"):
-        official, timm = (pk.create_model("poolformer_s12", head=head) for head in ("official", "timm"))
+    official, timm = (on_meta(head=head) for head in ("official", "timm"))
     difference = count_macs(official, (1, 3, 224, 224)) - count_macs(timm, (1, 3, 224, 224))
     assert difference == {"group_norm": 5 * 512 * 49}
     assert count_macs(timm, (1, 3, 224, 224))["layer_norm"] == 5 * 512
@@ -71,10 +56,8 @@ def test_convention(module: nn.Module, shape: tuple[int, ...], expected: dict[st
 def test_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5)))
     model[1].eval()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    count_macs(model, (2, 3, 4, 4))
-    assert [m.training for m in model.modules()] == [True, True, False, False, False]
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with unchanged(model):
+        count_macs(model, (2, 3, 4, 4))
 
 
 def test_leaves_hooks_and_fusion_as_they_were() -> None:

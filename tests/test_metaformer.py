@@ -1,19 +1,17 @@
 """MetaFormer: every mixer and ablation against the formulas, and the modules as objects."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.metaformer import LAYERS, SIZE, Shift, on_meta, tiny, twin
+from support.metaformer import LAYERS, SIZE, Shift, tiny, twin
 from support.peers import relative_error
 from support.problems import randn
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.ops.chain import Chain
-from poolformer_kernels.profiling import profile
 
 CASES = {
     "pooling": {},
@@ -177,76 +175,7 @@ def test_features_and_heads(norm_layer):
     assert model(x).shape == (2, 4)
 
 
-# ---- modules as objects ------------------------------------------------------------------------------------
-
-MIXED = {"token_mixers": ("pooling", "random_matrix", "convolution", "attention"), "norm_layer": "layer"}
-
-
-def test_copies_and_layouts():
-    model = tiny(**MIXED)
-    x = randn(2, 3, *SIZE)
-    with torch.no_grad():
-        expected = model(x)
-        for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(same(x), expected)
-            assert same.config == model.config
-        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        assert relative_error(last(x.to(memory_format=torch.channels_last)), expected) < 1e-5
-        assert model.forward_features(x).is_contiguous()
-        half = copy.deepcopy(model).bfloat16()(x.bfloat16())
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = model(x)
-    assert relative_error(half, expected) < 0.05
-    assert relative_error(mixed, expected) < 0.05
-
-
-@pytest.mark.parametrize("structure", [MIXED, {"residual": False}], ids=str)
-def test_compiled_model_has_no_graph_break(structure):
-    torch.compiler.reset()
-    model = tiny(**structure)
-    x = randn(2, 3, *SIZE)
-    y = torch.compile(model, backend="eager", fullgraph=True)(x)
-    assert relative_error(y, model(x)) < 1e-6
-
-
 # ---- bad input ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        (
-            {"token_mixers": "poling"},
-            ValueError,
-            ("token_mixers", "'poling'", "pooling, identity", "callable"),
-        ),
-        ({"token_mixers": ("pooling",) * 3}, ValueError, ("token_mixers", "4", "3")),
-        ({"token_mixers": nn.Identity()}, TypeError, ("token_mixers", "Identity", "callable")),
-        ({"pool_size": 4}, ValueError, ("pool_size", "4", "odd")),
-        ({"norm_layer": "instance"}, ValueError, ("norm_layer", "'instance'", "group, layer, batch, none")),
-        ({"act_layer": None}, TypeError, ("act_layer", "NoneType", "gelu")),
-        ({"residual": 1}, TypeError, ("residual", "bool", "int")),
-        ({"mlp": None}, TypeError, ("mlp", "bool", "NoneType")),
-        ({"layer_scale_init": "1e-5"}, TypeError, ("layer_scale_init", "str", "number")),
-        ({"image_size": (224, 2)}, ValueError, ("image_size", "3", "2")),
-        ({"image_size": 224.0}, TypeError, ("image_size", "float", "int")),
-        ({"image_size": (224, 224, 3)}, ValueError, ("image_size", "(height, width)")),
-        ({"mixer": "pooling"}, TypeError, ("mixer", "token_mixers", "norm_layer")),
-        (
-            {"name": "metaformer_s13"},
-            ValueError,
-            ("name", "metaformer_s12", "poolformerv2_s12", "did you mean"),
-        ),
-        ({"name": "metaformer_s12", "pretrained": True}, ValueError, ("pretrained", "hub", "checkpoint")),
-        ({"pretrained": True, "pool_size": 5}, ValueError, ("pretrained", "pool_size", "checkpoint")),
-        ({"norm_layer": "batch", "head": "timm"}, ValueError, ("head", "'timm'", "official")),
-    ],
-)
-def test_bad_arguments(options, error, words):
-    with pytest.raises(error) as caught, torch.device("meta"):
-        pk.create_model(**{"name": "poolformer_s12", **options})
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["random_matrix", "spatial_fc", "attention"])
@@ -254,11 +183,6 @@ def test_images_of_another_size(kind):
     model = tiny(token_mixers=("pooling", "pooling", "pooling", kind))
     with pytest.raises(ValueError, match=r"40 x 88 pixels; .*=\(40, 56\).*=\(40, 88\)"):
         model(torch.zeros(1, 3, 40, 88))
-
-
-def test_profile_takes_plain_poolformers_only():
-    with pytest.raises(TypeError, match=r"got MetaFormer; count_macs"):
-        profile(on_meta("metaformer_id_s12"), measure=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from support.metaformer import on_meta, twin
+from support.metaformer import released_shapes, twin
+from support.models import on_meta, shapes
 from support.peers import relative_error
 from support.problems import randn
 
@@ -93,48 +94,10 @@ def test_names_without_a_change_are_what_they_say():
 # ---- the released checkpoints ------------------------------------------------------------------------------
 
 
-def official_state(name) -> dict[str, tuple[int, ...]]:
-    """Key -> shape in a released checkpoint."""
-    kinds, dims = name.split("_")[1].replace("id", "iiii"), (64, 128, 320, 512)
-    state = {}
-
-    def add(key, *shape, bias=True):
-        state[f"{key}.weight"] = shape
-        if bias:
-            state[f"{key}.bias"] = shape[:1]
-
-    add("patch_embed.proj", 64, 3, 7, 7)
-    index = 0
-    for stage, (kind, dim, depth) in enumerate(zip(kinds, dims, (2, 2, 6, 2), strict=True)):
-        side = 56 >> stage
-        if stage:
-            add(f"network.{index}.proj", dim, dims[stage - 1], 3, 3)
-            index += 1
-        if kind == "a" and "a" not in kinds[:stage]:
-            state[f"network.{index}.pos_embed"] = (1, dim, side, side)
-            index += 1
-        for i in range(depth):
-            key = f"network.{index}.{i}"
-            state[f"{key}.layer_scale_1"] = state[f"{key}.layer_scale_2"] = (dim,)
-            add(f"{key}.norm1", dim)
-            add(f"{key}.norm2", dim)
-            add(f"{key}.mlp.fc1", 4 * dim, dim, 1, 1)
-            add(f"{key}.mlp.fc2", dim, 4 * dim, 1, 1)
-            if kind == "a":
-                add(f"{key}.token_mixer.qkv", 3 * dim, dim, bias=False)
-                add(f"{key}.token_mixer.proj", dim, dim)
-            if kind == "f":
-                add(f"{key}.token_mixer.fc", side**2, side**2, bias=False)
-        index += 1
-    add("norm", 512)
-    add("head", 1000, 512)
-    return state
-
-
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_keys(name):
-    model, state = on_meta(name), official_state(name)
-    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == state
+    model, state = on_meta(name), released_shapes(name)
+    assert shapes(model.state_dict()) == state
     meta = {key: torch.empty(shape, device="meta") for key, shape in state.items()}
     model.load_state_dict(pk.convert_state_dict(meta))
     params = sum(t.numel() for t in meta.values())
@@ -146,7 +109,7 @@ def test_released_keys(name):
 
 def test_a_released_file_loads(tmp_path):
     name = "metaformer_pppa_s12_224"
-    state = {key: 0.02 * randn(*shape) for key, shape in official_state(name).items()}
+    state = {key: 0.02 * randn(*shape) for key, shape in released_shapes(name).items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
     model = pk.create_model(name, checkpoint=tmp_path / "a.pth.tar").eval()
     assert model.head_mode == "official"

@@ -1,21 +1,21 @@
 """The models against timm, transformers and the formulas written out here."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.peers import official_model, randomise, relative_error, require
+from support.metaformer import released_shapes
+from support.models import PUBLISHED, on_meta, raises, shapes
+from support.peers import official_model, randomise, randomise_all, relative_error, require
 from support.problems import randn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import HEADS, PoolFormer, model_config
 
-NAMES = ["poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48"]
-PARAMS = [11_915_176, 21_388_968, 30_862_760, 56_172_520, 73_473_448]
-S12, S12_DIMS = (2, 2, 6, 2), (64, 128, 320, 512)
+NAMES = list(PUBLISHED)
+NAMES_V2 = [name.replace("_", "v2_") for name in NAMES]
+NAMED = ("name", *NAMES)  # of what an error says about a name
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +38,10 @@ def timm_twin(name="poolformer_s12", **options):
     """timm's model and ours with the same random weights, both in eval mode."""
     timm = require("timm")
     torch.manual_seed(0)
-    theirs = randomise(timm.create_model(name, **options)).eval()
+    theirs = randomise_all(timm.create_model(name, **options))
     ours = pk.create_model(name, head="timm", **options).eval()
     ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
     return ours, theirs
-
-
-def official_keys(layers):
-    keys = []
-    for stage, depth in enumerate(layers):
-        at = f"network.{2 * stage - 1}" if stage else "patch_embed"
-        keys += [f"{at}.proj.weight", f"{at}.proj.bias"]
-        for i in range(depth):
-            keys += [f"network.{2 * stage}.{i}.layer_scale_{n}" for n in (1, 2)]
-            layers_with_bias = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
-            keys += [f"network.{2 * stage}.{i}.{m}.{p}" for m in layers_with_bias for p in ("weight", "bias")]
-    return [*keys, "norm.weight", "norm.bias", "head.weight", "head.bias"]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -61,31 +49,40 @@ def official_keys(layers):
 
 def test_names_and_their_order():
     assert pk.list_models("poolformer_*") == NAMES
+    assert pk.list_models("poolformerv2_*") == NAMES_V2
+    assert set(NAMES_V2) < set(pk.list_models())
 
 
-@pytest.mark.parametrize(("name", "params"), list(zip(NAMES, PARAMS, strict=True)))
-def test_parameter_counts_and_keys(name, params):
-    with torch.device("meta"):
-        model = pk.create_model(name)
-    config = model_config(name)
-    assert sum(p.numel() for p in model.parameters()) == params == config.params
-    assert list(model.state_dict()) == official_keys(config.layers)
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_and_keys(name):
+    model, config = on_meta(name), model_config(name)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name][0] == config.params
+    assert list(shapes(model.state_dict()).items()) == list(released_shapes(name).items())
     assert model.config is config
 
 
-def test_configurations_are_timms():
-    timm = require("timm")
-    for name in NAMES:
-        config, theirs = model_config(name), timm.get_pretrained_cfg(f"{name}.sail_in1k")
-        assert (config.crop_pct, config.mean, config.std) == (theirs.crop_pct, theirs.mean, theirs.std)
-        assert (config.interpolation, (3, config.input_size, config.input_size)) == (
-            "bicubic",
-            theirs.input_size,
-        )
-        assert config.interpolation == theirs.interpolation
-        assert config.hf_hub_id == theirs.hf_hub_id
-    rates = [model_config(name).drop_path_rate for name in NAMES]
-    assert rates == [0.1, 0.1, 0.2, 0.3, 0.4]
+@pytest.mark.parametrize("name", NAMES_V2)
+def test_keys_and_sizes_of_v2_are_timms(name):
+    timm, ours = require("timm"), on_meta(name)
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+    assert shapes(pk.convert_state_dict(theirs.state_dict())) == shapes(ours.state_dict())
+    assert sum(p.numel() for p in ours.parameters()) == model_config(name).params
+    assert ours.head_mode == "timm"
+
+
+@pytest.mark.parametrize("name", NAMES + NAMES_V2)
+def test_configurations_are_timms(name):
+    config, theirs = model_config(name), require("timm").get_pretrained_cfg(f"{name}.sail_in1k")
+    for field in ("crop_pct", "mean", "std", "interpolation", "hf_hub_id"):
+        assert getattr(config, field) == getattr(theirs, field), field
+    assert (3, config.input_size, config.input_size) == theirs.input_size
+    assert config.interpolation == "bicubic"
+
+
+def test_rates_and_scales_of_the_official_code():
+    for names in (NAMES, NAMES_V2):
+        assert [model_config(name).drop_path_rate for name in names] == [0.1, 0.1, 0.2, 0.3, 0.4]
     assert [model_config(name).layer_scale_init for name in NAMES] == [1e-5, 1e-5, 1e-6, 1e-6, 1e-6]
 
 
@@ -111,67 +108,45 @@ def test_drop_path_rates_grow_linearly_and_default_to_none():
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_timm_at_224(name):
+ODD_SIZES = [(193, 257), (33, 47), (3, 3), (40, 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, (224, 224)) for name in (*NAMES, NAMES_V2[0])), *((NAMES[0], size) for size in ODD_SIZES)],
+)
+def test_maps_and_logits_equal_timm(name, size):
     ours, theirs = timm_twin(name)
-    x = images(1, 3, 224, 224)
+    x = images(1, 3, *size)
     with torch.inference_mode():
-        y, expected = ours(x), theirs(x)
+        expected = theirs(x)
+        assert relative_error(ours.forward_features(x), theirs.forward_features(x)) < 1e-5
+        assert relative_error(ours(x), expected) < 1e-5
     assert expected.std() > 0.05
-    assert relative_error(y, expected) < 1e-5
 
 
-def test_error_is_no_larger_than_timms():
-    ours, theirs = timm_twin()
-    x = images(2, 3, 64, 96)
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", [NAMES[0], NAMES_V2[0]])
+def test_half_precision_is_as_near_as_timms(name, how):
+    models, x = timm_twin(name), images(2, 3, 64, 96)
+    if how == "bfloat16":
+        models, x = [model.bfloat16() for model in models], x.bfloat16()
     with torch.inference_mode():
-        fp32, eager = ours(x), theirs(x)
-        bf16, eager_bf16 = (m.bfloat16()(x.bfloat16()) for m in (ours, theirs))
-        ours16, theirs64 = copy.deepcopy(ours), theirs.double()
-        exact16 = theirs64(x.bfloat16().double())
-    ours, theirs = timm_twin()
-    with torch.inference_mode():
-        exact = theirs.double()(x.double())
-    assert relative_error(fp32, exact) < 1.5 * relative_error(eager, exact) + 1e-6
-    assert bf16.dtype == torch.bfloat16
-    assert ours16.head.weight.dtype == torch.bfloat16
-    assert relative_error(bf16, exact16) < 1.5 * relative_error(eager_bf16, exact16) + 2e-3
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            ours, theirs = (model(x) for model in models)
+        exact = models[1].double()(x.double())
+    assert ours.dtype == torch.bfloat16
+    slack = 2e-3 if how == "bfloat16" else 4e-3  # autocast rounds weights, too
+    assert relative_error(ours, exact) < 1.5 * relative_error(theirs, exact) + slack
 
 
-@pytest.mark.parametrize("size", [(193, 257), (33, 47), (3, 3), (40, 5)])
-def test_odd_sizes_equal_timm(size):
-    ours, theirs = timm_twin(num_classes=20)
-    x = images(2, 3, *size)
-    with torch.inference_mode():
-        maps, expected_maps = ours.forward_features(x), theirs.forward_features(x)
-        assert relative_error(maps, expected_maps) < 1e-5
-        assert relative_error(ours(x), theirs(x)) < 1e-5
-
-
-def test_logits_equal_the_official_formula(s12):
+def test_maps_and_logits_equal_the_official_formula(s12):
     x = images(2, 3, 64, 48)
     with torch.inference_mode():
         maps, logits = official_model(s12.state_dict(), x)
         assert relative_error(s12.forward_features(x), maps) < 1e-5
         assert relative_error(s12(x), logits) < 1e-5
         assert torch.equal(s12.forward_head(s12.forward_features(x)), s12(x))
-    exact = copy.deepcopy(s12).double()
-    assert relative_error(exact(x.double()), official_model(exact.state_dict(), x.double())[1]) < 1e-12
-
-
-@pytest.mark.parametrize("name", ["poolformer_s12", "poolformer_s24"])
-def test_logits_equal_transformers(name):
-    transformers = require("transformers", "models.poolformer.modeling_poolformer")
-    config = model_config(name)
-    peer = transformers.PoolFormerConfig(depths=config.layers, hidden_sizes=config.dims, num_labels=20)
-    theirs = randomise(transformers.PoolFormerForImageClassification(peer)).eval()
-    ours = pk.create_model(name, num_classes=20).eval()
-    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
-    x = images(2, 3, 64, 96)
-    with torch.inference_mode():
-        expected = theirs(x, output_hidden_states=True)
-        assert relative_error(ours(x), expected.logits) < 1e-5
-        assert relative_error(ours.forward_features(x), expected.hidden_states[-1]) < 1e-5
 
 
 def test_the_two_heads_differ_on_the_same_weights(own):
@@ -198,13 +173,6 @@ def test_no_classes_gives_the_pooled_features(own, head):
         assert torch.equal(own.head(bare(x)), own(x))
 
 
-def test_pooled_features_equal_timm():
-    ours, theirs = timm_twin(num_classes=0)
-    x = images(2, 3, 64, 64)
-    with torch.inference_mode():
-        assert relative_error(ours(x), theirs(x)) < 1e-5
-
-
 def test_gradients_equal_timm():
     ours, theirs = timm_twin(num_classes=10)
     x, weight = images(2, 3, 64, 64), images(2, 10, seed=1)
@@ -215,15 +183,15 @@ def test_gradients_equal_timm():
     expected = pk.convert_state_dict({name: p.grad for name, p in theirs.named_parameters()})
     for name, p in ours.named_parameters():
         if "norm1.bias" in name:  # exactly zero; eager returns rounding noise
-            assert (
-                p.grad.norm() < 1e-5 * ours.get_parameter(name.replace("bias", "weight")).grad.norm() + 1e-7
-            ), name
+            weight = ours.get_parameter(name.replace("bias", "weight"))
+            assert p.grad.norm() < 1e-5 * weight.grad.norm() + 1e-7, name
         else:
             assert relative_error(p.grad, expected[name]) < 1e-4, name
 
 
-def test_training_with_stochastic_depth_equals_timm_under_the_same_seed():
-    ours, theirs = timm_twin(num_classes=10, drop_path_rate=0.6)
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12"])
+def test_training_with_stochastic_depth_equals_timm_under_the_same_seed(name):
+    ours, theirs = timm_twin(name, num_classes=10, drop_path_rate=0.6)
     x = images(6, 3, 32, 32)
     torch.manual_seed(5)
     expected = theirs.train()(x)
@@ -236,23 +204,23 @@ def test_training_with_stochastic_depth_equals_timm_under_the_same_seed():
 # ---- features ----------------------------------------------------------------------------------------------
 
 
-def test_feature_maps_equal_timm_through_norms_of_their_own():
-    timm = require("timm")
-    torch.manual_seed(0)
-    theirs = randomise(timm.create_model("poolformer_s12", num_classes=0)).eval()
-    ours = randomise(pk.create_model("poolformer_s12", features_only=True), seed=1).eval()
-    state = pk.convert_state_dict(theirs.state_dict())
-    result = ours.load_state_dict({k: v for k, v in state.items() if not k.startswith("norm.")}, strict=False)
+@pytest.mark.parametrize(
+    ("name", "parameters", "eps"),
+    [("poolformer_s12", ("weight", "bias"), 1e-5), ("poolformerv2_s12", ("weight",), 1e-6)],
+)
+def test_feature_maps_equal_timm_through_norms_of_their_own(name, parameters, eps):
+    whole, theirs = timm_twin(name, num_classes=0)
+    ours = randomise(pk.create_model(name, features_only=True), seed=1).eval()
+    result = ours.load_state_dict(whole.state_dict(), strict=False)
     norms = [f"norm{i}" for i in (0, 2, 4, 6)]
-    assert result.missing_keys == [f"{n}.{p}" for n in norms for p in ("weight", "bias")]
+    assert result.missing_keys == [f"{n}.{p}" for n in norms for p in parameters]
     x = images(2, 3, 65, 97)
     with torch.inference_mode():
         maps = ours(x)
         raw = theirs.forward_intermediates(x, intermediates_only=True)
-        for norm, y, expected, dim in zip(norms, maps, raw, S12_DIMS, strict=True):
+        for norm, y, expected in zip(norms, maps, raw, strict=True):
             p = dict(ours.get_submodule(norm).named_parameters())
-            assert y.shape[1] == dim
-            assert relative_error(y, F.group_norm(expected, 1, p["weight"], p["bias"], 1e-5)) < 1e-5
+            assert relative_error(y, F.group_norm(expected, 1, p["weight"], p.get("bias"), eps)) < 1e-5
         assert relative_error(ours.forward_features(x), raw[-1]) < 1e-5
     strides = [m.shape[2:] for m in ours(images(1, 3, 64, 96))]
     assert strides == [(16, 24), (8, 12), (4, 6), (2, 3)]
@@ -288,16 +256,6 @@ def test_reset_classifier(own):
         assert own.num_classes == 0
 
 
-def test_channels_last_equals_nchw(s12):
-    x = images(2, 3, 64, 96)
-    model = copy.deepcopy(s12).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        features = model.forward_features(x.contiguous(memory_format=torch.channels_last))
-        assert features.is_contiguous(memory_format=torch.channels_last)
-        assert relative_error(features, s12.forward_features(x)) < 1e-5
-        assert relative_error(model(x.contiguous(memory_format=torch.channels_last)), s12(x)) < 1e-5
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_cpu_autocast(own, head):
     own.head_mode = head
@@ -312,34 +270,14 @@ def test_cpu_autocast(own, head):
         exact = double.forward_features(x.double())
         assert relative_error(logits, double(x.double())) < 0.03
     # eager widens the residual stream to float32 at the LayerScale, ours stays bfloat16
-    assert (
-        relative_error(features, exact) < 1.5 * relative_error(eager, exact) + torch.finfo(torch.bfloat16).eps
-    )
-    logits.float().square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == p.dtype for p in own.parameters())
+    eps = torch.finfo(torch.bfloat16).eps
+    assert relative_error(features, exact) < 1.5 * relative_error(eager, exact) + eps
 
 
-def test_copies_and_files(s12):
-    x = images(1, 3, 64, 64)
-    buffer = io.BytesIO()
-    torch.save(s12, buffer)
-    buffer.seek(0)
-    other = pk.create_model("poolformer_s12", num_classes=20).eval()
-    other.load_state_dict(s12.state_dict())
-    with torch.inference_mode():
-        expected = s12(x)
-        copies = (
-            copy.deepcopy(s12),
-            pickle.loads(pickle.dumps(s12)),
-            torch.load(buffer, weights_only=False),
-            other,
-        )
-        for same in copies:
-            assert torch.equal(same(x), expected)
-    copied = copies[0]
-    copied.head_mode = "timm"
+def test_a_copy_has_a_head_mode_of_its_own(own, s12):
+    own.head_mode = "timm"
     assert s12.head_mode == "official"
-    assert copied.state_dict()._metadata[""]["head_mode"] == "timm"
+    assert own.state_dict()._metadata[""]["head_mode"] == "timm"
 
 
 def test_other_image_channels_and_empty_batches():
@@ -349,27 +287,16 @@ def test_other_image_channels_and_empty_batches():
         assert model(images(0, 1, 64, 64)).shape == (0, 5)
 
 
-def test_compiled_model_has_no_graph_break(s12):
-    torch.compiler.reset()
-    compiled = torch.compile(s12, backend="eager", fullgraph=True)
-    x = images(2, 3, 32, 32)
-    with torch.no_grad():
-        assert relative_error(compiled(x), s12(x)) < 1e-6
-
-
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        (
-            {"name": "poolformer-s24"},
-            ValueError,
-            ("name", "'poolformer-s24'", *NAMES, "did you mean poolformer_s24"),
-        ),
-        ({"name": "resnet18"}, ValueError, ("name", "'resnet18'", *NAMES)),
-        ({"name": ["poolformer_s12"]}, ValueError, ("name", *NAMES)),
+        ({"name": "poolformer-s24"}, ValueError, (*NAMED, "'poolformer-s24'", "did you mean poolformer_s24")),
+        ({"name": "metaformer_s13"}, ValueError, (*NAMED, "metaformer_s12", *NAMES_V2, "did you mean")),
+        ({"name": "resnet18"}, ValueError, (*NAMED, "'resnet18'")),
+        ({"name": ["poolformer_s12"]}, ValueError, NAMED),
         ({"head": "mean"}, ValueError, ("head", "'mean'", "official, timm")),
         ({"num_classes": -1}, ValueError, ("num_classes", "-1", "negative")),
         ({"num_classes": 10.0}, TypeError, ("num_classes", "float", "int")),
@@ -378,18 +305,35 @@ def test_compiled_model_has_no_graph_break(s12):
         ({"drop_path_rate": 1}, ValueError, ("drop_path_rate", "1", "[0, 1)")),
         ({"drop_path_rate": float("nan")}, ValueError, ("drop_path_rate", "nan", "[0, 1)")),
         ({"drop_path_rate": "0.1"}, TypeError, ("drop_path_rate", "str", "number")),
+        ({"checkpoint": "a", "pretrained": True}, ValueError, ("checkpoint", "pretrained", "one of them")),
+        ({"name": NAMES_V2[0], "head": "official"}, ValueError, ("head", "'official'", "allowed: timm")),
+        ({"name": NAMES_V2[0], "pool_size": 5}, TypeError, ("pool_size", "poolformerv2_s12 takes none")),
+        # the structure of a MetaFormer
         (
-            {"checkpoint": "a.pth", "pretrained": True},
+            {"token_mixers": "poling"},
             ValueError,
-            ("checkpoint", "pretrained", "one of them"),
+            ("token_mixers", "'poling'", "pooling, identity", "callable"),
         ),
+        ({"token_mixers": ("pooling",) * 3}, ValueError, ("token_mixers", "4", "3")),
+        ({"token_mixers": torch.nn.Identity()}, TypeError, ("token_mixers", "Identity", "callable")),
+        ({"pool_size": 4}, ValueError, ("pool_size", "4", "odd")),
+        ({"norm_layer": "instance"}, ValueError, ("norm_layer", "'instance'", "group, layer, batch, none")),
+        ({"act_layer": None}, TypeError, ("act_layer", "NoneType", "gelu")),
+        ({"residual": 1}, TypeError, ("residual", "bool", "int")),
+        ({"mlp": None}, TypeError, ("mlp", "bool", "NoneType")),
+        ({"layer_scale_init": "1e-5"}, TypeError, ("layer_scale_init", "str", "number")),
+        ({"image_size": (224, 2)}, ValueError, ("image_size", "3", "2")),
+        ({"image_size": 224.0}, TypeError, ("image_size", "float", "int")),
+        ({"image_size": (224, 224, 3)}, ValueError, ("image_size", "(height, width)")),
+        ({"mixer": "pooling"}, TypeError, ("mixer", "token_mixers", "norm_layer")),
+        ({"name": "metaformer_s12", "pretrained": True}, ValueError, ("pretrained", "hub", "checkpoint")),
+        ({"pretrained": True, "pool_size": 5}, ValueError, ("pretrained", "pool_size", "checkpoint")),
+        ({"norm_layer": "batch", "head": "timm"}, ValueError, ("head", "'timm'", "official")),
     ],
 )
 def test_bad_arguments(options, error, words):
-    with pytest.raises(error) as caught:
+    with raises(error, *words), torch.device("meta"):
         pk.create_model(**{"name": "poolformer_s12", **options})
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -403,10 +347,8 @@ def test_bad_arguments(options, error, words):
     ],
 )
 def test_bad_images(s12, x, error, words):
-    with pytest.raises(error) as caught:
+    with raises(error, "x must", *words):
         s12(x)
-    for word in ("x must", *words):
-        assert word in str(caught.value)
 
 
 def test_bad_head_mode_changes_nothing(own):

@@ -1,44 +1,25 @@
 """Our models in torch.jit.trace, the legacy ONNX exporter and OpenVINO: plain PyTorch, the same numbers."""
 
 import copy
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from support.metaformer import SIZE, tiny
+from support.commands import python
+from support.metaformer import SIZE
+from support.models import FAMILIES, SMALL, small
 from support.peers import randomise, require
 from support.problems import randn
 from support.rule import assert_close_to_fp64
 
 import poolformer_kernels as pk
-from poolformer_kernels.models import ModelConfig, PoolFormer, PoolFormerV2
+from poolformer_kernels.models import PoolFormer
 
 pytestmark = [
     pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.jit.trace is gone"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-CONFIG = ModelConfig("small", (1, 2, 1, 1), (16, 24, 32, 48), 1e-5, 0.1, None, 1.0)
-MIXERS = ("pooling", "random_matrix", "attention", "spatial_fc")
-MODELS = {
-    "PoolFormer": lambda: PoolFormer(CONFIG, 7),
-    "timm's head": lambda: PoolFormer(CONFIG, 7, head="timm"),
-    "PoolFormerV2": lambda: PoolFormerV2(CONFIG, 7),
-    "MetaFormer": lambda: tiny(token_mixers=MIXERS, norm_layer="layer"),
-    "convolutions": lambda: tiny(token_mixers="convolution", norm_layer="batch", act_layer="relu"),
-}
-
-
-def problem(name: str, channels_last: bool = False) -> tuple[PoolFormer, torch.Tensor, torch.Tensor]:
-    """A model with random weights, an image batch to trace it with, and a larger one."""
-    torch.manual_seed(0)
-    model = randomise(MODELS[name]()).eval()
-    images = randn(2, 3, *SIZE), randn(5, 3, *SIZE, seed=1)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
-    return model, *images
 
 
 def assert_same(y: torch.Tensor, model: PoolFormer, x: torch.Tensor) -> None:
@@ -60,10 +41,10 @@ def traced(model: PoolFormer, x: torch.Tensor, gradients: bool = False) -> torch
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_trace_has_torchs_operators_alone(name, gradients, channels_last, kernels):
     """Without gradients and in channels_last, where all layers are one operator call otherwise, too."""
-    model, x, larger = problem(name, channels_last)
+    model, x, larger = small(name, channels_last)
     trace = traced(model, x, gradients)
     assert "poolformer_kernels::" not in str(trace.inlined_graph)
     with torch.no_grad():
@@ -72,7 +53,7 @@ def test_a_trace_has_torchs_operators_alone(name, gradients, channels_last, kern
 
 
 def test_a_trace_of_training_gives_the_gradients(kernels):
-    model, x, _ = problem("PoolFormer")
+    model, x, _ = small("PoolFormer")
     trace = traced(model.train(), x, gradients=True)
     for own, given in zip(gradients(model, x), gradients(trace, x), strict=True):
         torch.testing.assert_close(given, own, rtol=1e-4, atol=1e-5)
@@ -84,7 +65,7 @@ def gradients(model, x):
 
 def test_a_backbone_gives_its_maps(kernels):
     torch.manual_seed(0)
-    model, x = randomise(PoolFormer(CONFIG, features_only=True)).eval(), randn(2, 3, *SIZE)
+    model, x = randomise(PoolFormer(SMALL, features_only=True)).eval(), randn(2, 3, *SIZE)
     trace = traced(model, x)
     assert "poolformer_kernels::" not in str(trace.inlined_graph)
     with torch.no_grad(), pk.use_backend("reference"):
@@ -94,24 +75,24 @@ def test_a_backbone_gives_its_maps(kernels):
 
 
 def test_a_saved_trace_runs_without_this_package(tmp_path, kernels):
-    model, x, _ = problem("PoolFormer")
+    model, x, _ = small("PoolFormer")
     torch.jit.save(traced(model, x), tmp_path / "model.pt")
     torch.save(x, tmp_path / "x.pt")
     code = (
         "import sys, torch; torch.save(torch.jit.load('model.pt')(torch.load('x.pt')), 'y.pt');"
         " assert 'poolformer_kernels' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    python("-W", "ignore", "-c", code, cwd=tmp_path, check=True)
     assert_same(torch.load(tmp_path / "y.pt").detach(), model, x)
 
 
 @pytest.mark.parametrize(
-    ("name", "channels_last"), [*((name, False) for name in MODELS), ("PoolFormer", True)]
+    ("name", "channels_last"), [*((name, False) for name in FAMILIES), ("PoolFormer", True)]
 )
 def test_the_legacy_onnx_exporter(name, channels_last, tmp_path, kernels):
     require("onnx")
     onnxruntime = require("onnxruntime")
-    model, x, larger = problem(name, channels_last)
+    model, x, larger = small(name, channels_last)
     file = str(tmp_path / "model.onnx")
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     names = {"input_names": ["images"], "output_names": ["logits"]}
@@ -126,11 +107,11 @@ def test_the_legacy_onnx_exporter(name, channels_last, tmp_path, kernels):
 
 @pytest.mark.parametrize(
     ("name", "channels_last"),
-    [("PoolFormer", True), *(pytest.param(name, False, marks=pytest.mark.long) for name in MODELS)],
+    [("PoolFormer", True), *(pytest.param(name, False, marks=pytest.mark.long) for name in FAMILIES)],
 )
 def test_openvino(name, channels_last, kernels):
     openvino = pytest.importorskip("openvino")
-    model, x, larger = problem(name, channels_last)
+    model, x, larger = small(name, channels_last)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         converted = openvino.convert_model(model, example_input=x)

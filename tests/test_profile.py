@@ -1,18 +1,18 @@
 """The profile: counts against arithmetic and the published tables, times, the command, what it leaves."""
 
-import copy
 import json
 import sys
 import threading
 
 import pytest
 import torch
-from support.peers import randomise
+from support.commands import printed, refused
+from support.models import PUBLISHED, on_meta, unchanged
+from support.peers import randomise, require
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels import profiling
-from poolformer_kernels.cli.main import main
 from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
 from poolformer_kernels.profiling import limits as limits_module
 from poolformer_kernels.profiling import paper_figures, profile
@@ -29,14 +29,9 @@ def small_products(monkeypatch):
     monkeypatch.setitem(limits_module._LARGEST_SIDE, "cpu", 256)
 
 
-def create(name="poolformer_s12", device="meta", **options):
-    with torch.device(device):
-        return pk.create_model(name, **options)
-
-
 @pytest.fixture(scope="module")
 def s12():
-    return profile(create(), measure=False)
+    return profile(on_meta(), measure=False)
 
 
 def tiny(**options):
@@ -57,18 +52,13 @@ def test_layers_sum_to_stages_and_to_the_model(s12):
     kinds = ["stem", *["mixer", "mlp"] * 2, "downsample", *["mixer", "mlp"] * 2, "downsample"]
     kinds += [*["mixer", "mlp"] * 6, "downsample", *["mixer", "mlp"] * 2, "norm", "pooling", "classifier"]
     assert [r.kind for r in s12.layers] == kinds
-    assert [r.input_shape for r in s12.stages] == [
-        (1, 3, 224, 224),
-        (1, 64, 56, 56),
-        (1, 128, 28, 28),
-        (1, 320, 14, 14),
-    ]
+    stages = [(1, 3, 224, 224), (1, 64, 56, 56), (1, 128, 28, 28), (1, 320, 14, 14)]
+    assert [r.input_shape for r in s12.stages] == stages
     head = [r for r in s12.layers if r.stage is None]
     for count in COUNTS:
         assert sum(getattr(r, count) for r in s12.layers) == getattr(s12.total, count)
         assert sum(getattr(r, count) for r in (*s12.stages, *head)) == getattr(s12.total, count)
-    assert s12.total.params == 11_915_176
-    assert s12.total.macs_fvcore == 1_822_678_528
+    assert (s12.total.params, s12.total.macs_fvcore) == PUBLISHED["poolformer_s12"]
     assert s12.total.macs_flop_counter == S12_TORCH
     assert s12.limits is s12.backend is s12.total.time is s12.total.limit_s is s12.total.fraction is None
 
@@ -93,7 +83,7 @@ def test_macs_and_parameters_of_each_kind_of_layer(s12):
 def test_bytes_in_elements_of_the_residual_stream(dtype):
     """Eager: 13 E and 26 E, and the parameters; fused: 2 E (docs/algebra.md, "Traffic")."""
     batch, c, pixels = 3, 64, 56 * 56
-    result = profile(create(), batch=batch, dtype=dtype, measure=False)
+    result = profile(on_meta(), batch=batch, dtype=dtype, measure=False)
     size, e, statistics = dtype.itemsize, batch * c * pixels, 2 * batch
     mixer, mlp = row(result, "network.0.0.mixer"), row(result, "network.0.0.mlp")
     assert mixer.bytes_eager == size * (13 * e + 3 * c + statistics)
@@ -120,7 +110,7 @@ def test_operators_are_counted_and_views_are_not():
 
 
 def test_size_and_batch_and_both_heads_and_features():
-    model = create(num_classes=7, in_chans=5, head="timm")
+    model = on_meta(num_classes=7, in_chans=5, head="timm")
     assert model.head_mode == "timm"
     result = profile(model, (65, 96), batch=2, measure=False)
     assert result.input_shape == (2, 5, 65, 96)
@@ -129,25 +119,24 @@ def test_size_and_batch_and_both_heads_and_features():
     macs = profiling.count_macs(model, (2, 5, 65, 96))
     assert result.total.macs_fvcore == macs.total()
     assert result.total.macs_flop_counter == macs["convolution"] + macs["linear"]
-    features = create(features_only=True)
+    features = on_meta(features_only=True)
     result = profile(features, 64, measure=False)
     assert [r.name for r in result.layers if r.stage is None] == ["norm0", "norm2", "norm4", "norm6"]
     assert row(result, "norm2").input_shape == (1, 128, 8, 8)
     assert result.total.macs_fvcore == profiling.count_macs(features, (1, 3, 64, 64)).total()
     assert result.total.params == sum(p.numel() for p in features.parameters())
-    bare = profile(create(num_classes=0), 64, measure=False)
+    bare = profile(on_meta(num_classes=0), 64, measure=False)
     assert [r.kind for r in bare.layers[-2:]] == ["norm", "pooling"]
 
 
 # ---- the paper's tables ------------------------------------------------------------------------------------
 
-# Published: blocks, dims, parameters (M), MACs (G); and the digits behind the last two.
-PUBLISHED = {
-    "poolformer_s12": ((2, 2, 6, 2), (64, 128, 320, 512), "11.9", "1.8", 11_915_176, 1_822_678_528),
-    "poolformer_s24": ((4, 4, 12, 4), (64, 128, 320, 512), "21.4", "3.4", 21_388_968, 3_412_906_496),
-    "poolformer_s36": ((6, 6, 18, 6), (64, 128, 320, 512), "30.9", "5.0", 30_862_760, 5_003_134_464),
-    "poolformer_m36": ((6, 6, 18, 6), (96, 192, 384, 768), "56.2", "8.8", 56_172_520, 8_801_876_736),
-    "poolformer_m48": ((8, 8, 24, 8), (96, 192, 384, 768), "73.5", "11.6", 73_473_448, 11_590_708_992),
+TABLES = {  # blocks, dims, parameters (M), MACs (G)
+    "poolformer_s12": ((2, 2, 6, 2), (64, 128, 320, 512), "11.9", "1.8"),
+    "poolformer_s24": ((4, 4, 12, 4), (64, 128, 320, 512), "21.4", "3.4"),
+    "poolformer_s36": ((6, 6, 18, 6), (64, 128, 320, 512), "30.9", "5.0"),
+    "poolformer_m36": ((6, 6, 18, 6), (96, 192, 384, 768), "56.2", "8.8"),
+    "poolformer_m48": ((8, 8, 24, 8), (96, 192, 384, 768), "73.5", "11.6"),
 }
 
 
@@ -157,11 +146,10 @@ def figures():
 
 
 def test_the_papers_tables_are_counted_exactly(figures):
-    assert list(figures) == list(PUBLISHED)
-    for name, (blocks, dims, params, macs, *exact) in PUBLISHED.items():
-        counted = figures[name]
-        stages = counted["stages"]
-        assert [counted["params"], counted["macs"]] == exact
+    assert list(figures) == list(TABLES)
+    for name, (blocks, dims, params, macs) in TABLES.items():
+        counted, stages = figures[name], figures[name]["stages"]
+        assert (counted["params"], counted["macs"]) == PUBLISHED[name]
         assert (f"{counted['params'] / 1e6:.1f}", f"{counted['macs'] / 1e9:.1f}") == (params, macs)
         assert tuple(stage["blocks"] for stage in stages) == blocks
         assert tuple(stage["dim"] for stage in stages) == dims
@@ -171,13 +159,11 @@ def test_the_papers_tables_are_counted_exactly(figures):
 
 
 def test_paper_command(figures, capsys, monkeypatch, tmp_path):
-    rich_or_skip()
-    from poolformer_kernels.cli import profile as profile_command
-
-    monkeypatch.setattr(profile_command, "paper_figures", lambda: figures)
+    require("rich")
+    monkeypatch.setattr("poolformer_kernels.cli.profile.paper_figures", lambda: figures)
     path = tmp_path / "paper.json"
-    assert main(["profile", "--paper", "--json", str(path)]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    text = printed(capsys, "profile --paper --json", path)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     for expected in (
         "stage tokens layer specification S12 S24 S36 M36 M48",
         "1 H/4 x W/4 patch embedding patch size, stride 7x7, 4 7x7, 4 7x7, 4 7x7, 4 7x7, 4",
@@ -314,33 +300,12 @@ def test_unfused_blocks_run_module_by_module():
         for layer in layers(model):
             x = layer.ours(x, None)[0]
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
-    assert profile(model, 32, measure=False).total.macs_flop_counter == row_sum(model)
-
-
-def row_sum(model):
     macs = profiling.count_macs(model, (1, 3, 32, 32))
-    return macs["convolution"] + macs["linear"]
+    counted = profile(model, 32, measure=False).total.macs_flop_counter
+    assert counted == macs["convolution"] + macs["linear"]
 
 
 # ---- what it leaves alone, and what it refuses -------------------------------------------------------------
-
-
-def snapshot(model):
-    return (
-        [module.training for module in model.modules()],
-        [
-            (name, p.device, p.dtype, p.stride(), p.data_ptr(), p._version)
-            for name, p in model.named_parameters()
-        ],
-        [len(module._forward_hooks) for module in model.modules()],
-        copy.deepcopy(model.state_dict()),
-    )
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    assert after[:3] == before[:3]
-    assert all(torch.equal(t, before[3][name]) for name, t in after[3].items())
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -356,26 +321,22 @@ def test_the_model_is_left_as_it_was(monkeypatch, fails):
     for module in (model, model.network[0][0].token_mixer, model.network[2][0].mlp.fc1):
         module.register_forward_hook(hook)
     model.network[4].register_forward_pre_hook(hook)
-    before = snapshot(model)
-    if fails:
-        monkeypatch.setattr(pk.nn.PoolFormerStage, "forward", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            profile(model, 32, dtype=torch.bfloat16, rounds=1)
-    else:
-        result = profile(model, 32, dtype=torch.bfloat16, rounds=1)
-        assert result.total.time.median > 0
+    with unchanged(model):
+        if fails:
+            monkeypatch.setattr(pk.nn.PoolFormerStage, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                profile(model, 32, dtype=torch.bfloat16, rounds=1)
+        else:
+            result = profile(model, 32, dtype=torch.bfloat16, rounds=1)
+            assert result.total.time.median > 0
     assert called == []
-    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"model": nn.Linear(2, 2)},
-            TypeError,
-            "model must be a poolformer_kernels.models.PoolFormer, got Lin",
-        ),
+        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a poolformer_kernels.models.PoolFormer, got"),
+        ({"model": on_meta("metaformer_id_s12")}, TypeError, "got MetaFormer; count_macs"),
         ({"model": pk.nn.PoolFormerBlock(4)}, TypeError, "model must be .*, got PoolFormerBlock"),
         ({"size": "224"}, TypeError, "size must be an int or a tuple of two ints, got '224'"),
         ({"size": (64, 2)}, ValueError, "size must be at least 3 pixels"),
@@ -383,11 +344,7 @@ def test_the_model_is_left_as_it_was(monkeypatch, fails):
         ({"batch": 1.0}, TypeError, "batch must be an int, got float"),
         ({"rounds": 0}, ValueError, "rounds must be positive, got 0"),
         ({"dtype": torch.int8}, TypeError, "dtype must be a floating torch.dtype or None, got torch.int8"),
-        (
-            {"memory_format": torch.preserve_format},
-            ValueError,
-            "memory_format must be torch.channels_last or",
-        ),
+        ({"memory_format": torch.preserve_format}, ValueError, "memory_format must be torch.channels_last o"),
         ({"measure": 1}, TypeError, "measure must be a bool, got int"),
         ({"device": "tpu"}, ValueError, "device must be a CPU or CUDA device, got 'tpu'"),
         ({"device": "xpu"}, ValueError, "device must be a CPU or CUDA device, got 'xpu'"),
@@ -396,41 +353,24 @@ def test_the_model_is_left_as_it_was(monkeypatch, fails):
 )
 def test_refusals(arguments, error, message):
     with pytest.raises(error, match=message):
-        profile(**({"model": create(), "measure": False} | arguments))
+        profile(**({"model": on_meta(), "measure": False} | arguments))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 def test_cuda_where_there_is_none():
-    with pytest.raises(
-        ValueError, match="device is 'cuda', but torch sees no CUDA device; allowed here: cpu"
-    ):
-        profile(create(), device="cuda", measure=False)
+    message = "device is 'cuda', but torch sees no CUDA device; allowed here: cpu"
+    with pytest.raises(ValueError, match=message):
+        profile(on_meta(), device="cuda", measure=False)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def rich_or_skip():
-    from support.peers import require
-
-    require("rich")
-
-
 def test_command_counts(capsys, tmp_path):
-    rich_or_skip()
+    require("rich")
     path = tmp_path / "profile.json"
-    arguments = [
-        "--model",
-        "poolformer_m36",
-        "--batch-size",
-        "256",
-        "--image-size",
-        "1024",
-        "--dtype",
-        "bfloat16",
-    ]
-    assert main(["profile", "--no-time", "--json", str(path), *arguments]) == 0
-    text = capsys.readouterr().out
+    command = "profile --no-time --model poolformer_m36 --batch-size 256 --image-size 1024 --dtype bfloat16"
+    text = printed(capsys, f"{command} --json", path)
     assert max(map(len, text.splitlines())) <= 120
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "poolformer_m36, 256x3x1024x1024, bfloat16" in lines
@@ -446,52 +386,21 @@ def test_command_counts(capsys, tmp_path):
 
 
 def test_command_times(capsys, monkeypatch):
-    rich_or_skip()
+    require("rich")
     from poolformer_kernels.cli import profile as profile_command
 
     monkeypatch.setattr(profile_command, "create_model", lambda name: tiny())
     monkeypatch.setattr(profile_command, "profile", lambda *a, **k: profile(*a, **k, rounds=1))
-    assert main(["profile", "--image-size", "32", "--device", "cpu", "--dtype", "bfloat16"]) == 0
-    text = capsys.readouterr().out
+    text = printed(capsys, "profile --image-size 32 --device cpu --dtype bfloat16")
     assert max(map(len, text.splitlines())) <= 120
     head = next(line for line in text.splitlines() if line.split()[:1] == ["head"])
     assert head.rstrip().endswith("%")
     assert "GB/s, products" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "poolformer_s13"], "argument --model: 'poolformer_s13' is no model (did you mean "),
-        (["--image-size", "31"], "argument --image-size: must be at least 32"),
-        (["--batch-size", "0"], "argument --batch-size: must be a positive integer, got '0'"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--json", "/dev/null/x"], "cannot write to /dev/null/x"),
-    ],
-)
-def test_command_refuses_in_one_line(arguments, message, capsys):
-    rich_or_skip()
-    assert main(["profile", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"poolformer-kernels: error: {message}")
-    assert captured.err.count("\n") == 1
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 def test_command_without_a_gpu(capsys):
-    rich_or_skip()
-    assert main(["profile", "--device", "cuda"]) == 2
-    assert "--device cuda: torch sees no CUDA device; allowed here: cpu" in capsys.readouterr().err
+    require("rich")
     with pk.use_backend("triton"):
-        assert main(["profile", "--device", "cpu"]) == 2
-    assert "error: backend 'triton' was asked for and cannot run this call: " in capsys.readouterr().err
-
-
-def test_command_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delitem(sys.modules, "poolformer_kernels.cli.profile", raising=False)
-    assert main(["profile"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("poolformer-kernels: error: packages for profile are missing (")
-    assert captured.err.endswith("pip install 'poolformer_kernels[cli]'\n")
+        error = refused(capsys, "profile --device cpu")
+    assert error.startswith("backend 'triton' was asked for and cannot run this call: ")

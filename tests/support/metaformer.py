@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import poolformer_kernels as pk
-from poolformer_kernels.models import MetaFormer, MetaFormerConfig, PoolFormer
+from poolformer_kernels.models import MetaFormer, MetaFormerConfig, model_config
 from support.peers import randomise
 
 LAYERS, DIMS = (1, 1, 2, 1), (32, 32, 64, 96)
@@ -42,9 +41,44 @@ def tiny(features_only=False, head="official", drop_path_rate=0.0, **structure) 
     return model.eval()
 
 
-def on_meta(name, **options) -> PoolFormer:
-    with torch.device("meta"):
-        return pk.create_model(name, **options)
+def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape in the released checkpoint of a PoolFormer or MetaFormer, in the order of the file."""
+    config = model_config(name)
+    kinds = name.split("_")[1] if name.startswith("metaformer") else "pppp"
+    kinds = kinds.replace("id", "iiii")
+    state = {}
+
+    def add(key, *shape, bias=True):
+        state[f"{key}.weight"] = shape
+        if bias:
+            state[f"{key}.bias"] = shape[:1]
+
+    add("patch_embed.proj", config.dims[0], 3, 7, 7)
+    index = 0
+    for stage, (kind, dim, depth) in enumerate(zip(kinds, config.dims, config.layers, strict=True)):
+        side = 56 >> stage
+        if stage:
+            add(f"network.{index}.proj", dim, config.dims[stage - 1], 3, 3)
+            index += 1
+        if kind == "a" and "a" not in kinds[:stage]:
+            state[f"network.{index}.pos_embed"] = (1, dim, side, side)
+            index += 1
+        for i in range(depth):
+            key = f"network.{index}.{i}"
+            state[f"{key}.layer_scale_1"] = state[f"{key}.layer_scale_2"] = (dim,)
+            add(f"{key}.norm1", dim)
+            add(f"{key}.norm2", dim)
+            add(f"{key}.mlp.fc1", 4 * dim, dim, 1, 1)
+            add(f"{key}.mlp.fc2", dim, 4 * dim, 1, 1)
+            if kind == "a":
+                add(f"{key}.token_mixer.qkv", 3 * dim, dim, bias=False)
+                add(f"{key}.token_mixer.proj", dim, dim)
+            if kind == "f":
+                add(f"{key}.token_mixer.fc", side**2, side**2, bias=False)
+        index += 1
+    add("norm", config.dims[-1])
+    add("head", 1000, config.dims[-1])
+    return state
 
 
 # ---- the twin ----------------------------------------------------------------------------------------------
@@ -59,8 +93,7 @@ def norm(x, state, key, c):
         n = (x - u) / ((x - u).square().mean(1, keepdim=True) + 1e-5).sqrt()
         return weight.view(-1, 1, 1) * n + bias.view(-1, 1, 1)
     if c.norm_layer == "batch":
-        n = F.batch_norm(x, state[f"{key}.running_mean"], state[f"{key}.running_var"], weight, bias)
-        return n
+        return F.batch_norm(x, state[f"{key}.running_mean"], state[f"{key}.running_var"], weight, bias)
     return x
 
 

@@ -47,10 +47,57 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def randomise_all(model: nn.Module) -> nn.Module:
+    """Weights that keep the size of what they multiply, too: an exchange of any two parameters shows."""
+    for name, p in randomise(model).named_parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        elif "res_scale" in name or name.endswith("act.scale"):
+            nn.init.normal_(p, 0.9, 0.1)
+    return model.eval()
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The L2 norm of the difference, relative to the expected value's."""
     assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def poolformer_of_timm(depths, dims, num_classes: int, version: int = 1, **options) -> nn.Module:
+    """timm's PoolFormer of these sizes, or its PoolFormerV2."""
+    metaformer = require("timm", "models.metaformer").models.metaformer
+    if version == 1:
+        options |= {"downsample_norm": None, "mlp_act": nn.GELU, "mlp_bias": True}
+        options |= {"layer_scale_init_values": 1e-5, "res_scale_init_values": None}
+    norm = metaformer.GroupNorm1 if version == 1 else metaformer.GroupNorm1NoBias
+    sizes = {"depths": depths, "dims": dims, "num_classes": num_classes}
+    return metaformer.MetaFormer(**sizes, norm_layers=norm, use_mlp_head=False, **options)
+
+
+def poolformer_of_transformers(
+    num_classes: int, depths=(2, 2, 6, 2), dims=(64, 128, 320, 512), **options
+) -> nn.Module:
+    """transformers' PoolFormer of these sizes, by default S12's."""
+    transformers = require("transformers", "models.poolformer.modeling_poolformer")
+    sizes = {"depths": list(depths), "hidden_sizes": list(dims), "num_labels": num_classes}
+    return transformers.PoolFormerForImageClassification(transformers.PoolFormerConfig(**sizes, **options))
+
+
+MMPRETRAIN = {  # the beginnings of the official names and of mmpretrain's
+    "patch_embed.": "backbone.patch_embed.",
+    "network.": "backbone.network.",
+    "norm.": "backbone.norm6.",
+    "head.": "head.fc.",
+}
+
+
+def as_mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A whole model's weights under mmpretrain's names."""
+    renamed = {}
+    for key, value in state.items():
+        (start,) = (start for start in MMPRETRAIN if key.startswith(start))
+        renamed[MMPRETRAIN[start] + key.removeprefix(start)] = value
+    return renamed
 
 
 def official_model(state, x, layers=(2, 2, 6, 2)):
