@@ -45,14 +45,10 @@ def script(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def named(pages: list[Path]) -> list:
-    return [pytest.param(page, id=page.stem) for page in pages]
-
-
 # ---- code --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", named([page for page in TEXTS if blocks(page, "python")]))
+@pytest.mark.parametrize("page", [p for p in TEXTS if blocks(p, "python")], ids=lambda page: page.stem)
 def test_every_block_compiles(page):
     for block in blocks(page, "python"):
         compile(block["text"], page.name, "exec")
@@ -60,7 +56,7 @@ def test_every_block_compiles(page):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", named([page for page in TEXTS if script(page).strip()]))
+@pytest.mark.parametrize("page", [p for p in TEXTS if script(p).strip()], ids=lambda page: page.stem)
 def test_blocks_run(page, tmp_path):
     """In order, in one process, in an empty folder."""
     file = tmp_path / f"{page.stem}.py"

@@ -1,8 +1,8 @@
 """The site that `make docs` builds: all of the API, docstrings as Markdown, nothing from elsewhere."""
 
 import importlib
-import importlib.util
 import inspect
+import runpy
 import types
 
 import pytest
@@ -16,11 +16,8 @@ for package in ("mkdocs", "mkdocstrings", "latex2mathml", "griffe"):
 
 
 @pytest.fixture(scope="module")
-def hooks() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def hooks() -> types.SimpleNamespace:
+    return types.SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "hooks.py")))
 
 
 def test_every_public_name_is_in_the_reference(hooks):

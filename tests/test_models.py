@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.metaformer import released_shapes
+from support.metaformer import official_model, released_shapes
 from support.models import PUBLISHED, on_meta, raises, shapes
-from support.peers import official_model, randomise, randomise_all, relative_error, require
+from support.peers import randomise, randomise_all, relative_error, require
 from support.problems import randn
 
 import poolformer_kernels as pk

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import ModelConfig, PoolFormer, PoolFormerV2, model_config
+from support.metaformer import official_model
 from support.peers import (
-    official_model,
     poolformer_of_timm,
     poolformer_of_transformers,
     randomise_all,

@@ -1,5 +1,7 @@
 """What the MetaFormer tests share: a small model, and every model as functions of its state dict."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -144,3 +146,8 @@ def twin(c: MetaFormerConfig, state, x):
                 y = s2 * F.conv2d(h, state[f"{key}.mlp.fc2.weight"], state[f"{key}.mlp.fc2.bias"])
                 x = x + y if c.residual else y
     return x, F.linear(norm(x, state, "norm", c).mean((2, 3)), state["head.weight"], state["head.bias"])
+
+
+def official_model(state, x, layers=(2, 2, 6, 2)):
+    """The same of a PoolFormer with the official head."""
+    return twin(replace(config(), layers=layers), state, x)

@@ -6,7 +6,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import poolformer_kernels as pk
@@ -98,21 +97,3 @@ def as_mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (start,) = (start for start in MMPRETRAIN if key.startswith(start))
         renamed[MMPRETRAIN[start] + key.removeprefix(start)] = value
     return renamed
-
-
-def official_model(state, x, layers=(2, 2, 6, 2)):
-    """The whole official model as functions of its state dict; returns the last map and the logits."""
-    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 4, 2)
-    for stage, depth in enumerate(layers):
-        if stage:
-            key = f"network.{2 * stage - 1}.proj"
-            x = F.conv2d(x, state[f"{key}.weight"], state[f"{key}.bias"], 2, 1)
-        for i in range(depth):
-            p = {k.removeprefix(f"network.{2 * stage}.{i}."): v for k, v in state.items()}
-            n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"])
-            x = x + p["layer_scale_1"].view(-1, 1, 1) * (F.avg_pool2d(n, 3, 1, 1, False, False) - n)
-            n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"])
-            h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-            x = x + p["layer_scale_2"].view(-1, 1, 1) * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
-    pooled = F.group_norm(x, 1, state["norm.weight"], state["norm.bias"]).mean((2, 3))
-    return x, F.linear(pooled, state["head.weight"], state["head.bias"])
