@@ -141,6 +141,7 @@ def test_a_timm_poolformer_gets_weights_under_official_names(tmp_path, picture):
 
 
 PHOTO, GOOD = "photo.jpg --compare timm:resnet18", "photo.jpg --checkpoint good.safetensors"
+UNNAMED = "photo.jpg --checkpoint small.safetensors"
 GIVEN = "no weights are given; allowed: --checkpoint FILE, --compare timm:NAME, or --random-weights"
 OFFLINE = "cannot get timm's pretrained weights: no network; offline: --compare timm:resnet18=FILE"
 
@@ -158,11 +159,8 @@ OFFLINE = "cannot get timm's pretrained weights: no network; offline: --compare 
         (f"{GOOD} --model poolformer_s12", "it is not of a poolformer_s12|does not fit poolformer_s12"),
         ("photo.jpg --random-weights --model poolformer_x", "'poolformer_x' is no model"),
         ("photo.jpg --checkpoint other.safetensors", "notes other classes than the 5"),
-        ("photo.jpg --checkpoint small.safetensors", "1 x 1 pixels for images of 32 x 32"),
-        (
-            "photo.jpg --checkpoint small.safetensors --classes names.txt",
-            "has 2 lines; poolformer_digits has 5",
-        ),
+        (UNNAMED, "1 x 1 pixels for images of 32 x 32"),
+        (f"{UNNAMED} --classes names.txt", "names.txt has 2 lines; poolformer_digits has 5"),
         (f"{GOOD} --classes none.txt", "--classes none.txt: No such file"),
         (f"{GOOD} --target=-1", "--target"),
         (f"{GOOD} --target 5", "--target is 5; allowed: 0 to 4, the classes of poolformer_digits"),

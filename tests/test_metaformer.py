@@ -41,9 +41,8 @@ def leaves(model):
 def largest_error(gradients, exact):
     """The largest of the errors, as fractions of the gradient, or of a 20th of the largest gradient."""
     largest = max(e.norm() for e in exact)  # some are zero, but for rounding
-    return max(
-        ((g - e).norm() / max(e.norm(), largest / 20)).item() for g, e in zip(gradients, exact, strict=True)
-    )
+    pairs = zip(gradients, exact, strict=True)
+    return max(((g - e).norm() / max(e.norm(), largest / 20)).item() for g, e in pairs)
 
 
 def conditioning(exact, x, weight, expected):
@@ -51,9 +50,8 @@ def conditioning(exact, x, weight, expected):
     moved = []
     for seed in range(4):
         other = x.double() * (1 + 2**-24 * randn(*x.shape, seed=seed).double())
-        moved.append(
-            largest_error(torch.autograd.grad((exact(other) * weight).sum(), leaves(exact)), expected)
-        )
+        gradients = torch.autograd.grad((exact(other) * weight).sum(), leaves(exact))
+        moved.append(largest_error(gradients, expected))
     return max(moved)
 
 
@@ -89,9 +87,8 @@ def test_kernels_compute_what_they_can():
     assert sum(p.endswith("mlp") for p in fused) == sum(LAYERS)
     assert "token_mixer is poolformer_kernels.nn.Attention, not Pooling" in str(found)
     calls = pk.explain(tiny(norm_layer="layer", mlp=False)).calls
-    assert {call.reason for call in calls} == {
-        "norm1 is poolformer_kernels.nn.ChannelLayerNorm, not a GroupNorm of one group"
-    }
+    reason = "norm1 is poolformer_kernels.nn.ChannelLayerNorm, not a GroupNorm of one group"
+    assert {call.reason for call in calls} == {reason}
     assert {call.operator for call in calls} == {"pool_mixer"}  # of an MLP that is not there nothing is said
 
 
