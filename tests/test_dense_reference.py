@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from support import dense_truth as truth
 from support import dense_truth_regions as regions
-from support.dense import images, require_dense, sample, target, tiny
+from support.dense import images, require_dense, sample, spread_scores, target, tiny
 from support.dense_truth import assert_near
 from torch import Tensor
 
 require_dense()
 
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from poolformer_kernels.dense import mask_rcnn, matching, segmentation_loss
 
@@ -31,6 +32,33 @@ def assert_gradients(model: torch.nn.Module, loss: Tensor, p: truth.Params, expe
     assert moved > 0.8 * len(wanted)
 
 
+def assert_losses(
+    model: torch.nn.Module, losses: truth.Params, p: truth.Params, expected: truth.Params
+) -> None:
+    """They and the gradients of their sum."""
+    assert set(losses) == set(expected)
+    for name, value in losses.items():
+        assert_near(value, expected[name], 1e-10, name)
+    assert_gradients(model, sum(losses.values()), p, sum(expected.values()))
+
+
+def assert_derivatives(values, expected, leaves: list[Tensor]) -> None:
+    """Scalars and their gradients; zero is that of a leaf that one does not depend on."""
+    for pair in zip(values, expected, strict=True):
+        assert_near(*pair)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        for found, wanted in zip(*(torch.autograd.grad(y, leaves, **options) for y in pair), strict=True):
+            assert_near(found, wanted)
+
+
+def assert_detections(found: list[truth.Params], expected: list[truth.Params]) -> None:
+    for one, wanted in zip(found, expected, strict=True):
+        assert len(wanted["scores"]) > 3
+        assert torch.equal(one["labels"], wanted["labels"])
+        assert_near(one["scores"], wanted["scores"])
+        assert_near(one["boxes"], wanted["boxes"], 1e-8)
+
+
 # ---- RetinaNet ---------------------------------------------------------------------------------------------
 
 
@@ -38,12 +66,9 @@ def test_retinanet_losses_and_gradients():
     model = tiny("retinanet", dtype=F64).train()
     x, targets = sample(F64)
     p = truth.parameters(model)
-    losses, expected = model(x, targets), truth.retina_training(p, x, targets, 3)
-    assert list(losses) == list(expected)
-    for name, value in losses.items():
-        assert value > 0.1
-        assert_near(value, expected[name], 1e-10, name)
-    assert_gradients(model, sum(losses.values()), p, sum(expected.values()))
+    losses = model(x, targets)
+    assert min(losses.values()) > 0.1
+    assert_losses(model, losses, p, truth.retina_training(p, x, targets, 3))
 
 
 def test_retinanet_losses_of_given_outputs():
@@ -62,16 +87,7 @@ def test_retinanet_losses_of_given_outputs():
     }
     found = head.compute_loss(targets, outputs, [boxes] * 2, list(matched))
     expected = truth.retina_losses(*outputs.values(), matched, boxes, targets)
-    leaves = list(outputs.values())
-    for value, wanted in zip(found.values(), expected, strict=True):
-        assert_near(value, wanted)
-        grads = (
-            torch.autograd.grad(y, leaves, allow_unused=True, retain_graph=True) for y in (value, wanted)
-        )
-        for mine, theirs in zip(*grads, strict=True):
-            assert (mine is None) == (theirs is None)
-            if mine is not None:
-                assert_near(mine, theirs)
+    assert_derivatives(found.values(), expected, list(outputs.values()))
 
 
 def test_retinanet_without_any_object_divides_by_the_number_of_images():
@@ -80,13 +96,10 @@ def test_retinanet_without_any_object_divides_by_the_number_of_images():
     x = images((40, 64), (64, 50), dtype=F64)
     targets = [target([], [], tuple(image.shape[1:]), F64) for image in x]
     logits, _, shapes = truth.retina_outputs(truth.parameters(model), truth.batch(x)[0], 3)
+    valid = [truth.in_image(shapes, truth.RETINA_STRIDES, image.shape[1:], 9) for image in x]
+    y = torch.cat(logits, 1)[torch.stack(valid)]
     found = model(x, targets)
-    sum_ = 0
-    for i, image in enumerate(x):
-        valid = truth.in_image(shapes, truth.RETINA_STRIDES, tuple(image.shape[1:]), 9)
-        y = torch.cat(logits, 1)[i][valid]
-        sum_ = sum_ + truth.focal(y, torch.zeros(y.shape, dtype=torch.bool))
-    assert_near(found["classification"], sum_ / 2)
+    assert_near(found["classification"], sigmoid_focal_loss(y, torch.zeros_like(y), reduction="sum") / 2)
     assert found["bbox_regression"] == 0
 
 
@@ -95,23 +108,13 @@ def test_retinanet_detections(threshold, most, nms_pre):
     options = {"score_threshold": threshold, "detections_per_image": most}
     model = tiny("retinanet", classes=2, dtype=F64, **options).eval()
     model.topk_candidates = nms_pre
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("cls_logits.weight"):
-                value.mul_(20)
-            elif name.endswith("cls_logits.bias"):
-                value.add_(3)
+    spread_scores(model)
     x = images((97, 61), (40, 64), dtype=F64, seed=3)
     with torch.no_grad():
         found = model(x)
         expected = truth.retina_detections(truth.parameters(model), x, 2, (64, 100), threshold, most, nms_pre)
-    for one, wanted in zip(found, expected, strict=True):
-        assert len(wanted) > 3
-        assert len(one["scores"]) == len(wanted)
-        assert_near(one["scores"], torch.tensor([w[0] for w in wanted], dtype=F64))
-        assert_near(one["boxes"], torch.tensor([w[1] for w in wanted], dtype=F64), 1e-8)
-        assert one["labels"].tolist() == [w[2] for w in wanted]
-        assert bool((one["boxes"][:, 2:] > one["boxes"][:, :2]).all())
+    assert_detections(found, expected)
+    assert all(bool((one["boxes"][:, 2:] > one["boxes"][:, :2]).all()) for one in found)
 
 
 # ---- Mask R-CNN --------------------------------------------------------------------------------------------
@@ -139,12 +142,8 @@ def test_mask_rcnn_losses_and_gradients():
     p, anchored = truth.parameters(model), []
     model.rpn.anchor_generator.register_forward_hook(lambda module, args, boxes: anchored.append(boxes[0]))
     losses = model(x, targets)
-    expected = regions.mask_rcnn_training(p, x, targets, 3, 60, 25, anchored[0])
-    assert set(losses) == set(expected)
-    for name, value in losses.items():
-        assert value > 1e-3, name
-        assert_near(value, expected[name], 1e-10, name)
-    assert_gradients(model, sum(losses.values()), p, sum(expected.values()))
+    assert min(losses.values()) > 1e-3, losses
+    assert_losses(model, losses, p, regions.mask_rcnn_training(p, x, targets, 60, 25, anchored[0]))
 
 
 def test_rpn_losses_of_given_outputs():
@@ -166,10 +165,7 @@ def test_rpn_losses_of_given_outputs():
     ]
     found = rpn.compute_loss(logits.reshape(-1, 1), deltas.reshape(-1, 4), labels, wanted)
     expected = regions.rpn_losses(logits, deltas, matched, boxes, targets)
-    for value, right, leaf in zip(found, expected, (logits, deltas), strict=True):
-        assert_near(value, right)
-        grads = [torch.autograd.grad(y, leaf, retain_graph=True)[0] for y in (value, right)]
-        assert_near(*grads)
+    assert_derivatives(found, expected, [logits, deltas])
 
 
 def test_regions_of_objects_that_want_the_same_proposal():
@@ -177,7 +173,7 @@ def test_regions_of_objects_that_want_the_same_proposal():
     heads = tiny("mask_rcnn").roi_heads
     objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 7], [50, 50, 60, 60]])
     found = torch.tensor([[0.0, 0, 10, 9], [30, 30, 40, 40]])
-    assert truth.iou([0, 0, 10, 10], [0, 0, 10, 9]) > truth.iou([0, 0, 10, 7], [0, 0, 10, 9]) > 0.5
+    assert box_iou(objects, found)[0, 0] > box_iou(objects, found)[1, 0] > 0.5
     chosen, labels = heads.assign_targets_to_proposals(
         [torch.cat([found, objects])], [objects], [torch.tensor([3, 1, 2])]
     )
@@ -195,13 +191,14 @@ def test_regions_of_objects_that_want_the_same_proposal():
 def test_pooled_regions(size):
     torch.manual_seed(0)
     maps = {str(i): torch.rand(2, 3, 128 // 2**i, 96 // 2**i, dtype=F64) for i in range(5)}
-    rows = [
+    lists = (
         [[0.0, 0, 512, 384], [3.3, 4.4, 20.5, 300.0], [100, 100, 212, 212], [10, 10, 10.5, 10.7]],
         [[0.0, 0, 111.9, 111.9], [0, 0, 224, 224], [0, 0, 384, 448], [380, 500, 384, 512], [0, 0, 448, 448]],
-    ]
+    )
+    rows = [torch.tensor(boxes, dtype=F64) for boxes in lists]
     assert {regions.level_of(box) for boxes in rows for box in boxes} == {0, 1, 2, 3}
     pool = mask_rcnn._AlignedRoIPool(size)
-    found = pool(maps, [torch.tensor(boxes, dtype=F64) for boxes in rows], [(512, 384)] * 2)
+    found = pool(maps, rows, [(512, 384)] * 2)
     assert_near(found, regions.regions(list(maps.values()), rows, size), 1e-12)
     assert pool(maps, [torch.zeros(0, 4, dtype=F64)] * 2, [(512, 384)] * 2).shape == (0, 3, size, size)
 
@@ -209,10 +206,11 @@ def test_pooled_regions(size):
 def test_wanted_masks():
     one = target([[3.0, 5, 40, 60], [20, 30, 61, 97]], [0, 1], (97, 61))
     rows = [[3.0, 5, 40, 60], [20, 30, 61, 97], [18.2, 20.1, 61, 97], [0, 0, 61, 97], [55, 90, 61, 97]]
+    rows = torch.tensor(rows, dtype=F64)
     full = torch.ones(1, 97, 61)
     masks = torch.cat([uneven(one["masks"]), full.double()])
     for objects in ([0, 1, 1, 0, 1], [2] * 5):
-        found = mask_rcnn.wanted_masks(masks, torch.tensor(objects), torch.tensor(rows, dtype=F64), 28)
+        found = mask_rcnn.wanted_masks(masks, torch.tensor(objects), rows, 28)
         expected = [regions.wanted_mask(masks[j], box) for j, box in zip(objects, rows, strict=True)]
         assert torch.equal(found, torch.stack(expected))
     corner = mask_rcnn.wanted_masks(full, torch.tensor([0]), torch.tensor([[50.0, 90, 61, 97]]), 28)[0]
@@ -221,20 +219,16 @@ def test_wanted_masks():
 
 def test_mask_rcnn_detections():
     model = everything_sampled(tiny("mask_rcnn", dtype=F64, detections_per_image=12), 20).eval()
-    with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight.mul_(100)
-        model.roi_heads.box_predictor.bbox_pred.weight.mul_(50)
+    spread_scores(model)
     x = images((97, 61), (40, 64), dtype=F64, seed=3)
     with torch.no_grad():
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(50)
         found = model(x)
-        expected = regions.mask_rcnn_detections(truth.parameters(model), x, 3, (64, 100), 50, 20, 12)
+        expected = regions.mask_rcnn_detections(truth.parameters(model), x, (64, 100), 50, 20, 12)
+    assert_detections(found, expected)
     for one, wanted in zip(found, expected, strict=True):
-        assert len(wanted["scores"]) > 3
-        assert one["labels"].tolist() == wanted["labels"]
-        assert_near(one["scores"], torch.tensor(wanted["scores"], dtype=F64))
-        assert_near(one["boxes"], torch.tensor(wanted["boxes"], dtype=F64), 1e-8)
-        assert_near(one["masks"][:, 0], torch.stack(wanted["masks"]), 1e-7)
-    assert len({label for wanted in expected for label in wanted["labels"]}) > 1
+        assert_near(one["masks"][:, 0], wanted["masks"], 1e-7)
+    assert len(torch.cat([wanted["labels"] for wanted in expected]).unique()) > 1
 
 
 # ---- Semantic FPN ------------------------------------------------------------------------------------------
@@ -264,12 +258,12 @@ def test_semantic_fpn_in_evaluation():
     with torch.no_grad():
         model(x)
     statistics = dict(model.named_buffers())
-    levels = truth.pyramid(truth.parameters(model), truth.body(truth.parameters(model), x))
-    y = truth.conv(levels[0], truth.parameters(model), "scale_heads.0.0", padding=1)
+    p = truth.parameters(model)
+    y = truth.conv(truth.pyramid(p, truth.body(p, x))[0], p, "scale_heads.0.0", padding=1)
     assert_near(statistics["scale_heads.0.1.running_mean"], 0.1 * y.mean((0, 2, 3)))
     assert_near(statistics["scale_heads.0.1.running_var"], 0.9 + 0.1 * y.var((0, 2, 3)))
     model.eval()
-    assert_near(model(x), truth.semantic_fpn(truth.parameters(model), x, statistics), 1e-10)
+    assert_near(model(x), truth.semantic_fpn(p, x, statistics), 1e-10)
 
 
 def test_semantic_fpn_drops_whole_channels():

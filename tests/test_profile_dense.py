@@ -4,53 +4,32 @@ import json
 
 import pytest
 import torch
+from support.dense import HEADS, PARAMETERS, made, require_dense, tiny
 from support.peers import require
 
-require("torchvision", "models.detection")
+require_dense()
+require("rich")
 
+from torchvision.ops import clip_boxes_to_image
+
+from poolformer_kernels.cli import profile_dense as command
 from poolformer_kernels.cli.main import main
-from poolformer_kernels.dense import create_detector, create_segmenter
+from poolformer_kernels.dense.registry import split_name
 from poolformer_kernels.models import create_model
-from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
-from poolformer_kernels.profiling import count_macs
+from poolformer_kernels.profiling import count_macs, dense
 from poolformer_kernels.profiling.dense import profile_dense
 
 DIMS, DEPTHS = (64, 128, 320, 512), (2, 2, 6, 2)
-# As the official configurations have them; our Mask R-CNN also has a box and a mask of the background.
-PARAMETERS = {
-    "retinanet_poolformer_s12": 21_653_044,
-    "retinanet_poolformer_s24": 31_126_836,
-    "retinanet_poolformer_s36": 40_600_628,
-    "mask_rcnn_poolformer_s12": 31_570_608 + 4_357,
-    "mask_rcnn_poolformer_s24": 41_044_400 + 4_357,
-    "mask_rcnn_poolformer_s36": 50_518_192 + 4_357,
-    "semantic_fpn_poolformer_s12": 15_669_846,
-    "semantic_fpn_poolformer_s24": 25_143_638,
-    "semantic_fpn_poolformer_s36": 34_617_430,
-    "semantic_fpn_poolformer_m36": 59_778_006,
-    "semantic_fpn_poolformer_m48": 77_078_934,
-}
 
 
-def create(name: str, device: str = "meta", backbone=None, **options) -> torch.nn.Module:
-    head, _, own = name.rpartition("_poolformer_")
-    function = create_segmenter if head == "semantic_fpn" else create_detector
-    with torch.device(device):
-        return function(head, backbone or f"poolformer_{own}", **options)
-
-
-def tiny(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = ModelConfig("tiny", (1, 1, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
-    body = PoolFormer(config, features_only=True)
-    return create(f"{name}_poolformer_tiny", "cpu", body, num_classes=3)
+def create(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return made(*split_name(name))
 
 
 @pytest.fixture
 def no_probe(monkeypatch):
     """Without the rate of the processor, which takes 0.1 s, and with one round."""
-    from poolformer_kernels.profiling import dense
-
     monkeypatch.setattr(dense, "rate_probe", lambda *_: None)
 
 
@@ -78,7 +57,7 @@ def tokens(height: int, width: int) -> list[int]:
     return [(height >> s) * (width >> s) for s in (2, 3, 4, 5)]
 
 
-def backbone(height: int, width: int, norms: tuple[int, ...]) -> dict[str, Count]:
+def backbone(height: int, width: int, norms: tuple[int, ...] = (0, 1, 2, 3)) -> dict[str, Count]:
     pixels, found, channels = tokens(height, width), {}, 3
     for stage, (dim, depth, n) in enumerate(zip(DIMS, DEPTHS, pixels, strict=True)):
         part = found[f"stage {stage + 1}"] = Count().conv(channels, dim, 3 if stage else 7, n)
@@ -103,8 +82,7 @@ def pyramid(dims: tuple[int, ...], pixels: list[int]) -> Count:
 
 
 def retinanet(height: int, width: int) -> dict[str, Count]:
-    found = backbone(height, width, (1, 2, 3))
-    pixels = tokens(height, width)[1:]
+    found, pixels = backbone(height, width, (1, 2, 3)), tokens(height, width)[1:]
     neck = found["neck"] = pyramid(DIMS[1:], pixels)
     levels = list(pixels)
     h, w = height // 32, width // 32
@@ -120,8 +98,7 @@ def retinanet(height: int, width: int) -> dict[str, Count]:
 
 
 def mask_rcnn(height: int, width: int) -> dict[str, Count]:
-    found = backbone(height, width, (0, 1, 2, 3))
-    pixels = tokens(height, width)
+    found, pixels = backbone(height, width), tokens(height, width)
     found["neck"] = pyramid(DIMS, pixels)
     every = sum(pixels) + -(-height // 64) * -(-width // 64)
     found["RPN head"] = Count().conv(256, 256, 3, every).conv(256, 3, 1, every).conv(256, 12, 1, every)
@@ -136,8 +113,7 @@ def mask_rcnn(height: int, width: int) -> dict[str, Count]:
 
 
 def semantic_fpn(height: int, width: int) -> dict[str, Count]:
-    found = backbone(height, width, (0, 1, 2, 3))
-    pixels = tokens(height, width)
+    found, pixels = backbone(height, width), tokens(height, width)
     found["neck"] = pyramid(DIMS, pixels)
     head = found["head"] = Count()
     for level, n in enumerate(pixels):
@@ -153,25 +129,20 @@ def semantic_fpn(height: int, width: int) -> dict[str, Count]:
 
 
 @pytest.mark.parametrize(
-    ("name", "by_hand", "size"),
-    [
-        ("retinanet_poolformer_s12", retinanet, (800, 1280)),
-        ("mask_rcnn_poolformer_s12", mask_rcnn, (800, 1280)),
-        ("semantic_fpn_poolformer_s12", semantic_fpn, (512, 512)),
-    ],
+    ("by_hand", "size"),
+    [(retinanet, (800, 1280)), (mask_rcnn, (800, 1280)), (semantic_fpn, (512, 512))],
 )
-def test_parts_are_those_counted_by_hand_at_the_papers_sizes(name, by_hand, size) -> None:
-    result = profile_dense(create(name), measure=False)
+def test_parts_are_those_counted_by_hand_at_the_papers_sizes(by_hand, size) -> None:
+    result = profile_dense(create(f"{by_hand.__name__}_poolformer_s12"), measure=False)
     assert result.input_shape == (1, 3, *size)
     found = {p.name: (p.params, p.macs_fvcore, p.macs_flop_counter) for p in result.parts}
     assert found == {part: count.figures for part, count in by_hand(*size).items()}
     total = result.total
-    assert (total.params, total.macs_fvcore, total.macs_flop_counter) == tuple(
-        sum(figures[i] for figures in found.values()) for i in range(3)
-    )
+    sums = tuple(sum(figures) for figures in zip(*found.values(), strict=True))
+    assert (total.params, total.macs_fvcore, total.macs_flop_counter) == sums
     assert {part.time for part in (*result.parts, total)} == {None}
     assert result.backend is None
-    regions = {"box head": 1000, "mask head": 100} if name.startswith("mask") else {}
+    regions = {"box head": 1000, "mask head": 100} if by_hand is mask_rcnn else {}
     assert result.regions == regions
 
 
@@ -179,6 +150,7 @@ def test_parts_are_those_counted_by_hand_at_the_papers_sizes(name, by_hand, size
 def test_parameters_are_those_of_the_official_configurations(name) -> None:
     result = profile_dense(create(name), 64, measure=False)
     assert result.total.params == sum(part.params for part in result.parts) == PARAMETERS[name]
+    assert sum(p.numel() for p in create(name).parameters()) == PARAMETERS[name]
 
 
 def test_batch_and_another_size() -> None:
@@ -195,7 +167,7 @@ def test_batch_and_another_size() -> None:
 def test_other_backbones_are_counted_too(name) -> None:
     with torch.device("meta"):
         body = create_model(name, features_only=True)
-    result = profile_dense(create_segmenter("semantic_fpn", body), 64, measure=False)
+    result = profile_dense(made("semantic_fpn", body), 64, measure=False)
     stages = [part for part in result.parts if part.name.startswith(("stage", "norms"))]
     assert sum(part.params for part in stages) == sum(p.numel() for p in body.parameters())
     assert sum(part.macs_fvcore for part in stages) == count_macs(body, (1, 3, 64, 64)).total()
@@ -204,11 +176,9 @@ def test_other_backbones_are_counted_too(name) -> None:
 # ---- times -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "semantic_fpn"])
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_part_is_timed(name, dtype, no_probe, monkeypatch) -> None:
-    from poolformer_kernels.profiling import dense
-
     monkeypatch.setattr(dense, "PROPOSALS", 6)
     monkeypatch.setattr(dense, "DETECTIONS", 2)
     result = profile_dense(tiny(name), 64, dtype=dtype, rounds=1)
@@ -220,10 +190,8 @@ def test_every_part_is_timed(name, dtype, no_probe, monkeypatch) -> None:
     assert content["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "semantic_fpn"])
+@pytest.mark.parametrize("name", HEADS)
 def test_the_parts_in_a_row_compute_what_the_model_does(name, monkeypatch) -> None:
-    from poolformer_kernels.profiling import dense
-
     monkeypatch.setattr(dense, "PROPOSALS", 30)
     monkeypatch.setattr(dense, "DETECTIONS", 5)
     model = tiny(name).eval()
@@ -231,8 +199,7 @@ def test_the_parts_in_a_row_compute_what_the_model_does(name, monkeypatch) -> No
     with torch.inference_mode():
         results = {part.name: part.run() for part in dense._parts(model, x)}
         maps = model.backbone(x)
-    for level, expected in maps.items():
-        torch.testing.assert_close(results["neck"][level], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results["neck"], maps, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
         if name == "semantic_fpn":
             torch.testing.assert_close(results["head"], model(x), rtol=1e-4, atol=1e-5)
@@ -249,12 +216,8 @@ def test_the_parts_in_a_row_compute_what_the_model_does(name, monkeypatch) -> No
 
 
 def test_random_boxes_lie_in_the_image() -> None:
-    from poolformer_kernels.profiling.dense import _random_boxes
-
-    boxes = _random_boxes(500, 64, 800)
-    assert (boxes[:, :2] >= 0).all()
-    assert (boxes[:, 2] <= 800).all()
-    assert (boxes[:, 3] <= 64).all()
+    boxes = dense._random_boxes(500, 64, 800)
+    assert torch.equal(boxes, clip_boxes_to_image(boxes, (64, 800)))
     sides = boxes[:, 2:] - boxes[:, :2]
     assert sides.min() >= 8 - 1e-3
     assert sides[:, 0].median() == pytest.approx(80, rel=0.2)  # the middle of 8 to 800 on a log scale
@@ -274,11 +237,7 @@ def test_the_model_is_left_as_it_was(no_probe) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"model": torch.nn.Linear(2, 2)},
-            TypeError,
-            "model must be a detector or segmenter of .dense, got L",
-        ),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a detector or segmenter of .dense, got"),
         ({"size": 100}, ValueError, "size must be of multiples of 32 pixels, got 100"),
         ({"size": (64, 65)}, ValueError, r"size must be of multiples of 32 pixels, got \(64, 65\)"),
         ({"size": "64"}, TypeError, "size must be an int or a tuple of two ints, got '64'"),
@@ -297,7 +256,6 @@ def test_refusals(arguments, error, message) -> None:
 
 
 def test_command_counts(capsys, tmp_path) -> None:
-    require("rich")
     path = tmp_path / "profile.json"
     command = ["profile", "--no-time", "--model", "mask_rcnn_poolformer_s12", "--image-size", "64", "96"]
     assert main([*command, "--json", str(path)]) == 0
@@ -317,16 +275,12 @@ def test_command_counts(capsys, tmp_path) -> None:
 
 
 def test_command_default_sizes(capsys) -> None:
-    require("rich")
     for name, size in (("retinanet", "800x1280"), ("semantic_fpn", "512x512")):
         assert main(["profile", "--no-time", "--model", f"{name}_poolformer_s12", "--batch-size", "2"]) == 0
         assert f", 2x3x{size}, float32" in capsys.readouterr().out
 
 
 def test_command_times(capsys, monkeypatch) -> None:
-    require("rich")
-    from poolformer_kernels.cli import profile_dense as command
-
     monkeypatch.setattr(command, "create_segmenter", lambda head, backbone: tiny(head))
     monkeypatch.setattr(command, "profile_dense", lambda *a, **k: profile_dense(*a, **k, rounds=1))
     options = ["--model", "semantic_fpn_poolformer_s12", "--image-size", "64", "--device", "cpu"]
@@ -341,24 +295,23 @@ def test_command_times(capsys, monkeypatch) -> None:
     ("arguments", "message"),
     [
         (
-            ["--model", "yolo_poolformer_s12"],
+            "--model yolo_poolformer_s12",
             "argument --model: 'yolo_poolformer_s12' is no model (did you mean poolformer",
         ),
         (
-            ["--model", "retinanet_poolformer_s13"],
+            "--model retinanet_poolformer_s13",
             "argument --model: 'retinanet_poolformer_s13' is no model (did you mean retinanet_poolformer",
         ),
         (
-            ["--model", "retinanet_poolformer_s12", "--image-size", "100"],
+            "--model retinanet_poolformer_s12 --image-size 100",
             "--image-size: size must be of multiples of 32 pixels, got 100",
         ),
-        (["--image-size", "64", "64", "64"], "--image-size: 3 numbers; allowed: a side, or height and width"),
-        (["--image-size", "64", "16"], "argument --image-size: must be at least 32"),
+        ("--image-size 64 64 64", "--image-size: 3 numbers; allowed: a side, or height and width"),
+        ("--image-size 64 16", "argument --image-size: must be at least 32"),
     ],
 )
 def test_command_refuses_in_one_line(arguments, message, capsys) -> None:
-    require("rich")
-    assert main(["profile", "--no-time", *arguments]) == 2
+    assert main(["profile", "--no-time", *arguments.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"poolformer-kernels: error: {message}")

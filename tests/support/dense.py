@@ -9,9 +9,37 @@ from support.peers import randomise, require
 DIMS = (16, 24, 32, 40)
 
 
+HEADS = ("retinanet", "mask_rcnn", "semantic_fpn")
+DETECTORS = HEADS[:2]
+# As the official configurations have them; torchvision has the background's boxes and masks as well
+BACKGROUND = 4 * (1024 + 1) + (256 + 1)
+PARAMETERS = {
+    "retinanet_poolformer_s12": 21_653_044,
+    "retinanet_poolformer_s24": 31_126_836,
+    "retinanet_poolformer_s36": 40_600_628,
+    "mask_rcnn_poolformer_s12": 31_570_608 + BACKGROUND,
+    "mask_rcnn_poolformer_s24": 41_044_400 + BACKGROUND,
+    "mask_rcnn_poolformer_s36": 50_518_192 + BACKGROUND,
+    "semantic_fpn_poolformer_s12": 15_669_846,
+    "semantic_fpn_poolformer_s24": 25_143_638,
+    "semantic_fpn_poolformer_s36": 34_617_430,
+    "semantic_fpn_poolformer_m36": 59_778_006,
+    "semantic_fpn_poolformer_m48": 77_078_934,
+}
+
+
 def require_dense() -> None:
-    """torchvision, or a skip where it is not installed."""
+    """The extras of detection and segmentation, or a skip where they are not installed."""
+    require("PIL")
     require("torchvision", "models.detection")
+
+
+def made(head: str, *arguments, **options) -> nn.Module:
+    """A detector or a segmenter, by `create_detector` or `create_segmenter`."""
+    from poolformer_kernels import dense
+
+    make = dense.create_segmenter if head == "semantic_fpn" else dense.create_detector
+    return make(head, *arguments, **options)
 
 
 def tiny_body(seed: int = 0, layer_scale: float | None = 1e-5, **options) -> PoolFormer:
@@ -25,12 +53,9 @@ def tiny(
     head: str, classes: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0, **options
 ) -> nn.Module:
     """A RetinaNet, Mask R-CNN or Semantic FPN on the tiny backbone, with random biases, for images of 64."""
-    from poolformer_kernels import dense
-
-    make = dense.create_segmenter if head == "semantic_fpn" else dense.create_detector
-    if head != "semantic_fpn":
+    if head in DETECTORS:
         options = {"min_size": 64, "max_size": 100} | options
-    model = make(head, tiny_body(seed), classes, **options)
+    model = made(head, tiny_body(seed), classes, **options)
     if head == "mask_rcnn":  # a tenth of the paper's proposals and samples
         model.rpn._post_nms_top_n = {"training": 60, "testing": 20}
         model.roi_heads.fg_bg_sampler.batch_size_per_image = 40
@@ -40,6 +65,23 @@ def tiny(
             if "body" not in name and p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape))
     return model.to(dtype)
+
+
+@torch.no_grad()
+def spread_scores(model: nn.Module) -> None:
+    """So that a detector with random weights finds some objects, and orders them beyond rounding."""
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.box_predictor.cls_score.weight.mul_(100)
+    else:
+        model.head.classification_head.cls_logits.weight.mul_(20)
+        model.head.classification_head.cls_logits.bias.add_(3)
+
+
+@torch.no_grad()
+def score_well(model: nn.Module, logit: float) -> None:
+    """About this for every anchor of a RetinaNet; a Mask R-CNN with random weights finds objects anyway."""
+    if not hasattr(model, "roi_heads"):
+        model.head.classification_head.cls_logits.bias.fill_(logit)
 
 
 def images(*sizes: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

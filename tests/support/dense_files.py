@@ -3,17 +3,12 @@
 import torch
 
 from poolformer_kernels.models import ModelConfig, PoolFormer
-from support.peers import require
+from support.dense import DIMS, HEADS, made, require_dense
 
-LAYERS, DIMS, CLASSES = (1, 1, 2, 1), (16, 24, 32, 40), 5
+__all__ = ["HEADS", "require_dense"]
+
+LAYERS, CLASSES = (1, 1, 2, 1), 5
 NAMES = ("ant", "bee", "cat", "dog", "eel")
-HEADS = ("retinanet", "mask_rcnn", "semantic_fpn")
-
-
-def require_dense() -> None:
-    """The extras of detection and segmentation, or a skip where they are not installed."""
-    for package in ("PIL", "torchvision"):
-        require(package)
 
 
 def tiny_body(features_only: bool = True) -> PoolFormer:
@@ -23,29 +18,7 @@ def tiny_body(features_only: bool = True) -> PoolFormer:
 
 def make(head: str, classes: int = CLASSES, **options):
     """A model on the tiny backbone."""
-    from poolformer_kernels import dense
-
-    if head == "semantic_fpn":
-        return dense.create_segmenter(head, tiny_body(), classes, **options)
-    return dense.create_detector(head, tiny_body(), classes, **options)
-
-
-def _backbone_shapes(outputs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for stage, (depth, dim) in enumerate(zip(LAYERS, DIMS, strict=True)):
-        embed = f"network.{2 * stage - 1}.proj" if stage else "patch_embed.proj"
-        size = 3 if stage else 7
-        shapes[f"{embed}.weight"] = (dim, DIMS[stage - 1] if stage else 3, size, size)
-        shapes[f"{embed}.bias"] = (dim,)
-        for block in range(depth):
-            key = f"network.{2 * stage}.{block}"
-            shapes |= {f"{key}.layer_scale_{n}": (dim,) for n in (1, 2)}
-            shapes |= {f"{key}.norm{n}.{name}": (dim,) for n in (1, 2) for name in ("weight", "bias")}
-            shapes[f"{key}.mlp.fc1.weight"], shapes[f"{key}.mlp.fc1.bias"] = (4 * dim, dim, 1, 1), (4 * dim,)
-            shapes[f"{key}.mlp.fc2.weight"], shapes[f"{key}.mlp.fc2.bias"] = (dim, 4 * dim, 1, 1), (dim,)
-    for stage in outputs:
-        shapes |= {f"norm{2 * stage}.{name}": (DIMS[stage],) for name in ("weight", "bias")}
-    return {f"backbone.{key}": shape for key, shape in shapes.items()}
+    return made(head, tiny_body(), classes, **options)
 
 
 def official_shapes(head: str, classes: int = CLASSES) -> dict[str, tuple[int, ...]]:
@@ -78,7 +51,11 @@ def official_shapes(head: str, classes: int = CLASSES) -> dict[str, tuple[int, .
     else:
         weights["decode_head.conv_seg"] = (classes, 128, 1, 1)
         norms = ["0.0", "1.0", "2.0", "2.2", "3.0", "3.2", "3.4"]
-    shapes = _backbone_shapes(outputs)
+    with torch.device("meta"):
+        own = tiny_body().state_dict()  # under the official names, too
+    shapes = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
+    if head == "retinanet":
+        del shapes["backbone.norm0.weight"], shapes["backbone.norm0.bias"]
     for name, shape in weights.items():
         bias = shape[1] if name.endswith("upsample") else shape[0]  # a transposed convolution
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, (bias,)
