@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import graphs
-from support.peers import require, require_backend
+from support.peers import require_backend
 from support.problems import BACKENDS
+from support.sandbox import Sandbox
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.main import load_benchmarks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,18 +80,11 @@ def kernels() -> Iterator[str]:
 
 
 @pytest.fixture
-def benchmark_process(monkeypatch, tmp_path) -> Iterator[None]:
-    """A benchmark neither restarts this process nor keeps what it sets, and writes elsewhere."""
-    for package in ("PIL", "rich", "sklearn", "timm"):
-        require(package)
-    load_benchmarks()
-    from poolformer_kernels.benchmarks import facts, harness
-
-    for name, value in harness.WARM_HEAP.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(facts, "results_folder", lambda: tmp_path / "results")
+def sandbox(monkeypatch, tmp_path, capsys) -> Iterator[Sandbox]:
+    """For benchmarks and examples: files go to the test's folder, the number of threads is put back."""
+    monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    yield
+    yield Sandbox(tmp_path, capsys)
     torch.set_num_threads(threads)
 
 

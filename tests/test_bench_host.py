@@ -1,11 +1,8 @@
 """bench host: its rows and counts on the null GPU, what it prints, and what it says where it cannot run."""
 
-import csv
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,46 +11,43 @@ import torch
 from null_gpu.build import unavailable
 from null_gpu.counts import INFERENCE, OTHERS, TRAINING
 from null_gpu.extension import extension_file
+from support.bench import require_bench
+from support.sandbox import Ran
 
-from poolformer_kernels.cli import main as cli
+require_bench()
 
-pytestmark = pytest.mark.usefixtures("benchmark_process")
+from poolformer_kernels.benchmarks import bench_host, host_device
+from poolformer_kernels.benchmarks.rows import Case
+
 OURS = ("ours", "ours triton", "ours cuda")
 BACKENDS = {"ours": "triton", "ours triton": "triton", "ours cuda": "cuda"}  # what auto takes
 
 
-def host_rows(path: Path) -> dict[tuple[str, str, str], dict[str, dict[str, str]]]:
+def by_case_and_provider(rows: list[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
     """(benchmark, shape, direction): the rows by provider."""
     found: dict = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            case = row["benchmark"], row["shape"], row["direction"]
-            found.setdefault(case, {})[row["provider"]] = row
+    for row in rows:
+        found.setdefault((row["benchmark"], row["shape"], row["direction"]), {})[row["provider"]] = row
     return found
 
 
-def test_on_the_null_gpu(tmp_path) -> None:
+def test_on_the_null_gpu(sandbox) -> None:
     """As its users start it; the launches are those that the null GPU's own tests ask for."""
-    from poolformer_kernels.benchmarks import host_device
-
     reason = unavailable() or (None if extension_file() else "the extension was built without CUDA")
     reason = reason or (None if importlib.util.find_spec("triton") else "triton is not installed")
     if reason:
         (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
-    files = ["--csv", str(tmp_path / "host.csv"), "--json", str(tmp_path / "host.json")]
-    command = [sys.executable, "-m", "poolformer_kernels", "bench", "host", "--device", "null", *files]
+    command = ["-m", "poolformer_kernels", "bench", "host", "--device", "null"]
     command += ["--models", "s12", "--batch", "2", "--rounds", "2"]
-    done = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    rows, content = host_rows(tmp_path / "host.csv"), json.loads((tmp_path / "host.json").read_text())
+    command += ["--csv", "host.csv", "--json", "host.json"]
+    ran = Ran(sandbox.python(*command, COLUMNS="200"), "", Path("host.csv"))
+    rows, content = by_case_and_provider(ran.rows), json.loads(Path("host.json").read_text())
     assert content["failed"] == content["unavailable"] == {}
 
     for direction, counts in (("forward", INFERENCE), ("step", TRAINING)):
         by_provider = rows["host", "3x224x224", direction]
         assert set(by_provider) == {*OURS, "eager"}
-        (case,) = (
-            name for name in content["kernels"] if name.startswith(f"host: {direction}, poolformer_s1")
-        )
+        (case,) = (n for n in content["kernels"] if n.startswith(f"host: {direction}, poolformer_s1"))
         for name in OURS:
             expected = counts[BACKENDS[name]]
             others = OTHERS["inference" if direction == "forward" else BACKENDS[name]]
@@ -71,14 +65,12 @@ def test_on_the_null_gpu(tmp_path) -> None:
         base = by_provider["torch.add_" if "torch.add_" in by_provider else "eager"]
         assert float(base["ratio"]) == 1
         for row in by_provider.values():
-            assert float(row["ratio"]) == pytest.approx(
-                float(row["median_s"]) / float(base["median_s"]), 1e-4
-            )
+            ratio = float(row["median_s"]) / float(base["median_s"])
+            assert float(row["ratio"]) == pytest.approx(ratio, 1e-4)
             assert (row["device"], row["dtype"], row["batch"]) == ("Null H200", "bfloat16", "2")
-    assert {
-        by_provider["torch.add_"]["launches"] for case, by_provider in rows.items() if "_" in case[0]
-    } == {"1"}
-    text = " ".join(done.stdout.split())
+    operators = [by_provider for case, by_provider in rows.items() if "_" in case[0]]
+    assert {by_provider["torch.add_"]["launches"] for by_provider in operators} == {"1"}
+    text = ran.words
     assert "on the null GPU (Null H200, capability 9.0), which computes nothing: no value is compared" in text
     assert "CPU time of this process, medians of 2 interleaved rounds: only ratios mean something" in text
     for row in content["rows"]:
@@ -95,53 +87,41 @@ def test_on_the_null_gpu(tmp_path) -> None:
         ("broken", "it cannot be built: cc1plus: out of memory"),
     ],
 )
-def test_one_line_where_there_is_neither_a_device_nor_a_null_gpu(
-    why, message, tmp_path, capsys, monkeypatch
-) -> None:
-    from poolformer_kernels.benchmarks import host_device
-
+def test_one_line_where_there_is_neither_a_device_nor_a_null_gpu(why, message, sandbox, monkeypatch) -> None:
     def broken() -> None:
         raise RuntimeError("g++ -c driver.cpp\nin file\ncc1plus: out of memory\n")
 
-    reasons = {"compiler": "g++ is not installed", "cpu-only torch": "this torch has no CUDA"}
     if why == "installed":
-        monkeypatch.setattr(host_device, "_TESTS", tmp_path)
+        monkeypatch.setattr(host_device, "_TESTS", sandbox.folder)
     modules = {
-        "build": SimpleNamespace(unavailable=lambda: reasons.get(why), build=broken),
+        "build": SimpleNamespace(unavailable=lambda: None if why == "broken" else message, build=broken),
         "extension": SimpleNamespace(extension_file=lambda: None),
     }
     monkeypatch.setattr(host_device, "_null_gpu", modules.__getitem__)
-    assert cli.main(["bench", "host", "--models", "s12"]) == 2
-    out, err = capsys.readouterr()
     needs = "bench host needs a CUDA device, or in a source tree the null GPU: torch sees no CUDA device, and"
-    assert (out, err.count("\n")) == ("", 1)
-    assert f"error: {needs} {message.format(folder=tmp_path)}" in err
+    assert f"{needs} {message.format(folder=sandbox.folder)}" in sandbox.refusal("host", "--models", "s12")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
-def test_a_device_that_is_not_there(capsys) -> None:
-    assert cli.main(["bench", "host", "--device", "cuda"]) == 2
-    assert "--device cuda: torch sees no CUDA device; allowed here: null" in capsys.readouterr().err
+def test_a_device_that_is_not_there(sandbox) -> None:
+    message = "--device cuda: torch sees no CUDA device; allowed here: null"
+    assert sandbox.refusal("host", "--device", "cuda").startswith(message)
 
 
 def test_rounds_are_of_random_order_and_ratios_those_of_medians(monkeypatch) -> None:
     """On a clock of the test's own: each side takes what it says, for each of its repeats."""
-    from poolformer_kernels.benchmarks import bench_host
-    from poolformer_kernels.benchmarks.host_device import Launches
-    from poolformer_kernels.benchmarks.rows import Case
-
     now, order = [0.0], []
     seconds = {"eager": 0.004, "ours": 0.001, "ours cuda": 0.0001}
     monkeypatch.setattr(bench_host.time, "process_time", lambda: now[0])
     monkeypatch.setattr(bench_host.torch.cuda, "synchronize", lambda: None)
 
-    def side(name: str) -> tuple[bench_host.Side, Launches]:
+    def side(name: str) -> tuple[bench_host.Side, host_device.Launches]:
         def call() -> None:
             now[0] += seconds[name]
             if order[-1:] != [name]:
                 order.append(name)
 
-        return bench_host.Side(call, "auto", True), Launches({"kernel": 3}, 17)
+        return bench_host.Side(call, "auto", True), host_device.Launches({"kernel": 3}, 17)
 
     case = Case("host", (3, 8, 8), "bfloat16", 2, (0, 0), "forward", "poolformer_s12")
     rows = bench_host.measure(case, {name: side(name) for name in seconds}, rounds=30)

@@ -1,36 +1,28 @@
 """`bench loop`: what it measures is the training loop's own step, and its file says what each figure is."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
+from support.bench import require_bench
+from support.sandbox import Ran
 from support.train import require_train
 
 require_train()
-
-from poolformer_kernels.cli import main as cli
-
-cli.load_benchmarks()
+require_bench()
 
 from poolformer_kernels.benchmarks import bench_loop
 
-pytestmark = pytest.mark.usefixtures("benchmark_process")
+
+def figures(ran: Ran) -> dict[str, float]:
+    return {row["what"]: float(row["value"]) for row in ran.rows}
 
 
-def rows(path) -> dict[str, float]:
-    with path.open() as file:
-        return {row["what"]: float(row["value"]) for row in csv.DictReader(file)}
-
-
-def test_loop_and_bare_step(tmp_path, capsys) -> None:
-    path = tmp_path / "loop.csv"
-    command = ["bench", "loop", "--only", "loop", "--models", "s12", "--batch", "2", "--rounds", "2"]
-    assert cli.main([*command, "--threads", "1", "--csv", str(path)]) == 0
-    found = rows(path)
+def test_loop_and_bare_step(sandbox) -> None:
+    ran = sandbox.bench("loop", "--only", "loop", "--models", "s12", "--batch", "2")
+    found = figures(ran)
     assert found.keys() == {"loop", "bare step", "loop / bare step"}
     assert found["loop / bare step"] == pytest.approx(found["loop"] / found["bare step"], rel=1e-4)
-    assert str(path) in capsys.readouterr().out
+    assert str(ran.file) in ran.out
 
 
 def test_both_steps_compute_the_same_gradients(tmp_path) -> None:
@@ -61,24 +53,16 @@ def test_loading(tmp_path) -> None:
 
 
 @pytest.mark.long
-def test_memory_and_scaling(tmp_path, monkeypatch) -> None:
+def test_memory_and_scaling(sandbox, monkeypatch) -> None:
     monkeypatch.setattr(bench_loop, "ALTERNATIONS", 1)
-    path = tmp_path / "loop.csv"
-    command = ["bench", "loop", "--batch", "2", "--memory-batch", "16", "--threads", "1", "--csv", str(path)]
+    command = ["loop", "--batch", "2", "--memory-batch", "16", "--only"]
     np.ones(1 << 28)  # 2 GiB, more than a step takes: the processes of the benchmark must not count it
-    assert cli.main([*command, "--only", "memory"]) == 0
-    found = rows(path)
-    assert 0 < found["peak, ours / eager"] < 0.8
-    assert cli.main([*command, "--only", "scaling"]) == 0
-    found = rows(path)
+    assert 0 < figures(sandbox.bench(*command, "memory"))["peak, ours / eager"] < 0.8
+    found = figures(sandbox.bench(*command, "scaling"))
     assert found["gradients exchanged a step"] == pytest.approx(4 * 11_915_176, rel=1e-5)
     assert found["two / ideal"] > 0
 
 
-def test_a_failing_process_is_one_line(tmp_path, capsys, monkeypatch) -> None:
+def test_a_failing_process_is_one_line(sandbox, monkeypatch) -> None:
     monkeypatch.setattr(bench_loop, "MEMORY", "raise ValueError('no memory today')")
-    path = str(tmp_path / "loop.csv")
-    assert cli.main(["bench", "loop", "--only", "memory", "--csv", path]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "ValueError: no memory today" in err
+    assert "ValueError: no memory today" in sandbox.refusal("loop", "--only", "memory")

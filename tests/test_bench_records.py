@@ -1,45 +1,43 @@
 """What benchmarks write while they run: rows as they come, and why a provider is missing."""
 
 import argparse
-import csv
-import importlib
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from test_bench import MEASURED, bench, rows
+from support import bench
+from support.sandbox import Ran
+
+bench.require_bench()
+
+from poolformer_kernels.benchmarks import facts, harness, providers
+from poolformer_kernels.benchmarks.rows import Results, Row
+from poolformer_kernels.benchmarks.summary import print_summary
 
 from poolformer_kernels.cli.errors import CommandError
+from poolformer_kernels.cli.main import load_benchmark
 from poolformer_kernels.ops import backend_reasons
 
-pytestmark = pytest.mark.usefixtures("benchmark_process")
 
-
-def test_default_file_and_six_digits(tmp_path) -> None:
-    from poolformer_kernels.benchmarks import facts
-    from poolformer_kernels.benchmarks.rows import Results, Row
-
-    values = dict.fromkeys(MEASURED, "x") | {"median_s": 1 / 3, "batch": 8, "error_l2": None}
+def test_default_file_and_six_digits(sandbox) -> None:
+    case = Row("mlp", "forward", "", "x", "", "float32", "NCHW", 8, "ours", 1 / 3, 0.3, 0.4, *[None] * 5)
     path = facts.csv_path("mlp", "cpu")
-    Results(path, facts.facts_of("cpu")).add([Row(**values)])
-    assert path.parent.parent == tmp_path / "results"
-    with path.open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    Results(path, facts.facts_of("cpu")).add([case])
+    assert path.parent.parent == Path("results")
+    (row,) = Ran("", "", path).rows
     assert (row["median_s"], row["batch"], row["error_l2"]) == ("0.333333", "8", "")
     assert row["device"] == facts.processor_name("cpu")
 
 
 def test_ratios_are_of_calls_in_one_state(capsys, monkeypatch) -> None:
-    from poolformer_kernels.benchmarks.rows import Row
-    from poolformer_kernels.benchmarks.summary import print_summary
-
     def group(state: str, rate: float, times: dict[str, float]) -> list[Row]:
-        common = dict.fromkeys(MEASURED, "") | {"model": "s12", "batch": 8, "error_l2": None, "state": state}
-        common |= {"gb_per_s": 20.0, "tflop_per_s": 1.0, "fraction": 0.5, "rate_tflops": rate}
+        common = {"gb_per_s": 20.0, "tflop_per_s": 1.0, "fraction": 0.5, "rate_tflops": rate, "state": state}
         times = times | {"copy": 1.0, "matmul": 1.0}
-        spread = [{"provider": p, "median_s": t, "p20_s": t, "p80_s": t} for p, t in times.items()]
-        return [Row(**common | fields) for fields in spread]
+        return [bench.row(t, provider=p, **common) for p, t in times.items()]
 
     monkeypatch.setenv("COLUMNS", "200")
     fast = group("fast", 2.25, {"ours": 0.01, "eager": 0.02})
@@ -50,25 +48,21 @@ def test_ratios_are_of_calls_in_one_state(capsys, monkeypatch) -> None:
     assert ["throttled", "20.0", "60.0", "3.00×", "20", "1", "0.6", "50%"] in lines
     print_summary([group("mixed", 1.0, {"ours": 0.01})], "Model", "a machine", {})
     out = capsys.readouterr().out
-    assert "Model: s12, batch 8, machine mixed" in out
+    assert "Model: forward, poolformer_s12, 3x224x224, bfloat16, channels_last, batch 8, machine mixed" in out
     assert "mixed: too few calls of each provider in one state" in out
 
 
-def test_each_number_of_threads_has_its_file(monkeypatch, tmp_path) -> None:
-    from poolformer_kernels.benchmarks import harness
-
+def test_each_number_of_threads_has_its_file(sandbox, monkeypatch) -> None:
     monkeypatch.setattr(harness, "_OWN_THREADS", 2)
     for threads, name in ((2, "model.csv"), (1, "model_threads_1.csv")):
         args = argparse.Namespace(device="cpu", csv=None, threads=threads)
         assert harness.record("model", args).path.name == name
-    args.csv = str(tmp_path / "given.csv")
-    assert harness.record("model", args).path.name == "given.csv"
+    args.csv = "given.csv"
+    assert harness.record("model", args).path == Path("given.csv")
 
 
-def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch) -> None:
-    from poolformer_kernels.benchmarks import harness, providers
-
-    file = tmp_path / "m.csv"
+def test_a_provider_that_fails_is_recorded_and_the_others_go_on(sandbox, monkeypatch) -> None:
+    file = sandbox.folder / "model.csv"
     seen = []  # lines of the file when a case begins
 
     def broken(peer, ours, x):
@@ -78,41 +72,35 @@ def test_a_provider_that_fails_is_recorded_and_the_others_go_on(tmp_path, capsys
         return lambda: ours(x)
 
     monkeypatch.setitem(providers.PROVIDERS, "ours", broken)
-    options = ["--models", "s12", "--dtype", "float32", "--image-size", "32", "--csv", str(file)]
-    options += ["--json", str(tmp_path / "m.json"), "--providers", "ours", "eager", "openvino"]
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert bench("model", "--batch", "1", "2", *options) == 1
-    with file.open(newline="") as stream:
-        read = [(row["batch"], row["provider"]) for row in csv.DictReader(stream)]
-    limits = ("copy", "matmul")
-    assert read == [("1", p) for p in ("ours", "eager", *limits)] + [("2", p) for p in ("eager", *limits)]
+    options = ["--models", "s12", "--dtype", "float32", "--image-size", "32", "--batch", "1", "2"]
+    options += ["--json", "model.json", "--providers", "ours", "eager", "openvino"]
+    ran = sandbox.bench("model", *options, code=1)
+    read = [(row["batch"], row["provider"]) for row in ran.rows]
+    others = ["eager", "copy", "matmul"]
+    assert read == [("1", "ours"), *(("1", p) for p in others), *(("2", p) for p in others)]
     assert seen == [0, 5]
     reason = "failed: RuntimeError: launch of mlp_fwd: too many resources, model: forward, poolformer_s12"
-    assert f"ours: {reason}" in " ".join(capsys.readouterr().out.split())
-    lines = (tmp_path / "m.missing.txt").read_text().splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["openvino", "ours"]
-    assert lines[1].startswith(f"ours: {reason}")
-    content = json.loads((tmp_path / "m.json").read_text())
+    assert f"ours: {reason}" in ran.words
+    openvino, ours = ran.missing
+    assert openvino.startswith("openvino:")
+    assert ours.startswith(f"ours: {reason}")
+    content = json.loads(Path("model.json").read_text())
     assert list(content["failed"]) == ["ours"]
     assert content["unavailable"]["openvino"].startswith("ModuleNotFoundError: ")
     # a run without failures leaves none behind
-    monkeypatch.setitem(providers.PROVIDERS, "ours", lambda peer, ours, x: lambda: ours(x))
-    args = argparse.Namespace(device="cpu", csv=str(file))
-    harness.record("model", args)
-    assert not (tmp_path / "m.missing.txt").exists()
+    harness.record("model", argparse.Namespace(device="cpu", csv=str(file)))
+    assert not file.with_suffix(".missing.txt").exists()
 
 
 def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch) -> None:
     """After an illegal access every call of the process fails: no provider behind it is to blame."""
-    from poolformer_kernels.benchmarks import harness
-    from poolformer_kernels.benchmarks.rows import Results
-
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     results, reached = Results(tmp_path / "m.csv"), []
 
     def broken():
         monkeypatch.setattr(torch.cuda, "synchronize", lost)
-        raise RuntimeError("CUDA error: an illegal memory access")
+        lost()
 
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -126,9 +114,6 @@ def test_a_lost_device_ends_the_benchmark_with_what_it_has(tmp_path, monkeypatch
 
 
 def test_graphs_of_each_backend_run_on_cuda_only() -> None:
-    from poolformer_kernels.benchmarks import harness, providers
-    from poolformer_kernels.benchmarks.rows import Results
-
     names = ["ours graphed", "ours triton graphed", "ours cuda graphed"]
     results = Results()
     peer, ours = providers.make_pair("poolformer_s12", torch.float32, "cpu")
@@ -137,41 +122,60 @@ def test_graphs_of_each_backend_run_on_cuda_only() -> None:
     assert results.missing == dict.fromkeys(names, "it runs on cuda, not on cpu")
 
 
-@pytest.mark.parametrize("name", ["pool-mixer", "mlp"])
-def test_operators_without_ours_are_measured_all_the_same(name, tmp_path, monkeypatch) -> None:
+OPTIONS = {
+    "mlp": ["--batch", "2", "--dtype", "float32"],
+    "pool-mixer": ["--batch", "2", "--dtype", "float32", "--layout", "NCHW"],
+}
+
+
+@pytest.fixture
+def small(monkeypatch) -> Callable[[str], ModuleType]:
+    """An operator's benchmark, of a small map only."""
+
+    def of(name: str) -> ModuleType:
+        module = load_benchmark(name)
+        monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
+        return module
+
+    return of
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_operators_without_ours_are_measured_all_the_same(name, small, sandbox, monkeypatch) -> None:
     def broken(*args, **options):
         raise RuntimeError("no kernel image")
 
-    module = importlib.import_module(f"poolformer_kernels.benchmarks.bench_{name.replace('-', '_')}")
+    module = small(name)
     monkeypatch.setattr(module, "ours", broken)
     monkeypatch.setattr(module, "call_overhead", lambda rounds: {}, raising=False)
-    monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
-    file = tmp_path / "o.csv"
-    options = ["--batch", "2", "--dtype", "float32", "--directions", "forward", "--csv", str(file)]
-    options += ["--layout", "NCHW"] if name == "pool-mixer" else []
-    assert bench(name, *options, "--providers", "ours", "ours cuda", "eager") == 1
-    assert list(rows(file)) == ["eager", "copy", "matmul"]
-    lines = (tmp_path / "o.missing.txt").read_text().splitlines()
-    assert lines[0].startswith("ours: failed: RuntimeError: no kernel image, ")
-    assert lines[1:] == [f"ours cuda: {backend_reasons().get('cuda')}"] or torch.cuda.is_available()
-    assert bench(name, *options, "--providers", "eager") == 0
+    options = [*OPTIONS[name], "--directions", "forward", "--providers", "eager"]
+    ran = sandbox.bench(name, *options, "ours", "ours cuda", code=1)
+    assert list(ran.by_provider) == ["eager", "copy", "matmul"]
+    first, *others = ran.missing
+    assert first.startswith("ours: failed: RuntimeError: no kernel image, ")
+    assert others == [f"ours cuda: {backend_reasons().get('cuda')}"] or torch.cuda.is_available()
+    sandbox.bench(name, *options)
 
 
-@pytest.mark.parametrize("name", [pytest.param("pool-mixer", marks=pytest.mark.long), "mlp"])
-def test_operators(name, tmp_path, monkeypatch) -> None:
-    module = importlib.import_module(f"poolformer_kernels.benchmarks.bench_{name.replace('-', '_')}")
-    monkeypatch.setattr(module, "stages", lambda models: [("poolformer_s12", "4", (16, 5, 7))])
-    options = ["--batch", "2", "--dtype", "float32", "--csv", str(tmp_path / "o.csv")]
-    assert bench(name, *options, *(["--layout", "NCHW"] if name == "pool-mixer" else [])) == 0
-    with (tmp_path / "o.csv").open(newline="") as file:
-        found = {(row["direction"], row["provider"]) for row in csv.DictReader(file)}
-    forward, backward = (
-        {provider for way, provider in found if way == direction} - {"copy", "matmul"}
-        for direction in ("forward", "backward")
-    )
-    if name == "mlp":
-        assert forward == {"ours", "eager", "compile", "eager linear", "compile linear"}
-        assert backward == {"ours", "ours saved", "eager", "eager linear", "compile linear"}
-    else:
-        assert forward == {"ours", "ours given", "eager", "compile"}
-        assert backward == {"ours", "eager", "compile"}
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        (
+            "mlp",
+            {"ours", "eager", "compile", "eager linear", "compile linear"},
+            {"ours", "ours saved", "eager", "eager linear", "compile linear"},
+        ),
+        pytest.param(
+            "pool-mixer",
+            {"ours", "ours given", "eager", "compile"},
+            {"ours", "eager", "compile"},
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_operators(name, forward, backward, small, sandbox) -> None:
+    small(name)
+    rows = sandbox.bench(name, *OPTIONS[name]).rows
+    for direction, expected in (("forward", forward), ("backward", backward)):
+        found = {row["provider"] for row in rows if row["direction"] == direction}
+        assert found == expected | {"copy", "matmul"}

@@ -1,7 +1,6 @@
 """bench training: what it counts as kept for the backward, what it refuses to time, and its CSV."""
 
 import copy
-import csv
 import math
 import re
 
@@ -9,25 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accelerate import PoolFormerBlock
+from support.bench import assert_measured, require_bench
 from torch import nn
 
+require_bench()
+
+from poolformer_kernels.benchmarks import bench_training
+
 from poolformer_kernels.accelerate import accelerate
-from poolformer_kernels.cli import main as cli
 
 TINY = ["--models", "s12", "--dtype", "float32", "--batch", "2", "--image-size", "32"]
 
 
-pytestmark = pytest.mark.usefixtures("benchmark_process")
-
-
-def bench(*arguments: str) -> int:
-    options = ["--device", "cpu", "--threads", "1", "--rounds", "2", *TINY]
-    return cli.main(["bench", "training", *options, *arguments])
-
-
 def test_saved_bytes_of_a_case_counted_by_hand() -> None:
-    from poolformer_kernels.benchmarks import bench_training
-
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)), torch.randn(2, 3)
     target = torch.tensor([1, 4])
     saved = bench_training.saved_bytes(lambda: F.cross_entropy(model(x), target), model.parameters())
@@ -36,8 +29,6 @@ def test_saved_bytes_of_a_case_counted_by_hand() -> None:
 
 
 def test_saved_fraction_of_a_block_counted_by_hand(kernels) -> None:
-    from poolformer_kernels.benchmarks import bench_training
-
     block = PoolFormerBlock(16)
     x = torch.randn(4, 16, 7, 7).contiguous(memory_format=torch.channels_last)
     eager, accelerated = (
@@ -50,21 +41,17 @@ def test_saved_fraction_of_a_block_counted_by_hand(kernels) -> None:
     assert accelerated == 2 * x.nbytes + 2 * 2 * 4 * 4
 
 
-def test_rows(tmp_path, capsys) -> None:
-    assert bench("--csv", str(tmp_path / "t.csv"), "--providers", "ours,accelerate,eager") == 0
-    with (tmp_path / "t.csv").open(newline="") as file:
-        rows = {row["provider"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["ours", "accelerate", "eager", "copy", "matmul"]
-    out = capsys.readouterr().out
-    for provider in ("ours", "accelerate", "eager"):
-        row = rows[provider]
-        assert (row["benchmark"], row["direction"], row["dtype"]) == ("training", "step", "float32")
-        assert (row["model"], row["shape"], row["batch"]) == ("poolformer_s12", "3x32x32", "2")
-        assert float(row["img_per_s"]) == pytest.approx(2 / float(row["median_s"]), rel=1e-4)
+def test_rows(sandbox) -> None:
+    providers = ("ours", "accelerate", "eager")
+    ran = sandbox.bench("training", *TINY, "--providers", *providers)
+    rows = ran.by_provider
+    fields = {"benchmark": "training", "direction": "step", "dtype": "float32", "model": "poolformer_s12"}
+    assert_measured(rows, providers, **fields, shape="3x32x32", batch="2")
+    for row in (rows[provider] for provider in providers):
         assert 1e-10 < float(row["loss_error"]) < 1e-4
         fraction = float(row["saved_bytes"]) / float(rows["eager"]["saved_bytes"])
         assert float(row["saved_fraction"]) == pytest.approx(fraction, rel=1e-4)
-        assert f"{float(row['saved_bytes']) / 1e6:.1f} MB kept for the backward, {fraction:.1%} of" in out
+        assert f"{float(row['saved_bytes']) / 1e6:.1f} MB kept for the backward, {fraction:.1%} of" in ran.out
     assert float(rows["accelerate"]["saved_fraction"]) < 0.4  # 2 maps of 14 in blocks, more around them
     assert rows["copy"]["saved_bytes"] == rows["copy"]["loss_error"] == ""
     assert rows["copy"]["commit"]
@@ -87,25 +74,18 @@ def wrong_gradient(model: nn.Module) -> nn.Module:
         (wrong_gradient, "WRONG_LOSS", "error 1 of the gradient of stages.2.blocks.3.mlp.fc1.weight"),
     ],
 )
-def test_a_wrong_provider_is_not_timed(broken, other_rule, words, tmp_path, capsys, monkeypatch) -> None:
-    from poolformer_kernels.benchmarks import bench_training
-
+def test_a_wrong_provider_is_not_timed(broken, other_rule, words, sandbox, monkeypatch) -> None:
     lax = 2.0 if other_rule == "WRONG_LOSS" else (2.0, 2.0)
     monkeypatch.setitem(getattr(bench_training, other_rule), "float32", lax)  # each rule alone finds it
     monkeypatch.setitem(bench_training.PROVIDERS, "eager", lambda peer, ours: broken(peer))
-    assert bench("--csv", str(tmp_path / "t.csv"), "--providers", "accelerate,eager") == 1
-    out = " ".join(capsys.readouterr().out.split())
-    assert "eager: wrong: error" in out
-    assert words in out
-    with (tmp_path / "t.csv").open(newline="") as file:
-        rows = {row["provider"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["accelerate", "copy", "matmul"]
-    assert rows["accelerate"]["saved_fraction"] == ""
+    ran = sandbox.bench("training", *TINY, "--providers", "accelerate,eager", code=1)
+    assert "eager: wrong: error" in ran.words
+    assert words in ran.words
+    assert list(ran.by_provider) == ["accelerate", "copy", "matmul"]
+    assert ran.by_provider["accelerate"]["saved_fraction"] == ""
 
 
-def test_bfloat16_gradients_off_by_a_factor_are_wrong(tmp_path, capsys, monkeypatch) -> None:
-    from poolformer_kernels.benchmarks import bench_training
-
+def test_bfloat16_gradients_off_by_a_factor_are_wrong(sandbox, monkeypatch) -> None:
     def scaled(model: nn.Module, factor: float) -> nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("fc1.weight"):
@@ -114,18 +94,15 @@ def test_bfloat16_gradients_off_by_a_factor_are_wrong(tmp_path, capsys, monkeypa
 
     monkeypatch.setitem(bench_training.PROVIDERS, "ours", lambda peer, ours: scaled(ours, 0.6))
     monkeypatch.setitem(bench_training.PROVIDERS, "eager", lambda peer, ours: scaled(peer, 1.4))
-    options = ["--dtype", "bfloat16", "--csv", str(tmp_path / "t.csv")]
-    assert bench(*options, "--providers", "ours,accelerate,eager") == 1
-    out = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"ours: wrong: error 0\.4\d? of the gradient of network\.\S+\.mlp\.fc1\.weight", out)
-    assert re.search(r"eager: wrong: error 0\.4\d? of the gradient of stages\.\S+\.mlp\.fc1\.weight", out)
-    with (tmp_path / "t.csv").open(newline="") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == ["accelerate", "copy", "matmul"]
+    options = [*TINY, "--dtype", "bfloat16", "--providers", "ours,accelerate,eager"]
+    ran = sandbox.bench("training", *options, code=1)
+    for provider, path in (("ours", "network"), ("eager", "stages")):
+        words = rf"{provider}: wrong: error 0\.4\d? of the gradient of {path}\.\S+\.mlp\.fc1\.weight"
+        assert re.search(words, ran.words)
+    assert list(ran.by_provider) == ["accelerate", "copy", "matmul"]
 
 
 def test_gradient_errors_by_hand() -> None:
-    from poolformer_kernels.benchmarks import bench_training
-
     exact = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.0]), "a.1.b": torch.tensor([1e-10])}
     found = {"a.0.w": torch.tensor([3.0]), "a.1.w": torch.tensor([4.5]), "a.1.b": torch.tensor([1.0])}
     errors = bench_training.gradient_errors(found, exact)
@@ -139,8 +116,3 @@ def test_gradient_errors_by_hand() -> None:
     assert words == "error 0.1 of the gradient of a.*.w against float64, more than 0.095"
     found["a.0.w"] = torch.tensor([math.nan])
     assert bench_training.gradient_errors(found, exact)["a.*.w"] == math.inf
-
-
-def test_half_precision_without_loss_scaling_is_refused(capsys) -> None:
-    assert bench("--dtype", "float16") == 2
-    assert "--dtype float16: without loss scaling; allowed: float32, bfloat16" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import dense_truth as truth
 from support import dense_truth_regions as regions
-from support.dense import images, require_dense, sample, tiny
+from support.dense import require_dense, sample, tiny
 from support.dense_truth import assert_near
 
 require_dense()
@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from poolformer_kernels.dense import matching, retinanet
 from poolformer_kernels.dense.backbone import P6P7
 from poolformer_kernels.dense.boxes import BoxCoder, pasted
-from poolformer_kernels.dense.images import DetectorImages, resized
+from poolformer_kernels.dense.images import resized
 
 F64 = torch.float64
 
@@ -184,18 +184,6 @@ def test_sizes_by_hand():
     assert resized(612, 612, 800, 1333) == (800, 800)
     assert resized(375, 1242, 800, 1333) == (402, 1333)
     assert resized(1, 5000, 800, 1333) == (1, 1333)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_prepared_images(training):
-    transform = tiny("retinanet").transform.train(training)
-    assert isinstance(transform, DetectorImages)
-    x = images((97, 61), (40, 64), (64, 64), dtype=F64)
-    limits = () if training else (64, 100)
-    expected, sizes = truth.batch(x, *limits)
-    found, _ = transform(x)
-    assert found.image_sizes == sizes
-    assert_near(found.tensors, expected, 1e-12)
 
 
 # ---- the coarsest levels -----------------------------------------------------------------------------------

@@ -1,24 +1,20 @@
 """The scripts in examples/, each as a user runs it: a process of its own, in a folder of its own."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.peers import require
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 ULP = 2.0**-24
 
 
-def run(folder: Path, script: str, *arguments: str, code: int = 0) -> str:
-    """What the script prints. It is started where the source tree is not found by chance."""
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(sandbox):
+    """What a script prints."""
+    return lambda script, *arguments, code=0: sandbox.python(str(EXAMPLES / script), *arguments, code=code)
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -26,20 +22,20 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 def test_each_is_short_and_is_listed_and_tested():
-    listed = re.findall(r"^- \[(\w+\.py)\]", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^- \[(\w+\.py)\]", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == SCRIPTS
     assert len(SCRIPTS) == 5
     for script in SCRIPTS:
-        text = (ROOT / "examples" / script).read_text()
+        text = (EXAMPLES / script).read_text()
         assert len(text.splitlines()) <= 80
         assert f"python examples/{script}" in text.partition('"""\n')[0]  # how to run it
-        assert f'run(tmp_path, "{script}"' in Path(__file__).read_text()
+        assert f'run("{script}"' in Path(__file__).read_text()
 
 
 @pytest.mark.long
-def test_accelerate(tmp_path):
+def test_accelerate(run):
     require("timm")
-    out = run(tmp_path, "accelerate.py", "--batch-size", "2", "--image-size", "96", "--rounds", "3")
+    out = run("accelerate.py", "--batch-size", "2", "--image-size", "96", "--rounds", "3")
     before, after = numbers(r"([\d.]+) ms", out)
     (ratio,) = numbers(r"([\d.]+) times as fast", out)
     assert before > 0
@@ -51,38 +47,37 @@ def test_accelerate(tmp_path):
 
 
 @pytest.mark.long
-def test_finetune_digits(tmp_path):
+def test_finetune_digits(run, sandbox):
     require("sklearn")
-    tuned, random = numbers(r"([\d.]+)% of 557 unseen", run(tmp_path, "finetune_digits.py"))
+    tuned, random = numbers(r"([\d.]+)% of 557 unseen", run("finetune_digits.py"))
     assert tuned >= 85
     assert random < tuned
-    assert not list(tmp_path.iterdir())  # its checkpoint is gone
+    assert not list(sandbox.folder.iterdir())  # its checkpoint is gone
 
 
 @pytest.mark.long
-def test_finetune_digits_fails_where_too_little_was_learned(tmp_path):
+def test_finetune_digits_fails_where_too_little_was_learned(run):
     require("sklearn")
-    tuned, _ = numbers(
-        r"([\d.]+)% of 557 unseen", run(tmp_path, "finetune_digits.py", "--steps", "2", code=1)
-    )
+    out = run("finetune_digits.py", "--steps", "2", code=1)
+    tuned, _ = numbers(r"([\d.]+)% of 557 unseen", out)
     assert tuned < 85
 
 
 @pytest.mark.long
-def test_export(tmp_path):
+def test_export(run, sandbox):
     require("onnxscript")
     require("onnxruntime")
-    out = run(tmp_path, "export.py", "--image-size", "64", "--out", "made")
+    out = run("export.py", "--image-size", "64", "--out", "made")
     assert re.findall(r"(\S+), (\d) images", out) == [
         (f"made/{file}", size) for file in ("model.onnx", "model.pt2") for size in "25"
     ]
     assert all(0 < found < 1e-5 for found in numbers(r"difference (\S+)", out))
-    assert {path.name for path in (tmp_path / "made").iterdir()} >= {"model.onnx", "model.pt2"}
+    assert {path.name for path in (sandbox.folder / "made").iterdir()} >= {"model.onnx", "model.pt2"}
 
 
 @pytest.mark.long
-def test_own_metaformer(tmp_path):
-    out = run(tmp_path, "own_metaformer.py")
+def test_own_metaformer(run):
+    out = run("own_metaformer.py")
     rows = [line.split()[:3] for line in out.splitlines() if line.startswith("network.")]
     mixers = [backend for _, operator, backend in rows if operator == "pool_mixer"]
     mlps = [backend for _, operator, backend in rows if operator == "mlp"]
@@ -97,8 +92,8 @@ def test_own_metaformer(tmp_path):
 
 
 @pytest.mark.long
-def test_serve(tmp_path):
-    out = run(tmp_path, "serve.py", "--threads", "3", "--requests", "24", "--image-size", "96")
+def test_serve(run):
+    out = run("serve.py", "--threads", "3", "--requests", "24", "--image-size", "96")
     alone, together = numbers(r"threads?: +([\d.]+) images a second", out)
     assert alone > 0
     assert together > 0
@@ -106,7 +101,7 @@ def test_serve(tmp_path):
 
 
 @pytest.mark.long
-def test_serve_sees_a_wrong_answer(tmp_path):
+def test_serve_sees_a_wrong_answer(sandbox):
     """A model whose answers depend on what others asked before, put in the place of ours."""
     code = "\n".join(
         (
@@ -116,9 +111,7 @@ def test_serve_sees_a_wrong_answer(tmp_path):
             "    def forward(self, x): return x.mean((2, 3)) + next(calls)",
             "pk.create_model = lambda name: Model()",
             "sys.argv = ['serve.py', '--threads', '2', '--requests', '6', '--image-size', '32']",
-            f"runpy.run_path({str(ROOT / 'examples' / 'serve.py')!r}, run_name='__main__')",
+            f"runpy.run_path({str(EXAMPLES / 'serve.py')!r}, run_name='__main__')",
         )
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "6 of 6 answers differ" in done.stdout
+    assert "6 of 6 answers differ" in sandbox.python("-c", code, code=1)

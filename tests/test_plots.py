@@ -1,46 +1,23 @@
 """The plots of the benchmarks: what is drawn from known rows, not how it looks."""
 
 import csv
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib import import_module
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
-from support.peers import require
+from support.bench import require_bench, row
 
-from poolformer_kernels.cli.main import load_benchmarks
+require_bench("matplotlib")
+
+from poolformer_kernels.benchmarks import plots
+from poolformer_kernels.benchmarks.rows import RecordedRow, read_results
 
 SEGMENTS = ("stem", "1", "down1", "2", "down2", "3", "down3", "4", "head")
 
 
-@pytest.fixture(scope="module")
-def plots() -> ModuleType:
-    require("matplotlib")
-    return import_module(".plots", load_benchmarks().__name__)
-
-
-@pytest.fixture(scope="module")
-def row(plots: ModuleType) -> Callable:
-    """A measurement of one second, by default of poolformer_s12 at batch 8."""
-    from poolformer_kernels.benchmarks.rows import RecordedRow
-
-    facts = {"device": "Some CPU", "threads": "2", "torch": "2.13.0", "commit": "abc1234"}
-    default = {"benchmark": "model", "direction": "forward", "model": "poolformer_s12", "shape": "3x224x224"}
-    default |= {"stage": "", "dtype": "bfloat16", "layout": "channels_last", "batch": 8, "provider": "ours"}
-    default |= dict.fromkeys(("img_per_s", "gb_per_s", "tflop_per_s", "fraction", "error_l2")) | facts
-
-    def make(median_s: float = 1.0, **fields):
-        times = {"median_s": median_s, "p20_s": 0.8 * median_s, "p80_s": 1.25 * median_s}
-        return RecordedRow(**(default | times | fields))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def model_rows(row: Callable) -> list:
+def model_rows() -> list[RecordedRow]:
     times = {"eager": 4.0, "compile": 2.0, "copy": 9.0, "ours": 0.5}
     rows = [row(t, provider=p, dtype=d) for p, t in times.items() for d in ("bfloat16", "float32")]
     # neither counts: the other direction, and another layout of what is there in channels_last
@@ -58,21 +35,30 @@ def texts(ax) -> set[str]:
     return {text.get_text().strip() for text in ax.texts}
 
 
+def lines(ax, name: str) -> list:
+    """A provider's lines, or the roof."""
+    return [line for line in ax.lines if line.get_gid() == name]
+
+
+def caption(figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts)
+
+
 @pytest.mark.parametrize("exponent", [0.75, 1.0, 2.0])
-def test_fit_is_exact_for_a_power_law(plots: ModuleType, exponent: float) -> None:
+def test_fit_is_exact_for_a_power_law(exponent: float) -> None:
     n = [1, 3, 10, 224**2]
     assert plots.fit_power(n, [3e-4 * x**exponent for x in n]) == pytest.approx((3e-4, exponent), rel=1e-12)
 
 
-def test_fit_minimises_squared_logarithms(plots: ModuleType) -> None:
+def test_fit_minimises_squared_logarithms() -> None:
     a, k = plots.fit_power([1, 10, 100], [1, 1000, 100])
     assert (a, k) == pytest.approx((10 ** (2 / 3), 1.0))
     with pytest.raises(ValueError):
         plots.fit_power([2, 2], [1, 2])
 
 
-def test_throughput_in_images_per_second(plots: ModuleType, model_rows: list) -> None:
-    figure = plots.throughput(model_rows)
+def test_throughput_in_images_per_second() -> None:
+    figure = plots.throughput(model_rows())
     assert [ax.get_title("left") for ax in figure.axes] == [
         f"{d}, batch 8, 224x224" for d in ("bfloat16", "float32")
     ]
@@ -81,27 +67,24 @@ def test_throughput_in_images_per_second(plots: ModuleType, model_rows: list) ->
         assert list(bars(ax)) == ["ours", "compile", "eager"]
         assert texts(ax) == {"poolformer_s12", "16.0", "4.00", "2.00"}
         assert ax.lines[0].get_xdata() == pytest.approx((16 / 1.25, 16 / 0.8))
-    caption = " ".join(text.get_text() for text in figure.texts)
     for fact in ("Some CPU", "threads: 2", "torch 2.13.0", "abc1234", "bfloat16, float32"):
-        assert fact in caption
+        assert fact in caption(figure)
 
 
-def test_throughput_relative_to_compile_else_eager(
-    plots: ModuleType, row: Callable, model_rows: list
-) -> None:
-    for ax in plots.throughput(model_rows, relative=True).axes:
+def test_throughput_relative_to_compile_else_eager() -> None:
+    for ax in plots.throughput(model_rows(), relative=True).axes:
         assert bars(ax) == pytest.approx({"ours": 4.0, "compile": 1.0, "eager": 0.5})
         assert "4.00" in texts(ax)
     # compile is not there for every model: one reference for all
     deeper = [row(t, provider=p, model="poolformer_s24") for p, t in (("eager", 6.0), ("ours", 2.0))]
-    ax = plots.throughput([*model_rows, *deeper], relative=True).axes[0]
+    ax = plots.throughput([*model_rows(), *deeper], relative=True).axes[0]
     assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx([1.0, 1.0, 2.0, 3.0, 8.0])
     assert "eager" in ax.get_xlabel()
     with pytest.raises(plots.MissingRowsError, match=r"compile, nor eager"):
         plots.throughput([row()], relative=True)
 
 
-def test_bars_of_a_case_are_of_one_state(plots: ModuleType, row: Callable) -> None:
+def test_bars_of_a_case_are_of_one_state() -> None:
     def case(state: str, rate: float, times: dict[str, float], **fields) -> list:
         return [row(t, provider=p, state=state, rate_tflops=rate, **fields) for p, t in times.items()]
 
@@ -111,20 +94,20 @@ def test_bars_of_a_case_are_of_one_state(plots: ModuleType, row: Callable) -> No
         figure = plots.throughput(given, relative=True)
         assert bars(figure.axes[0]) == pytest.approx({"ours": 2.0, "eager": 1.0})
         assert "poolformer_s12 (fast, 2.00 TFLOP/s)" in texts(figure.axes[0])
-        assert "machine fast, 2.00 TFLOP/s" in " ".join(text.get_text() for text in figure.texts)
+        assert "machine fast, 2.00 TFLOP/s" in caption(figure)
     # a state that most cases were measured in goes first, and one that has more providers before it
     rows += case("throttled", 0.7, slow, batch=1)
     figure = plots.throughput(rows, relative=True)
     for ax in figure.axes:
         assert bars(ax) == pytest.approx({"ours": 3.0, "eager": 1.0})
-    assert "machine throttled, 0.600 to 0.700 TFLOP/s" in " ".join(text.get_text() for text in figure.texts)
+    assert "machine throttled, 0.600 to 0.700 TFLOP/s" in caption(figure)
     rows += case("fast", 2.0, {"compile": 0.75})
     assert bars(plots.throughput(rows).axes[1]) == pytest.approx(
         {"ours": 16, "compile": 8 / 0.75, "eager": 8}
     )
 
 
-def test_bars_of_several_numbers_of_threads(plots: ModuleType, row: Callable) -> None:
+def test_bars_of_several_numbers_of_threads() -> None:
     rows = [row(1.0 / int(n), threads=n) for n in ("1", "2")]
     axes = plots.throughput(rows).axes
     titles = [f"bfloat16, batch 8, 224x224, threads: {n}" for n in "12"]
@@ -132,7 +115,7 @@ def test_bars_of_several_numbers_of_threads(plots: ModuleType, row: Callable) ->
     assert [bars(ax)["ours"] for ax in axes] == pytest.approx([8.0, 16.0])
 
 
-def test_stages_stack_and_leave_out_the_incomplete(plots: ModuleType, row: Callable, capsys) -> None:
+def test_stages_stack_and_leave_out_the_incomplete(capsys) -> None:
     times = {"ours": 0.01, "compile": 0.02, "eager": 0.04}
     rows = [
         row(t * (i + 1), benchmark="block", stage=stage, provider=p)
@@ -153,7 +136,7 @@ def test_stages_stack_and_leave_out_the_incomplete(plots: ModuleType, row: Calla
         plots.stages(rows[:8])
 
 
-def test_roofline_points_roofs_and_labels(plots: ModuleType, row: Callable) -> None:
+def test_roofline_points_roofs_and_labels() -> None:
     def kernel(benchmark: str, stage: str, flop_per_byte: float, **fields) -> list:
         rates = {"ours": 80.0, "compile": 40.0, "eager": 20.0}
         given = {"benchmark": benchmark, "stage": stage, **fields}
@@ -174,38 +157,28 @@ def test_roofline_points_roofs_and_labels(plots: ModuleType, row: Callable) -> N
     for relative, unit in ((False, 1.0), (True, 2.0)):
         figure = plots.roofline(rows, relative)
         (ax,) = figure.axes
-        ours, eager = (
-            sorted(tuple(line.get_xydata()[0]) for line in ax.lines if line.get_gid() == p)
-            for p in ("ours", "eager")
-        )
-        intensities = [3.0, 8.0, 11.0, 12.5, 24.0, 25.0, 25.5]
-        assert [x for x, _ in ours] == pytest.approx(intensities)
-        assert [y for _, y in ours] == pytest.approx([0.08 * x / unit for x in intensities])
-        assert [y for _, y in eager] == pytest.approx([0.02 * x / unit for x in intensities])
-        (roof,) = (line for line in ax.lines if line.get_gid() == "roof")
+        intensities = np.array([3.0, 8.0, 11.0, 12.5, 24.0, 25.0, 25.5])
+        for provider, rate in (("ours", 0.08), ("eager", 0.02)):
+            points = sorted(tuple(line.get_xydata()[0]) for line in lines(ax, provider))
+            assert np.array(points) == pytest.approx(np.stack([intensities, rate * intensities / unit], 1))
+        (roof,) = lines(ax, "roof")
         for x, y in roof.get_xydata():
             assert y == pytest.approx(min(100.0 * x / 1e3, 2.0) / unit)
         labels = [text for text in ax.texts if text.get_gid() == "label"]
-        assert {text.get_text() for text in labels} == {
-            "mixer 1",
-            "MLP 1, 2",
-            "block 1",
-            "block 2",
-            "stem",
-            "s12",
-        }
+        expected = {"mixer 1", "MLP 1, 2", "block 1", "block 2", "stem", "s12"}
+        assert {text.get_text() for text in labels} == expected
         boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]
         assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
     # on the CPU the flat roof is the processor's own rate, beside the rows that are shown
     rated = [replace(r, rate_tflops=5.0, state="fast") for r in rows] + [row(provider="copy", gb_per_s=1.0)]
-    (roof,) = (line for line in plots.roofline(rated).axes[0].lines if line.get_gid() == "roof")
+    (roof,) = lines(plots.roofline(rated).axes[0], "roof")
     for x, y in roof.get_xydata():
         assert y == pytest.approx(min(100.0 * x / 1e3, 5.0))
     with pytest.raises(plots.MissingRowsError, match=r"batch 8 and provider copy, nor matmul"):
         plots.roofline(rows[:-4])  # without the limits
 
 
-def test_scaling_points_and_exponents(plots: ModuleType, row: Callable) -> None:
+def test_scaling_points_and_exponents() -> None:
     def time(p: str, batch: int, size: int, depth: int) -> float:
         return {"ours": 1e-3, "compile": 2e-3}[p] * batch**0.9 * (size / 224) ** 2.2 * (depth / 12) ** 0.8
 
@@ -224,12 +197,12 @@ def test_scaling_points_and_exponents(plots: ModuleType, row: Callable) -> None:
         for ax, k, n in zip(axes, ("0.90", "1.10", "0.80"), sizes, strict=True):
             labels = {text.get_text() for text in ax.get_legend().get_texts()}
             assert labels == {f"ours: k = {k}", f"torch.compile: k = {k}"}
-            (ours,) = (line for line in ax.lines if line.get_gid() == "ours")
+            (ours,) = lines(ax, "ours")
             assert list(ours.get_xdata()) == n
         # one millisecond at the smallest batch and image
         batch = axes[0].lines[0].get_ydata()
         assert list(batch) == pytest.approx([b**0.9 for b in sizes[0]])
-        depth = next(line for line in axes[2].lines if line.get_gid() == "ours").get_ydata()
+        depth = lines(axes[2], "ours")[0].get_ydata()
         assert list(depth) == pytest.approx([(1 if relative else 8**0.9) * m**0.8 for m in (1, 2, 3)])
     with pytest.raises(plots.MissingRowsError, match="blocks"):
         plots.scaling([r for r in rows if r.model == "poolformer_s12"])
@@ -244,32 +217,18 @@ def write(path: Path, rows: list, drop: tuple[str, ...] = (), **changes: str) ->
         writer.writerows(lines)
 
 
-def test_rows_survive_the_file(plots: ModuleType, row: Callable, tmp_path: Path) -> None:
-    from poolformer_kernels.benchmarks.rows import read_results
-
-    rows = [row(0.25, img_per_s=32.0), row(provider="copy", gb_per_s=3.5)]
-    write(tmp_path / "a.csv", rows)
-    assert read_results(tmp_path) == rows
-
-
-def test_files_from_before_the_state_was_known_are_read(
-    plots: ModuleType, row: Callable, tmp_path: Path
-) -> None:
-    from poolformer_kernels.benchmarks.rows import read_results
-
-    rows = [row(0.25), row(0.5, provider="eager")]
-    write(tmp_path / "old.csv", rows, drop=("rate_tflops", "state"))
+def test_rows_survive_the_file_and_those_from_before_the_state_was_known_are_read(tmp_path: Path) -> None:
+    old = [row(0.25), row(0.5, provider="eager")]
+    write(tmp_path / "old.csv", old, drop=("rate_tflops", "state"))
     assert "state" not in (tmp_path / "old.csv").read_text()
-    newer = [row(0.25, rate_tflops=1.5, state="throttled")]
-    write(tmp_path / "young.csv", newer)
-    assert read_results(tmp_path) == rows + newer
+    young = [row(img_per_s=32.0, rate_tflops=1.5, state="throttled"), row(provider="copy", gb_per_s=3.5)]
+    write(tmp_path / "young.csv", young)
+    assert read_results(tmp_path) == old + young
     assert plots.main(["--results", str(tmp_path)]) == 0
 
 
-def test_files_of_one_run_and_of_the_next_are_the_same(
-    plots: ModuleType, model_rows: list, tmp_path: Path, capsys
-) -> None:
-    write(tmp_path / "model.csv", model_rows)
+def test_files_of_one_run_and_of_the_next_are_the_same(tmp_path: Path, capsys) -> None:
+    write(tmp_path / "model.csv", model_rows())
     command = ["--results", str(tmp_path), "--dtype", "float32", "--relative", "--out"]
     for out in ("first", "second"):
         assert plots.main([*command, str(tmp_path / out)]) == 0
@@ -280,11 +239,8 @@ def test_files_of_one_run_and_of_the_next_are_the_same(
     assert "dc:date" not in (tmp_path / "first" / "throughput_relative.svg").read_text()
     skipped = capsys.readouterr().err.splitlines()
     assert skipped[0] == "plots: stages_float32 skipped: no rows with benchmark block, direction forward"
-    assert [line.split()[1] for line in skipped[:3]] == [
-        "stages_float32",
-        "roofline_float32",
-        "scaling_float32",
-    ]
+    expected = [f"{name}_float32" for name in ("stages", "roofline", "scaling")]
+    assert [line.split()[1] for line in skipped[:3]] == expected
 
 
 @pytest.mark.parametrize(
@@ -301,9 +257,7 @@ def test_files_of_one_run_and_of_the_next_are_the_same(
         ),
     ],
 )
-def test_what_cannot_be_read_is_one_line(
-    plots: ModuleType, row: Callable, tmp_path: Path, capsys, changes: dict, message: str
-) -> None:
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, capsys, changes: dict, message: str) -> None:
     write(tmp_path / "model.csv", [row(), row()], **changes)
     assert plots.main(["--results", str(tmp_path), "--dtype", "float64"]) == 2
     error = capsys.readouterr().err
@@ -312,6 +266,6 @@ def test_what_cannot_be_read_is_one_line(
     assert not (tmp_path / "plots").exists()
 
 
-def test_a_folder_without_rows_is_an_error(plots: ModuleType, tmp_path: Path, capsys) -> None:
+def test_a_folder_without_rows_is_an_error(tmp_path: Path, capsys) -> None:
     assert plots.main(["--results", str(tmp_path)]) == 2
     assert "no CSV file" in capsys.readouterr().err
