@@ -12,6 +12,7 @@ from support.problems import BACKENDS
 from support.sandbox import Sandbox
 
 import poolformer_kernels as pk
+from poolformer_kernels.cli.main import load_benchmarks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +82,15 @@ def kernels() -> Iterator[str]:
 
 @pytest.fixture
 def sandbox(monkeypatch, tmp_path, capsys) -> Iterator[Sandbox]:
-    """For benchmarks and examples: files go to the test's folder, the number of threads is put back."""
+    """For benchmarks and examples: they write in the test's folder and leave this process as it was.
+
+    A benchmark does not restart it for a warm heap.
+    """
+    load_benchmarks()
+    from poolformer_kernels.benchmarks.harness import WARM_HEAP
+
+    for name, value in WARM_HEAP.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield Sandbox(tmp_path, capsys)

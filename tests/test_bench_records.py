@@ -172,6 +172,7 @@ def test_operators_without_ours_are_measured_all_the_same(name, small, sandbox, 
             marks=pytest.mark.long,
         ),
     ],
+    ids=OPTIONS,
 )
 def test_operators(name, forward, backward, small, sandbox) -> None:
     small(name)

@@ -141,7 +141,7 @@ def test_ctrl_c_before_the_first_row_leaves_no_file(tmp_path) -> None:
     assert list(tmp_path.rglob("*.*")) == []
 
 
-def test_ctrl_c_keeps_the_rows_of_the_cases_before(tmp_path, monkeypatch, capsys, benchmark_process) -> None:
+def test_ctrl_c_keeps_the_rows_of_the_cases_before(tmp_path, monkeypatch, capsys, sandbox) -> None:
     from poolformer_kernels.benchmarks import bench_mlp
 
     measured, real = [], bench_mlp.measure
@@ -166,7 +166,7 @@ def test_ctrl_c_keeps_the_rows_of_the_cases_before(tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.csv"]
 
 
-def test_rows_of_a_full_disk_are_whole_cases(tmp_path, benchmark_process) -> None:
+def test_rows_of_a_full_disk_are_whole_cases(tmp_path, sandbox) -> None:
     from poolformer_kernels.benchmarks.rows import Results, Row
 
     values = dict.fromkeys(Row.__dataclass_fields__, "x") | {"batch": 8}

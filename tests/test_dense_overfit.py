@@ -86,6 +86,7 @@ def learn(model: torch.nn.Module, steps: int, loss_of, rate: float) -> None:
 @pytest.mark.parametrize(
     ("head", "steps", "rate", "overlaps"),
     [("retinanet", 80, 1e-3, [box_overlap]), ("mask_rcnn", 50, 5e-4, [box_overlap, mask_overlap])],
+    ids=["retinanet", "mask_rcnn"],
 )
 def test_detectors_learn_two_images(head, steps, rate, overlaps):
     torch.manual_seed(0)

@@ -184,13 +184,11 @@ def test_scaling_points_and_exponents() -> None:
 
     cases = {(batch, 224, 12) for batch in (1, 2, 4, 8)} | {(1, size, 12) for size in (224, 512, 1024)}
     cases |= {(8, 224, depth) for depth in (12, 24, 36)}
-    rows = [
-        row(time(p, *case), benchmark="scaling", provider=p, batch=case[0])
-        for p in ("ours", "compile")
-        for case in sorted(cases)
-    ]
-    for i, (_, size, depth) in enumerate(sorted(cases) * 2):
-        rows[i] = replace(rows[i], shape=f"3x{size}x{size}", model=f"poolformer_s{depth}")
+    rows = []
+    for p in ("ours", "compile"):
+        for batch, size, depth in sorted(cases):
+            model = {"model": f"poolformer_s{depth}", "shape": f"3x{size}x{size}", "batch": batch}
+            rows.append(row(time(p, batch, size, depth), benchmark="scaling", provider=p, **model))
     sizes = ([1, 2, 4, 8], [224**2, 512**2, 1024**2], [12, 24, 36])
     for relative in (False, True):
         axes = plots.scaling(rows, relative).axes

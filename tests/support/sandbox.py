@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from poolformer_kernels.cli.extras import NEEDS
-from poolformer_kernels.cli.main import load_benchmarks, main
+from poolformer_kernels.cli.main import main
 from support.peers import require
 
 
@@ -51,20 +51,14 @@ class Sandbox:
     capture: pytest.CaptureFixture[str]
 
     def bench(self, name: str, *arguments: str, code: int = 0) -> Ran:
-        """A benchmark in this process, which it does not restart; a skip without the packages it needs."""
+        """A benchmark in this process; a skip without the packages that it needs."""
         for package in NEEDS[f"bench {name}"][1]:
             require(package)
-        load_benchmarks()
-        from poolformer_kernels.benchmarks.harness import WARM_HEAP
-
         file = self.folder / f"{name}.csv"
         device = [] if name in ("host", "loop") else ["--device", "cpu"]
         quick = ["--threads", "1", "--rounds", "2", "--csv", str(file)]
         self.capture.readouterr()
-        with pytest.MonkeyPatch.context() as patch:
-            for variable, value in WARM_HEAP.items():
-                patch.setenv(variable, value)
-            found = main(["bench", name, *device, *quick, *arguments])
+        found = main(["bench", name, *device, *quick, *arguments])
         ran = Ran(*self.capture.readouterr(), file)
         assert found == code, ran.out + ran.err
         return ran
@@ -72,11 +66,10 @@ class Sandbox:
     def refusal(self, name: str, *arguments: str) -> str:
         """The one line of a benchmark that cannot meet its request."""
         ran = self.bench(name, *arguments, code=2)
-        start, end = "poolformer-kernels: error: ", "\n"
+        (line,) = ran.err.splitlines()
         assert ran.out == ""
-        assert ran.err.startswith(start)
-        assert ran.err.index(end) == len(ran.err) - 1
-        return ran.err[len(start) : -1]
+        assert line.startswith("poolformer-kernels: error: ")
+        return line.removeprefix("poolformer-kernels: error: ")
 
     def python(self, *command: str, code: int = 0, **environment: str) -> str:
         """What a process prints. It starts where the source tree is not found by chance."""
