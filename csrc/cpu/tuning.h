@@ -93,6 +93,9 @@ constexpr int64_t kGrainHidden = 4096;
 // output's products that are transposed at a time.
 constexpr int64_t kInputChannels = 64, kOutputChannels = 32, kTransposedHidden = 256;
 
+// Hidden channels in a partial sum of dgamma and dbeta: one running sum over thousands would lose a digit.
+constexpr int64_t kSummedHidden = 64;
+
 // ---- the MLP's backward with tokens as rows (mlp/rows_backward_params.h): `poolformer-kernels bench training`
 
 // Most input channels and fewest tokens with which it is taken.

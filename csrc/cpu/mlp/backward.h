@@ -337,21 +337,29 @@ void input_channels(const MlpBackwardParams& p, int64_t c, int64_t n) {
   constexpr int kVecs = kInputChannels / kLanes;
   const int64_t wide = rounded_up(p.channels, kLanes);
   vf dgamma[kVecs] = {}, dbeta[kVecs] = {};
-  for (int64_t j = 0; j < p.hidden; ++j) {
-    const vf db1 = splat(p.db1[j]);
-    const float* row = p.x_dh + j * wide + c;
-    const W* weights = static_cast<const W*>(p.w1.data) + j * p.w1.step + c;
-    W* out = static_cast<W*>(p.dw1) + j * p.channels + c;
-    for (int v = 0; v < kVecs && v * kLanes < n; ++v) {
-      const int64_t at = v * kLanes, left = n - at;
-      const vf m = load(row + at), value = m * load(p.gamma + c + at) + db1 * load(p.beta + c + at);
-      const vf w = left >= kLanes ? load(weights + at) : load(weights + at, left);
-      dgamma[v] += w * m;
-      dbeta[v] += w * db1;
-      if (left >= kLanes)
-        store(out + at, value);
-      else
-        store(out + at, value, left);
+  for (int64_t first = 0; first < p.hidden; first += kSummedHidden) {
+    const int64_t last = first + kSummedHidden < p.hidden ? first + kSummedHidden : p.hidden;
+    vf dgamma_part[kVecs] = {}, dbeta_part[kVecs] = {};
+    for (int64_t j = first; j < last; ++j) {
+      const vf db1 = splat(p.db1[j]);
+      const float* row = p.x_dh + j * wide + c;
+      const W* weights = static_cast<const W*>(p.w1.data) + j * p.w1.step + c;
+      W* out = static_cast<W*>(p.dw1) + j * p.channels + c;
+      for (int v = 0; v < kVecs && v * kLanes < n; ++v) {
+        const int64_t at = v * kLanes, left = n - at;
+        const vf m = load(row + at), value = m * load(p.gamma + c + at) + db1 * load(p.beta + c + at);
+        const vf w = left >= kLanes ? load(weights + at) : load(weights + at, left);
+        dgamma_part[v] += w * m;
+        dbeta_part[v] += w * db1;
+        if (left >= kLanes)
+          store(out + at, value);
+        else
+          store(out + at, value, left);
+      }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      dgamma[v] += dgamma_part[v];
+      dbeta[v] += dbeta_part[v];
     }
   }
   for (int v = 0; v < kVecs && v * kLanes < n; ++v) {
