@@ -22,6 +22,7 @@ from poolformer_kernels.backends import cpp
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "contract"
 FILES = ("pool_mixer", "pool_mixer_checks", "mlp", "mlp_numerics", "mlp_autograd", "mlp_checks")
+RANDOM = "properties"  # on one target of each implementation
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
 
@@ -46,8 +47,8 @@ def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **
     summary = r"\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in .*"
     assert re.fullmatch(summary, lines[-1].strip("= ")), done.stdout[-2000:]
     for line in lines:
-        if line.startswith("not run on "):
-            record_property("not_run", line)
+        if line.startswith(("not run on ", "random problems on ")):
+            record_property("shown", line)
 
 
 def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
@@ -63,6 +64,8 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
             found.append(pytest.param(name, file, "not long", marks=marks))
             if target.short != target.whole and not python_only:
                 found.append(pytest.param(name, file, "long and not large", marks=[pytest.mark.long]))
+        if name in ("interpreter", "executor"):
+            found.append(pytest.param(name, RANDOM, "long", marks=[pytest.mark.long]))
     return found
 
 

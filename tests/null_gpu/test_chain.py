@@ -91,6 +91,7 @@ def test_a_replay_launches_what_the_layers_do(backend, head, x) -> None:
     assert_replays(small(head=head), x)
 
 
+@pytest.mark.long
 def test_whole_s12(backend) -> None:
     model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()
     assert_replays(model, images(2, 3, 224, 224, dtype=torch.bfloat16))

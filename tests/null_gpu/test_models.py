@@ -12,7 +12,7 @@ import poolformer_kernels as pk
 from .counts import AT_256, INFERENCE, OTHERS, TRAINING
 from .null_gpu import Launch, graph_launches, recorded, take_complaints
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.long]  # it compiles all kernels of a whole model
 
 
 @pytest.fixture(params=["triton", "cuda"])
