@@ -1,9 +1,9 @@
 """The GPU check's summary: ratios to the fastest peer and fractions of the limits, from known CSV files."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -45,35 +45,30 @@ def case(benchmark: str, times: dict[str, tuple[float, float]], **other: str) ->
     return rows
 
 
-def write(path: Path, *cases: list[dict[str, str]]) -> None:
+@pytest.fixture
+def summary_of(gpu_summary, tmp_path) -> Callable[..., list[str]]:
+    """The lines of the summary of ``benchmark=[case, ...]``, a file each, empty without cases."""
     from poolformer_kernels.benchmarks.rows import RecordedRow
 
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(RecordedRow)], restval="")
-        writer.writeheader()
-        writer.writerows(row for rows in cases for row in rows)
+    def summarise(**benchmarks: list) -> list[str]:
+        for name, cases in benchmarks.items():
+            with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, [column.name for column in fields(RecordedRow)], restval="")
+                if cases:
+                    writer.writeheader()
+                writer.writerows(row for rows in cases for row in rows)
+        assert gpu_summary.main(["--results", str(tmp_path)]) == 0
+        return (tmp_path / "summary.md").read_text(encoding="utf-8").splitlines()
+
+    return summarise
 
 
-def lines_of(gpu_summary: ModuleType, folder: Path) -> list[str]:
-    assert gpu_summary.main(["--results", str(folder)]) == 0
-    return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
-
-
-def test_backends_stand_beside_the_fastest_peer(gpu_summary, tmp_path) -> None:
+def test_backends_stand_beside_the_fastest_peer(summary_of) -> None:
     mixer = {"ours": (2e-4, 0.8), "ours given": (1e-4, 0.9), "eager": (1.6e-3, 0.1), "compile": (5e-4, 0.32)}
-    write(
-        tmp_path / "pool_mixer.csv",
-        case("pool_mixer", mixer),
-        case("pool_mixer", mixer | {"compile": (2e-3, 0.08)}, layout="NCHW"),
-    )
-    mlp = {
-        "ours cuda": (1e-3, 0.5),
-        "ours triton": (2e-3, 0.25),
-        "eager": (3e-3, 0.2),
-        "eager linear": (5e-4, 1),
-    }
-    write(tmp_path / "mlp.csv", case("mlp", mlp))
-    lines = lines_of(gpu_summary, tmp_path)
+    nchw = case("pool_mixer", mixer | {"compile": (2e-3, 0.08)}, layout="NCHW")
+    mlp = {"ours cuda": (1e-3, 0.5), "ours triton": (2e-3, 0.25), "eager": (3e-3, 0.2)}
+    mlp["eager linear"] = (5e-4, 1)
+    lines = summary_of(pool_mixer=[case("pool_mixer", mixer), nchw], mlp=[case("mlp", mlp)])
     assert lines[0] == "# NVIDIA H200"
     at = lines.index("## Token mixer sub-block")
     assert lines[at + 2].startswith("commit abc1234, torch 2.11.0. ")
@@ -94,12 +89,11 @@ def test_backends_stand_beside_the_fastest_peer(gpu_summary, tmp_path) -> None:
     assert lines[lines.index("## Whole model") + 2] == "Not measured."
 
 
-def test_missing_providers_noise_and_a_peer_fed_another_layout(gpu_summary, tmp_path) -> None:
+def test_missing_providers_noise_and_a_peer_fed_another_layout(summary_of) -> None:
     first = case("block", {"ours": (1e-3, 0.5), "eager": (2e-3, 0.25)}, stage="")
     first[1]["layout"] = "NCHW"  # what eager NCHW is fed; the case stays one
     first[0]["p80_s"] = "0.0025"
-    write(tmp_path / "block.csv", first, case("block", {"ours": (5e-4, 0.125)}, stage="head"))
-    lines = lines_of(gpu_summary, tmp_path)
+    lines = summary_of(block=[first, case("block", {"ours": (5e-4, 0.125)}, stage="head")])
     at = lines.index("| stage | fastest peer | ours | copy GB/s | matmul TFLOP/s |")
     assert lines[at + 2 : at + 4] == [
         "| one block | eager, 2 ms, 25% | ~2.00×, 50% | 4,300 | 790 |",
@@ -107,7 +101,7 @@ def test_missing_providers_noise_and_a_peer_fed_another_layout(gpu_summary, tmp_
     ]
 
 
-def test_images_per_second_beside_eager_and_compile(gpu_summary, tmp_path) -> None:
+def test_images_per_second_beside_eager_and_compile(summary_of) -> None:
     def model(times: dict[str, float], **other: str) -> list[dict[str, str]]:
         rows = case("model", {name: (seconds, 0.5) for name, seconds in times.items()}, stage="", **other)
         for row in rows[:-2]:
@@ -115,12 +109,10 @@ def test_images_per_second_beside_eager_and_compile(gpu_summary, tmp_path) -> No
         return rows
 
     first = model({"ours triton": 4e-3, "ours cuda graphed": 2e-3, "eager": 2e-2, "compile": 8e-3})
-    write(tmp_path / "model.csv", first, model({"ours triton": 1e-3, "eager": 5e-3}, batch="1"))
+    one = model({"ours triton": 1e-3, "eager": 5e-3}, batch="1")
     step = case("training", {"ours": (1e-2, 0.5)}, direction="step")
     step[0]["img_per_s"] = "25600"
-    write(tmp_path / "training.csv", step)
-    (tmp_path / "mlp.csv").touch()  # of a benchmark that was stopped before its first row
-    lines = lines_of(gpu_summary, tmp_path)
+    lines = summary_of(model=[first, one], training=[step], mlp=[])  # it was stopped before its first row
     at = lines.index("## Images per second")
     assert lines[at + 2 : at + 11] == [
         "| model | dtype | batch | provider | img/s | times eager | times compile |",
@@ -135,14 +127,12 @@ def test_images_per_second_beside_eager_and_compile(gpu_summary, tmp_path) -> No
     ]
 
 
-def test_the_kernels_are_listed(gpu_summary, tmp_path, monkeypatch) -> None:
+def test_the_kernels_are_listed(gpu_summary, summary_of, monkeypatch) -> None:
     from poolformer_kernels.cli.kernels import Kernel
 
-    monkeypatch.setattr(
-        gpu_summary, "kernels", lambda: [Kernel("f<bf16>", "sm_90a", 59, 0, 0, 32, 0, 256, 4)]
-    )
-    write(tmp_path / "mlp.csv", case("mlp", {"ours": (1e-3, 0.5), "eager": (2e-3, 0.25)}))
-    lines = lines_of(gpu_summary, tmp_path)
+    kernel = Kernel("f<bf16>", "sm_90a", 59, 0, 0, 32, 0, 256, 4)
+    monkeypatch.setattr(gpu_summary, "kernels", lambda: [kernel])
+    lines = summary_of(mlp=[case("mlp", {"ours": (1e-3, 0.5), "eager": (2e-3, 0.25)})])
     at = lines.index("## CUDA kernels")
     assert lines[at + 7].split() == ["f<bf16>", "sm_90a", "59", "0/0", "32", "0", "256", "4", "32/64"]
 

@@ -89,30 +89,21 @@ def test_a_poolformer(stand_in):
             assert (y - captured).abs().max() > 1e-3
 
 
+ZEROS = torch.zeros(2, 3, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
         ([1], TypeError, "x must be a tensor, got list"),
-        (
-            torch.zeros(2, 3, 8, 8, dtype=torch.float64),
-            TypeError,
-            "captured dtype torch.float32, got torch.f",
-        ),
-        (
-            torch.zeros(1, 3, 8, 8),
-            ValueError,
-            r"captured shape \[2, 3, 8, 8\], got \[1, 3, 8, 8\]; graphed\(",
-        ),
+        (ZEROS.double(), TypeError, "captured dtype torch.float32, got torch.float64"),
+        (ZEROS[:1], ValueError, r"captured shape \[2, 3, 8, 8\], got \[1, 3, 8, 8\]; graphed\("),
         (torch.zeros(2, 3, 8, 9), ValueError, r"captured shape \[2, 3, 8, 8\], got \[2, 3, 8, 9\]"),
-        (
-            torch.zeros(2, 3, 8, 8, device="meta"),
-            ValueError,
-            "x must be on the captured device cpu, got meta",
-        ),
+        (ZEROS.to("meta"), ValueError, "x must be on the captured device cpu, got meta"),
     ],
 )
 def test_another_input_is_refused_and_changes_nothing(stand_in, x, error, message):
-    g = GraphedModel(Net().eval(), torch.ones(2, 3, 8, 8))
+    g = GraphedModel(Net().eval(), torch.ones_like(ZEROS))
     before = g._input.clone()
     with pytest.raises(error, match=message):
         g(x)
@@ -154,21 +145,19 @@ def test_without_a_cuda_device():
         graphed(never(), torch.zeros(1))
 
 
+ON_META = {
+    "fc": nn.Linear(2, 2, device="meta").eval(),
+    "bn": nn.BatchNorm2d(2, affine=False, device="meta").eval(),
+}
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
         (never(), torch.zeros(1), "example must be a CUDA tensor, got one on cpu"),
         (never(), torch.zeros(0, 3), r"example must not be empty, got shape \[0, 3\]"),
-        (
-            never(fc=nn.Linear(2, 2, device="meta").eval()),
-            torch.zeros(1),
-            "example's device cpu, but fc.weight is on m",
-        ),
-        (
-            never(bn=nn.BatchNorm2d(2, affine=False, device="meta").eval()),
-            torch.zeros(1),
-            "bn.running_mean is on",
-        ),
+        (never(fc=ON_META["fc"]), torch.zeros(1), "example's device cpu, but fc.weight is on m"),
+        (never(bn=ON_META["bn"]), torch.zeros(1), "bn.running_mean is on"),
     ],
 )
 def test_tensors_on_the_wrong_device(monkeypatch, model, example, message):

@@ -1,8 +1,6 @@
 """The private parts of PyTorch that the package uses are there, and do what they are used for."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,11 +55,6 @@ def test_below_autograd_nothing_is_recorded():
 def test_constant_result_is_what_the_compiler_marks():
     ours, theirs = private.constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
     assert vars(ours) == vars(theirs) != {}
-
-
-def test_the_package_does_not_import_the_compiler():
-    code = "import sys, poolformer_kernels; print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.fixture

@@ -2,10 +2,33 @@
 
 import fcntl
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(*words: str, cwd: Path | str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """A Python of its own, with these variables besides this one's."""
+    env = os.environ | environment
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def run_pytest(*arguments: str, **environment: str) -> dict[str, int]:
+    """How many tests were ``passed``, ``skipped``, ``deselected`` in a process of their own; none fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, env=inherited | environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|deselected)", summary)}
+    assert counts.get("passed"), done.stdout[-2000:]
+    return counts
 
 
 def tiers(folder: Path) -> list:
