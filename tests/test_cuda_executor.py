@@ -3,14 +3,11 @@
 Every test there passes, or the one here fails and shows the output.
 """
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.processes import executor_library, tiers
+from contract.executor import VARIABLE
+from support.processes import executor_library, run_pytest, tiers
 
 FOLDER = Path(__file__).parent / "cuda_executor"
 
@@ -22,18 +19,5 @@ def library(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))
 def test_in_the_executor(name, cases, library) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    env = os.environ | {"POOLFORMER_KERNELS_TEST_EXECUTOR": str(library)}
-    env.pop("PYTEST_ADDOPTS", None)
-    inner = subprocess.run(
-        [*command, "-m", cases, str(FOLDER / name)],
-        env=env,
-        cwd=FOLDER.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    summary = inner.stdout.strip().splitlines()[-1:] or [""]
-    assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
-    assert re.fullmatch(r"\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in .*", summary[0].strip("= ")), (
-        inner.stdout[-2000:]
-    )
+    arguments = ("-p", "no:xdist", "-m", cases, str(FOLDER / name))
+    assert "skipped" not in run_pytest(*arguments, **{VARIABLE: str(library)})

@@ -3,27 +3,26 @@
 import ctypes
 import os
 from collections.abc import Iterator
+from functools import cache
+
+import torch
 
 from poolformer_kernels.backends import cuda
 from poolformer_kernels.ops import dispatch
 
 VARIABLE = "POOLFORMER_KERNELS_TEST_EXECUTOR"  # the library that tests/cuda_executor/build.py made
-_loaded: list[ctypes.CDLL] = []
 
 
+@cache
 def library() -> ctypes.CDLL:
     """The executor's own functions; from the first call on the "cuda" backend computes CPU tensors."""
-    if not _loaded:
-        import torch
-
-        path = os.environ[VARIABLE]
-        torch.ops.load_library(path)
-        cuda.UNAVAILABLE = None
-        cuda._unavailable = lambda device: None
-        cuda.DEVICES = ("cuda", "cpu")
-        dispatch._SELECTED.clear()
-        _loaded.append(ctypes.CDLL(path))
-    return _loaded[0]
+    path = os.environ[VARIABLE]
+    torch.ops.load_library(path)
+    cuda.UNAVAILABLE = None
+    cuda._unavailable = lambda device: None
+    cuda.DEVICES = ("cuda", "cpu")
+    dispatch._SELECTED.clear()
+    return ctypes.CDLL(path)
 
 
 def orders() -> Iterator[None]:

@@ -5,20 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-g",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-Wno-unknown-pragmas",
-]
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-Wno-unknown-pragmas"]
 ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]  # this processor would let it pass
 DEFINES = ["-DPK_EXECUTOR", "-DPK_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -50,10 +42,3 @@ def build(
     libraries = [*folders, "-lc10", "-ltorch_cpu", "-ltorch"] if with_torch else []
     subprocess.run(["g++", "-shared", *ALIGNMENT, "-o", str(target), *objects, *libraries], check=True)
     return target
-
-
-def load(library: Path) -> None:
-    """Registers the kernels for CPU tensors."""
-    import poolformer_kernels  # noqa: F401  (the schemas come first)
-
-    torch.ops.load_library(str(library))

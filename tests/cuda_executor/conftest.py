@@ -2,51 +2,35 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from contract import executor
 
 import poolformer_kernels as pk
-from poolformer_kernels.backends import cuda
-from poolformer_kernels.ops import dispatch as selection
+from poolformer_kernels.ops import dispatch
 
-LIBRARY = os.environ.get("POOLFORMER_KERNELS_TEST_EXECUTOR")
-if LIBRARY is None:
-    collect_ignore_glob = ["*"]
+if executor.VARIABLE in os.environ:
+    executor.library()
 else:
-    from .build import load
-
-    load(Path(LIBRARY))
+    collect_ignore_glob = ["*"]
 
 
 @pytest.fixture(scope="session")
 def executor_library() -> ctypes.CDLL:
     """The executor's own functions."""
-    return ctypes.CDLL(LIBRARY)
+    return executor.library()
 
 
 @pytest.fixture
-def other_orders(executor_library) -> Callable[[], Iterator[None]]:
-    """For each order of a block's threads but the usual one: ``for _ in other_orders(): ...``."""
-
-    def orders() -> Iterator[None]:
-        try:
-            for order in (1, 2, 3):  # descending; warp by warp; both
-                executor_library.executor_order(order)
-                yield
-        finally:
-            executor_library.executor_order(0)
-
-    return orders
+def device() -> str:
+    """Of the kernels' tensors."""
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)
-def executor(monkeypatch) -> Iterator[None]:
-    """The "cuda" backend computes CPU tensors."""
-    monkeypatch.setattr(cuda, "UNAVAILABLE", None)
-    monkeypatch.setattr(cuda, "_unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(selection, "_SELECTED", {})
+def cuda(monkeypatch) -> Iterator[None]:
+    """The "cuda" backend computes, and a test that takes Triton away decides anew."""
+    monkeypatch.setattr(dispatch, "_SELECTED", {})
     with pk.use_backend("cuda"):
         yield

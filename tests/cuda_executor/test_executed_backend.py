@@ -135,16 +135,14 @@ def test_a_stage_with_its_gradients(dtype, layout) -> None:
     x = (torch.randn(2, 64, 9, 10) - 0.7).to(dtype).contiguous(memory_format=layout)
     grad = torch.randn_like(x)
 
-    def values(module, backend, *tensors):
-        module = copy.deepcopy(module)
-        x, grad = (t.clone().to(next(module.parameters()).dtype) for t in tensors)
+    def values(backend, dtype):
+        module, leaf = copy.deepcopy(stage).to(dtype), x.to(dtype, copy=True).requires_grad_()
         with pk.use_backend(backend):
-            y = module(x.requires_grad_())
-            y.backward(grad)
-        return {"y": y.detach(), "dx": x.grad} | {name: p.grad for name, p in module.named_parameters()}
+            y = module(leaf)
+            y.backward(grad.to(dtype))
+        return {"y": y.detach(), "dx": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
 
-    ours, eager = values(stage, "cuda", x, grad), values(stage, "reference", x, grad)
-    exact = values(copy.deepcopy(stage).double(), "reference", x.double(), grad.double())
+    ours, eager, exact = values("cuda", dtype), values("reference", dtype), values("reference", torch.double)
     for name, value in ours.items():
         if name.endswith("norm1.bias"):  # exactly zero, and rounding noise in eager
             assert torch.equal(value, torch.zeros_like(value))

@@ -4,15 +4,10 @@ import pytest
 import torch
 from support.layouts import as_layout
 from support.mlp import NAMES, make_grad, make_inputs, truth
+from support.mlp_operator import statistics
 
 BF16 = torch.bfloat16
 backward = torch.ops.poolformer_kernels.mlp_cuda_backward
-
-
-def statistics(x, eps: float = 1e-5):
-    mean = x.double().mean((1, 2, 3), keepdim=True)
-    var = (x.double() - mean).square().mean((1, 2, 3))
-    return torch.stack([mean.flatten(), (var + eps).rsqrt()], 1).float()
 
 
 def problem(shape, **options):

@@ -1,12 +1,11 @@
 """The executor's own checks: what instructions compute, and that a mistake ends the process."""
 
 import ctypes
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import run_python
 
 from .build import FOLDER, build
 
@@ -101,15 +100,15 @@ def test_bulk_copy(probes) -> None:
     ],
 )
 def test_a_mistake_ends_the_process(file, name, mistake, message) -> None:
-    command = [sys.executable, "-c", MISTAKE, str(file), name, mistake]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", MISTAKE, str(file), name, mistake)
     assert done.returncode == -6, done.stderr
     assert message in done.stderr
 
 
 def test_no_mistake_ends_the_process(file) -> None:
     for name in ("wgmma", "copy"):
-        subprocess.run([sys.executable, "-c", MISTAKE, str(file), name, ""], check=True)
+        done = run_python("-c", MISTAKE, str(file), name, "")
+        assert done.returncode == 0, done.stderr
 
 
 def test_static_shared_memory_does_not_outlive_its_block(probes) -> None:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from support.interpreter import hasten
 
 import poolformer_kernels as pk
@@ -21,10 +20,4 @@ def quick() -> None:
 @pytest.fixture(autouse=True)
 def triton() -> Iterator[None]:
     with pk.use_backend("triton"):
-        yield
-
-
-@pytest.fixture
-def no_graph() -> Iterator[None]:
-    with torch.no_grad():
         yield

@@ -1,75 +1,35 @@
-"""The Triton MLP's backward, called without the forward: casts, workspaces, chunks of samples, splits."""
+"""The Triton MLP's backward: workspaces, chunks of samples, splits of the tokens."""
 
 import pytest
 import torch
+from contract import check as contract
+from contract.targets import TARGETS
+from support import mlp as problems
 from support.layouts import as_layout
-from support.mlp import NAMES, WEIGHTS, eager, make_grad, make_inputs, truth, ulps_of
+from support.mlp import NAMES, make_grad, make_inputs
+from support.mlp_operator import exact_hidden, statistics
 from support.problems import randn
-from support.rule import assert_close_to_fp64, assert_same, run
+from support.rule import assert_close_to_fp64, assert_same
 
 from poolformer_kernels.backends.triton.mlp import backward, backward_finish, backward_gemm, chunks, config
-from poolformer_kernels.layout import memory_format_of
+from poolformer_kernels.ops import mlp
 
 pytestmark = pytest.mark.sampled(4)
 
 KINDS = ((torch.float32, "nchw"), (torch.bfloat16, "channels_last"), (torch.float16, "nchw"))
-FUSED, GEMM = ((3, 17, 5, 7), 40), ((3, 132, 2, 3), 20)  # (shape of x, hidden) of either form
 
 
-def statistics(x, eps: float = 1e-5):
-    var, mean = torch.var_mean(x.double(), (1, 2, 3), correction=0)
-    return torch.stack([mean, (var + eps).rsqrt()], 1).float()
+def check(inputs, layout="nchw", **given) -> None:
+    contract.check(TARGETS["interpreter"], problems, mlp, inputs, layout=layout, given=given, residual=True)
 
 
-def fc1(inputs):
-    """fc1's output as the forward saves it."""
-    d = {name: t.double() for name, t in inputs.items()}
-    n = torch.group_norm(d["x"].contiguous(), 1, d["norm_weight"], d["norm_bias"], 1e-5)
-    h = n.flatten(2).transpose(1, 2) @ d["w1"].flatten(1).T + d["b1"]
-    return h.flatten().to(operand_of(inputs))
-
-
-def operand_of(inputs) -> torch.dtype:
-    return inputs["w1" if inputs["x"].dtype == torch.float32 else "x"].dtype
-
-
-def gradients(inputs, grad, *, residual=False, save_hidden=False, operand=None):
-    x, *given = (inputs[name] for name in NAMES)
-    saved = fc1(inputs) if save_hidden else None
-    options = ("gelu", True, residual, True, True, operand or operand_of(inputs), False)
-    result = backward.backward(grad, x, statistics(x), *given, saved, *options)
-    return {f"d{name}": t for name, t in zip(NAMES, result, strict=True)}
-
-
-def check(inputs, *, save_hidden=False, operand=None, **options):
-    grad = make_grad(inputs)
-    before = {name: t.clone() for name, t in inputs.items()} | {"grad": grad.clone()}
-    actual = gradients(inputs, grad, save_hidden=save_hidden, operand=operand, **options)
-    assert_same({n: grad if n == "grad" else inputs[n] for n in before}, before)  # nothing was written to
-    plain = {name: t.detach().contiguous().clone() for name, t in inputs.items()}
-    if operand is not None:
-        plain |= {name: plain[name].to(operand) for name in WEIGHTS}
-    theirs = run(eager, plain, grad.contiguous(), **options)
-    right = truth(inputs, grad, **options)
-    x = inputs["x"]
-    operands = operand or operand_of(inputs)
-    assert actual["dx"].is_contiguous(memory_format=memory_format_of(x))
-    for name, value in actual.items():
-        source = inputs[name[1:]]
-        assert value.dtype == source.dtype
-        exact, scale = right.values[name], right.scales[name]
-        floor = ulps_of(value.dtype, operands)
-        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=floor, what=name)
-
-
-@pytest.mark.parametrize(("shape", "hidden"), [FUSED, GEMM], ids=["fused", "gemm"])
-def test_weights_that_are_cast(shape, hidden) -> None:
-    """As under autocast: float32 all over, bfloat16 operands, and so float32 gradients of the weights."""
-    inputs = make_inputs(shape, hidden)
-    for name in WEIGHTS:
-        inputs[name] = inputs[name].bfloat16().float()
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
-    check(inputs, residual=True, operand=torch.bfloat16)
+def gradients(inputs, grad, save_hidden=False):
+    """By the backward alone."""
+    x, *parameters = (inputs[name] for name in NAMES)
+    saved = exact_hidden(inputs)[0].flatten().to(x.dtype) if save_hidden else None
+    options = ("gelu", True, True, True, True, x.dtype, False)
+    found = backward.backward(grad, x, statistics(x), *parameters, saved, *options)
+    return dict(zip(NAMES, found, strict=True))
 
 
 def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):
@@ -77,9 +37,8 @@ def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):
     inputs = make_inputs((36, 136, 4, 4), 24, dtype)
     inputs["x"] = as_layout(inputs["x"], layout)
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 9 * 16 * 24)
-    chunk = chunks.divide((36, 16, 136, 136, 24), inputs["w1"].element_size(), 1)
-    assert chunk == (8, 8)
-    token = inputs["w1"].element_size() * (2 * 136 + 2 * 24) + 12
+    assert chunks.divide((36, 16, 136, 136, 24), dtype.itemsize, 1) == (8, 8)
+    token = dtype.itemsize * (2 * 136 + 2 * 24) + 12
 
     def set_workspace(blocks: float) -> None:
         memory = int(config.WORKSPACE_SHARE * blocks * 8 * 16 * token)
@@ -103,7 +62,7 @@ def test_the_workspace_does_not_change_a_bit(dtype, layout, monkeypatch) -> None
     for blocks in (0, 1, 2.5, 4, 5):
         set_workspace(blocks)
         calls.append(0)
-        results.append(gradients(inputs, grad, residual=True, save_hidden=layout == "nchw"))
+        results.append(gradients(inputs, grad, save_hidden=layout == "nchw"))
     assert calls == [5, 5, 3, 2, 1]
     for other in results[1:]:
         assert_same(other, results[0])
@@ -111,9 +70,9 @@ def test_the_workspace_does_not_change_a_bit(dtype, layout, monkeypatch) -> None
 
 @pytest.mark.parametrize(("save_hidden", "layout"), [(False, "channels_last"), (True, "nchw")])
 def test_chunks_of_samples(save_hidden, layout, monkeypatch) -> None:
-    inputs, set_workspace = blocks_of_eight(monkeypatch, torch.bfloat16, layout)
+    inputs, set_workspace = blocks_of_eight(monkeypatch, torch.bfloat16)
     set_workspace(2)
-    check(inputs, residual=True, save_hidden=save_hidden)
+    check(inputs, layout, save_hidden=save_hidden)
 
 
 @pytest.mark.parametrize("shape", [(5, 132, 2, 3), (5, 136, 3, 3)], ids=str)
@@ -121,7 +80,7 @@ def test_blocks_that_start_anywhere(shape, monkeypatch) -> None:
     """Each is a chunk: its rows start at no multiple of 16 bytes, or inside a tile of tokens."""
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 2 * shape[2] * shape[3] * 20)
     assert chunks.divide((5, shape[2] * shape[3], shape[1], shape[1], 20), 2, 2**40) == (2, 2)
-    check(make_inputs(shape, 20, torch.bfloat16), residual=True)
+    check(make_inputs(shape, 20, torch.bfloat16))
 
 
 def test_a_workspace_that_cannot_be_allocated(monkeypatch) -> None:
@@ -129,7 +88,7 @@ def test_a_workspace_that_cannot_be_allocated(monkeypatch) -> None:
     inputs, set_workspace = blocks_of_eight(monkeypatch, torch.bfloat16)
     set_workspace(5)
     grad = make_grad(inputs)
-    expected = gradients(inputs, grad, residual=True)
+    expected = gradients(inputs, grad)
     allocate, asked = backward_gemm.allocate_buffers, []
 
     def limited(problem, launch, tokens):
@@ -140,11 +99,11 @@ def test_a_workspace_that_cannot_be_allocated(monkeypatch) -> None:
 
     monkeypatch.setattr(backward_gemm, "allocate_buffers", limited)
     free = 8
-    assert_same(gradients(inputs, grad, residual=True), expected)
+    assert_same(gradients(inputs, grad), expected)
     assert asked == [36, 24, 16, 8]
     free = 7
     with pytest.raises(torch.OutOfMemoryError):
-        gradients(inputs, grad, residual=True)
+        gradients(inputs, grad)
 
 
 def test_several_splits_of_the_tokens(monkeypatch) -> None:
@@ -153,9 +112,9 @@ def test_several_splits_of_the_tokens(monkeypatch) -> None:
         backward, "backward_launch", lambda *args: backward_launch(*args)._replace(programs=12)
     )
     for dtype in (torch.float32, torch.bfloat16):
-        check(make_inputs((2, 17, 11, 13), 40, dtype), residual=True)
+        check(make_inputs((2, 17, 11, 13), 40, dtype))
     for save_hidden in (False, True):  # float32: two splits of three tiles of 64 tokens
-        check(make_inputs((2, 132, 8, 9), 20), residual=True, save_hidden=save_hidden)
+        check(make_inputs((2, 132, 8, 9), 20), save_hidden=save_hidden)
 
 
 @pytest.mark.parametrize("rows", [1, 256, 1025, 270000])
