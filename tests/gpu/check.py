@@ -10,7 +10,6 @@ skipped. It needs no network and no git. ``--dry`` runs the same on the null GPU
 not looked at and nothing is built.
 """
 
-import argparse
 import importlib.util
 import os
 import re
@@ -21,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from part_runner import GRACE_S, Outcome, Part, Stop, run_part
+from part_runner import GRACE_S, Outcome, Part, Stop, parser_of, run_part
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT))  # before installed packages: one of them may have a folder called benchmarks
@@ -240,9 +239,7 @@ def main(
     argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS, closing: Sequence[Part] = CLOSING
 ) -> int:
     """Run the parts; 0 where all passed or were skipped, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", metavar="DIR", help="default: %(default)s")
     add("--commit", default="", metavar="NAME", help="default: git's, else unknown")

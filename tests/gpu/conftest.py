@@ -12,8 +12,6 @@ import poolformer_kernels as pk
 if not torch.cuda.is_available():
     collect_ignore_glob = ["*"]
 
-_ONLY_CUDA = ("test_cuda", "test_kernels", "test_norm_stats")  # the others without a backend run on `auto`
-
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,7 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             given = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-            item.add_marker(given or ("cuda" if item.path.stem in _ONLY_CUDA else "triton"))
+            on_auto = "cuda" if item.path.stem == "test_cuda" else "triton"  # what the others run on
+            item.add_marker(given or on_auto)
 
 
 @pytest.fixture(params=["triton", "cuda"])

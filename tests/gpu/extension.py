@@ -8,13 +8,13 @@
 where a CUDA backend cannot run, and writes the device's name to DIR/device.txt.
 """
 
-import argparse
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+
+from part_runner import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # where PYTHONPATH has no package
@@ -25,19 +25,13 @@ def own_architecture(capability: tuple[int, int]) -> str:
     return "9.0a" if capability == (9, 0) else "{}.{}".format(*capability)
 
 
-def setup_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("poolformer_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def is_current(arch: str) -> bool:
     """Whether the extension that is here was built for this architecture from these CUDA sources."""
     command = [sys.executable, "-W", "ignore", __file__, "show"]  # a process: a build replaces what is loaded
     found = subprocess.run(command, capture_output=True, text=True)
     digest, *archs = found.stdout.split() or [""]
-    return found.returncode == 0 and digest == setup_script().cuda_digest() and arch in archs
+    wanted = runpy.run_path(str(ROOT / "setup.py"))["cuda_digest"]()
+    return found.returncode == 0 and digest == wanted and arch in archs
 
 
 def show() -> int:
@@ -104,9 +98,7 @@ def check(out: Path | None, dry: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=("build", "check", "show"))
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--dry", action="store_true", help="build nothing, take any architecture")

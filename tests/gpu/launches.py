@@ -6,109 +6,21 @@ A line for each case as it ends, with the kernels that it launched. The cases ru
 kernel that hangs or leaves its memory ends that process, and the next case begins in a new one.
 """
 
-import argparse
 import queue
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+
+from part_runner import parser_of
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # the tests' modules
 sys.path.append(str(HERE.parents[1]))  # the package, where PYTHONPATH has none
 
 SILENT_S = {"cuda": 30, "triton": 60}  # a case that says nothing for so long hangs; Triton compiles
-FORMATS = ("nchw", "channels_last")
-
-# ---- the cases ---------------------------------------------------------------------------------------------
-
-F32, BF16, F16 = "float32", "bfloat16", "float16"
-# (shape, pool size, dtypes). Kernels of the C++ mixer: one element at a time; 8 or 4 channels; along rows 8
-# or 4 at a time; other pools; partials of statistics that are merged beforehand
-MIXERS = {
-    "cuda": (
-        ((2, 17, 13, 29), 3, (F32, BF16, F16)),
-        ((2, 64, 8, 8), 3, (F32, BF16, F16)),
-        ((2, 16, 6, 4), 3, (F32, BF16, F16)),
-        ((2, 16, 7, 9), 5, (F32, BF16, F16)),
-        ((1, 64, 96, 96), 3, (BF16,)),
-    ),
-    "triton": (
-        ((2, 64, 14, 14), 3, (BF16, F32, F16)),
-        ((2, 17, 13, 29), 3, (BF16,)),
-        ((2, 16, 7, 9), 5, (F32,)),
-    ),
-}
-# (x, hidden, activation, whether fc1's output is saved, whether the parameters are float32, dtypes). C++ has
-# halves alone; Triton's kernels are one for narrow streams, a pair for wide ones
-MLPS = {
-    "cuda": tuple(
-        ((3, channels, 9, 7), hidden, *rest, (BF16, F16))
-        for channels, hidden in ((64, 256), (96, 384), (128, 512), (192, 768))
-        for rest in (
-            *(("gelu", False, False), ("gelu", True, False)),
-            *(("relu", False, True), ("gelu", False, True)),
-        )
-    ),
-    "triton": (
-        ((4, 96, 14, 14), 384, "gelu", False, False, (BF16, F32)),
-        ((4, 320, 14, 14), 640, "gelu", False, False, (BF16,)),
-        ((4, 320, 14, 14), 640, "gelu", True, False, (BF16,)),
-        ((3, 17, 13, 29), 70, "relu", False, True, (F16,)),
-    ),
-}
-
-
-def cases(backend: str, values: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, call) of each; without ``values`` nothing is compared."""
-    import torch
-    from support import mlp as mlp_problems
-    from support import pool_mixer as mixer_problems
-
-    from gpu import mixer_cases, mlp_cases
-    from poolformer_kernels.ops import mlp, pool_mixer
-
-    for shape, pool_size, dtypes in MIXERS[backend]:
-        for dtype in (getattr(torch, name) for name in dtypes):
-            inputs, options = (
-                mixer_problems.make_inputs(shape, dtype),
-                {"pool_size": pool_size, "residual": True},
-            )
-            compare = partial(mixer_cases.check, inputs, layouts=FORMATS, **options)
-            launch = partial(launch_only, pool_mixer, inputs, mixer_problems.make_grad(inputs), **options)
-            yield f"mixer, pool {pool_size}, {_text(shape, dtype)}", compare if values else launch
-    for shape, hidden, activation, save_hidden, mixed, dtypes in MLPS[backend]:
-        for dtype in (getattr(torch, name) for name in dtypes):
-            kind = torch.float32 if mixed else dtype
-            inputs = mlp_problems.make_inputs(shape, hidden, dtype, weight_dtype=kind, vector_dtype=kind)
-            options = {"activation": activation, "residual": True, "save_hidden": save_hidden}
-            compare = partial(mlp_cases.check, inputs, layouts=FORMATS, **options)
-            launch = partial(launch_only, mlp, inputs, mlp_problems.make_grad(inputs), **options)
-            what = f"{activation}{', fc1 saved' * save_hidden}{', float32 parameters' * mixed}"
-            yield f"mlp, hidden {hidden}, {what}, {_text(shape, dtype)}", compare if values else launch
-
-
-def launch_only(function: Callable, inputs: dict, grad, **options) -> set[str]:
-    """The operator and its gradients in both layouts; on the null GPU, the kernels that it recorded."""
-    from null_gpu import null_gpu
-    from support.devices import like_on, on
-    from support.layouts import as_layout
-    from support.rule import run
-
-    if null_gpu.ACTIVE:
-        null_gpu.take()
-    for layout in FORMATS:
-        tensors = on("cuda", {**inputs, "x": as_layout(inputs["x"], layout)})
-        run(function, tensors, like_on("cuda", as_layout(grad, layout)), **options)
-    return {launch.name for launch in null_gpu.take() if launch.ours} if null_gpu.ACTIVE else set()
-
-
-def _text(shape: tuple[int, ...], dtype) -> str:
-    return f"{'x'.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
-
 
 # ---- the process that runs them ----------------------------------------------------------------------------
 
@@ -116,14 +28,14 @@ def _text(shape: tuple[int, ...], dtype) -> str:
 def run_cases(backend: str, first: int, values: bool) -> int:
     """Run the cases from ``first`` on. Lines for `watch`: begin, kernels, then ok or failed."""
     import torch
+    from contract.targets import TARGETS
 
-    import poolformer_kernels as pk
+    from gpu.launch_cases import cases
 
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no CUDA device", flush=True)
         return 1
-    torch.backends.cudnn.allow_tf32 = False  # eager's float32 convolutions have it by default
-    with pk.use_backend(backend):
+    with TARGETS[backend].use():
         for i, (name, call) in enumerate(cases(backend, values)):
             if i < first:
                 continue
@@ -221,9 +133,7 @@ def never_launched(launched: set[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("backend", choices=("cuda", "triton"))
     parser.add_argument("--dry", action="store_true", help="launch only: values are not looked at")
     parser.add_argument("--first", type=int, metavar="N", help="run the cases from N on in this process")

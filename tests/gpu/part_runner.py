@@ -5,6 +5,7 @@ the group gets SIGINT, on which pytest and Python report what they were doing, a
 Whatever a part leaves running in its group is killed when it ends.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -18,11 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["GRACE_S", "SKIPPED", "Outcome", "Part", "Stop", "run_part"]
+__all__ = ["GRACE_S", "SKIPPED", "Outcome", "Part", "Stop", "parser_of", "run_part"]
 
 GRACE_S = 5.0
 SKIPPED = 77  # the exit code of a part that this machine cannot run, as in automake and meson
 _TAIL_LINES = 40
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """Of a part's program; ``--help`` shows its docstring as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@
 A process for each stage and use: inference of the batch and of one image, forward and backward of the batch.
 """
 
-import argparse
 import itertools
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from part_runner import parser_of
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH has no package
 
@@ -42,9 +43,7 @@ def run_stage(stage: int, use: str, batch: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     jobs = min(12, os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help="processes; default: %(default)s")

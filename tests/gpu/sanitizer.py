@@ -5,7 +5,6 @@
 Where the tool is missing, or does not support the device, it says so and leaves with 77: skipped.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from part_runner import SKIPPED
+from part_runner import SKIPPED, parser_of
 
 LAUNCHES = Path(__file__).resolve().parent / "launches.py"
 
@@ -25,9 +24,7 @@ def sanitizer_path() -> str | None:
 
 def main() -> int:
     """0 where nothing was found, 1 where something was, `SKIPPED` where nothing could be watched."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     tools, backends = ("memcheck", "racecheck"), ("cuda", "triton")
     parser.add_argument("--tool", nargs="+", choices=tools, default=tools, help="default: both")
     parser.add_argument("--backend", nargs="+", choices=backends, default=backends, help="default: both")

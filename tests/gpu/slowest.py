@@ -6,14 +6,13 @@ The times of all kernels go to DIR/kernels.txt, ncu's figures of the slowest fiv
 it leaves with 77: skipped, as where this user may not read the device's counters.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from part_runner import SKIPPED
+from part_runner import SKIPPED, parser_of
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH has no package
 
@@ -86,9 +85,7 @@ def call_once(batch: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: this folder")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--once", action="store_true", help="one call alone, for ncu")

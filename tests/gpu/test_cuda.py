@@ -1,4 +1,4 @@
-"""What only the CUDA C++ backend has: kernel memory, refusals, what it leaves to Triton, whole models."""
+"""What only the CUDA C++ backend has: its kernels, refusals, what it leaves to Triton, whole models."""
 
 import copy
 import re
@@ -6,6 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from contract.check import check
+from contract.targets import TARGETS
+from cuda_executor.test_executed_norm_stats import (  # noqa: F401
+    test_against_float64,
+    test_nan_and_infinity_reach_the_statistics,
+    test_not_dense_is_refused,
+    test_unaligned_start,
+)
+from support import mlp as mlp_problems
 from support.devices import like_on, on
 from support.layouts import as_layout
 from support.mlp import NAMES, make_grad, make_inputs
@@ -15,11 +24,11 @@ from support.problems import HALVES
 from support.rule import assert_same, run
 
 import poolformer_kernels as pk
-from poolformer_kernels.cli.kernels import short_name
+from poolformer_kernels.cli.kernels import built_kernels, kernels, short_name
 from poolformer_kernels.nn import PoolFormerBlock, PoolFormerStage
 from poolformer_kernels.ops import mlp, pool_mixer
 
-from .cases import FORMATS
+from .cases import FORMATS, computed_late, images, s12
 
 OPS = torch.ops.poolformer_kernels
 
@@ -43,6 +52,37 @@ def test_no_kernel_has_local_memory() -> None:
     names = {short_name(use["name"]).split("<")[0] for use in uses}
     assert names >= {"norm_stats", "pool_mixer_fwd", "mlp_fwd", "mlp_bwd_wgrad", "mlp_bwd_dgrad"}
     assert not [use for use in uses if use["local"] or not use["blocks"]]
+
+
+@pytest.mark.host
+def test_the_device_and_the_build_agree() -> None:
+    """What `poolformer-kernels info --kernels` shows of a kernel."""
+    major, minor = torch.cuda.get_device_capability()
+    built = {(row.name, row.arch, row.threads, row.dynamic_shared): row for row in built_kernels()}
+    found = [k for k in kernels() if k.arch.rstrip("af") == f"sm_{major}{minor}"]
+    assert found
+    for kernel in found:
+        said = built.get((kernel.name, kernel.arch, kernel.threads, kernel.dynamic_shared))
+        if said is not None:  # the driver compiled no PTX
+            assert kernel == said
+        assert kernel.blocks >= (1 if major == 9 or "_sm90" not in kernel.name else 0)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the executor's tests of the statistics' kernel, which are imported above, run here."""
+    return "cuda"
+
+
+def test_statistics_have_the_same_bits_on_any_stream() -> None:
+    x = torch.randn(4, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
+    first = OPS.norm_stats_cuda(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = [OPS.norm_stats_cuda(x) for _ in range(10)]
+    stream.synchronize()
+    assert all(torch.equal(first, other) for other in again)
 
 
 # ---- nothing is written beside the tensors -----------------------------------------------------------------
@@ -164,16 +204,18 @@ def test_other_mlps_are_tritons(shape, hidden, out, dtype) -> None:
         assert_same(ours, run(mlp, inputs, grad))
 
 
-def s12(dtype=torch.bfloat16, memory_format=torch.channels_last):
-    torch.manual_seed(0)
-    model = randomise(pk.create_model("poolformer_s12", num_classes=20))
-    return model.to(torch.bfloat16).to("cuda", dtype, memory_format=memory_format)
-
-
-def images(batch=8, size=224, dtype=torch.bfloat16, memory_format=torch.channels_last, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = -0.3 + torch.randn(batch, 3, size, size, generator=generator)
-    return x.bfloat16().to("cuda", dtype).contiguous(memory_format=memory_format)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [((3, 192, 9, 6), 128), ((1, 192, 5, 13), 4096), ((21, 192, 29, 28), 768)],
+    ids=str,
+)
+def test_gradients_that_triton_computes(shape, hidden, dtype, layout) -> None:
+    """What the forward saves is what Triton's backward reads; the contract's check is of "triton" for it."""
+    inputs = make_inputs(shape, hidden, dtype)
+    found = check(TARGETS["triton"], mlp_problems, mlp, inputs, layout=layout, residual=True)
+    assert found.keys() == {"y", *(f"d{name}" for name in inputs)}
 
 
 @pytest.mark.host
@@ -205,11 +247,14 @@ def trained(model, x, grad) -> dict[str, torch.Tensor]:
 def test_s12_against_fp64() -> None:
     """The error rule. Vectors of a kind are judged together: alone they have few elements."""
     grad = torch.randn(8, 20, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
-    ours = trained(s12(), images(), grad)
-    nchw = {"memory_format": torch.contiguous_format}
+
+    def values(dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, torch.Tensor]:
+        model = s12(dtype, memory_format, num_classes=20)
+        return trained(model, images(8, 224, dtype, memory_format), grad)
+
+    ours = values(torch.bfloat16, torch.channels_last)
     with pk.use_backend("reference"):
-        theirs = trained(s12(**nchw), images(**nchw), grad)
-        right = trained(s12(torch.float64, **nchw), images(dtype=torch.float64, **nchw), grad)
+        theirs, right = (values(t, torch.contiguous_format) for t in (torch.bfloat16, torch.float64))
     kinds: dict[str, list[str]] = {}
     for name in right:
         if name.endswith("norm1.bias"):  # the pool takes constants away: exactly zero
@@ -228,30 +273,10 @@ def test_s12_against_fp64() -> None:
         assert error <= 1.5 * other + torch.finfo(torch.bfloat16).eps / 2, (kind, error, other)
 
 
-def test_graphed_model() -> None:
-    model = s12().eval()
-    g = pk.graphed(model, images(4, 64))
-    for seed in (1, 2):
-        x = images(4, 64, seed=seed)
-        with torch.inference_mode():
-            expected = model(x)
-        assert torch.equal(g(x), expected)
-
-
 def test_model_on_another_stream() -> None:
-    model = s12().eval()
-    x = images(4, 64, seed=1)
+    model, x = s12(num_classes=20).eval(), images(4, seed=1)
     with torch.inference_mode():
-        expected = model(x)
-        late = torch.zeros_like(x)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)  # kernels on another stream would read zeros
-            late.copy_(x)
-            got = model(late)
-        stream.synchronize()
-    assert torch.equal(got, expected)
+        assert torch.equal(computed_late(model, x), model(x))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -265,10 +290,5 @@ def test_compiled_stage(channels, layout) -> None:
     x = as_layout(torch.randn(3, channels, 14, 14).bfloat16(), layout).cuda()
     grad = like_on("cuda", torch.randn(3, channels, 14, 14).bfloat16())
     compiled = torch.compile(copy.deepcopy(stage), fullgraph=True)
-    results = []
-    for function, module in ((stage, stage), (compiled, compiled)):
-        leaf = x.detach().requires_grad_()
-        y = function(leaf)
-        results.append([y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], grad)])
-    for eager, other in zip(*results, strict=True):
-        assert torch.equal(eager, other)
+    eager, other = (trained(module, x, grad) for module in (stage, compiled))
+    assert all(map(torch.equal, eager.values(), other.values()))

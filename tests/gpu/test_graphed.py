@@ -1,25 +1,21 @@
 """graphed on a GPU: replays against eager calls of the same model on the same backend, bit by bit."""
 
+from itertools import product
+
 import pytest
 import torch
 from support.layouts import as_layout
-from support.peers import randomise
 
 import poolformer_kernels as pk
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .cases import BF16, DTYPES, computed_late, images, over, s12
 
 
-def make(name="poolformer_s12", dtype=torch.bfloat16, device="cuda", **options):
-    torch.manual_seed(0)
-    model = randomise(pk.create_model(name, **options)).eval()
-    return model.to(device, dtype, memory_format=torch.channels_last)
-
-
-def images(batch, dtype=torch.bfloat16, size=64, seed=0, device="cuda"):
-    generator = torch.Generator().manual_seed(seed)
-    x = -0.3 + torch.randn(batch, 3, size, size, generator=generator)
-    return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+def captured(batch=2, size=64, **options):
+    """(the model, its graph, an input that the graph has not seen)"""
+    model = s12(**options).eval()
+    like = {"batch": batch, "size": size, "dtype": options.get("dtype", BF16)}
+    return model, pk.graphed(model, images(**like)), images(**like, seed=1)
 
 
 def eager(model, x):
@@ -27,14 +23,12 @@ def eager(model, x):
         return model(x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 8])
-def test_replay_with_changed_input_equals_eager(batch, dtype):
-    model = make(dtype=dtype)
-    g = pk.graphed(model, images(batch, dtype))
+@over("batch, dtype", triton=product([1, 8], DTYPES), cuda=[(4, BF16)])
+def test_replay_with_changed_input_equals_eager(batch, dtype, backend):
+    model, g, _ = captured(batch, dtype=dtype)
     results = []
     for seed in (1, 2, 1):
-        x = images(batch, dtype, seed=seed)
+        x = images(batch, dtype=dtype, seed=seed)
         y = g(x)
         assert torch.equal(y, eager(model, x))
         results.append(y.clone())
@@ -43,16 +37,13 @@ def test_replay_with_changed_input_equals_eager(batch, dtype):
 
 
 def test_at_full_size():
-    model = make()
-    g = pk.graphed(model, images(8, size=224))
-    x = images(8, size=224, seed=1)
+    model, g, x = captured(8, size=224)
     assert torch.equal(g(x), eager(model, x))
 
 
 def test_the_result_is_the_same_memory_in_every_call():
-    model = make()
-    g = pk.graphed(model, images(2))
-    first = g(images(2, seed=1))
+    _, g, x = captured()
+    first = g(x)
     kept = first.clone()
     second = g(images(2, seed=2))
     assert second.data_ptr() == first.data_ptr()
@@ -61,28 +52,21 @@ def test_the_result_is_the_same_memory_in_every_call():
 
 
 def test_features():
-    model = make(features_only=True)
-    g = pk.graphed(model, images(2))
-    for seed in (1, 2):
-        x = images(2, seed=seed)
-        maps = g(x)
-        expected = eager(model, x)
+    model, g, x = captured(features_only=True)
+    for image in (x, images(2, seed=2)):
+        maps = g(image)
         assert len(maps) == 4
-        assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+        assert all(map(torch.equal, maps, eager(model, image)))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "sliced_hw", "transposed"])
 def test_other_strides_are_copied(layout):
-    model = make()
-    g = pk.graphed(model, images(2))
-    x = images(2, seed=1)
+    model, g, x = captured()
     assert torch.equal(g(as_layout(x, layout)), eager(model, x))
 
 
 def test_parameters_updated_in_place_are_seen():
-    model = make()
-    g = pk.graphed(model, images(2))
-    x = images(2, seed=1)
+    model, g, x = captured()
     before = g(x).clone()
     with torch.no_grad():
         for p in model.parameters():
@@ -93,9 +77,7 @@ def test_parameters_updated_in_place_are_seen():
 
 
 def test_the_graph_keeps_the_weights_alive():
-    model = make()
-    g = pk.graphed(model, images(2))
-    x = images(2, seed=1)
+    model, g, x = captured()
     expected = eager(model, x)
     del model
     torch.cuda.empty_cache()
@@ -104,35 +86,23 @@ def test_the_graph_keeps_the_weights_alive():
 
 
 def test_autocast_is_captured():
-    model = make(dtype=torch.float32)
-    x = images(2, torch.float32, seed=1)
     with torch.autocast("cuda", torch.bfloat16):
-        g = pk.graphed(model, images(2, torch.float32))
+        model, g, x = captured(dtype=torch.float32)
         expected = eager(model, x)
     torch.full((2**26,), torch.nan, device="cuda")
     assert torch.equal(g(x), expected)
 
 
 def test_on_another_stream():
-    model = make()
-    g = pk.graphed(model, images(2))
-    x = images(2, seed=1)
+    model, g, x = captured()
     expected = eager(model, x)
-    late = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # a replay on another stream would read zeros
-        late.copy_(x)
-        got = g(late)
-    stream.synchronize()
-    assert torch.equal(got, expected)
+    assert torch.equal(computed_late(g, x), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_device_that_is_not_current():
-    pk.graphed(make(), images(1))  # torch's own capture stream now belongs to cuda:0
-    model = make(device="cuda:1")
+    captured()  # torch's own capture stream now belongs to cuda:0
+    model = s12(device="cuda:1").eval()
     g = pk.graphed(model, images(2, device="cuda:1"))
     x = images(2, seed=1, device="cuda:1")
     assert torch.equal(g(x), eager(model, x))
@@ -143,17 +113,16 @@ def test_device_that_is_not_current():
 
 @pytest.mark.host
 def test_refusals():
-    model = make()
-    g = pk.graphed(model, images(2))
+    model, g, x = captured()
     with pytest.raises(ValueError, match=r"captured shape \[2, 3, 64, 64\], got \[3, 3, 64, 64\]"):
         g(images(3))
     with pytest.raises(TypeError, match=r"captured dtype torch.bfloat16, got torch.float32"):
-        g(images(2).float())
+        g(x.float())
     with pytest.raises(ValueError, match="captured device cuda:0, got cpu"):
-        g(images(2).cpu())
+        g(x.cpu())
     with pytest.raises(ValueError, match="example must be a CUDA tensor, got one on cpu"):
-        pk.graphed(model, images(2).cpu())
+        pk.graphed(model, x.cpu())
     with pytest.raises(ValueError, match=r"example's device cuda:0, but patch_embed.proj.weight is on cpu"):
-        pk.graphed(model.cpu(), images(2))
+        pk.graphed(model.cpu(), x)
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        pk.graphed(model.train(), images(2))
+        pk.graphed(model.train(), x)

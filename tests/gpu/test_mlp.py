@@ -1,60 +1,29 @@
-"""The MLP's numbers on the CUDA backends. Truth: the device's fp64; eager: contiguous, in the same dtype."""
+"""The MLP's numbers in TF32 and under autocast, which the contract does not have."""
 
 import pytest
 import torch
-from support.devices import assert_same_truth, like_on, on, truth_on
-from support.mlp import eager, make_grad, make_inputs, truth
+from contract.mlp import FORMS
+from support.devices import like_on, on, truth_on
+from support.mlp import eager, make_grad, make_inputs, truth, ulps_of
 from support.problems import HALVES
-from support.rule import run
+from support.rule import assert_close_to_fp64, run
 
-from poolformer_kernels import reference
 from poolformer_kernels.ops import mlp
 
-from .cases import DTYPES, FORMATS, over
-from .mlp_cases import (
-    DTYPE,
-    FORMS,
-    FUSED,
-    NARROW,
-    ODD,
-    PAIR,
-    ROUNDS,
-    SMALL,
-    STAGES,
-    assert_rule,
-    check,
-    each,
-)
+from .cases import DTYPES, FUSED, PAIR, SMALL, each, over
 
 F32, BF16, F16 = DTYPES
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-# ---- the error rule ----------------------------------------------------------------------------------------
-
-
-@over("shape, hidden", cuda=[SMALL[0]])
-def test_truth_of_the_device_is_the_cpus(shape, hidden) -> None:
-    inputs = make_inputs(shape, hidden, BF16)
-    assert_same_truth(truth, inputs, make_grad(inputs), residual=True)
-
-
-@over(
-    "shape, hidden, dtype, form",
-    triton=[
-        *each(STAGES, [BF16], ["residual"]),
-        *((*problem, DTYPES[i % 3], "residual") for i, problem in enumerate(ODD)),
-        *each([PAIR], [F32, F16], ["residual"]),
-        *each([FUSED], [BF16], ["plain", "norm"]),
-        *each([PAIR], [BF16], ["residual", "plain"]),
-    ],
-    cuda=[*each(NARROW, HALVES, FORMS), *each(ROUNDS, HALVES, ["plain", "residual"])],
-)
-def test_error_rule(shape, hidden, dtype, form) -> None:
-    parameters, residual = FORMS[form]
-    check(make_inputs(shape, hidden, dtype, parameters=parameters), layouts=FORMATS, residual=residual)
+def assert_rule(ours, theirs, right, inputs, y_dtype, operand) -> None:
+    """The contract's; y and the operands of the products are of other dtypes than x."""
+    for name, value in ours.items():
+        dtype = y_dtype if name == "y" else inputs[name[1:]].dtype
+        assert value.dtype == dtype, f"{name}: {value.dtype}, not {dtype}"
+        exact, scale, ulps = right.values[name], right.scales[name], ulps_of(value.dtype, operand, 8)
+        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=ulps, what=name)
 
 
 @over("shape, hidden", triton=[FUSED, PAIR])
@@ -80,30 +49,6 @@ def test_tf32_as_in_eager(shape, hidden, monkeypatch) -> None:
         assert not torch.equal(ours[name], without[name])
 
 
-# ---- hard values -------------------------------------------------------------------------------------------
-
-
-@over(
-    "shape, hidden",
-    triton=[((70_000, 4, 3, 2), 8), ((70_000, 200, 1, 2), 8), ((70_000, 4, 6, 6), 8)],
-    cuda=[((70_000, 64, 3, 2), 64), ((70_000, 128, 1, 1), 64)],
-)
-def test_batch_past_the_grid_limits(shape, hidden, backend) -> None:
-    parameters = ("b1", "b2", "norm_weight", "norm_bias")
-    inputs = on("cuda", make_inputs(shape, hidden, DTYPE[backend], parameters=parameters))
-    tail = {**inputs, "x": inputs["x"][-3:]}
-    grad = torch.ones_like(inputs["x"])
-    whole, part = (run(mlp, given, grad[-len(given["x"]) :], residual=True) for given in (inputs, tail))
-    tolerance = max(1e-5, torch.finfo(DTYPE[backend]).eps)
-    for name in ("y", "dx"):
-        torch.testing.assert_close(whole[name][-3:], part[name], rtol=tolerance, atol=tolerance)
-    tokens = float(shape[0] * shape[2] * shape[3])
-    assert torch.equal(whole["db2"], torch.full_like(whole["db2"], tokens))
-
-
-# ---- autocast ----------------------------------------------------------------------------------------------
-
-
 @over(
     "shape, hidden, x_dtype, half, form",
     triton=[
@@ -123,16 +68,18 @@ def test_autocast(shape, hidden, x_dtype, half, form) -> None:
     wanted = torch.float32 if residual else half
     grad = make_grad(inputs).to(half)
 
-    def under_autocast(**tensors):
-        with torch.autocast("cuda", half):
-            return mlp(**tensors, residual=residual)
+    def under_autocast(function):
+        def call(**tensors):
+            with torch.autocast("cuda", half):
+                return function(**tensors, residual=residual)
+
+        return call
 
     def by_eager(x, **tensors):
-        with torch.autocast("cuda", half):
-            return eager(x.float(), **tensors, residual=residual)
+        return eager(x.float(), **tensors)
 
-    cuda = on("cuda", inputs)
-    ours = run(under_autocast, cuda, like_on("cuda", grad).to(wanted))
-    theirs = run(by_eager, cuda, like_on("cuda", grad).float())
+    cuda, cuda_grad = on("cuda", inputs), like_on("cuda", grad)
+    ours = run(under_autocast(mlp), cuda, cuda_grad.to(wanted))
+    theirs = run(under_autocast(by_eager), cuda, cuda_grad.float())
     right = truth_on("cuda", truth, inputs, grad.float(), residual=residual)
     assert_rule(ours, theirs, right, inputs, wanted, half)

@@ -7,7 +7,6 @@ passed, and where either CUDA backend cannot run: a skipped test proves nothing.
 tests that look at no values.
 """
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -17,6 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from part_runner import parser_of
+
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # where PYTHONPATH has no package
 NO_TESTS = 5  # pytest's exit code where none was selected
@@ -24,15 +25,8 @@ NO_TESTS = 5  # pytest's exit code where none was selected
 
 def pytest_commands(backend: str, jobs: int, reports: Path, dry: bool) -> list[list[str]]:
     """One run with xdist, else one for each file."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "--tb=short",
-        "-m",
-        f"{backend} and {'host' if dry else 'not large'}",
-    ]
+    mark = f"{backend} and {'host' if dry else 'not large'}"
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", mark]
     if importlib.util.find_spec("xdist"):
         print(f"pytest-xdist runs them in {jobs} processes", flush=True)
         parallel = ["-n", str(jobs), "--dist", "worksteal", f"--junitxml={reports / f'{backend}.xml'}"]
@@ -72,12 +66,10 @@ def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:
         file.unlink()
     commands = pytest_commands(backend, jobs, reports, dry)
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parents[1])])
-    options = {
-        "cwd": HERE,
-        "env": os.environ | {"PYTHONPATH": path, "POOLFORMER_TEST_TARGETS": backend},
-    }  # the package is that of PYTHONPATH
+    # the package is that of PYTHONPATH
+    env = os.environ | {"PYTHONPATH": path, "POOLFORMER_TEST_TARGETS": backend}
     pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(subprocess.run, command, **options) for command in commands]
+    futures = [pool.submit(subprocess.run, command, cwd=HERE, env=env) for command in commands]
     try:
         codes = [future.result().returncode for future in futures]
     except KeyboardInterrupt:  # pytest has got it, too, and reports
@@ -94,9 +86,7 @@ def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("backend", choices=("cuda", "triton"))
     parser.add_argument("--jobs", type=int, default=12, metavar="N", help="processes; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="pytest's reports go there")
