@@ -34,35 +34,22 @@ class Limit(NamedTuple):
     blocks: int
 
 
+TILED = ("pool_mixer_fwd", "pool_mixer_bwd_reduce", "pool_mixer_bwd_apply")
 KERNELS = {
     "norm_stats": Limit(40, 6),
     "stats_merge": Limit(64, 2),
-    "pool_mixer_fwd": Limit(168, 2),
-    "pool_mixer_fwd_any": Limit(128, 1),
-    "pool_mixer_bwd_reduce": Limit(168, 2),
-    "pool_mixer_bwd_reduce_any": Limit(128, 1),
-    "pool_mixer_bwd_q": Limit(64, 2),
-    "pool_mixer_bwd_finish": Limit(64, 2),
-    "pool_mixer_bwd_apply": Limit(168, 2),
-    "pool_mixer_bwd_apply_any": Limit(128, 1),
+    **dict.fromkeys(TILED, Limit(168, 2)),
+    **{f"{name}_any": Limit(128, 1) for name in TILED},
+    **{f"pool_mixer_bwd_{part}": Limit(64, 2) for part in ("q", "finish")},
     "mlp_round": Limit(32, 4),
     "mlp_pack": Limit(64, 2),
-    "mlp_fwd": Limit(255, 1),
     "mlp_fwd_sm90": Limit(168, 1),
-    "mlp_bwd_prepare": Limit(64, 2),
-    "mlp_bwd_dgrad": Limit(255, 1),
-    "mlp_bwd_wgrad": Limit(255, 1),
+    **dict.fromkeys(("mlp_fwd", "mlp_bwd_dgrad", "mlp_bwd_wgrad"), Limit(255, 1)),
     "mlp_bwd_tokens": Limit(96, 2),
-    "mlp_bwd_sample": Limit(64, 2),
-    "mlp_bwd_weights": Limit(64, 2),
-    "mlp_bwd_columns": Limit(64, 2),
-    "mlp_bwd_finish": Limit(64, 2),
+    **{f"mlp_bwd_{part}": Limit(64, 2) for part in ("prepare", "sample", "weights", "columns", "finish")},
 }
-FEWER = {  # float32 rows of channels_last take twice the shared memory
-    "pool_mixer_fwd<float, 4, false>": 1,
-    "pool_mixer_bwd_reduce<float, 4, false>": 1,
-    "pool_mixer_bwd_apply<float, 4, false>": 1,
-}
+# float32 rows of channels_last take twice the shared memory
+FEWER = {f"{name}<float, 4, false>": 1 for name in TILED}
 # (instantiations, architectures, an instruction that they must have)
 INSTRUCTIONS = (
     (r"mlp_(fwd|bwd_dgrad|bwd_wgrad)<.*", ".*", r"HMMA\..*"),

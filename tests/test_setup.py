@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,12 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from setuptools import Distribution
+from support.processes import ROOT, run_python
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import cpp
-
-ROOT = Path(__file__).parents[1]
-
 
 KERNEL_SOURCES = ("csrc/common", "csrc/cuda")
 
@@ -45,8 +42,7 @@ def setup_script():
 
 
 def setup(*arguments, check=True, source=ROOT, **env):
-    command = [sys.executable, "setup.py", "--quiet", *arguments]
-    done = subprocess.run(command, cwd=source, env={**os.environ, **env}, capture_output=True, text=True)
+    done = run_python("setup.py", "--quiet", *arguments, cwd=source, **env)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -56,10 +52,15 @@ def folders(tmp_path):
     return ["--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
 
 
-def test_source_distribution_holds_every_source(tmp_path):
-    egg = ["egg_info", "--egg-base", str(tmp_path)]
-    setup(*egg, "sdist", "--dist-dir", str(tmp_path), POOLFORMER_KERNELS_SKIP_EXT="1")
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = str(tmp_path_factory.mktemp("sdist"))
+    setup("egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder, POOLFORMER_KERNELS_SKIP_EXT="1")
+    return next(Path(folder).glob("*.tar.gz"))
+
+
+def test_source_distribution_holds_every_source(sdist):
+    with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = tracked("csrc", "poolformer_kernels", "tests", "benchmarks", "docs", "examples")
     wanted += ["setup.py", "pyproject.toml", "Makefile", "LICENSE", "CITATION.cff", *tracked("*.md")]
@@ -67,15 +68,13 @@ def test_source_distribution_holds_every_source(tmp_path):
     assert {path for path in wanted if not path.startswith("benchmarks/results/")} - held == set()
 
 
-def test_a_wheel_of_an_sdist_holds_the_modules_and_nothing_else(tmp_path, folders):
-    egg, wheel = ["egg_info", "--egg-base", str(tmp_path)], ["bdist_wheel", "--dist-dir", str(tmp_path)]
-    setup(*egg, "sdist", "--dist-dir", str(tmp_path), POOLFORMER_KERNELS_SKIP_EXT="1")
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+def test_a_wheel_of_an_sdist_holds_the_modules_and_nothing_else(sdist, tmp_path, folders):
+    with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / f"poolformer_kernels-{pk.__version__}"
     env = {"POOLFORMER_KERNELS_SKIP_EXT": "1", "POOLFORMER_KERNELS_LOCAL_VERSION": "cu13"}
-    build = [*egg, "build", *folders, *wheel, "--bdist-dir", str(tmp_path / "files")]
-    setup(*build, source=source, **env)
+    wheel = ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "files")]
+    setup("egg_info", "--egg-base", str(tmp_path), "build", *folders, *wheel, source=source, **env)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         held = set(archive.namelist())
         metadata = archive.read(next(name for name in held if name.endswith("/METADATA"))).decode()
@@ -116,21 +115,12 @@ def test_without_the_extension_the_package_runs_and_says_so_once(env, reason, fo
         "    with pk.use_backend('cpp'): pk.ops.pool_mixer(x, None, None)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    path = {**os.environ, "PYTHONPATH": folders[3]}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=folders[3], env=path, capture_output=True, text=True
-    )
+    ran = run_python("-c", code, cwd=folders[3], PYTHONPATH=folders[3])
     assert ran.returncode == 0, ran.stderr
     assert "backend 'cpp' was asked for and cannot run this call" in ran.stdout
     assert ran.stderr.count("no C++ backend") == 1
     assert ran.stderr.count("running the reference implementation") == 1
-    wrong = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folders[3],
-        env={**path, "POOLFORMER_KERNELS_ISA": "avx1"},
-        capture_output=True,
-        text=True,
-    )
+    wrong = run_python("-c", code, cwd=folders[3], PYTHONPATH=folders[3], POOLFORMER_KERNELS_ISA="avx1")
     assert wrong.stderr.endswith(
         "ValueError: POOLFORMER_KERNELS_ISA is 'avx1'; allowed: baseline, avx2, avx512, avx512_bf16, amx\n"
     )
@@ -143,10 +133,21 @@ def test_a_compiler_that_cannot_build_is_named(folders):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_a_wrong_arch_list_is_refused(folders):
-    done = setup("build", *folders, check=False, TORCH_CUDA_ARCH_LIST="8.0;hopper")
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;hopper"}, "TORCH_CUDA_ARCH_LIST has 'hopper'"),
+        (
+            {"POOLFORMER_KERNELS_CUDART": "dynamic"},
+            "POOLFORMER_KERNELS_CUDART is 'dynamic'; allowed: static, shared",
+        ),
+    ],
+    ids=["arch list", "runtime"],
+)
+def test_a_wrong_setting_is_refused(env, message, folders):
+    done = setup("build", *folders, check=False, **env)
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST has 'hopper'" in done.stderr
+    assert message in done.stderr
 
 
 def test_the_extension_is_linked_to_torchs_stream_function():
@@ -167,9 +168,7 @@ def test_the_extension_says_nothing_of_the_machine_that_built_it(monkeypatch, tm
     """torch's headers name themselves in error messages, by the path that the compiler was given."""
     module = setup_script().extension()["ext_modules"][0]
     command = [*shlex.split(os.environ.get("CXX", "g++")), "-xc++", "-c", "-", "-o", str(tmp_path / "one.o")]
-    command += [f"-I{folder}" for folder in module.include_dirs] + [
-        "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    ]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in module.include_dirs)]
     source = "#include <torch/csrc/stable/tensor.h>\n"
     source += "void one(const torch::stable::Tensor& x) { STD_TORCH_CHECK(x.dim() == 1, __FILE__); }\n"
     include = str(Path(torch.__file__).parent)
@@ -182,23 +181,13 @@ def test_the_extension_says_nothing_of_the_machine_that_built_it(monkeypatch, tm
     assert not paths(module.extra_compile_args)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_a_wrong_runtime_is_refused(folders):
-    done = setup("build", *folders, check=False, POOLFORMER_KERNELS_CUDART="dynamic")
-    assert done.returncode != 0
-    assert "POOLFORMER_KERNELS_CUDART is 'dynamic'; allowed: static, shared" in done.stderr
-
-
 def test_the_digest_is_of_all_that_kernels_are_made_from(tmp_path, monkeypatch):
     script = setup_script()
     monkeypatch.setattr(script, "ROOT", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copy(ROOT / "setup.py", tmp_path)
     seen = {script.cuda_digest()}
-    inputs = [
-        tmp_path / "setup.py",
-        *(path for folder in KERNEL_SOURCES for path in files(tmp_path / folder)),
-    ]
+    inputs = [tmp_path / "setup.py", *(path for part in KERNEL_SOURCES for path in files(tmp_path / part))]
     assert {path.parent.name for path in inputs} >= {"common", "core", "pool_mixer", "mlp"}
     for path in inputs:
         with path.open("a") as file:

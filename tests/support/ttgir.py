@@ -4,14 +4,35 @@ import math
 
 import pytest
 
-MATRIX = {
-    80: "HMMA",
-    86: "HMMA",
-    89: "HMMA",
-    90: "HGMMA",
-    100: "UTCHMMA",
-    120: "HMMA",
-}  # mma.sync, wgmma, tcgen05
+from support.peers import require
+
+aot = require("poolformer_kernels.backends.triton.aot")  # without triton the tests are skipped
+from poolformer_kernels.backends.triton.device import DEVICES  # noqa: E402
+
+# mma.sync, wgmma, tcgen05
+MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SHAPES = {  # of one step of a kernel's product
+    "mlp_fwd": ("BM", "BN", "C0"),
+    "mlp_fc1": ("BM", "BN", "BK"),
+    "mlp_fc2": ("BM", "N0", "BK"),
+    "mlp_bwd_wgrad": ("TOKENS", "HIDDEN", "P0"),
+    "mlp_bwd_dx": ("TOKENS", "HIDDEN", "P0"),
+    "mlp_bwd_hidden": ("TOKENS", "HIDDEN", "DEPTH"),
+    "mlp_bwd_outer": ("ROWS", "COLUMNS", "DEPTH"),
+    "mlp_bwd_dn": ("TOKENS", "CHANNELS", "DEPTH"),
+}
+
+
+def threads_of(launch) -> int:
+    return 32 * dict(launch.options).get("num_warps", 4)
+
+
+def compiled(launch, arch: int, spills: int = 0):
+    """What the machine code uses: at most so many spills, and no more shared memory than a block may have."""
+    used = aot.compile_launch(launch, arch)
+    assert used.spills <= spills
+    assert used.shared <= DEVICES[arch].shared
+    return used
 
 
 def check_products(used, launch, arch: int) -> None:
@@ -21,17 +42,7 @@ def check_products(used, launch, arch: int) -> None:
     """
     constants, signature = dict(launch.constants), dict(launch.signature)
     operand = next(signature[name] for name in ("w1_ptr", "w2_ptr", "a_ptr") if name in signature)
-    shape = {
-        "mlp_fwd": ("BM", "BN", "C0"),
-        "mlp_fc1": ("BM", "BN", "BK"),
-        "mlp_fc2": ("BM", "N0", "BK"),
-        "mlp_bwd_wgrad": ("TOKENS", "HIDDEN", "P0"),
-        "mlp_bwd_dx": ("TOKENS", "HIDDEN", "P0"),
-        "mlp_bwd_hidden": ("TOKENS", "HIDDEN", "DEPTH"),
-        "mlp_bwd_outer": ("ROWS", "COLUMNS", "DEPTH"),
-        "mlp_bwd_dn": ("TOKENS", "CHANNELS", "DEPTH"),
-    }[launch.kernel]
-    step = math.prod(constants[name] for name in shape) // (32 * dict(launch.options)["num_warps"])
+    step = math.prod(constants[name] for name in SHAPES[launch.kernel]) // threads_of(launch)
     if operand != "*fp32":
         assert set(used.matrix) == {MATRIX[arch]}
     elif constants["PRECISION"] == "tf32":
@@ -44,20 +55,11 @@ def check_products(used, launch, arch: int) -> None:
 
 # Arguments that are as large as the images, the hidden activations or the weights
 LARGE = {
-    *(
-        "x_ptr",
-        "y_ptr",
-        "grad_ptr",
-        "dx_ptr",
-        "tokens_ptr",
-        "n_ptr",
-        "g_ptr",
-        "p_ptr",
-        "dh_ptr",
-        "a_ptr",
-        "b_ptr",
-    ),
-    *("w1_ptr", "w2_ptr", "w2t_ptr", "operand_ptr", "folded_ptr", "dw1_ptr", "dw2_ptr"),
+    f"{name}_ptr"
+    for name in (
+        *("x", "y", "grad", "dx", "tokens", "n", "g", "p", "dh", "a", "b"),
+        *("w1", "w2", "w2t", "operand", "folded", "dw1", "dw2"),
+    )
 }
 # Their elements that are multiplied lie in different rows. Halves are transposed on the way to the matrix
 # instruction, but TF32 only by copying each element to its place; the last two are used once more, as they
@@ -88,8 +90,6 @@ LARGE_SHARE, PART_SHARE = 0.9, 0.6
 
 def check_accesses(used, launch, arch: int) -> None:
     """Memory is accessed 16 bytes at a time; an argument that is not so aligned by single elements."""
-    from poolformer_kernels.backends.triton.device import DEVICES
-
     signature, constants = dict(launch.signature), dict(launch.constants)
     names = list(signature)
     misaligned = {name for name in used.accesses if names.index(name) not in launch.divisible}
@@ -112,19 +112,16 @@ def check_accesses(used, launch, arch: int) -> None:
         widths, least = used.accesses[name], 16
         if launch.kernel == "mlp_fwd" and name[:2] in ("w1", "w2"):  # a tile may have less for each thread
             itemsize = 4 if signature[name] == "*fp32" else 2
-            threads = 32 * dict(launch.options)["num_warps"]
-            least = min(least, constants["BN"] * constants["C0"] * itemsize // threads)
+            least = min(least, constants["BN"] * constants["C0"] * itemsize // threads_of(launch))
         assert share(widths, least) >= (PART_SHARE if part else LARGE_SHARE), f"{name} is narrow: {widths}"
 
 
 def parameters(usual: list, rest: list, arch: int) -> list:
     """(launch, architecture) for each launch of both lists of cases; what only the rest launches is long."""
-    from poolformer_kernels.backends.triton import aot, device
-
-    short = aot.distinct(usual, device.DEVICES[arch])
+    short = aot.distinct(usual, DEVICES[arch])
     return [
         pytest.param(
             *(launch, arch), id=f"{launch.name}-{arch}", marks=[] if launch in short else [pytest.mark.long]
         )
-        for launch in aot.distinct([*usual, *rest], device.DEVICES[arch])
+        for launch in aot.distinct([*usual, *rest], DEVICES[arch])
     ]
