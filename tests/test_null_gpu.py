@@ -10,13 +10,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
 from null_gpu.extension import extension_file, link_extension
+from support.processes import ROOT, run_pytest, run_python
 
 from poolformer_kernels.backends import cpp, cuda
 from poolformer_kernels.cli.kernels import LIMITS
@@ -80,10 +80,8 @@ print(json.dumps([attribute(number) for number in (75, 76, 39, 106, 81, 97, 82, 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_device_has_the_limits_of_its_capability(folder, capability) -> None:
-    env = os.environ | environment(folder, capability)
-    done = subprocess.run(
-        [sys.executable, "-c", ATTRIBUTES], env=env, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", ATTRIBUTES, **environment(folder, capability))
+    assert done.returncode == 0, done.stderr
     *number, threads, blocks, shared, of_block, registers, default, reserved, clusters = json.loads(
         done.stdout
     )
@@ -116,8 +114,8 @@ print(x.tolist(), y.tolist())
 @pytest.mark.parametrize("data", [True, False])
 def test_copies_inside_a_device_can_be_left_out(folder, data) -> None:
     """Of a benchmark of the host, which would wait for gigabytes of them; the host's own copies are made."""
-    env = os.environ | environment(folder, data=data)
-    done = subprocess.run([sys.executable, "-c", COPIES], env=env, capture_output=True, text=True, check=True)
+    done = run_python("-c", COPIES, **environment(folder, data=data))
+    assert done.returncode == 0, done.stderr
     moved = [0.0, 1.0, 2.0, 3.0]
     assert done.stdout.strip() == f"{moved} {moved if data else [0.0] * 4}"
 
@@ -146,9 +144,7 @@ run()
 
 def test_a_process_may_fork_and_choose_devices_after_the_import(folder) -> None:
     """In the child, too, CUDA starts with the first call: nothing of it was started by the import."""
-    env = os.environ | environment(folder, "9.0", count=2, extension=extension())
-    env["PYTHONPATH"] += f":{FOLDER.parent.parent}:{FOLDER.parent}"
-    done = subprocess.run([sys.executable, "-c", AFTER_THE_IMPORT], env=env, capture_output=True, text=True)
+    done = run_python("-c", AFTER_THE_IMPORT, **two_devices(folder, "9.0"))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [f"{count} {backend} 2" for count in (1, 2) for backend in ("cuda", "triton")]
     assert done.stdout.splitlines() == lines
@@ -161,36 +157,35 @@ def extension() -> Path:
     return link_extension()
 
 
-def run_tests(folder: Path, capability: str, *arguments: str) -> str:
-    """pytest's last line, of tests in tests/null_gpu on two devices of this capability, which all passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "null_gpu.null_gpu"]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler", *arguments]
-    env = os.environ | environment(folder, capability, count=2, extension=extension())
-    env["PYTHONPATH"] += f":{FOLDER.parent.parent}:{FOLDER.parent}"
-    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    env.pop("PYTEST_ADDOPTS", None)
-    inner = subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True)
-    assert inner.returncode == 0, inner.stdout[-8000:] + inner.stderr[-2000:]
-    return (inner.stdout.strip().splitlines()[-1:] or [""])[0].strip("= ")
+def two_devices(folder: Path, capability: str) -> dict[str, str]:
+    """The environment of a process that imports the package and the tests' modules."""
+    env = environment(folder, capability, count=2, extension=extension())
+    return env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(ROOT), str(FOLDER.parent)])}
+
+
+def run_tests(folder: Path, capability: str, *arguments: str) -> dict[str, int]:
+    """`run_pytest` of tests in tests/null_gpu on two devices of this capability."""
+    plugins = ("-p", "null_gpu.null_gpu", "-p", "no:xdist", "-p", "no:faulthandler")
+    env = two_devices(folder, capability) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return run_pytest(*plugins, *arguments, **env)
 
 
 def test_on_the_null_gpu(folder) -> None:
     """All but test_values.py's, which says why, and the long ones, which the next test runs."""
-    summary = run_tests(folder, "9.0", str(FOLDER), f"--ignore={EVERY_CALL}")
-    passed = re.fullmatch(r"(\d+) passed, 1 deselected(, \d+ warnings?)? in .*", summary)
-    assert passed, summary
-    assert int(passed[1]) >= 200  # a file that collects nothing would pass, too
+    counts = run_tests(folder, "9.0", str(FOLDER), f"--ignore={EVERY_CALL}")
+    assert counts.keys() == {"passed", "deselected"}
+    assert counts["deselected"] == 1
+    assert counts["passed"] >= 200  # a file that collects nothing would pass, too
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("capability", [name for name in CAPABILITIES if name != "10.3"])
 def test_every_call_on_the_null_gpu(folder, capability) -> None:
     """On a capability that the build has no image for, C++ is skipped, as not judged, and Triton is not."""
-    summary = run_tests(folder, capability, str(EVERY_CALL))
-    passed = re.fullmatch(r"(\d+) passed(, (\d+) skipped)?(, \d+ warnings?)? in .*", summary)
-    assert passed, summary
+    counts = run_tests(folder, capability, str(EVERY_CALL))
     archs = cpp.build_info()["cuda_archs"]
     judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None
-    skipped = int(passed[3] or 0)
-    assert skipped == (0 if judged else int(passed[1]))
-    assert int(passed[1]) + skipped >= 100
+    skipped = counts.get("skipped", 0)
+    assert skipped == (0 if judged else counts["passed"])
+    assert counts["passed"] + skipped >= 100
+    assert "deselected" not in counts

@@ -1,20 +1,11 @@
 """The MLP's Triton launches, compiled without a GPU: registers, spills, memory, matrix instructions, gelu."""
 
 import dataclasses
-import importlib.util
-import os
 
 import pytest
 import torch
-from support.ttgir import check_accesses, check_products, parameters
+from support.ttgir import DEVICES, aot, check_accesses, check_products, compiled, parameters, threads_of
 
-if importlib.util.find_spec("triton") is None:
-    if os.environ.get("CI"):
-        raise ModuleNotFoundError("the ahead-of-time tests need triton")
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-from poolformer_kernels.backends.triton import aot
-from poolformer_kernels.backends.triton.device import DEVICES
 from poolformer_kernels.backends.triton.mlp import config, forward
 
 # At least so many warps on an SM. Blocks of eight with 129 to 255 registers come one to an SM, with 128 two.
@@ -27,11 +18,8 @@ def case(dtype: torch.dtype, channels: int, size: int, **options) -> aot.MlpCase
 
 TF32 = [case(torch.float32, *shape, allow_tf32=True) for shape in aot.SHAPES]
 BF16 = {shape[0]: case(torch.bfloat16, *shape) for shape in aot.SHAPES}
-FEW = [
-    *(BF16[channels] for channels in (64, 128, 320)),
-    *TF32[:3],
-    BF16[64]._replace(offset=1),
-]  # on every architecture
+# on every architecture
+FEW = [*(BF16[channels] for channels in (64, 128, 320)), *TF32[:3], BF16[64]._replace(offset=1)]
 USUAL = [  # on one; 384 and 512 have the tiles of 768
     *(BF16[channels] for channels in (64, 96, 128, 192, 320, 768)),
     case(torch.float32, 96, 56),
@@ -76,11 +64,8 @@ COMPILED = [
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
-    used = aot.compile_launch(launch, arch)
+    used = compiled(launch, arch)
     constants, signature = dict(launch.constants), dict(launch.signature)
-    threads = 32 * dict(launch.options).get("num_warps", 4)
-    assert used.spills == 0
-    assert used.shared <= DEVICES[arch].shared
     check_accesses(used, launch, arch)
     narrow = launch.kernel == "mlp_fwd" and constants["C"] <= 96 and signature["w1_ptr"] != "*fp32"
     alone = not narrow or signature["hidden_ptr"] != "constexpr"  # else two blocks share an SM
@@ -96,7 +81,7 @@ def test_resources(launch, arch) -> None:
     if launch.kernel == "mlp_fc2" or constants["ACTIVATION"] == "relu_squared":
         assert used.activations == 0  # neither a clamp nor an exponential
     else:  # each element of a chunk once: no thread computes what another has
-        assert used.activations == constants["BM"] * constants["BN"] // threads
+        assert used.activations == constants["BM"] * constants["BN"] // threads_of(launch)
 
 
 def test_launches_are_recorded_from_the_launchers() -> None:
@@ -113,15 +98,12 @@ def test_launches_are_recorded_from_the_launchers() -> None:
 
 
 def test_launches_are_those_of_the_device() -> None:
-    for item, expected in (
-        (BF16[320], {80: (3, 4), 86: (3, 2), 89: (3, 2), 90: (3, 4), 100: (3, 4), 120: (3, 2)}),
-        (TF32[2], {80: (3, 4), 86: (3, 2), 89: (3, 2), 90: (3, 4), 100: (3, 4), 120: (3, 2)}),
-    ):
-        recorded = {arch: aot.launches(item, DEVICES[arch])[1:] for arch in aot.ARCHS}
-        stages = {
-            a: tuple(dict(launch.options)["num_stages"] for launch in two) for a, two in recorded.items()
-        }
-        assert stages == expected
+    expected = {80: (3, 4), 86: (3, 2), 89: (3, 2), 90: (3, 4), 100: (3, 4), 120: (3, 2)}
+    for item in (BF16[320], TF32[2]):
+        for arch in aot.ARCHS:
+            _, *pair = aot.launches(item, DEVICES[arch])
+            stages = tuple(dict(launch.options)["num_stages"] for launch in pair)
+            assert stages == expected[arch], (item, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
