@@ -281,9 +281,9 @@ def never(y, target):
     raise AssertionError("the loss was asked for")
 
 
-def hooked(register, *arguments):
+def hooked(register):
     model = Net()
-    getattr(model.norm, register)(lambda *_: None, *arguments)
+    getattr(model.norm, register)(lambda *_: None)
     return model
 
 
@@ -322,7 +322,7 @@ def with_norm_on_meta():
     return model
 
 
-EXAMPLE, META = torch.zeros(3, 4, 5, 5).as_subclass(SaysCuda), torch.tensor(0.1, device="meta")
+EXAMPLE, META = X.as_subclass(SaysCuda), torch.tensor(0.1, device="meta")
 GOOD = {"model": Net(), "optimizer": adamw, "loss": never, "example": EXAMPLE, "target": TARGET}
 
 
@@ -342,7 +342,10 @@ GOOD = {"model": Net(), "optimizer": adamw, "loss": never, "example": EXAMPLE, "
         ("optimizer", lambda m: adamw(Net()), ValueError, "group 0 .* parameters that are not the model's"),
         ("optimizer", not_capturable, ValueError, "1 .* must have capturable=True"),
         ("optimizer", sgd, ValueError, "group 0 of optimizer is SGD's, which has no capturable=True"),
-        ("optimizer", with_lr_on_meta, ValueError, "its lr on meta; allowed: a number, or a tensor on cpu"),
+        (
+            *("optimizer", with_lr_on_meta, ValueError),
+            "group 1 of optimizer has its lr on meta; allowed: a number, or a tensor on cpu",
+        ),
         ("loss", "mse", TypeError, "loss must be a function of the result and the target, got str"),
         ("example", [0.0], TypeError, "example must be a tensor, got list"),
         ("example", torch.zeros(3), ValueError, "example must be a CUDA tensor, got one on cpu"),

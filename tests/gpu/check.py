@@ -20,12 +20,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from part_runner import GRACE_S, Outcome, Part, Stop, parser_of, run_part
+from part_runner import GRACE_S, ROOT, Outcome, Part, Stop, parser_of, run_part
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT))  # before installed packages: one of them may have a folder called benchmarks
 
-from benchmarks.commit import commit_of  # noqa: E402
+from benchmarks.commit import commit_of
 
 GPU = ROOT / "tests" / "gpu"
 TOTAL_S = 540.0

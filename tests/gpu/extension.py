@@ -14,10 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from part_runner import parser_of
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # where PYTHONPATH has no package
+from part_runner import ROOT, parser_of
 
 
 def own_architecture(capability: tuple[int, int]) -> str:

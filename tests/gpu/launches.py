@@ -18,7 +18,6 @@ from part_runner import parser_of
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # the tests' modules
-sys.path.append(str(HERE.parents[1]))  # the package, where PYTHONPATH has none
 
 SILENT_S = {"cuda": 30, "triton": 60}  # a case that says nothing for so long hangs; Triton compiles
 
@@ -87,8 +86,8 @@ def watch(backend: str, dry: bool) -> tuple[list[str], set[str], int]:
                 break
             kind, _, text = line.partition(" ")
             if kind == "begin":
-                outcome = ""
-                at, _, name = int(text.partition(" ")[0]), *text.partition(" ")[1:]
+                number, _, name = text.partition(" ")
+                at, outcome = int(number), ""
             elif kind == "kernels":
                 launched |= set(text.split("; "))
                 name += f" [{text}]" if len(text) < 400 else ""

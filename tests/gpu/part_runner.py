@@ -19,8 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["GRACE_S", "SKIPPED", "Outcome", "Part", "Stop", "parser_of", "run_part"]
+__all__ = ["GRACE_S", "ROOT", "SKIPPED", "Outcome", "Part", "Stop", "parser_of", "run_part"]
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # for the parts' programs, where PYTHONPATH has no package
 GRACE_S = 5.0
 SKIPPED = 77  # the exit code of a part that this machine cannot run, as in automake and meson
 _TAIL_LINES = 40

@@ -10,11 +10,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from part_runner import parser_of
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH has no package
 
 STAGES, USES = (0, 1, 2, 3), ("inference", "one image", "training")
 

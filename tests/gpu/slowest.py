@@ -14,8 +14,6 @@ from pathlib import Path
 
 from part_runner import SKIPPED, parser_of
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where PYTHONPATH has no package
-
 COUNT = 5
 
 REFUSALS = {  # what ncu says where it cannot profile

@@ -16,10 +16,9 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from part_runner import parser_of
+from part_runner import ROOT, parser_of
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1]))  # where PYTHONPATH has no package
 NO_TESTS = 5  # pytest's exit code where none was selected
 
 
@@ -65,7 +64,7 @@ def run(backend: str, jobs: int, reports: Path, dry: bool) -> int:
     for file in reports.glob(f"{backend}*.xml"):
         file.unlink()
     commands = pytest_commands(backend, jobs, reports, dry)
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parents[1])])
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     # the package is that of PYTHONPATH
     env = os.environ | {"PYTHONPATH": path, "POOLFORMER_TEST_TARGETS": backend}
     pool = ThreadPoolExecutor(jobs)
