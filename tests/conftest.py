@@ -104,7 +104,7 @@ def stand_in(monkeypatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the operators' contract was not run on, in targets' own processes; the seeds of random problems."""
+    """What the contract was not run on, in targets' own processes, and the seeds of random problems."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [p for report in reports for p in getattr(report, "user_properties", [])]
     for line in sorted({value for name, value in properties if name == "shown"}):

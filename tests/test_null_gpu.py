@@ -170,18 +170,23 @@ def run_tests(folder: Path, capability: str, *arguments: str) -> dict[str, int]:
     return run_pytest(*plugins, *arguments, **env)
 
 
-def test_on_the_null_gpu(folder) -> None:
-    """All but test_values.py's, which says why, and the long ones, which the next test runs."""
-    counts = run_tests(folder, "9.0", str(FOLDER), f"--ignore={EVERY_CALL}")
+@pytest.mark.parametrize(
+    ("tier", "least"), [("not long", 200), pytest.param("long", 10, marks=pytest.mark.long)]
+)
+def test_on_the_null_gpu(folder, tier, least) -> None:
+    """All but test_values.py's, which says why, and every call, which the next test runs."""
+    counts = run_tests(folder, "9.0", "-m", tier, str(FOLDER), f"--ignore={EVERY_CALL}")
     assert counts.keys() == {"passed", "deselected"}
-    assert counts["deselected"] == 1
-    assert counts["passed"] >= 200  # a file that collects nothing would pass, too
+    assert counts["passed"] >= least  # a file that collects nothing would pass, too
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capability", [name for name in CAPABILITIES if name != "10.3"])
+@pytest.mark.parametrize("capability", [name for name in CAPABILITIES if name not in ("8.9", "10.3")])
 def test_every_call_on_the_null_gpu(folder, capability) -> None:
-    """On a capability that the build has no image for, C++ is skipped, as not judged, and Triton is not."""
+    """On a capability that the build has no image for, C++ is skipped, as not judged, and Triton is not.
+
+    Launches of 8.9 are those of 8.6, and of 10.3 those of 10.0.
+    """
     counts = run_tests(folder, capability, str(EVERY_CALL))
     archs = cpp.build_info()["cuda_archs"]
     judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None

@@ -1,9 +1,11 @@
 """The kernels of the CUDA chain, compiled for every architecture without a GPU: no spills, wide accesses."""
 
+import itertools
 from typing import NamedTuple
 
 import pytest
 import torch
+from contract.cases import covering
 from support.ttgir import DEVICES, aot, compiled
 
 from poolformer_kernels.backends.triton import chain
@@ -30,11 +32,14 @@ class ChainCase(NamedTuple):
         chain.head(x, weight, bias, None, 1e-6)
 
 
+SHAPES = ((64, 56), (320, 14), (512, 7), (768, 7), (33, 9))
+CASES = [*itertools.product(DTYPES, (0, 1), SHAPES, aot.ARCHS)]
+
+
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("arch", aot.ARCHS)
-@pytest.mark.parametrize("shape", [(64, 56), (320, 14), (512, 7), (768, 7), (33, 9)], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "offset", "shape", "arch"), [CASES[i] for i in sorted(covering(CASES, 2))], ids=str
+)
 def test_resources(dtype, offset, shape, arch) -> None:
     """Half operands of aligned images are loaded and stored by 16 bytes a thread, where C is even."""
     launches = aot.distinct([ChainCase(DTYPES[dtype], *shape, offset)], DEVICES[arch])
