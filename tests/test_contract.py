@@ -4,24 +4,21 @@ Every case there passes, or the test here fails and shows the output; what a tar
 the end of this run, too.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from contract.targets import TARGETS
 from support.peers import require, require_backend
-from support.processes import executor_library, once_for_all
+from support.processes import executor_library, once_for_all, python
 from support.variants import build_emulated_tiles
 
 from poolformer_kernels.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "contract"
-FILES = ("pool_mixer", "pool_mixer_checks", "mlp", "mlp_numerics", "mlp_autograd", "mlp_checks")
+FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_checks")
 RANDOM = "properties"  # on one target of each implementation
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
@@ -29,19 +26,16 @@ PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
 
 def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **environment: str) -> None:
     """The cases of ``tier`` of one file of the contract on one target."""
-    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     command += ["-q", "--tb=short", *PLUGINS, "-W", "ignore::RuntimeWarning"]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ours = {
         "POOLFORMER_TEST_TARGETS": target,
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",  # NumPy's products are small; its threads would wait for each other
     }
-    done = subprocess.run(
-        [*command, "-m", tier, str(HERE / f"{file}.py")], env=inherited | ours | environment,
-        cwd=cwd, capture_output=True, text=True,
-    )  # fmt: skip
+    command += ["-m", tier, str(HERE / f"{file}.py")]
+    done = python(*command, cwd=cwd, timeout=None, **ours | environment)
     lines = done.stdout.strip().splitlines() or [""]
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     summary = r"\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in .*"
@@ -58,7 +52,9 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
         target = TARGETS[name]
         for file in FILES:
             python_only = file.endswith("_checks")  # the same on every level and architecture
-            if not file.startswith(target.operators) or (python_only and (target.level or "sm_80" in name)):
+            if file == "pool_mixer" and "pool_mixer" not in target.operators:
+                continue
+            if python_only and (target.level or "sm_80" in name):
                 continue
             marks = [] if short(name) else [pytest.mark.long]
             found.append(pytest.param(name, file, "not long", marks=marks))
@@ -86,7 +82,7 @@ def test_on_another_level(target, file, tier, record_property) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", [name for name in FILES if name.startswith("mlp") and name != "mlp_checks"])
+@pytest.mark.parametrize("file", [name for name in FILES if name not in ("pool_mixer", "both_checks")])
 def test_on_emulated_tiles(file, record_property, tmp_path_factory) -> None:
     """The matrix unit's code on any processor that has bfloat16 products."""
     require_backend("cpp")

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .targets import Target
@@ -13,32 +13,49 @@ NOT_RUN: dict[str, Counter[str]] = {}  # of each target, why how many cases are 
 
 @dataclass
 class Cases:
-    """The axes of a test's parameters and whom it concerns.
+    """The axes of a test's parameters, of each operator, and whom it concerns.
 
     ``kernels``: the reference does not promise it. ``once``: it does not depend on the instruction-set level.
     ``where(target, **case)`` says why a target does not run a case, or None. A name with commas is an axis of
-    tuples.
+    tuples. Parameters that only the other operator has are None.
     """
 
-    axes: dict[str, tuple]
+    axes: dict[str, dict[str, tuple]] = field(default_factory=lambda: {"pool_mixer": {}, "mlp": {}})
     kernels: bool = False
     once: bool = False
     where: Callable[..., str | None] | None = None
-    names: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.names = tuple(name for axis in self.axes for name in axis.split(", "))
+    @property
+    def names(self) -> list[str]:
+        return [*dict.fromkeys(name for axes in self.axes.values() for name in names_of(axes))]
 
 
-def over(*, kernels: bool = False, once: bool = False, where=None, also: dict | None = None, **axes):
+def names_of(axes: Iterable[str]) -> list[str]:
+    return [name for axis in axes for name in axis.split(", ")]
+
+
+def over(
+    *,
+    kernels: bool = False,
+    once: bool = False,
+    where: Callable[..., str | None] | None = None,
+    also: dict | None = None,
+    pool_mixer: dict | None = None,
+    mlp: dict | None = None,
+    **axes,
+):
     """Decorates a test of the contract, whose first parameter is ``target``, with its `Cases`.
 
-    ``also`` has the axes of several names: ``{"shape, hidden": [...]}``.
+    ``also`` has the axes of several names: ``{"shape, hidden": [...]}``. A test of both operators has
+    ``operator`` as its second parameter; ``pool_mixer`` and ``mlp`` are the axes that only one of them has.
     """
 
     def decorate(function):
-        found = {name: tuple(values) for name, values in ((also or {}) | axes).items()}
-        function.cases = Cases(found, kernels, once, where)
+        mixers, mlps, common = (
+            {name: tuple(values) for name, values in found.items()}
+            for found in (pool_mixer or {}, mlp or {}, (also or {}) | axes)
+        )
+        function.cases = Cases({"pool_mixer": mixers | common, "mlp": mlps | common}, kernels, once, where)
         return function
 
     return decorate
@@ -62,12 +79,13 @@ def covering(rows: list[tuple], strength: int | None) -> set[int]:
 def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tuple, bool]]:
     """(the values of the parameters, whether the case is left to `make test-long`) of each case."""
     refused = NOT_RUN.setdefault(target.name, Counter())
+    axes = cases.axes[operator]
     rows = []
-    for row in itertools.product(*cases.axes.values()):
+    for row in itertools.product(*axes.values()):
         flat: list = []
-        for axis, value in zip(cases.axes, row, strict=True):
+        for axis, value in zip(axes, row, strict=True):
             flat += value if ", " in axis else [value]
-        case = dict(zip(cases.names, flat, strict=True))
+        case = dict(zip(names_of(axes), flat, strict=True))
         reason = target.refuses(operator, case)
         if cases.kernels and not target.kernels:
             reason = "only kernels promise it"
@@ -77,10 +95,10 @@ def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tup
         if reason:
             refused[reason] += 1
         else:
-            rows.append((row, tuple(flat)))
+            rows.append((row, tuple(map(case.get, cases.names))))
     short, whole = (covering([row for row, _ in rows], n) for n in (target.short, target.whole))
-    for i, (_, flat) in enumerate(rows):
+    for i, (_, values) in enumerate(rows):
         if i in short | whole:
-            yield flat, i not in short
+            yield values, i not in short
         else:
             refused["each value or pair of values runs in another case"] += 1

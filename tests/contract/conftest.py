@@ -1,11 +1,13 @@
 """Runs the contract's tests on the targets of this run; the summary says what no target ran, and why."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.interpreter import hasten
+from support.operators import OPERATORS
 from support.peers import require_backend
 
 from . import cases
@@ -17,14 +19,19 @@ _SHOWN = pytest.StashKey[dict]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
-    given = getattr(metafunc.function, "cases", cases.Cases({}))
+    given = getattr(metafunc.function, "cases", cases.Cases())
+    of_both = "operator" in metafunc.fixturenames
+    names = ["target", *["operator"] * of_both, *given.names]
     rows = []
-    for target in chosen():
-        for values, long in cases.selection(target, metafunc.module.OPERATOR, given):
-            name = "-".join([target.name, *map(str, values)])
-            rows.append(pytest.param(target, *values, id=name, marks=[pytest.mark.long] if long else []))
-    none = pytest.param(None, *[None] * len(given.names), id="no target")
-    metafunc.parametrize(("target", *given.names), rows or [none], indirect=["target"])
+    for target, operator in itertools.product(chosen(), OPERATORS.values()):
+        if not of_both and operator.name != metafunc.module.OPERATOR:
+            continue
+        for values, long in cases.selection(target, operator.name, given):
+            row = [target, *[operator] * of_both, *values]
+            name = "-".join(str(value) for value in row if not (of_both and value is None))
+            rows.append(pytest.param(*row, id=name, marks=[pytest.mark.long] if long else []))
+    none = pytest.param(*[None] * len(names), id="no target")
+    metafunc.parametrize(names, rows or [none], indirect=["target"])
 
 
 @pytest.hookimpl(tryfirst=True)

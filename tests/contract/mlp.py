@@ -1,36 +1,20 @@
-"""What the MLP promises, on every target: values and gradients, shapes, layouts, dtypes, statistics.
+"""What the MLP promises on every target: values and gradients, shapes, layouts, dtypes, statistics.
 
-Its hard values are in `mlp_numerics.py`, determinism and autograd in `mlp_autograd.py`. What is specific to a
-target stands in files of its own; which cases a target runs, in `targets.py`.
+Its hard values are in `mlp_numerics.py`, what it keeps for its backward and tokens as rows in
+`mlp_backward.py`, what it promises as the token mixer does in `both.py`. What is specific to a target stands
+in files of its own; which cases a target runs, in `targets.py`.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from support import mlp as problems
-from support.devices import like_on, on
-from support.layouts import (
-    GRAD_LAYOUTS,
-    LAYOUTS,
-    VECTOR_LAYOUTS,
-    WEIGHT_LAYOUTS,
-    as_layout,
-    as_vector_layout,
-    as_weight_layout,
-)
-from support.mlp import (
-    NAMES,
-    PLAIN,
-    VECTORS,
-    WEIGHTS,
-    eager,
-    make_grad,
-    make_inputs,
-    truth,
-    y_of_mlp_with_stats,
-)
-from support.problems import BACKENDS, HALVES, tiled_stats
+from support.devices import on
+from support.layouts import LAYOUTS, WEIGHT_LAYOUTS, as_layout, as_weight_layout
+from support.mlp import PLAIN, VECTORS, WEIGHTS, eager, make_grad, truth
+from support.operators import MLP
+from support.problems import BACKENDS, HALVES
 from support.rule import assert_close_to_fp64, assert_same, assert_statistics_of, bits, run
 
 from poolformer_kernels import reference
@@ -39,51 +23,19 @@ from poolformer_kernels.ops import mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
-from . import check as checks
+from .both import check_every_run
 from .cases import over
 from .check import values
+from .common import BF16, BOTH, DTYPES, EACH, F32, FORMATS, INF, SMALL, TWO, check_of, laid, problem_of
 from .targets import Target
 
 OPERATOR = "mlp"
-F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = (F32, *HALVES)
-TWO = (F32, BF16)
-FORMATS = ("nchw", "channels_last")
-BOTH = (False, True)
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-INF, NAN = float("inf"), float("nan")
+check, problem = partial(check_of, MLP), partial(problem_of, MLP)
 FORMS = {  # parameters, residual
     "plain": (PLAIN, False),
     "norm": (("b1", "b2", "norm_weight", "norm_bias"), False),
     "residual": (VECTORS, True),
 }
-SMALL = ((3, 17, 6, 9), 20)  # x, hidden
-WIDE = ((3, 200, 3, 6), 50)  # from about 100 channels on Triton has kernels of its own for each product
-EACH = {"shape, hidden": [SMALL, WIDE]}
-
-
-def dtype_of(target: Target) -> torch.dtype:
-    """Of a test that asks for none: the CUDA C++ kernels have no products of float32."""
-    return BF16 if target.backend == "cuda" else F32
-
-
-def problem(target: Target, shape, hidden: int, dtype: torch.dtype | None = None, *, out=None, **options):
-    """`make_inputs` of the channels that this target has a kernel for, in its dtype if none is given."""
-    channels, hidden, out = target.fit(shape[1], hidden, out)
-    return make_inputs(
-        (shape[0], channels, *shape[2:]), hidden, dtype or dtype_of(target), out=out, **options
-    )
-
-
-def check(target: Target, inputs, grad=None, *, stats=None, save_hidden=False, **options):
-    function, given = mlp, {"save_hidden": save_hidden}
-    if stats is not None:
-        function, given = y_of_mlp_with_stats, given | {"stats": stats.to(target.device)}
-    return checks.check(target, problems, function, inputs, grad, given=given, **options)
-
-
-def laid(inputs, layout: str):
-    return {**inputs, "x": as_layout(inputs["x"], layout)}
 
 
 def unit_of(inputs, float32: float, halves: float) -> float:
@@ -171,6 +123,20 @@ def test_large_shapes(target, shape, hidden, dtype, form, layout):
     parameters, residual = FORMS[form]
     inputs = problem(target, shape, hidden, dtype, parameters=parameters)
     check(target, inputs, layout=layout, residual=residual, frozen=coarse(target, dtype))
+
+
+@pytest.mark.long
+@over(
+    kernels=True,
+    also={
+        "shape, hidden": [((16, 64, 56, 56), 256), ((16, 512, 7, 7), 2048), ((16, 17, 13, 29), 70), *ROUNDS]
+    },
+    dtype=TWO,
+    layout=FORMATS,
+    where=lambda target, **_: None if target.device == "cuda" else "the CPU divides smaller ones likewise",
+)
+def test_every_run_on_large_inputs_has_the_same_bits(target, shape, hidden, dtype, layout):
+    check_every_run(MLP, target, problem(target, shape, hidden, dtype), layout)
 
 
 @over(
@@ -310,21 +276,6 @@ def test_few_tokens_and_many_hidden_channels(target, hidden, shape, dtype):
     check(target, inputs, layout="channels_last", frozen=coarse(target, dtype))
 
 
-@over(shape=[(0, 5, 3, 4), (0, 200, 3, 4)], layout=FORMATS, residual=BOTH, save_hidden=BOTH)
-def test_no_samples(target, shape, layout, residual, save_hidden):
-    inputs = laid(problem(target, shape, 7), layout)
-    found = values(target, mlp, inputs, make_grad(inputs), residual=residual, save_hidden=save_hidden)
-    assert found["y"].shape == found["dx"].shape == inputs["x"].shape
-    assert found["ddrop_scale"].shape == (0,)
-    for name in set(NAMES) - {"x", "drop_scale"}:
-        zeros = torch.zeros_like(inputs[name])
-        assert found[f"d{name}"].dtype == zeros.dtype
-        assert torch.equal(found[f"d{name}"].cpu(), zeros), name
-    y, stats = mlp_with_stats(**on(target.device, inputs), residual=residual)
-    assert y.shape == inputs["x"].shape
-    assert stats.shape[::2] == (0, 3)
-
-
 # ---- layouts -----------------------------------------------------------------------------------------------
 
 
@@ -338,17 +289,6 @@ def test_layouts_of_x(target, layout, dtype, form):
         inputs, grad = laid(inputs, layout), as_layout(make_grad(inputs), layout)
         dense = inputs | {"x": inputs["x"].contiguous(memory_format=memory_format_of(inputs["x"]))}
         assert_same(found, values(target, mlp, dense, grad, residual=residual))
-
-
-@over(also=EACH, grad_layout=GRAD_LAYOUTS, layout=[*FORMATS, "expanded"], dtype=TWO)
-def test_layouts_of_the_gradient(target, shape, hidden, grad_layout, layout, dtype):
-    inputs = problem(target, shape, hidden, dtype)
-    grad = as_layout(make_grad(inputs), grad_layout)
-    check(target, inputs, grad, layout=layout, residual=True)
-    if target.exact:
-        inputs = laid(inputs, layout)
-        found = values(target, mlp, inputs, grad, residual=True)
-        assert_same(found, values(target, mlp, inputs, grad.contiguous(), residual=True))
 
 
 @over(
@@ -392,18 +332,6 @@ def test_linear_and_conv_weights_are_the_same(target, dtype):
         assert_same(other, results[0])
 
 
-@over(
-    also={"shape, hidden": [((5, 6, 4, 5), 10), ((2, 200, 1, 7), 20)]},
-    names=(*VECTORS, "all"),
-    vector_layout=VECTOR_LAYOUTS,
-)
-def test_layouts_of_vectors(target, shape, hidden, names, vector_layout):
-    inputs = problem(target, shape, hidden)
-    for name in VECTORS if names == "all" else (names,):
-        inputs[name] = as_vector_layout(inputs[name], vector_layout)
-    check(target, inputs, residual=True)
-
-
 # ---- dtypes and parameters ---------------------------------------------------------------------------------
 
 MIXED = [
@@ -427,23 +355,6 @@ def test_mixed_dtypes(target, shape, hidden, dtype, weight_dtype, vector_dtype, 
     check(target, inputs, layout=layout, save_hidden=save_hidden, residual=residual)
 
 
-@over(floats=[("b2", "norm_bias", "drop_scale"), ("b1",), ("norm_weight",), ("layer_scale",)], dtype=HALVES)
-def test_each_vector_has_its_own_dtype(target, floats, dtype):
-    inputs = problem(target, *SMALL, dtype)
-    inputs |= {name: inputs[name].float() for name in floats}
-    check(target, inputs, layout="nchw", residual=True)
-
-
-@over(
-    parameters=[p for size in (0, 1, 2, 5, 6) for p in itertools.combinations(VECTORS, size)],
-    residual=BOTH,
-    dtype=TWO,
-)
-def test_absent_parameters(target, parameters, residual, dtype):
-    """No biases, no norm or one half of it, no LayerScale, no drop path: none, one, two, or all of them."""
-    check(target, problem(target, (3, 5, 6, 7), 9, dtype, parameters=parameters), residual=residual)
-
-
 @over(also=EACH, parameters=[(), PLAIN, ("b2", "drop_scale")], residual=BOTH, dtype=DTYPES)
 def test_a_norm_without_parameters(target, shape, hidden, parameters, residual, dtype):
     inputs = problem(target, shape, hidden, dtype, parameters=parameters)
@@ -455,54 +366,6 @@ def test_a_norm_without_parameters(target, shape, hidden, parameters, residual, 
 
 
 # ---- statistics given and returned -------------------------------------------------------------------------
-
-
-def of_mean(target: Target, allowed: float) -> float:
-    """What is added to the target's floor; on a device eager's error has had room enough for it."""
-    return 0 if target.device == "cuda" else allowed - target.ulps[1]
-
-
-@over(also=EACH, tiles=(1, 2, 5, 7, 33, 300), mean=(0.0, 40.0, 1e3), dtype=DTYPES, layout=FORMATS)
-def test_given_statistics(target, shape, hidden, tiles, mean, dtype, layout):
-    """The partials' means are rounded to float32: against sigma that is an error of |mean| / sigma ulps."""
-    inputs = laid(problem(target, shape, hidden, dtype, mean=mean, sigma=2.0), layout)
-    stats = tiled_stats(inputs["x"], tiles)
-    check(target, inputs, layout=layout, stats=stats, residual=True, ulps=of_mean(target, 8 + mean / 2))
-
-
-@over(also=EACH, dtype=TWO)
-def test_given_statistics_in_other_layouts(target, shape, hidden, dtype):
-    inputs = problem(target, shape, hidden, dtype)
-    grad, stats = make_grad(inputs), tiled_stats(inputs["x"], 5)
-    kept = stats.clone()
-    expected = values(target, y_of_mlp_with_stats, inputs, grad, residual=True, stats=stats.to(target.device))
-    transposed = stats.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    swapped = stats.transpose(1, 2).contiguous().transpose(1, 2)
-    offset = torch.full((stats.numel() + 1,), NAN)[1:].view(stats.shape).copy_(stats)
-    sliced = torch.full((3, 12, 4), NAN)[:, 1:11:2, 1:].copy_(stats)
-    for other in (transposed, swapped, offset, sliced):
-        given = like_on(target.device, other)
-        assert_same(values(target, y_of_mlp_with_stats, inputs, grad, residual=True, stats=given), expected)
-        assert torch.equal(given.cpu(), kept)
-
-
-@over(also=EACH)
-def test_given_statistics_are_used_and_not_differentiable(target, shape, hidden):
-    """A quarter of the variance with eps = 0 is twice the norm's weight; the statistics get no gradient."""
-    inputs = on(target.device, problem(target, shape, hidden))
-    scaled = torch.tensor([1.0, 1.0, 0.25], device=target.device)
-    quarter = reference.sample_stats(inputs["x"]) * scaled
-    doubled = mlp(**{**inputs, "norm_weight": 2 * inputs["norm_weight"]}, eps=0.0)
-    y, returned = mlp_with_stats(**inputs, eps=0.0, stats=quarter, return_stats=False)
-    assert returned is None
-    unit = {"reference": 2e-5, "cpp": 2e-5, "triton": 1e-5, "cuda": 2e-2}[target.backend]
-    torch.testing.assert_close(y, doubled, rtol=unit, atol=unit)
-    quarter.requires_grad_()
-    inputs["x"].requires_grad_()
-    y, returned = mlp_with_stats(**inputs, residual=True, stats=quarter)
-    assert y.requires_grad
-    assert not returned.requires_grad
-    assert torch.autograd.grad(y.sum(), [inputs["x"], quarter], allow_unused=True)[1] is None
 
 
 OF_STATISTICS = (
@@ -570,9 +433,3 @@ def test_a_block_through_statistics(target, shape, hidden, dtype, layout):
     for name, value in given.items():
         error = (value.double() - computed[name].double()).norm() / computed[name].double().norm()
         assert error <= unit_of(inputs, 2e-5, 4), (name, error)
-
-
-@over(once=True)
-def test_statistics_are_returned_only_when_asked_for(target):
-    inputs = on(target.device, problem(target, (2, 5, 3, 4), 7))
-    assert mlp_with_stats(**inputs, return_stats=False)[1] is None

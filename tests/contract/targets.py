@@ -141,7 +141,8 @@ TARGETS = {
         REFERENCE,
         CPP,
         *(replace(CPP, name=f"cpp {level}", level=level, short=2, whole=2)
-          for level in ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "emulated")),
+          for level in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")),
+        replace(CPP, name="cpp emulated", level="emulated", short=2, whole=2, operators=("mlp",)),
         INTERPRETER,
         EXECUTOR,
         replace(EXECUTOR, name="executor sm_80", architecture=80, short=0, whole=0, operators=("mlp",)),

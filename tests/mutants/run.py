@@ -37,10 +37,10 @@ class Selection:
     expression: str = ""  # pytest's -k
 
 
-_FILES = {"pool_mixer": ("pool_mixer",), "mlp": ("mlp", "mlp_numerics", "mlp_autograd")}
+_FILES = {"pool_mixer": ("pool_mixer", "both"), "mlp": ("mlp", "mlp_numerics", "mlp_backward", "both")}
 _SLOW = "not (opcheck or each_value_and_slope)"
 SELECTIONS = {
-    (target, operator): Selection(tuple(f"contract/{name}.py" for name in files), _SLOW)
+    (target, operator): Selection(tuple(f"contract/{name}.py" for name in files), f"{operator} and {_SLOW}")
     for target in ("cpp", "amx", "cuda", "triton")
     for operator, files in _FILES.items()
     if (target, operator) != ("amx", "pool_mixer")

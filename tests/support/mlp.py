@@ -182,3 +182,32 @@ def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float 
 
 def y_of_mlp_with_stats(x, w1, b1, w2, b2, **options) -> Tensor:
     return mlp_with_stats(x, w1, b1, w2, b2, return_stats=False, **options)[0]
+
+
+def forward_arguments(
+    inputs: Tensors,
+    stats: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    norm: bool = True,
+    residual: bool = True,
+    return_stats: bool = True,
+    save_hidden: bool = False,
+) -> tuple:
+    """Of the registered operators, but for what one backend's has besides."""
+    return (*inputs.values(), stats, activation, 1e-5, norm, residual, return_stats, save_hidden)
+
+
+def backward_arguments(
+    grad: Tensor,
+    inputs: Tensors,
+    mean_rstd: Tensor,
+    hidden: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    norm: bool = True,
+    residual: bool = True,
+    wanted: tuple[bool, bool] = (True, True),  # the gradients of the parameters, of drop_scale
+) -> tuple:
+    x, *parameters = inputs.values()
+    return (grad, x, mean_rstd, *parameters, hidden, activation, norm, residual, *wanted)

@@ -100,6 +100,18 @@ def mixer_with_stats(x, weight, bias, **options) -> Tensor:
     return pool_mixer_with_stats(x, weight, bias, return_stats=False, **options)[0]
 
 
+def forward_arguments(
+    inputs: Tensors, stats: Tensor | None = None, *, residual: bool = True, return_stats: bool = True
+) -> tuple:
+    """Of the registered operators."""
+    return (*inputs.values(), stats, 3, 1e-5, residual, return_stats)
+
+
+def backward_arguments(grad: Tensor, inputs: Tensors, mean_rstd: Tensor, *, residual: bool = True) -> tuple:
+    x, *parameters = inputs.values()
+    return (grad, x, mean_rstd, *parameters, 3, residual)
+
+
 def adjoint_bias(pool_size: int, layout: str, device: str = "cpu") -> float:
     """The mean error of a smooth gradient's dx, in float32 ulps of its mean: it adds up over blocks.
 

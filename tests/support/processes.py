@@ -62,3 +62,19 @@ def executor_library(factory: pytest.TempPathFactory) -> Path:
 
     folder = once_for_all(factory, "cuda_executor", lambda folder: build(folder / "cuda_executor.so"))
     return folder / "cuda_executor.so"
+
+
+def python(
+    *arguments: str, cwd: Path | None = None, timeout: float | None = 600, **variables: str
+) -> subprocess.CompletedProcess:
+    """Python with these arguments, in a process that imports what this one can; pytest is no part of it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | path | variables,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

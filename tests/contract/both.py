@@ -1,0 +1,454 @@
+"""What both operators promise on every target: batches, layouts, statistics, determinism, autograd.
+
+Their shapes and hard values are in `pool_mixer.py`, `mlp.py` and `mlp_numerics.py`.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+import torch
+from support.derivatives import TRANSFORMS
+from support.devices import like_on, on
+from support.layouts import GRAD_LAYOUTS, VECTOR_LAYOUTS, as_layout, as_vector_layout
+from support.mlp import VECTORS
+from support.operators import MLP, POOL_MIXER, Operator
+from support.pool_mixer import PARAMETERS
+from support.problems import HALVES, Tensors, tiled_stats
+from support.rule import assert_same, bits, run
+from torch.utils.checkpoint import checkpoint
+
+import poolformer_kernels as pk
+from poolformer_kernels import reference
+
+from .cases import over
+from .check import values
+from .common import (
+    ACTIVATIONS,
+    BOTH,
+    DTYPES,
+    EACH,
+    FORMATS,
+    INF,
+    NAN,
+    SMALL,
+    TINY,
+    TWO,
+    WIDE,
+    check_of,
+    given,
+    laid,
+    of_mean,
+    problem_of,
+)  # fmt: skip
+from .targets import Target
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+
+@over(
+    pool_mixer={"shape": [(5, 17, 9, 6), (5, 16, 9, 6), (7, 64, 20, 20)], "dtype": TWO, "layout": FORMATS},
+    mlp={
+        "shape, hidden": [SMALL, WIDE, ((4, 64, 9, 9), 128)],
+        "dtype": DTYPES,
+        "layout": FORMATS,
+        "activation": ACTIVATIONS,
+    },
+)
+def test_a_sample_does_not_depend_on_its_batch(target, operator, shape, hidden, dtype, layout, activation):
+    inputs = laid(problem_of(operator, target, shape, hidden, dtype), layout)
+    grad, options = operator.grad(inputs), given(residual=True, activation=activation)
+    whole = values(target, operator.call, inputs, grad, **options)
+    one = inputs | {"x": inputs["x"][2:3], "drop_scale": inputs["drop_scale"][2:3]}
+    alone = values(target, operator.call, one, grad[2:3], **options)
+    for name in {"y", "dx", "ddrop_scale"} & whole.keys():
+        if target.exact and (len(grad) < 7 or name != "ddrop_scale"):  # small batches have smaller tiles
+            assert_same({name: alone[name]}, {name: whole[name][2:3]})
+        else:
+            unit = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(alone[name], whole[name][2:3], rtol=unit, atol=unit * 8)
+
+
+@over(
+    pool_mixer={"shape": [(0, 5, 3, 4)]},
+    mlp={"shape, hidden": [((0, 5, 3, 4), 7), ((0, 200, 3, 4), 7)], "save_hidden": BOTH},
+    layout=FORMATS,
+    residual=BOTH,
+)
+def test_no_samples(target, operator, shape, hidden, save_hidden, layout, residual):
+    inputs = laid(problem_of(operator, target, shape, hidden), layout)
+    options = given(residual=residual, save_hidden=save_hidden)
+    found = values(target, operator.call, inputs, operator.grad(inputs), **options)
+    assert found["y"].shape == found["dx"].shape == inputs["x"].shape
+    assert found["ddrop_scale"].shape == (0,)
+    for name in inputs.keys() - {"x", "drop_scale"}:
+        zeros = torch.zeros_like(inputs[name])
+        torch.testing.assert_close(found[f"d{name}"].cpu(), zeros, rtol=0, atol=0, msg=name)
+    y, stats = operator.with_stats(**on(target.device, inputs), residual=residual)
+    assert y.shape == inputs["x"].shape
+    assert stats.shape[::2] == (0, 3)
+
+
+# ---- layouts, dtypes and parameters ------------------------------------------------------------------------
+
+
+@over(
+    pool_mixer={
+        "grad_layout": GRAD_LAYOUTS,
+        "layout": FORMATS,
+        "dtype": TWO,
+        "shape": [(3, 17, 6, 9), (3, 8, 8, 4)],
+    },
+    mlp={**EACH, "grad_layout": GRAD_LAYOUTS, "layout": [*FORMATS, "expanded"], "dtype": TWO},
+)
+def test_layouts_of_the_gradient(target, operator, shape, hidden, grad_layout, layout, dtype):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    grad = as_layout(operator.grad(inputs), grad_layout)
+    found = check_of(operator, target, inputs, grad, layout=layout, residual=True)
+    if target.exact:
+        inputs = laid(inputs, layout)
+        assert_same(found, values(target, operator.call, inputs, grad.contiguous(), residual=True))
+
+
+@over(
+    pool_mixer={
+        "shape": [(5, 6, 4, 5)],
+        "names": PARAMETERS,
+        "vector_layout": VECTOR_LAYOUTS,
+        "layout": FORMATS,
+    },
+    mlp={
+        "shape, hidden": [((5, 6, 4, 5), 10), ((2, 200, 1, 7), 20)],
+        "names": (*VECTORS, "all"),
+        "vector_layout": VECTOR_LAYOUTS,
+        "layout": ["nchw"],
+    },
+)
+def test_layouts_of_vectors(target, operator, shape, hidden, names, vector_layout, layout):
+    inputs = problem_of(operator, target, shape, hidden)
+    for name in operator.vectors if names == "all" else (names,):
+        inputs[name] = as_vector_layout(inputs[name], vector_layout)
+    check_of(operator, target, inputs, layout=layout, residual=True)
+
+
+@over(
+    pool_mixer={"shape": [(2, 17, 6, 9)], "floats": [("bias", "drop_scale"), ("weight",), ("layer_scale",)]},
+    mlp={
+        "shape, hidden": [SMALL],
+        "floats": [("b2", "norm_bias", "drop_scale"), ("b1",), ("norm_weight",), ("layer_scale",)],
+    },
+    dtype=HALVES,
+)
+def test_each_vector_has_its_own_dtype(target, operator, shape, hidden, floats, dtype):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    inputs |= {name: inputs[name].float() for name in floats}
+    check_of(operator, target, inputs, layout="nchw", residual=True)
+
+
+def some_of(names: tuple[str, ...], sizes: Iterable[int]) -> list[tuple[str, ...]]:
+    return [some for size in sizes for some in itertools.combinations(names, size)]
+
+
+@over(
+    pool_mixer={"parameters": some_of(PARAMETERS, (0, 1, 2, 3, 4))},
+    mlp={"parameters": some_of(VECTORS, (0, 1, 2, 5, 6))},
+    residual=BOTH,
+    dtype=TWO,
+)
+def test_absent_parameters(target, operator, parameters, residual, dtype):
+    """No biases, no norm or one half of it, no LayerScale, no drop path: none, one, two, or all of them."""
+    inputs = problem_of(operator, target, *TINY, dtype, parameters=parameters)
+    check_of(operator, target, inputs, residual=residual)
+
+
+@over(pool_mixer={"shape": [(2, 9, 6, 7)]}, mlp=EACH, eps=(0.0, 1e-12, 1e-3, 10.0))
+def test_eps(target, operator, shape, hidden, eps):
+    inputs = problem_of(operator, target, shape, hidden, sigma=0.1)
+    check_of(operator, target, inputs, residual=True, eps=eps)
+
+
+@over(pool_mixer={"shape": [(3, 17, 6, 9)]}, mlp=EACH, bad=(NAN, INF), layout=FORMATS)
+def test_a_gradient_that_is_not_finite_stays_in_its_sample(target, operator, shape, hidden, bad, layout):
+    parameters = operator.vectors[:-2]  # neither layer_scale nor drop_scale
+    inputs = laid(problem_of(operator, target, shape, hidden, parameters=parameters), layout)
+    grad = operator.grad(inputs)
+    clean = values(target, operator.call, inputs, grad, residual=True)["dx"]
+    grad[1, 3, 2, 2] = bad
+    dx = values(target, operator.call, inputs, grad, residual=True)["dx"]
+    assert not dx[1].isfinite().any()
+    assert torch.equal(dx[[0, 2]], clean[[0, 2]])
+
+
+# ---- statistics given and returned -------------------------------------------------------------------------
+
+NORMED = {"pool_mixer": {"shape": [(3, 18, 6, 9)]}, "mlp": EACH}
+
+
+@over(**NORMED, tiles=(1, 2, 5, 7, 33, 300), mean=(0.0, 40.0, 1e3), dtype=DTYPES, layout=FORMATS)
+def test_given_statistics(target, operator, shape, hidden, tiles, mean, dtype, layout):
+    """The partials' means are rounded to float32: against sigma that is an error of |mean| / sigma ulps."""
+    inputs = laid(problem_of(operator, target, shape, hidden, dtype, mean=mean, sigma=2.0), layout)
+    ulps = of_mean(target, 8 + mean / 2) if operator is MLP else mean / 2
+    stats = tiled_stats(inputs["x"], tiles)
+    check_of(operator, target, inputs, layout=layout, stats=stats, residual=True, ulps=ulps)
+
+
+@over(**NORMED, dtype=TWO)
+def test_given_statistics_in_other_layouts(target, operator, shape, hidden, dtype):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    grad, stats = operator.grad(inputs), tiled_stats(inputs["x"], 5)
+
+    def values_of(stats: torch.Tensor) -> dict:
+        return values(target, operator.of_stats, inputs, grad, residual=True, stats=stats)
+
+    expected = values_of(stats.to(target.device))
+    transposed = stats.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    swapped = stats.transpose(1, 2).contiguous().transpose(1, 2)
+    offset = torch.full((stats.numel() + 1,), NAN)[1:].view(stats.shape).copy_(stats)
+    sliced = torch.full((3, 12, 4), NAN)[:, 1:11:2, 1:].copy_(stats)
+    for other in (transposed, swapped, offset, sliced, torch.stack([stats] * 2)[1]):
+        there = like_on(target.device, other)
+        assert_same(values_of(there), expected)
+        assert torch.equal(there.cpu(), stats)
+
+
+@over(**NORMED)
+def test_given_statistics_are_used_and_not_differentiable(target, operator, shape, hidden):
+    """A quarter of the variance with eps = 0 is twice the norm's weight; the statistics get no gradient."""
+    inputs = on(target.device, problem_of(operator, target, shape, hidden))
+    scaled = torch.tensor([1.0, 1.0, 0.25], device=target.device)
+    quarter = reference.sample_stats(inputs["x"]) * scaled
+    doubled = operator.call(**inputs | {operator.norm_weight: 2 * inputs[operator.norm_weight]}, eps=0.0)
+    y, returned = operator.with_stats(**inputs, eps=0.0, stats=quarter, return_stats=False)
+    assert returned is None
+    unit = {"triton": 1e-5, "cuda": 2e-2}.get(target.backend, 2e-5) if operator is MLP else 2e-5
+    torch.testing.assert_close(y, doubled, rtol=unit, atol=unit)
+    quarter.requires_grad_()
+    inputs["x"].requires_grad_()
+    y, returned = operator.with_stats(**inputs, residual=True, stats=quarter)
+    assert y.requires_grad
+    assert not returned.requires_grad
+    assert torch.autograd.grad(y.sum(), [inputs["x"], quarter], allow_unused=True)[1] is None
+
+
+@over(once=True)
+def test_statistics_are_returned_only_when_asked_for(target, operator):
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    assert operator.with_stats(**inputs, return_stats=False)[1] is None
+
+
+# ---- determinism -------------------------------------------------------------------------------------------
+
+
+def check_every_run(operator: Operator, target: Target, inputs: Tensors, layout: str, **options) -> None:
+    """y, all gradients and statistics, from x and from given ones, have the same bits in every run."""
+    inputs = laid(inputs, layout)
+    grad = as_layout(operator.grad(inputs), layout)
+    stats = tiled_stats(inputs["x"], 3).to(target.device)
+    saved = {"save_hidden": True} if operator is MLP else {}
+
+    def everything() -> Tensors:
+        returned = operator.with_stats(**on(target.device, inputs), residual=True, **options)[1]
+        of_stats = values(
+            target, operator.of_stats, inputs, grad, stats=stats, residual=True, **options, **saved
+        )
+        own = values(target, operator.call, inputs, grad, residual=True, **options)
+        return own | {"stats": returned} | {f"given {name}": value for name, value in of_stats.items()}
+
+    expected = everything()
+    for _ in target.again():
+        assert_same(everything(), expected)
+
+
+@over(
+    pool_mixer={
+        "shape, pool_size": [
+            *(((5, 19, 14, 13), 3), ((1, 64, 30, 30), 3), ((3, 320, 7, 7), 3), ((3, 16, 9, 12), 3)),
+            *(((3, 17, 9, 5), 3), ((2, 5, 6, 5), 5), ((64, 96, 28, 28), 3)),
+        ],
+        "dtype": TWO,
+        "layout": FORMATS,
+    },
+    mlp={
+        "shape, hidden": [
+            *(((5, 19, 14, 13), 57), ((1, 352, 3, 7), 1056), ((3, 96, 7, 7), 288), ((2, 132, 2, 3), 20)),
+            *(((2, 64, 7, 7), 64), ((2, 96, 8, 16), 64), ((2, 128, 7, 7), 64), ((1, 192, 5, 13), 64)),
+        ],
+        "dtype": DTYPES,
+        "layout": FORMATS,
+    },
+)
+def test_every_run_has_the_same_bits(target, operator, shape, hidden, pool_size, dtype, layout):
+    """On any number of threads, in any order of a block's: sums keep one order whoever computes the parts."""
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    check_every_run(operator, target, inputs, layout, **given(pool_size=pool_size))
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------
+
+
+@over(
+    once=True,
+    pool_mixer={"sizes": [(0, 1, 5), (2,), (3, 4)], "shape": [TINY[0]]},
+    mlp={"sizes": [(0, 1, 2, 8, 9)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
+    residual=BOTH,
+    where=lambda target, shape, **_: (
+        "it takes a minute, and the narrow one a few seconds"
+        if shape[1] == 200 and target.elements < INF
+        else None
+    ),
+)
+def test_subsets_of_requires_grad(target, operator, sizes, shape, hidden, residual, save_hidden):
+    """All subsets of these sizes."""
+    inputs = on(target.device, problem_of(operator, target, shape, hidden))
+    grad = operator.grad(inputs).to(target.device)
+    options = given(residual=residual, save_hidden=save_hidden)
+    full = run(operator.call, inputs, grad, **options)
+    for subset in some_of(operator.names, sizes):
+        leaves = {name: t.clone().requires_grad_(name in subset) for name, t in inputs.items()}
+        y = operator.call(**leaves, **options)
+        assert y.requires_grad == bool(subset), subset
+        if subset:
+            y.backward(grad)
+        found = {"y": y.detach()} | {f"d{name}": leaves[name].grad for name in subset}
+        assert all(leaf.grad is None for name, leaf in leaves.items() if name not in subset), subset
+        for name, value in found.items():
+            if target.exact or (operator is POOL_MIXER and name == "y"):
+                assert torch.equal(bits(value), bits(full[name])), (subset, name)
+            else:  # eager takes other ways through the same sums, in another order
+                torch.testing.assert_close(value, full[name], rtol=1e-5, atol=1e-5)
+
+
+@over(
+    once=True,
+    mlp={"save_hidden": BOTH},
+    dtype=TWO,
+    residual=BOTH,
+    layout=FORMATS,
+    grad_layout=[*FORMATS, "expanded_all"],
+)
+def test_a_second_backward_through_the_same_graph(
+    target, operator, save_hidden, dtype, residual, layout, grad_layout
+):
+    """What is saved is not written to, by any kernel of the first one."""
+    inputs = on(target.device, laid(problem_of(operator, target, *TINY, dtype), layout))
+    grad = like_on(target.device, as_layout(operator.grad(inputs), grad_layout))
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    y = operator.call(**leaves, **given(residual=residual, save_hidden=save_hidden))
+    kept = y.detach().clone()
+    first = torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True)
+    second = torch.autograd.grad(y, list(leaves.values()), grad)
+    assert torch.equal(y.detach(), kept)
+    assert_same(dict(zip(leaves, first, strict=True)), dict(zip(leaves, second, strict=True)))
+
+
+@over(once=True)
+def test_outputs_share_no_memory(target, operator):
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    inputs["layer_scale"] = torch.zeros_like(inputs["layer_scale"])  # y = x
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    grad = operator.grad(inputs).to(target.device)
+    options = {"pool_size": 1} if operator is POOL_MIXER else {}
+    y, stats = operator.with_stats(**leaves, residual=True, **options)
+    tensors = [*leaves.values(), y, stats, *torch.autograd.grad(y, list(leaves.values()), grad)]
+    if target.kernels:  # eager's backward may hand the gradient on as it came
+        tensors.append(grad)
+    storages = [t.untyped_storage().data_ptr() for t in tensors]
+    assert len(set(storages)) == len(storages)
+
+
+@over(
+    once=True,
+    pool_mixer={"written": ["x"]},
+    mlp={"written": ["x", "w1", "w2", "b1", "norm_weight"]},
+    where=lambda target, written: (
+        "eager need not read it" if not target.kernels and written in ("b1", "norm_weight") else None
+    ),
+)
+def test_writing_a_saved_input_before_backward_raises(target, operator, written):
+    """The version counters of all that the backward reads, as in PyTorch."""
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    y = operator.call(**leaves, residual=True)
+    with torch.no_grad():
+        leaves[written].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@over(once=True, kernels=True)
+def test_the_backward_keeps_the_backend_of_its_forward(target, operator):
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    grad = operator.grad(inputs).to(target.device)
+    expected = run(operator.call, inputs, grad, residual=True)
+    leaves = {f"d{name}": t.requires_grad_() for name, t in inputs.items()}
+    y = operator.call(**inputs, residual=True)
+    with pk.use_backend("reference"):
+        grads = torch.autograd.grad(y, list(leaves.values()), grad)
+    assert_same({"y": y.detach(), **dict(zip(leaves, grads, strict=True))}, expected)
+
+
+@over(once=True, mlp={"save_hidden": BOTH}, mode=(torch.no_grad, torch.inference_mode))
+def test_the_value_is_the_same_without_autograd(target, operator, save_hidden, mode):
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    recorded = operator.call(**inputs | {"x": inputs["x"].clone().requires_grad_()}, residual=True)
+    with mode():
+        y = operator.call(**inputs, **given(residual=True, save_hidden=save_hidden))
+    assert not y.requires_grad
+    assert torch.equal(bits(y), bits(recorded.detach()))
+
+
+@over(once=True, mlp={"save_hidden": BOTH})
+def test_gradients_accumulate_over_calls(target, operator, save_hidden):
+    """The same weights in two calls, and a backward through several outputs."""
+    inputs = on(target.device, problem_of(operator, target, *TINY))
+    grad = operator.grad(inputs).to(target.device)
+    options = given(residual=True, save_hidden=save_hidden)
+    once = run(operator.call, inputs, grad, **options)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    torch.autograd.backward([operator.call(**leaves, **options) for _ in range(2)], [grad, grad])
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, 2 * once[f"d{name}"], rtol=1e-6, atol=1e-6)
+
+
+@over(once=True, mlp={"save_hidden": BOTH})
+def test_checkpointing_computes_the_same(target, operator, save_hidden):
+    """torch.utils.checkpoint runs the forward again inside the backward."""
+    inputs = problem_of(operator, target, *TINY)
+    grad, options = operator.grad(inputs), given(residual=True, save_hidden=save_hidden)
+
+    def checkpointed(**tensors):
+        return checkpoint(lambda: operator.call(**tensors, **options), use_reentrant=False)
+
+    again = values(target, checkpointed, inputs, grad)
+    assert_same(again, values(target, operator.call, inputs, grad, **options))
+
+
+@over(once=True, kernels=True)
+def test_a_second_derivative_says_what_to_do(target, operator):
+    inputs = on(target.device, problem_of(operator, target, (2, 3, 4, 5), 7))
+    x = inputs["x"].requires_grad_()
+    y = operator.call(**inputs, residual=True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    message = f"{operator} on the '{target.backend}' backend has no second derivative.*use_backend"
+    with pytest.raises(RuntimeError, match=message + r"\('reference'\)"):
+        dx.square().sum().backward()
+
+
+@over(
+    once=True,
+    kernels=True,
+    pool_mixer={"name": ["x", "weight"]},
+    mlp={"name": ["x", "w1", "b2"]},
+    transform=TRANSFORMS,
+)
+def test_other_derivatives_are_refused(target, operator, name, transform):
+    """A kernel has no tangents: a zero or a missing one would be a wrong number."""
+    inputs = on(target.device, problem_of(operator, target, (2, 3, 5, 6), 7))
+    at = inputs.pop(name)
+
+    def function(t: torch.Tensor) -> torch.Tensor:
+        return operator.call(**inputs, **{name: t}, residual=True)
+
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative and no torch\.func gradient; use"):
+        TRANSFORMS[transform](function, at, torch.ones_like(at))
