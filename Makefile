@@ -79,8 +79,8 @@ sanitize: $(VENV)/.extra-test $(VENV)/.extension
 	POOLFORMER_KERNELS_SKIP_CUDA=1 $(SANITIZED) \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize-temp --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal ../../tests/contract/pool_mixer*.py ../../tests/contract/mlp*.py ../../tests/test_pool_mixer*.py \
-	  ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large and not long" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(SANITIZED) $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal ../../tests/contract/pool_mixer.py ../../tests/contract/mlp*.py ../../tests/contract/both*.py \
+	  ../../tests/test_operators.py ../../tests/test_mlp*.py ../../tests/test_chain*.py ../../tests/test_amx.py ../../tests/test_nn*.py -m "not large and not long" \
 	  -k "not compile and not export" $(ARGS)
 
 gpu-check:

@@ -136,21 +136,3 @@ def test_mlp(activation):
     expected = gradients(z, given, gz)
     expected["x"] = tokens(expected["x"])
     assert_equal(computed, expected)
-
-
-def test_statistics_merge_by_chans_formula():
-    x = 100 + randn(B, C, H, W)
-    flat = x.flatten(1)
-    pieces = [flat[:, :7], flat[:, 7:40], flat[:, 40:]]
-    partials = torch.stack(
-        [
-            torch.stack(
-                [torch.full((B,), float(p.shape[1])), p.mean(1), p.var(1, correction=0) * p.shape[1]], 1
-            )
-            for p in pieces
-        ],
-        1,
-    )
-    mean, variance = reference.merge_stats(partials)
-    torch.testing.assert_close(mean, flat.mean(1))
-    torch.testing.assert_close(variance, flat.var(1, correction=0))

@@ -1,4 +1,4 @@
-"""What a training step of the MLP sub-block needs in memory on the CPU, and what its backward keeps.
+"""What a training step of the MLP sub-block needs in memory on the CPU, and when hidden activations are kept.
 
 The peak is the process's resident memory during one step less that before it, in a process for each size, the
 smallest peak first: it counts tensors, the libraries' workspaces and the kernels' own buffers alike, as no
@@ -8,18 +8,15 @@ counted before is used again.
 """
 
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.layouts import LAYOUTS, as_layout
-from support.mlp import NAMES, make_grad, make_inputs
-from support.problems import HALVES
-from torch.autograd.graph import saved_tensors_hooks
+from support.mlp import make_inputs
+from support.processes import python
 
+import poolformer_kernels as pk
 from poolformer_kernels.ops import mlp
 
 # C, H = W, batch. More samples than 16 at C = 320: there y, dx, the weights' gradients and their float32 sums
@@ -83,14 +80,7 @@ def peaks_of(*step: int) -> dict[str, int]:
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("AddressSanitizer keeps freed memory")
     malloc = {f"MALLOC_{name}": str(value) for name, value in MALLOC.items()}
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *map(str, step), *PROVIDERS],
-        env=os.environ | malloc | path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python("-c", CODE, *map(str, step), *PROVIDERS, **malloc)
     assert done.returncode == 0, done.stderr
     return dict(zip(PROVIDERS, map(int, done.stdout.split()), strict=True))
 
@@ -117,32 +107,21 @@ def test_what_grows_with_the_batch(kernels):
     assert grown["ours"] <= SHARE * grown["eager"], f"{grown['ours'] / grown['eager']:.1%}: {told(grown)}"
 
 
-def saved_by(inputs: dict, **options) -> list[torch.Tensor]:
-    """What autograd keeps for the backward, but for the parameters themselves."""
-    leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in inputs.items()}
-    parameters = {leaves[name].data_ptr() for name in NAMES[1:] if leaves[name] is not None}
-    kept = []
-    with saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
-        y = mlp(**leaves, **options)
-    torch.autograd.grad(y, leaves["x"], make_grad(inputs))  # with these and nothing else
-    return [t for t in kept if t.data_ptr() not in parameters and t.numel() > 0]
-
-
-@pytest.mark.parametrize("save_hidden", [False, True], ids=["", "save_hidden"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_the_backward_keeps_x_and_its_statistics(kernels, dtype, layout, save_hidden):
-    inputs = make_inputs((3, 5, 6, 7), 9, dtype)
-    inputs["x"] = x = as_layout(inputs["x"], layout)
-    given, statistics, *others = saved_by(inputs, residual=True, save_hidden=save_hidden)
-    assert (given.data_ptr(), given.stride()) == (x.data_ptr(), x.stride())  # no copy of it
-    assert (statistics.dtype, statistics.shape) == (torch.float32, (3, 2))
-    wanted = [(3 * 6 * 7 * 9, dtype)] if save_hidden else []
-    assert [(t.numel(), t.dtype) for t in others] == wanted
-    assert sum(t.nbytes for t in (given, statistics)) == x.nbytes + 3 * 8
-
-
-def test_the_plain_form_keeps_x_alone(kernels):
-    inputs = make_inputs((3, 5, 6, 7), 9, torch.bfloat16, parameters=("b1", "b2"))
-    (given,) = saved_by(inputs)
-    assert given.data_ptr() == inputs["x"].data_ptr()
+@pytest.mark.parametrize(
+    ("channels", "isa", "dtype", "kept"),
+    [
+        (256, "avx512", torch.float32, 72),
+        (255, "avx512", torch.float32, 0),
+        (256, "avx512", torch.bfloat16, 72),
+        (256, "amx", torch.bfloat16, 0),
+        (256, "amx", torch.float32, 72),  # the matrix unit multiplies bfloat16 only
+        (256, "amx", torch.float16, 72),
+    ],
+    ids=str,
+)
+def test_hidden_activations_are_kept_where_that_is_faster(kernels, channels, isa, dtype, kept, monkeypatch):
+    """What is kept where the caller says it is in contract/mlp_backward.py."""
+    monkeypatch.setattr(pk.backends.cpp, "ISA", isa)
+    inputs = {n: t.to(dtype).requires_grad_() for n, t in make_inputs((2, channels, 3, 3), 4).items()}
+    y = mlp(**inputs, residual=True, save_hidden=None)
+    assert sum(t.numel() for t in y.grad_fn.saved_tensors if t is not None and t.shape == (72,)) == kept
