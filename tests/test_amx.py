@@ -3,7 +3,6 @@
 test_isa runs the level itself where the machine has it.
 """
 
-import ast
 import importlib.util
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.peers import require_backend
+from support.variants import compiler
 
 from poolformer_kernels.backends import cpp
 
@@ -30,32 +30,20 @@ NEIGHBOUR = 1e-2
 ROUNDED, SUMMED = 1e-3, 2e-4
 EQUAL = ("t", "db2")  # no products
 ARRAYS = ("y", "saved", "token_moments", "e", "g_p", "x_dh", "db1", "t", "drop_terms", "dw1", "dw2", "db2")
-ARRAYS += ("dgamma", "dbeta", "dscale", "y_of_few", "token_moments_of_few", "y_of_rows")
-ARRAYS += ("token_moments_of_rows",)
+ARRAYS += (
+    "dgamma",
+    "dbeta",
+    "dscale",
+    "y_of_few",
+    "token_moments_of_few",
+    "y_of_rows",
+    "token_moments_of_rows",
+)
 CONVOLVED = {("bfloat16", "embedded"), ("bfloat16", "embedded_moments")}
 # The backward with tokens as rows, against double precision: what rounding of operands leaves, in L2 norms.
 # A gelu that is off by the 0.28 % which its results lose when they are cut is out of these bounds.
 ROWS = {"dx": 4e-3, "dw1": 4.5e-3, "db1": 2.6e-3, "dw2": 3.3e-3, "db2": 1e-6}
 ROWS |= {"dgamma": 5e-3, "dbeta": 2.7e-3, "dscale": 2e-3}
-
-
-def compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for name in names:
-        if shutil.which(shlex.split(name)[0]):
-            return name
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no C++ compiler: {', '.join(names)}")
-
-
-def flags() -> list[str]:
-    """setup.py's CXX_FLAGS that are literals, and those that the environment adds."""
-    found: list[str] = []
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if getattr(target, "id", None) == "CXX_FLAGS":
-            found += [flag.value for flag in node.value.elts if isinstance(flag, ast.Constant)]
-    assert found
-    return found + shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
 
 
 def run(command: list[str]) -> str:
@@ -72,7 +60,10 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     if "avx512_bf16" not in cpp.build_info()["isa_supported"]:
         pytest.skip("this machine or this build has no avx512_bf16")
     folder = tmp_path_factory.mktemp("amx")
-    cxx = [*shlex.split(compiler()), *flags()]
+    command, flags = compiler()
+    if shutil.which(command[0]) is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no C++ compiler: {command[0]}")
+    cxx = [*command, *flags]
 
     def compiled(source: str) -> str:
         target = folder / f"{Path(source).stem}.o"

@@ -5,11 +5,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.peers import require_backend
+from support.processes import python
 
 from poolformer_kernels.backends import cpp
 
@@ -33,23 +33,8 @@ LEVELS = [
 
 def in_a_process(level: str, *arguments: str) -> subprocess.CompletedProcess:
     """Python at this level, with the usual plugins of pytest alone."""
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", VARIABLE))
-    }
-    path = os.pathsep.join(filter(None, sys.path))
-    ours = {
-        "PYTHONPATH": path,
-        VARIABLE: level,
-        "OMP_NUM_THREADS": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=inherited | ours,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    ours = {VARIABLE: level, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return python(*arguments, **ours)
 
 
 def test_the_highest_level_is_chosen():

@@ -6,7 +6,6 @@ weight changes. Each test compares with the same call on fresh copies, whose lik
 
 import copy
 import io
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from support.layouts import as_layout
 from support.mlp import make_inputs
 from support.problems import HALVES, randn
-from support.rule import bits
+from support.rule import assert_same
 from torch import Tensor, nn
 
 from poolformer_kernels.ops import mlp
@@ -73,10 +72,8 @@ def values_of(block: SubBlock, x: Tensor, mode: str) -> dict[str, Tensor]:
 
 def assert_follows(block: SubBlock, x: Tensor, mode: str, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """The block's values changed, and are those of a fresh one; returns them."""
-    actual, expected = values_of(block, x, mode), values_of(fresh(block), x, mode)
-    for name, value in actual.items():
-        assert value.dtype == expected[name].dtype
-        assert torch.equal(bits(value), bits(expected[name])), f"{name}: not that of the new parameters"
+    actual = values_of(block, x, mode)
+    assert_same(actual, values_of(fresh(block), x, mode))
     assert not torch.equal(actual["y"], before["y"]), "the value did not change"
     return actual
 
@@ -134,10 +131,6 @@ def test_optimiser_steps_under_autocast(backend, autocast, mode):
 # ---- writes ------------------------------------------------------------------------------------------------
 
 
-def each_parameter(block: SubBlock) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from dict(block.named_parameters()).items()
-
-
 WRITES = {
     "in place": lambda p: p.detach().mul_(-1.5),
     "copy_": lambda p: p.detach().copy_(p.detach().flip(0) + 0.25),
@@ -158,9 +151,8 @@ def test_writes(backend, write, dtype, mode):
     """Also those that PyTorch does not count in the tensor's version: .data, and memory that others share."""
     block, x = SubBlock(dtype), x_of(dtype)
     last = values_of(block, x, mode)
-    for name, p in each_parameter(block):
+    for p in block.parameters():
         WRITES[write](p)
-        assert values_of(block, x, mode)["y"].dtype == dtype, name
         last = assert_follows(block, x, mode, last)
 
 
@@ -170,7 +162,7 @@ def test_writes_inside_inference_mode(backend):
         block, x = SubBlock(), x_of()
         assert block.w1.is_inference()
         last = {"y": block(x).clone()}
-        for _, p in each_parameter(block):
+        for p in block.parameters():
             p.mul_(-1.5)
             last = assert_follows(block, x, "no_grad", last)
 
@@ -209,10 +201,8 @@ def test_conversions(backend, mode):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
         block.to(dtype)
         last = assert_follows(block, x_of(dtype), mode, last)
-    kept = {name: bits(value) for name, value in last.items()}
     block.to(memory_format=torch.channels_last)
-    for name, value in values_of(block, x_of(torch.bfloat16), mode).items():
-        assert torch.equal(bits(value), kept[name]), name
+    assert_same(values_of(block, x_of(torch.bfloat16), mode), last)
 
 
 def test_copies_are_independent(backend, mode):
@@ -224,13 +214,11 @@ def test_copies_are_independent(backend, mode):
     loaded = SubBlock(seed=50)
     loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
     for other in (copy.deepcopy(block), loaded):
-        for name, value in values_of(other, x, mode).items():
-            assert torch.equal(bits(value), bits(first[name])), name
+        assert_same(values_of(other, x, mode), first)
         with torch.no_grad():
             other.w1.mul_(-1.5)
         assert_follows(other, x, mode, first)
-        for name, value in values_of(block, x, mode).items():
-            assert torch.equal(bits(value), bits(first[name])), name
+        assert_same(values_of(block, x, mode), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -240,20 +228,18 @@ def test_new_parameters_at_an_old_address(backend, dtype, mode):
     The memory is NumPy's: an allocator may keep what was freed, as that of a sanitizer does.
     """
     x, last = x_of(dtype), None
-    memory = {name: np.empty(p.nbytes, np.uint8) for name, p in each_parameter(SubBlock(dtype))}
+    memory = {name: np.empty(p.nbytes, np.uint8) for name, p in SubBlock(dtype).named_parameters()}
     for seed in range(12):
         block = SubBlock(dtype, seed=10 * seed)
-        for name, p in each_parameter(block):
+        for name, p in list(block.named_parameters()):
             anew = torch.from_numpy(memory[name]).view(p.dtype).view(p.shape).copy_(p.detach())
             setattr(block, name, nn.Parameter(anew))
             assert getattr(block, name).data_ptr() == memory[name].ctypes.data
         values = values_of(block, x, mode)
-        expected = values_of(fresh(block), x, mode)
-        for name, value in values.items():
-            assert torch.equal(bits(value), bits(expected[name])), (seed, name)
+        assert_same(values, values_of(fresh(block), x, mode))
         assert last is None or not torch.equal(values["y"], last)
         last = values["y"]
-        del block, p, anew, values, expected
+        del block, p, anew, values
 
 
 def test_another_tensor_around_the_same_memory(backend, mode):
@@ -271,12 +257,10 @@ def test_weights_swapped(backend, mode):
     """Two blocks exchange their weights; and the shapes that share memory are told apart."""
     one, two, x = SubBlock(), SubBlock(seed=10), x_of()
     first, second = values_of(one, x, mode), values_of(two, x, mode)
-    for name, p in each_parameter(one):
-        q = getattr(two, name)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
         p.data, q.data = q.data, p.data
-    for block, expected in ((one, second), (two, first)):
-        for name, value in values_of(block, x, mode).items():
-            assert torch.equal(bits(value), bits(expected[name])), name
+    assert_same(values_of(one, x, mode), second)
+    assert_same(values_of(two, x, mode), first)
 
 
 def test_one_memory_as_weights_of_two_shapes(backend):
@@ -285,12 +269,6 @@ def test_one_memory_as_weights_of_two_shapes(backend):
     wide, narrow = memory.view(HIDDEN, C), memory.view(C, HIDDEN)
     x, hidden = x_of(), randn(B, HIDDEN, H, W, seed=4)
     for _ in range(2):
-        torch.testing.assert_close(
-            mlp(x, wide, None, narrow, None), mlp(x, wide.clone(), None, narrow.clone(), None), rtol=0, atol=0
-        )
-        torch.testing.assert_close(
-            mlp(hidden, narrow, None, wide, None),
-            mlp(hidden, narrow.clone(), None, wide.clone(), None),
-            rtol=0,
-            atol=0,
-        )
+        for given, w1, w2 in ((x, wide, narrow), (hidden, narrow, wide)):
+            expected = mlp(given, w1.clone(), None, w2.clone(), None)
+            torch.testing.assert_close(mlp(given, w1, None, w2, None), expected, rtol=0, atol=0)

@@ -3,99 +3,87 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from poolformer_kernels.cli.main import main
-from poolformer_kernels.cli.verify import OPERATORS, verify
+from poolformer_kernels.cli.verify import OPERATORS, Operator, verify
 from poolformer_kernels.numerics import Errors, errors, tolerance
 
-POOL_MIXER = OPERATORS["pool_mixer"]
-SMALL = dataclasses.replace(POOL_MIXER, shapes=((2, 64, 14, 14), (3, 17, 5, 9)))
+SHAPES = {"pool_mixer": ((2, 64, 14, 14), (3, 17, 5, 9)), "mlp": ((2, 32, 7, 7), (3, 17, 5, 9))}
+SMALL = {name: dataclasses.replace(OPERATORS[name], shapes=shapes) for name, shapes in SHAPES.items()}
+QUANTITIES = {
+    ("pool_mixer", "plain"): {"y", "dx", "dweight", "dbias"},
+    ("pool_mixer", "pool 5"): {"y", "dx", "dweight", "dbias"},
+    ("pool_mixer", "residual"): {"y", "dx", "dweight", "dbias", "dlayer_scale", "ddrop_scale"},
+    ("mlp", "no bias"): {"y", "dx", "dw1", "dw2"},
+    ("mlp", "plain"): {"y", "dx", "dw1", "dw2", "db1", "db2"},
+    ("mlp", "residual"): {
+        *("y", "dx", "dw1", "dw2", "db1", "db2"),
+        *("dnorm_weight", "dnorm_bias", "dlayer_scale", "ddrop_scale"),
+    },
+}
 
 
-MLP = OPERATORS["mlp"]
-SMALL_MLP = dataclasses.replace(MLP, shapes=((2, 32, 7, 7), (3, 17, 5, 9)))
+def wrong_operator(name: str, wrong: Callable[[dict, Tensor], Tensor]) -> Operator:
+    """The small operator with another y, which ``wrong`` makes of its tensors and the right one."""
+    ours = OPERATORS[name].ours
+    return dataclasses.replace(SMALL[name], ours=lambda tensors, form: wrong(tensors, ours(tensors, form)))
 
 
-def failures(operator, backend: str = "reference") -> set[str]:
-    cases = verify(backend, "cpu", operators={"operator": operator})
-    return {check.quantity for case in cases for check in case if not check.passed}
-
-
-def changed(ours) -> object:
-    """The operator with another implementation."""
-    return dataclasses.replace(SMALL, ours=ours)
-
-
-def test_every_backend_passes_all_quantities(backend: str) -> None:
-    cases = list(verify(backend, "cpu", operators={"pool_mixer": SMALL}))
+@pytest.mark.parametrize("operator", SMALL)
+def test_every_backend_passes_all_quantities(backend: str, operator: str) -> None:
+    cases = list(verify(backend, "cpu", operators={operator: SMALL[operator]}))
     assert len(cases) == 3 * 3 * 2 * 2  # forms, dtypes, layouts, shapes
-    assert {c.quantity for case in cases for c in case} == {
-        "y", "dx", "dweight", "dbias", "dlayer_scale", "ddrop_scale",
-    }  # fmt: skip
-    assert all(check.passed for case in cases for check in case)
-    assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
-
-
-def test_every_backend_passes_all_quantities_of_the_mlp(backend: str) -> None:
-    cases = list(verify(backend, "cpu", operators={"mlp": SMALL_MLP}))
-    assert len(cases) == 3 * 3 * 2 * 2  # forms, dtypes, layouts, shapes
-    without_bias = {"y", "dx", "dw1", "dw2"}
-    plain = without_bias | {"db1", "db2"}
-    residual = plain | {"dnorm_weight", "dnorm_bias", "dlayer_scale", "ddrop_scale"}
-    wanted = {"plain": plain, "no bias": without_bias, "residual": residual}
     for case in cases:
-        assert {c.quantity for c in case} == wanted[case[0].form]
+        assert {c.quantity for c in case} == QUANTITIES[operator, case[0].form]
         assert [c.quantity for c in case if not c.passed] == []
     assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
 
 
+def scaled(tensors: dict, y: Tensor) -> Tensor:
+    return 1.01 * y
+
+
+def shifted(tensors: dict, y: Tensor) -> Tensor:
+    """As by a mean that is not subtracted."""
+    return y + 1e-2 * tensors["x"].detach().mean()
+
+
+def not_a_number(tensors: dict, y: Tensor) -> Tensor:
+    return y * math.nan
+
+
+def biased(tensors: dict, y: Tensor) -> Tensor:
+    """The gradient of bias is not zero."""
+    return y + 1e-4 * (tensors["bias"] - tensors["bias"].detach()).view(-1, 1, 1)
+
+
+def weighted(tensors: dict, y: Tensor) -> Tensor:
+    return y + 1e-2 * (tensors["w1"] - tensors["w1"].detach()).sum()
+
+
 @pytest.mark.parametrize(
-    ("wrong", "caught"),
+    ("operator", "wrong", "caught", "right"),
     [
-        (lambda t, y: 1.01 * y, {"y", "dx", "dw1", "dw2", "db1", "db2"}),
-        (lambda t, y: y + 1e-2 * t["x"].detach().mean(), {"y"}),
-        (lambda t, y: y + 1e-2 * (t["w1"] - t["w1"].detach()).sum(), {"dw1"}),
-        (lambda t, y: y * float("nan"), {"y", "dw2"}),
+        ("pool_mixer", scaled, {"y", "dweight"}, set()),
+        ("pool_mixer", shifted, {"y"}, QUANTITIES["pool_mixer", "residual"] - {"y"}),
+        ("pool_mixer", biased, {"dbias"}, set()),
+        ("pool_mixer", not_a_number, {"y"}, set()),
+        ("mlp", scaled, {"y", "dx", "dw1", "dw2", "db1", "db2"}, set()),
+        ("mlp", shifted, {"y"}, set()),
+        ("mlp", weighted, {"dw1"}, set()),
+        ("mlp", not_a_number, {"y", "dw2"}, set()),
     ],
-    ids=["scaled", "shifted", "a gradient", "NaN"],
 )
-def test_catches_a_wrong_mlp(wrong, caught) -> None:
-    ours = lambda tensors, form: wrong(tensors, MLP.ours(tensors, form))  # noqa: E731
-    assert caught <= failures(dataclasses.replace(SMALL_MLP, ours=ours))
-
-
-def test_catches_a_wrong_value() -> None:
-    def ours(tensors, form):
-        return POOL_MIXER.ours(tensors, form) * 1.01
-
-    assert {"y", "dweight"} <= failures(changed(ours))
-
-
-def test_catches_a_mean_that_is_not_subtracted() -> None:
-    def ours(tensors, form):
-        y = POOL_MIXER.ours(tensors, form)
-        return y + 1e-2 * tensors["x"].detach().mean()
-
-    assert failures(changed(ours)) == {"y"}
-
-
-def test_catches_a_bias_gradient_that_is_not_zero() -> None:
-    def ours(tensors, form):
-        return POOL_MIXER.ours(tensors, form) + 1e-4 * (tensors["bias"] - tensors["bias"].detach()).view(
-            -1, 1, 1
-        )
-
-    assert "dbias" in failures(changed(ours))
-
-
-def test_catches_nan() -> None:
-    def ours(tensors, form):
-        return POOL_MIXER.ours(tensors, form) * float("nan")
-
-    assert "y" in failures(changed(ours))
+def test_catches_a_wrong_operator(operator, wrong, caught, right) -> None:
+    cases = verify("reference", "cpu", operators={operator: wrong_operator(operator, wrong)})
+    failed = {check.quantity for case in cases for check in case if not check.passed}
+    assert caught <= failed
+    assert not right & failed
 
 
 def test_errors_and_tolerance_by_hand() -> None:
@@ -124,7 +112,8 @@ def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
     written = json.loads(file.read_text())
     assert written["passed"] is True
     count = len(written["checks"])
-    assert count == (4 + 4 + 6) * 2 * len(POOL_MIXER.shapes) + (6 + 4 + 10) * 2 * len(MLP.shapes)
+    mixer, mlp = (2 * len(OPERATORS[name].shapes) for name in ("pool_mixer", "mlp"))  # layouts, shapes
+    assert count == (4 + 4 + 6) * mixer + (6 + 4 + 10) * mlp
     assert f"{count} of {count} values" in out
     assert "pool_mixer (residual), float32, channels_last: reference on cpu" in out
     first = written["checks"][0]
@@ -133,8 +122,7 @@ def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
 
 
 def test_command_fails_on_a_wrong_operator(monkeypatch, capsys) -> None:
-    wrong = changed(lambda tensors, form: POOL_MIXER.ours(tensors, form) * 1.01)
-    monkeypatch.setitem(OPERATORS, "pool_mixer", wrong)
+    monkeypatch.setitem(OPERATORS, "pool_mixer", wrong_operator("pool_mixer", scaled))
     assert main(["verify", "--backend", "reference", "--dtype", "float32"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out

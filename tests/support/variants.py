@@ -51,6 +51,20 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return inherited | ours | more
 
 
+def setup_script() -> dict:
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def user_flags() -> list[str]:
+    return shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
+
+
+def compiler() -> tuple[list[str], list[str]]:
+    """The extension's compiler; its flags and those that the environment adds."""
+    setup = setup_script()
+    return shlex.split(setup["compiler"]() or "g++"), [*setup["CXX_FLAGS"], *user_flags()]
+
+
 def build_extension(
     folder: Path,
     changed: Mapping[str, Sequence[str]],
@@ -74,26 +88,14 @@ def build_extension(
     Raises:
         VariantError: there is no editable build, or the compiler or the linker fails.
     """
-    setup = runpy.run_path(str(ROOT / "setup.py"))
     objects = {str(path.relative_to(OBJECTS)): path for path in sorted((OBJECTS / "csrc").rglob("*.o"))}
     missing = [name for name in changed if _object_of(name) not in objects]
     if not objects or missing:
         raise VariantError(f"{OBJECTS} has no objects of {', '.join(missing or ['csrc'])}: run `make setup`")
-    cxx = shlex.split(setup["compiler"]() or "g++")
-    user_flags = shlex.split(os.environ.get("POOLFORMER_KERNELS_CXXFLAGS", ""))
+    setup, (cxx, own_flags) = setup_script(), compiler()
     headers = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     defines = [f"-D{name}={value}" for name, value in setup["DEFINES"]]
-    common = [
-        *cxx,
-        "-fPIC",
-        "-DNDEBUG",
-        "-fwrapv",
-        *setup["CXX_FLAGS"],
-        *user_flags,
-        *defines,
-        *headers,
-        *flags,
-    ]
+    common = [*cxx, "-fPIC", "-DNDEBUG", "-fwrapv", *own_flags, *defines, *headers, *flags]
 
     def compiled(source: Path, target: Path, own: Sequence[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def build_extension(
     target = folder / PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     target.unlink(missing_ok=True)  # a link to the installed one
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
-    _run([*cxx, "-shared", *user_flags, *map(str, [*kept, *ours]), *libraries, *cuda, "-o", str(target)])
+    _run([*cxx, "-shared", *user_flags(), *map(str, [*kept, *ours]), *libraries, *cuda, "-o", str(target)])
     return target
 
 
