@@ -28,6 +28,8 @@ from .common import (
     BOTH,
     DTYPES,
     EACH,
+    F16,
+    F32,
     FORMATS,
     INF,
     NAN,
@@ -40,7 +42,8 @@ from .common import (
     laid,
     of_mean,
     problem_of,
-)  # fmt: skip
+    shift_some_channels,
+)
 from .targets import Target
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -165,6 +168,20 @@ def test_absent_parameters(target, operator, parameters, residual, dtype):
 def test_eps(target, operator, shape, hidden, eps):
     inputs = problem_of(operator, target, shape, hidden, sigma=0.1)
     check_of(operator, target, inputs, residual=True, eps=eps)
+
+
+@over(
+    pool_mixer={"shape": [(2, 24, 11, 14)], "dtype": (F32, F16)},
+    mlp={"shape, hidden": [((6, 24, 11, 14), 56), ((3, 200, 3, 6), 50)], "dtype": DTYPES},
+    offset=(10.0, 1e3),
+    layout=FORMATS,
+    residual=BOTH,
+)
+def test_channels_with_their_own_means(target, operator, shape, hidden, dtype, offset, layout, residual):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    shift_some_channels(inputs["x"], offset)
+    ulps = of_mean(target, 8) if operator is MLP else 0
+    check_of(operator, target, inputs, layout=layout, residual=residual, ulps=ulps)
 
 
 @over(pool_mixer={"shape": [(3, 17, 6, 9)]}, mlp=EACH, bad=(NAN, INF), layout=FORMATS)

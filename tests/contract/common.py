@@ -72,6 +72,9 @@ def of_mean(target: Target, allowed: float) -> float:
 
 
 def shift_some_channels(x: Tensor, offset: float) -> None:
-    """What trained models have: a few channels far away, whose x has few digits left for the others."""
+    """What trained models have: a few channels are far away.
+
+    Their x has few digits left for the others, and sigma hides what happens inside one.
+    """
     few = x[:, ::5]
     few += offset * randn(few.shape[1], 1, 1, dtype=x.dtype, seed=3)

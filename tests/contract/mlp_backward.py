@@ -35,7 +35,7 @@ from .common import (
     of_mean,
     problem_of,
     shift_some_channels,
-)  # fmt: skip
+)
 from .mlp_numerics import both_signs, off_zero
 from .targets import Target
 

@@ -32,8 +32,7 @@ from .common import (
     laid,
     of_mean,
     problem_of,
-    shift_some_channels,
-)  # fmt: skip
+)
 from .mlp import unit_of
 from .targets import Target
 
@@ -81,19 +80,6 @@ def test_a_mean_of_100_deviations(target, shape, hidden, dtype):
     """Half an ulp of the mean is 50 of a deviation's."""
     inputs = problem(target, shape, hidden, dtype, mean=50.0, sigma=0.5)
     check(target, inputs, residual=True, ulps=of_mean(target, 54))
-
-
-@over(
-    also={"shape, hidden": [((6, 24, 11, 14), 56), ((3, 200, 3, 6), 50)]},
-    dtype=DTYPES,
-    offset=(10.0, 1e3),
-    layout=FORMATS,
-    residual=BOTH,
-)
-def test_channels_with_their_own_means(target, shape, hidden, dtype, offset, layout, residual):
-    inputs = problem(target, shape, hidden, dtype)
-    shift_some_channels(inputs["x"], offset)
-    check(target, inputs, layout=layout, residual=residual, ulps=of_mean(target, 8))
 
 
 @over(
