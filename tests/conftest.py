@@ -3,16 +3,19 @@
 import os
 import zlib
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from support import graphs
+from support.nn import OperatorCall
 from support.peers import require_backend
 from support.problems import BACKENDS
 from support.sandbox import Sandbox
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli.main import load_benchmarks
+from poolformer_kernels.nn import fusion
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,6 +81,29 @@ def kernels() -> Iterator[str]:
     require_backend("cpp")
     with pk.use_backend("cpp"):
         yield "cpp"
+
+
+@pytest.fixture
+def operator_calls(monkeypatch) -> list[OperatorCall]:
+    """The calls of operators that blocks make from now on, of this package's or accelerated ones."""
+    made: list[OperatorCall] = []
+
+    def call(operator, name, *args, **options):
+        made.append(OperatorCall(name, args, options))
+        return operator(*args, **options)
+
+    for name in ("pool_mixer", "mlp"):
+        operator = getattr(fusion, f"{name}_with_stats")
+        monkeypatch.setattr(fusion, f"{name}_with_stats", partial(call, operator, name))
+    return made
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """The compiler has seen nothing, and nothing that it sees is left to others."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What constructors are given: numpy's numbers are numbers, what is wrong is named before any work."""
+"""What layers are given: numpy's numbers are numbers, what is wrong is named before any work."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,21 @@ from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import MetaFormerConfig
+from poolformer_kernels.nn import (
+    Attention,
+    ChannelLayerNorm,
+    DropPath,
+    GroupNorm,
+    MetaFormerBlock,
+    Mlp,
+    PoolFormerBlock,
+    Pooling,
+    PoolMixer,
+    PositionEmbedding,
+    RandomMatrix,
+    SpatialFC,
+    StarReLU,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -14,26 +29,24 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
 def test_numpys_integers_are_taken(integer):
     eight, three, one = integer(8), integer(3), integer(1)
-    layers = [
-        (pk.nn.PoolMixer(eight, three), "dim", "pool_size"),
-        (pk.nn.Pooling(three), "pool_size"),
-        (pk.nn.GroupNorm(eight), "num_channels"),
-        (pk.nn.ChannelLayerNorm(eight),),
-        (pk.nn.Attention(eight, integer(4)), "head_dim"),
-        (pk.nn.Attention(eight, integer(4), num_heads=one), "head_dim"),
-        (pk.nn.SpatialFC((three, eight)),),
-        (pk.nn.RandomMatrix((three, eight)),),
-        (pk.nn.PositionEmbedding(eight, (three, three)),),
-        (pk.nn.Mlp(eight, eight, three),),
-        (pk.nn.Mlp(eight, eight, three, use_conv=False),),
-        (pk.nn.PoolFormerBlock(eight, three),),
-        (pk.nn.MetaFormerBlock(eight, three, res_scale_init_value=np.float32(1)),),
-    ]
-    for layer, *names in layers:
-        assert all(type(getattr(layer, name)) is int for name in names)
+    mixer, pooling = PoolMixer(eight, three), Pooling(three)
+    attention = Attention(eight, integer(4)), Attention(eight, integer(4), num_heads=one)
+    taken = [mixer.dim, mixer.pool_size, pooling.pool_size, GroupNorm(eight).num_channels]
+    taken += [layer.head_dim for layer in attention]
+    assert {type(value) for value in taken} == {int}
+    ChannelLayerNorm(eight)
+    SpatialFC((three, eight))
+    RandomMatrix((three, eight))
+    PositionEmbedding(eight, (three, three))
+    for use_conv in (True, False):
+        Mlp(eight, eight, three, use_conv=use_conv)
     x = torch.randn(2, 8, 5, 5)
-    for block in (layers[0][0], layers[1][0], layers[-1][0], layers[-2][0]):
-        assert block(x).shape == x.shape
+    block, other = (
+        PoolFormerBlock(eight, three),
+        MetaFormerBlock(eight, three, res_scale_init_value=np.float32(1)),
+    )
+    for layer in (mixer, pooling, block, other):
+        assert layer(x).shape == x.shape
 
 
 def test_numpys_numbers_in_models():
@@ -57,9 +70,7 @@ def test_numpys_numbers_in_models():
 
 
 @pytest.mark.parametrize("eps", [NAN, INF, -INF, -1e-5, "1e-5", None, True])
-@pytest.mark.parametrize(
-    "make", [pk.nn.PoolMixer, pk.nn.GroupNorm, pk.nn.ChannelLayerNorm], ids=lambda make: make.__name__
-)
+@pytest.mark.parametrize("make", [PoolMixer, GroupNorm, ChannelLayerNorm], ids=lambda make: make.__name__)
 def test_eps(make, eps):
     number = isinstance(eps, float)
     with pytest.raises(ValueError if number else TypeError, match=r"eps must") as caught:
@@ -71,57 +82,62 @@ def test_eps(make, eps):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: pk.nn.PoolFormerBlock(4, mlp_ratio=NAN), ValueError, ("mlp_ratio", "finite", "nan")),
-        (lambda: pk.nn.PoolFormerBlock(4, mlp_ratio="4"), TypeError, ("mlp_ratio", "str")),
+        (lambda: PoolMixer(0), ValueError, ("dim", "0", "positive")),
+        (lambda: PoolMixer(4.0), TypeError, ("dim", "float", "int")),
+        (lambda: PoolMixer(4, pool_size=2), ValueError, ("pool_size", "2", "odd")),
+        (lambda: PoolMixer(4, pool_size="3"), TypeError, ("pool_size", "str", "int")),
+        (lambda: PoolMixer(4, eps=-1e-5), ValueError, ("eps", "-1e-05", "negative")),
+        (lambda: PoolMixer(4, eps=None), TypeError, ("eps", "NoneType", "number")),
+        (lambda: PoolMixer(4)(torch.zeros(2, 4, 5)), ValueError, ("x", "[B, C, H, W]", "(2, 4, 5)")),
+        (lambda: Pooling(-3), ValueError, ("pool_size", "-3", "positive")),
+        (lambda: Pooling(np.bool_(True)), TypeError, ("pool_size", "int", "bool")),
+        (lambda: Pooling(np.float64(3)), TypeError, ("pool_size", "int", "float64")),
+        (lambda: PoolFormerBlock("x"), TypeError, ("dim", "str", "int")),
+        (lambda: PoolFormerBlock(4, pool_size=4), ValueError, ("pool_size", "4", "odd")),
+        (lambda: PoolFormerBlock(4, drop_path=1.5), ValueError, ("drop_path", "1.5", "[0, 1)")),
+        (lambda: PoolFormerBlock(4, drop_path=NAN), ValueError, ("drop_path", "nan", "[0, 1)")),
+        (lambda: PoolFormerBlock(4, mlp_ratio=0), ValueError, ("mlp_ratio", "0", "at least one")),
+        (lambda: PoolFormerBlock(4, mlp_ratio=NAN), ValueError, ("mlp_ratio", "finite", "nan")),
+        (lambda: PoolFormerBlock(4, mlp_ratio="4"), TypeError, ("mlp_ratio", "str")),
         (
-            lambda: pk.nn.PoolFormerBlock(4, layer_scale_init_value=INF),
+            lambda: PoolFormerBlock(4, layer_scale_init_value=INF),
             ValueError,
             ("layer_scale_init_value", "inf"),
         ),
-        (
-            lambda: pk.nn.PoolFormerBlock(4, layer_scale_init_value=None),
-            TypeError,
-            ("layer_scale", "NoneType"),
-        ),
-        (lambda: pk.nn.PoolFormerBlock(4, use_layer_scale=1), TypeError, ("use_layer_scale", "bool", "int")),
-        (
-            lambda: pk.nn.PoolFormerBlock(4, act_layer="star_relu"),
-            TypeError,
-            ("act_layer", "'star_relu'", "GELU"),
-        ),
-        (
-            lambda: pk.nn.PoolFormerBlock(4, norm_layer="group"),
-            TypeError,
-            ("norm_layer", "'group'", "GroupNorm"),
-        ),
-        (
-            lambda: pk.nn.PoolFormerBlock(4, token_mixer=pk.nn.Pooling()),
-            TypeError,
-            ("token_mixer", "got Pooling"),
-        ),
-        (lambda: pk.nn.PoolFormerBlock(4, drop_path=NAN), ValueError, ("drop_path", "nan", "[0, 1)")),
-        (
-            lambda: pk.nn.MetaFormerBlock(4, res_scale_init_value=NAN),
-            ValueError,
-            ("res_scale_init_value", "nan"),
-        ),
-        (lambda: pk.nn.Mlp(4, act_layer=nn.GELU()), TypeError, ("act_layer", "callable", "GELU")),
-        (lambda: pk.nn.Mlp(4, drop=-0.1), ValueError, ("drop", "-0.1")),
-        (lambda: pk.nn.StarReLU(NAN), ValueError, ("scale", "nan")),
-        (lambda: pk.nn.GroupNorm(4, affine=1), TypeError, ("affine", "int")),
-        (lambda: pk.nn.ChannelLayerNorm(4, bias=None), TypeError, ("bias", "NoneType")),
-        (lambda: pk.nn.SpatialFC(4), TypeError, ("size", "(height, width)", "4")),
-        (lambda: pk.nn.RandomMatrix((4, 5, 6)), TypeError, ("size", "(4, 5, 6)")),
-        (lambda: pk.nn.SpatialFC((4, 0)), ValueError, ("width", "0")),
-        (
-            lambda: pk.nn.SpatialFC((4, 5))(torch.zeros(1, 2, 4, 6)),
-            ValueError,
-            ("4 x 6", "4 x 5", "size=(4, 6)"),
-        ),
-        (lambda: pk.nn.Attention(32, num_heads=0), ValueError, ("num_heads", "0")),
-        (lambda: pk.nn.Attention(32, attn_drop=1), ValueError, ("attn_drop", "[0, 1)")),
-        (lambda: pk.nn.Pooling(np.bool_(True)), TypeError, ("pool_size", "int", "bool")),
-        (lambda: pk.nn.Pooling(np.float64(3)), TypeError, ("pool_size", "int", "float64")),
+        (lambda: PoolFormerBlock(4, layer_scale_init_value=None), TypeError, ("layer_scale", "NoneType")),
+        (lambda: PoolFormerBlock(4, use_layer_scale=1), TypeError, ("use_layer_scale", "bool", "int")),
+        (lambda: PoolFormerBlock(4, save_hidden=1), TypeError, ("save_hidden", "bool or None", "int")),
+        (lambda: PoolFormerBlock(4, act_layer="star_relu"), TypeError, ("act_layer", "'star_relu'", "GELU")),
+        (lambda: PoolFormerBlock(4, norm_layer="group"), TypeError, ("norm_layer", "'group'", "GroupNorm")),
+        (lambda: PoolFormerBlock(4, token_mixer=Pooling()), TypeError, ("token_mixer", "got Pooling")),
+        (lambda: PoolFormerBlock(4)(torch.zeros(2, 3, 5, 5)), ValueError, ("weight", "[3]", "[4]")),
+        (lambda: MetaFormerBlock(4, res_scale_init_value=NAN), ValueError, ("res_scale_init_value", "nan")),
+        (lambda: Mlp(4, hidden_features=0), ValueError, ("hidden_features", "0", "positive")),
+        (lambda: Mlp(4, out_features=2.0), TypeError, ("out_features", "float", "int")),
+        (lambda: Mlp(4, act_layer=nn.GELU()), TypeError, ("act_layer", "callable", "GELU")),
+        (lambda: Mlp(4, drop=-0.1), ValueError, ("drop", "-0.1")),
+        (lambda: Mlp(4, drop=NAN), ValueError, ("drop", "nan")),
+        (lambda: Mlp(4, bias=1), TypeError, ("bias", "int", "bool")),
+        (lambda: Mlp(4, use_conv=None), TypeError, ("use_conv", "NoneType", "bool")),
+        (lambda: Mlp(4, save_hidden="yes"), TypeError, ("save_hidden", "str", "bool or None")),
+        (lambda: Mlp(4)(torch.zeros(2, 4)), ValueError, ("x", "[B, C, H, W]", "(2, 4)")),
+        (lambda: Mlp(4)(torch.zeros(2, 3, 5, 5)), ValueError, ("w1", "[any, 3]", "[4, 4, 1, 1]")),
+        (lambda: Mlp(4)([1.0]), TypeError, ("x", "tensor", "list")),
+        (lambda: Mlp(4, use_conv=False)(torch.tensor(1.0)), ValueError, ("x", "[..., C]", "[]")),
+        (lambda: Mlp(4, use_conv=False)(torch.zeros(2, 5)), ValueError, ("w1", "[any, 5]", "[4, 4]")),
+        (lambda: DropPath(1.0), ValueError, ("drop_prob", "1.0", "[0, 1)")),
+        (lambda: DropPath(True), TypeError, ("drop_prob", "bool", "number")),
+        (lambda: StarReLU("a"), TypeError, ("scale", "str", "number")),
+        (lambda: StarReLU(NAN), ValueError, ("scale", "nan")),
+        (lambda: GroupNorm("4"), TypeError, ("num_channels", "str", "int")),
+        (lambda: GroupNorm(4, affine=1), TypeError, ("affine", "int")),
+        (lambda: ChannelLayerNorm(4, bias=None), TypeError, ("bias", "NoneType")),
+        (lambda: SpatialFC(4), TypeError, ("size", "(height, width)", "4")),
+        (lambda: SpatialFC((4, 0)), ValueError, ("width", "0")),
+        (lambda: SpatialFC((4, 5))(torch.zeros(1, 2, 4, 6)), ValueError, ("4 x 6", "4 x 5", "size=(4, 6)")),
+        (lambda: RandomMatrix((4, 5, 6)), TypeError, ("size", "(4, 5, 6)")),
+        (lambda: Attention(32, num_heads=0), ValueError, ("num_heads", "0")),
+        (lambda: Attention(32, attn_drop=1), ValueError, ("attn_drop", "[0, 1)")),
     ],
 )
 def test_bad_arguments(make, error, words):

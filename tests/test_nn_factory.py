@@ -20,10 +20,7 @@ MAKE = {
     "GroupNorm": ((8,), {}),
     "MetaFormerBlock": ((8,), {"res_scale_init_value": 1.0, "act_layer": pk.nn.StarReLU}),
     "Mlp": ((8,), {"act_layer": nn.PReLU}),
-    "PoolFormerBlock": (
-        (8,),
-        {"norm_layer": nn.BatchNorm2d, "token_mixer": lambda dim: nn.Conv2d(dim, dim, 1)},
-    ),
+    "PoolFormerBlock": ((8,), {"norm_layer": nn.BatchNorm2d, "token_mixer": lambda c: nn.Conv2d(c, c, 1)}),
     "PoolMixer": ((8,), {}),
     "Pooling": ((3,), {}),
     "PositionEmbedding": ((8, (4, 5)), {}),
@@ -31,19 +28,12 @@ MAKE = {
     "SpatialFC": (((4, 5),), {}),
     "StarReLU": ((), {}),
 }
+METAFORMER = {"token_mixers": MIXERS, "norm_layer": "batch", "image_size": 64}
 MODELS = {
     "PoolFormer": (PoolFormer, (CONFIG, 7)),
     "backbone": (PoolFormer, (CONFIG, 7, 3, "official", 0.1, True)),
     "PoolFormerV2": (PoolFormerV2, (ModelConfig("small", *SMALL, None, 0.1, None, 1.0), 7)),
-    "MetaFormer": (
-        MetaFormer,
-        (
-            MetaFormerConfig(
-                "small", *SMALL, 1e-5, 0.1, None, 1.0, token_mixers=MIXERS, norm_layer="batch", image_size=64
-            ),
-            7,
-        ),
-    ),
+    "MetaFormer": (MetaFormer, (MetaFormerConfig("small", *SMALL, 1e-5, 0.1, None, 1.0, **METAFORMER), 7)),
 }
 LAYERS = {name: (getattr(pk.nn, name), *given) for name, given in MAKE.items()}
 LAYERS |= {name: (cls, given, {}) for name, (cls, given) in MODELS.items()}

@@ -1,9 +1,11 @@
 """Our token mixers where timm's go, and timm's Mlp beside ours."""
 
+import copy
 import inspect
 
 import pytest
 import torch
+from support.nn import make_mlp
 from support.peers import randomise, relative_error, require
 from support.problems import randn
 from support.rule import assert_close_to_fp64
@@ -53,17 +55,14 @@ def test_pooling_beside_attention():
 
 def test_the_others_run_there():
     """Those for one size, and the mixer with its norm, in place of stages of their sizes."""
-    for mixer, options in ((pk.nn.SpatialFC, {"size": (2, 3)}), (pk.nn.RandomMatrix, {"size": (2, 3)})):
-        model = timms_model([pk.nn.Pooling] * 3 + [mixer], **options)
-        x = randn(2, 3, 64, 96)
+    for kind in (pk.nn.SpatialFC, pk.nn.RandomMatrix):
+        model = timms_model([pk.nn.Pooling] * 3 + [kind], size=(2, 3))
+        mixer, maps = model.stages[3].blocks[0].token_mixer, randn(2, 64, 2, 3)
+        (weight,) = mixer.state_dict().values()
         with torch.no_grad():
-            y = model(x)
-            block = model.stages[3].blocks[0]
-            maps = randn(2, 64, 2, 3)
-            weight = next(iter(block.token_mixer.state_dict().values()))
+            assert model(randn(2, 3, 64, 96)).isfinite().all()
             expected = (maps.flatten(2) @ weight.T).view(maps.shape)
-            assert relative_error(block.token_mixer(maps), expected) < 1e-5
-        assert y.isfinite().all()
+            assert relative_error(mixer(maps), expected) < 1e-5
     model = timms_model(pk.nn.PoolMixer, metaformer.GroupNorm1)
     assert [m.dim for m in model.modules() if isinstance(m, pk.nn.PoolMixer)] == [16, 24, 32, 32, 64]
     with torch.no_grad():
@@ -72,8 +71,7 @@ def test_the_others_run_there():
 
 def test_device_and_dtype_reach_the_mixers():
     model = timms_model([pk.nn.Pooling] * 3 + [pk.nn.Attention], device="cpu", dtype=torch.float64)
-    mixer = model.stages[3].blocks[0].token_mixer
-    assert mixer.qkv.weight.dtype == torch.float64
+    assert model.stages[3].blocks[0].token_mixer.qkv.weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -104,20 +102,25 @@ def test_attention_drops_in_training_alone():
     assert relative_error(only_attention(x), plain(x)) > 1e-2
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("use_conv", [False, True])
-def test_timms_mlp_computes_the_same(use_conv):
-    """And is different where our docstring says so."""
-    theirs = metaformer.Mlp(12, 30, use_conv=use_conv)
-    ours = pk.nn.Mlp(12, 30, use_conv=use_conv)
-    ours.load_state_dict(theirs.state_dict())
+def test_timms_mlp_computes_the_same(use_conv, bias):
+    """With its initial weights and with any."""
+    options = {"hidden_features": 30, "out_features": 5, "bias": bias, "use_conv": use_conv, "drop": 0.1}
+    theirs, ours = (make(12, **options).eval() for make in (metaformer.Mlp, pk.nn.Mlp))
     x = randn(2, 12, 4, 5) if use_conv else randn(2, 5, 12)
-    with torch.no_grad():
-        y, eager = ours(x), theirs(x)
-        assert_close_to_fp64(y, eager, theirs.double()(x.double()))
+    for state in (theirs.state_dict(), make_mlp(12, **options).state_dict()):
+        for mlp in (theirs, ours):
+            mlp.load_state_dict(state)
+        with torch.no_grad():
+            assert_close_to_fp64(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()))
+
+
+def test_timms_mlp_is_different_where_our_docstring_says_so():
     here, there = (inspect.signature(cls).parameters for cls in (pk.nn.Mlp, metaformer.Mlp))
     assert (here["use_conv"].default, there["use_conv"].default) == (True, False)
     assert list(there)[4:6] == ["norm_layer", "bias"]
     assert "norm_layer" not in here
-    assert {"drop1", "drop2"} <= dict(theirs.named_modules()).keys()
+    assert {"drop1", "drop2"} <= dict(metaformer.Mlp(12).named_modules()).keys()
     for phrase in ("``use_conv=False``", "``norm_layer``", "fifth argument", "pairs", "``drop1``", "0.02"):
         assert phrase in pk.nn.Mlp.__doc__

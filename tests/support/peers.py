@@ -97,3 +97,13 @@ def as_mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (start,) = (start for start in MMPRETRAIN if key.startswith(start))
         renamed[MMPRETRAIN[start] + key.removeprefix(start)] = value
     return renamed
+
+
+def assert_as_accurate(
+    actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, floor: float, what: str = "value"
+) -> None:
+    """The error rule in the L2 norm: at most 1.5 times eager's error and ``floor`` of the value's size."""
+    assert actual.shape == exact.shape, what
+    error, other = ((t.double() - exact.double()).norm().item() for t in (actual, eager))
+    least = floor * exact.double().norm().item()
+    assert error <= 1.5 * other + least, f"{what}: {error:.3e}, eager {other:.3e}, floor {least:.3e}"
