@@ -10,6 +10,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from support import accelerate as blocks
 from support.chain import ONE, RIGHT, by_reference, calls, filled, images, infer, make_model
+from support.nn import setting
 from support.peers import relative_error
 from support.problems import HALVES
 from support.rule import assert_close_to_fp64
@@ -44,165 +45,47 @@ class Twice(nn.Module):
         return 2 * x
 
 
-def change(function):
-    """`function` of a model, under the test's id."""
-    return pytest.param(function, id=function.__name__)
-
-
-def in_place(model):
+def change_weight(model):
     with torch.no_grad():
         model.network[2][0].mlp.fc1.weight.mul_(1.5)
 
 
-def vector_in_place(model):
+def change_vector(model):
     with torch.no_grad():
         model.network[2][1].layer_scale_1.add_(0.5)
 
 
-def optimizer_step(model):
+def step_of_an_optimizer(model):
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     model(images(2, 3, 32, 32, seed=5)).square().sum().backward()
     optimizer.step()
 
 
-def data(model):
+def negate_data(model):
     weight = model.patch_embed.proj.weight
     weight.data = -weight.data
 
 
-def other_shape(model):
+def shorten_head(model):
     head = model.head
     head.weight.data, head.bias.data = -head.weight.data[:5], head.bias.data[:5]
 
 
-def state_dict(model):
-    model.load_state_dict(make_model(seed=1).state_dict())
-
-
-def state_dict_assigned(model):
-    model.load_state_dict(make_model(seed=1).state_dict(), assign=True)
-
-
-def eps_of_a_block(model):
-    model.network[0][0].norm1.eps = 10.0
-
-
-def eps_of_the_mlps_norm(model):
-    model.network[0][0].norm2.eps = 10.0
-
-
-def eps_of_the_head(model):
-    model.norm.eps = 10.0
-
-
-def num_groups(model):
-    model.network[0][0].norm2.num_groups = 4
-
-
-def pool_size(model):
-    model.network[0][0].token_mixer.pool_size = 5
-
-
-def stride(model):
-    model.network[1].proj.stride = (1, 1)
-
-
-def padding(model):
-    model.network[1].proj.padding = (0, 0)
-
-
-def dilation(model):
-    model.network[1].proj.dilation = (2, 2)
-
-
-def parameter_removed(model):
-    model.network[2][0].layer_scale_2 = None
-
-
-def bias_removed(model):
-    model.network[1].proj.bias = None
-
-
-def mlp_replaced(model):
-    model.network[2][0].mlp = filled(Mlp(33, 50, act_layer=nn.SiLU), 4)
-
-
-def norm_replaced(model):
-    model.network[2][0].norm1 = nn.GroupNorm(3, 33)
-
-
-def mixer_replaced(model):
-    model.network[0][0].token_mixer = nn.Identity()
-
-
-def block_replaced(model):
-    model.network[2][1] = nn.Identity()
-
-
-def block_appended(model):
-    model.network[4].append(filled(PoolFormerBlock(40), 4))
-
-
-def block_removed(model):
-    del model.network[2][1]
-
-
-def blocks_swapped(model):
+def swap_blocks(model):
     stage = model.network[2]
     stage[0], stage[1] = stage[1], stage[0]
 
 
-def stage_replaced(model):
-    model.network[0] = nn.Sequential(filled(PoolFormerBlock(16), 4))
+def reorder_blocks(model):
+    blocks = model.network[2]._modules
+    blocks["0"] = blocks.pop("0")
 
 
-def convolution_replaced(model):
-    model.network[1].proj = filled(nn.Conv2d(16, 33, 5, 2, 2), 4)
-
-
-def classifier_reset(model):
-    model.reset_classifier(9)
-
-
-def classifier_left_out(model):
-    model.reset_classifier(0)
-
-
-def head_of_several_layers(model):
-    model.head = nn.Sequential(model.head, nn.ReLU())
-
-
-def head_mode(model):
-    model.head_mode = "timm"
-
-
-def activation_replaced(model):
-    model.network[2][0].mlp.act = nn.ReLU()
-
-
-def activation_unknown(model):
-    model.network[2][0].mlp.act = nn.Tanh()
-
-
-def activation_changed(model):
-    model.network[2][0].mlp.act.approximate = "tanh"
-
-
-def hidden_forward(model):
-    mlp = model.network[2][0].mlp
-    mlp.forward = lambda x: torch.ones_like(x)
-
-
-def conv_forward(model):
-    proj = model.network[1].proj
-    proj.forward = torch.zeros(1, 33, 6, 5).expand_as
-
-
-def parametrized(model):
+def double_weight(model):
     parametrize.register_parametrization(model.network[1].proj, "weight", Twice())
 
 
-def subclass(model):
+def put_subclass(model):
     class Other(nn.Conv2d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -210,7 +93,7 @@ def subclass(model):
     model.network[1].proj = filled(Other(16, 33, 3, 2, 1), 4)
 
 
-def class_changed(model):
+def change_class(model):
     """As tools that wrap layers in place do."""
 
     class Other(PoolFormerBlock):
@@ -220,33 +103,59 @@ def class_changed(model):
     model.network[0][0].__class__ = Other
 
 
-def order_changed(model):
-    model.network[2]._modules["0"] = model.network[2]._modules.pop("0")
-
-
-def features_overridden(model):
+def override_features(model):
     model.forward_features = lambda x: x[:, :1].expand(-1, model.num_features, -1, -1)
 
 
-def block_overridden(model):
-    model.network[0][0].forward_with_stats = lambda x, *_: (2 * x, None)
+CHANGES = {
+    "weight in place": change_weight,
+    "vector in place": change_vector,
+    "optimizer step": step_of_an_optimizer,
+    "data": negate_data,
+    "other shape": shorten_head,
+    "state dict": lambda model: model.load_state_dict(make_model(seed=1).state_dict()),
+    "state dict assigned": lambda model: model.load_state_dict(make_model(seed=1).state_dict(), assign=True),
+    "eps of a block": setting("network.0.0.norm1.eps", 10.0),
+    "eps of the mlp's norm": setting("network.0.0.norm2.eps", 10.0),
+    "eps of the head": setting("norm.eps", 10.0),
+    "number of groups": setting("network.0.0.norm2.num_groups", 4),
+    "pool size": setting("network.0.0.token_mixer.pool_size", 5),
+    "stride": setting("network.1.proj.stride", (1, 1)),
+    "padding": setting("network.1.proj.padding", (0, 0)),
+    "dilation": setting("network.1.proj.dilation", (2, 2)),
+    "parameter removed": setting("network.2.0.layer_scale_2", None),
+    "bias removed": setting("network.1.proj.bias", None),
+    "mlp replaced": setting("network.2.0.mlp", filled(Mlp(33, 50, act_layer=nn.SiLU), 4)),
+    "norm replaced": setting("network.2.0.norm1", nn.GroupNorm(3, 33)),
+    "mixer replaced": setting("network.0.0.token_mixer", nn.Identity()),
+    "block replaced": setting("network.2.1", nn.Identity()),
+    "block appended": lambda model: model.network[4].append(filled(PoolFormerBlock(40), 4)),
+    "block removed": lambda model: model.network[2].pop(1),
+    "blocks swapped": swap_blocks,
+    "order changed": reorder_blocks,
+    "stage replaced": setting("network.0", nn.Sequential(filled(PoolFormerBlock(16), 4))),
+    "convolution replaced": setting("network.1.proj", filled(nn.Conv2d(16, 33, 5, 2, 2), 4)),
+    "classifier reset": lambda model: model.reset_classifier(9),
+    "classifier left out": lambda model: model.reset_classifier(0),
+    "head of several layers": lambda model: setattr(model, "head", nn.Sequential(model.head, nn.ReLU())),
+    "head mode": setting("head_mode", "timm"),
+    "activation replaced": setting("network.2.0.mlp.act", nn.ReLU()),
+    "activation unknown": setting("network.2.0.mlp.act", nn.Tanh()),
+    "activation changed": setting("network.2.0.mlp.act.approximate", "tanh"),
+    "forward of an mlp": setting("network.2.0.mlp.forward", torch.ones_like),
+    "forward of a convolution": setting("network.1.proj.forward", lambda x: x.new_ones(2, 33, 5, 4)),
+    "features overridden": override_features,
+    "block overridden": setting("network.0.0.forward_with_stats", lambda x, *_: (2 * x, None)),
+    "parametrized": double_weight,
+    "subclass": put_subclass,
+    "class changed": change_class,
+}
 
 
-CHANGES = [
-    class_changed, order_changed, features_overridden, block_overridden,
-    in_place, vector_in_place, optimizer_step, data, other_shape, state_dict, state_dict_assigned,
-    eps_of_a_block, eps_of_the_mlps_norm, eps_of_the_head, num_groups, pool_size, stride, padding, dilation,
-    parameter_removed, bias_removed, mlp_replaced, norm_replaced, mixer_replaced, block_replaced,
-    block_appended, block_removed, blocks_swapped, stage_replaced, convolution_replaced, classifier_reset,
-    classifier_left_out, head_of_several_layers, head_mode, activation_replaced, activation_unknown,
-    activation_changed, hidden_forward, parametrized, subclass,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("function", [*map(change, CHANGES)])
-def test_a_change_is_seen(function, x):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen(name, x):
     model, before = ran(x)
-    function(model)
+    CHANGES[name](model)
     after, exact = infer(model, x), by_reference(model, x)
     assert relative_error(after, exact) < RIGHT
     if before.shape == exact.shape:  # the stale result would be seen
@@ -312,16 +221,9 @@ def test_stochastic_depth_and_dropout_in_training_mode(x):
         assert torch.equal(infer(model, x), before)
 
 
-PLACES = [
-    "patch_embed",
-    "patch_embed.proj",
-    "network.1.proj",
-    "network.0",
-    "network.2.1",
-    "network.0.0.norm1",
-]
-PLACES += ["network.0.0.token_mixer", "network.0.0.mlp", "network.0.0.mlp.act", "network.0.0.mlp.fc2"]
-PLACES += ["network.0.0.drop_path", "norm", "head"]
+PLACES = ["patch_embed", "patch_embed.proj", "network.1.proj", "network.0", "network.2.1", "norm", "head"]
+INSIDE = ("norm1", "token_mixer", "mlp", "mlp.act", "mlp.fc2", "drop_path")
+PLACES += [f"network.0.0.{name}" for name in INSIDE]
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -329,39 +231,26 @@ def test_a_hook_fires_until_it_is_removed(name, x):
     model, before = ran(x)
     fired = []
     inner = model.get_submodule(name)
-    hook = inner.register_forward_hook(lambda *_: fired.append(name))
-    logits = infer(model, x)
-    assert fired == [name] * (2 if name.endswith("drop_path") else 1)
-    assert relative_error(logits, before) < RIGHT
-    hook.remove()
-    hook = inner.register_forward_pre_hook(lambda _, args: (args[0].square(),))
-    assert relative_error(infer(model, x), before) > 1e-3
-    hook.remove()
-    fired.clear()
-    assert relative_error(infer(model, x), before) < RIGHT
-    assert fired == []
-
-
-def test_one_operator_again_once_a_hook_is_removed(x):
-    model, before = ran(x)
-    for inner in (model.network[0][0].mlp, model.head):
-        hook = inner.register_forward_hook(lambda *_: None)
+    with inner.register_forward_hook(lambda *_: fired.append(name)):
         assert calls(model, x) != ONE
-        hook.remove()
-        assert calls(model, x) == ONE
-        assert torch.equal(infer(model, x), before)
+        assert fired == [name] * (2 if name.endswith("drop_path") else 1)
+        assert relative_error(infer(model, x), before) < RIGHT
+    with inner.register_forward_pre_hook(lambda _, args: (args[0].square(),)):
+        assert relative_error(infer(model, x), before) > 1e-3
+    fired.clear()
+    assert calls(model, x) == ONE
+    assert torch.equal(infer(model, x), before)
+    assert fired == []
 
 
 def test_hooks_of_the_model_itself_and_of_all_modules(x):
     model, before = ran(x)
     fired = []
-    hook = model.register_forward_hook(lambda *_: fired.append(0))
-    assert calls(model, x) == ONE
-    hook.remove()
+    with model.register_forward_hook(lambda *_: fired.append(0)):
+        assert calls(model, x) == ONE
     assert fired == [0]
-    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module)))
-    assert "chain_cpp" not in calls(model, x)
-    hook.remove()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module))):
+        assert "chain_cpp" not in calls(model, x)
     assert {PoolFormer, PoolFormerBlock, nn.Conv2d, nn.Linear} <= set(fired)
     assert torch.equal(infer(model, x), before)
     assert calls(model, x) == ONE
@@ -379,30 +268,23 @@ def test_a_compiled_block_is_called(x):
 # ---- nothing outlives a model ------------------------------------------------------------------------------
 
 
-def as_it_is(model):
-    pass
+def wrap_forward(module):
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
 
 
-def forward_wrapped(model):
-    forward = model.forward
-    model.forward = lambda x: 2 * forward(x)
+KEPT = {
+    "as it is": lambda model: None,
+    "forward wrapped": wrap_forward,
+    "stage's forward wrapped": lambda model: wrap_forward(model.network[0]),
+    "known to a part": lambda model: setattr(model.network[0], "owner", [model]),
+}
 
 
-def stage_forward_wrapped(model):
-    forward = model.network[0].forward
-    model.network[0].forward = lambda x: 2 * forward(x)
-
-
-def known_to_a_part(model):
-    model.network[0].owner = [model]
-
-
-@pytest.mark.parametrize(
-    "function", [*map(change, [as_it_is, forward_wrapped, stage_forward_wrapped, known_to_a_part])]
-)
-def test_a_model_is_collected(function, x):
+@pytest.mark.parametrize("change", KEPT.values(), ids=KEPT)
+def test_a_model_is_collected(change, x):
     model, _ = ran(x)
-    function(model)
+    change(model)
     infer(model, x)
     alive = [weakref.ref(t) for t in (model, model.network[0], model.head.weight)]
     del model
@@ -430,12 +312,11 @@ def test_a_parameter_that_is_computed_is_never_stale(where):
 
 def test_no_cache_is_seen_half_built(x, monkeypatch):
     """By another thread's inference."""
-    model, seen = make_model(), []
-    collect = chain_cache._collect
+    seen, collect = [], chain_cache._collect
     monkeypatch.setattr(
         chain_cache, "_collect", lambda root: seen.append(vars(root)[chain_cache.PLACE]) or collect(root)
     )
-    assert calls(model, x) == ONE
+    assert calls(make_model(), x) == ONE
     assert seen == [None]
 
 

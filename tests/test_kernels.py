@@ -30,6 +30,8 @@ ptxas info    : Function properties for _Zf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 32 bytes smem, 384 bytes cmem[0]
 """
+USE = {"name": "pk::Kernel<&(pk::f(pk::P))>*", "threads": 128, "shared": 0, "arch": 90, "registers": 44}
+USE |= {"local": 8, "static_shared": 48, "blocks": 10}  # what a device says of a kernel
 LISTED = "pk::Kernel<&(void pk::(anonymous namespace)::f<__half, 64>(pk::P))>*"
 
 
@@ -47,9 +49,7 @@ def test_rows_of_a_report() -> None:
 
 def test_kernels_of_one_architecture_have_no_row_for_another() -> None:
     assert [row.arch for row in rows(REPORT.replace("::f<", "::f_sm90<"))] == ["sm_90a", "sm_90a"]
-    use = {"name": "pk::Kernel<&(pk::f_sm90(pk::P))>*", "threads": 128, "shared": 0, "arch": 80}
-    use |= {"registers": 4, "local": 0, "static_shared": 0, "blocks": 16}
-    assert with_uses([], [use]) == []
+    assert with_uses([], [USE | {"name": "pk::Kernel<&(pk::f_sm90(pk::P))>*", "arch": 80}]) == []
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,10 @@ def test_occupancy(arch, registers, threads, static, dynamic, blocks) -> None:
 
 def test_a_device_has_the_last_word() -> None:
     built = [Kernel("f", arch, 40, 0, 8, 32, 0, 128, 12) for arch in ("sm_80", "sm_90a")]
-    use = {"name": "pk::Kernel<&(pk::f(pk::P))>*", "threads": 128, "shared": 0, "arch": 90}
-    use |= {"registers": 44, "local": 8, "static_shared": 48, "blocks": 10}
-    assert with_uses(built, [use]) == [built[0], Kernel("f", "sm_90a", 44, 0, 8, 48, 0, 128, 10)]
+    assert with_uses(built, [USE]) == [built[0], Kernel("f", "sm_90a", 44, 0, 8, 48, 0, 128, 10)]
     # and where it compiled the PTX itself, a row of its own
-    assert with_uses(built, [use | {"arch": 120}]) == [
-        *built,
-        Kernel("f", "sm_120", 44, 8, 8, 48, 0, 128, 10),
-    ]
+    compiled = Kernel("f", "sm_120", 44, 8, 8, 48, 0, 128, 10)
+    assert with_uses(built, [USE | {"arch": 120}]) == [*built, compiled]
 
 
 def test_table_is_aligned() -> None:
