@@ -1,33 +1,32 @@
 """accelerate: other packages' models compute the same, from the same modules and parameters, and faster."""
 
 import copy
-import io
-import pickle
-from functools import partial
 
 import pytest
 import torch
 from support.accelerate import (
+    CALLS,
     DEPTHS,
     SOURCES,
     PoolFormerBlock,
     assert_equal,
     assert_right,
     blocks_of,
+    classes_and_attributes,
     image,
     logits,
     make_model,
     results,
 )
+from support.chain import Calls
+from support.nn import COPIES
 from torch import nn
 from torch.func import functional_call
 
-from poolformer_kernels.accelerate import accelerate, blocks, restore
-from poolformer_kernels.nn import fusion
+from poolformer_kernels.accelerate import accelerate, restore
 
 SIZES = (64, 64), (45, 71)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-STAGES = {"timm": "stages.0.blocks", "timm v2": "stages.0.blocks"}
 source = pytest.mark.parametrize("source", SOURCES)
 
 
@@ -35,21 +34,6 @@ def images_for(source: str) -> list[torch.Tensor]:
     """More for v2: StarReLU's parameters are single numbers, too few in two images to compare errors by."""
     seeds = range(6 if source == "timm v2" else 2)
     return [image(size, seed) for size in SIZES for seed in seeds]
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The operators called, and whether with statistics."""
-    made = []
-
-    def call(operator, name, *args, **options):
-        made.append((name, options["stats"] is not None))
-        return operator(*args, **options)
-
-    for name in ("pool_mixer", "mlp"):
-        operator = getattr(fusion, f"{name}_with_stats")
-        monkeypatch.setattr(fusion, f"{name}_with_stats", partial(call, operator, name))
-    return made
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -60,9 +44,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_logits_and_gradients(source, dtype, layout, kernels):
     model = make_model(source).to(dtype).to(memory_format=FORMATS[layout])
-    images = [x.to(dtype).to(memory_format=FORMATS[layout]) for x in images_for(source)]
-    model.to(dtype)
-    assert_right(model, images)
+    assert_right(model, [x.to(dtype).to(memory_format=FORMATS[layout]) for x in images_for(source)])
 
 
 @source
@@ -112,12 +94,12 @@ def test_dropped_samples_are_left_as_they_are(kernels):
 
 
 @source
-def test_two_operator_calls_a_block_and_statistics_between(source, calls, kernels):
+def test_two_operator_calls_a_block_and_statistics_between(source, operator_calls, kernels):
     model = accelerate(make_model(source))
-    calls.clear()  # of the comparison by which it sees what a block computes
+    operator_calls.clear()  # of the comparison by which it sees what a block computes
     logits(model, image())
-    assert [name for name, _ in calls] == ["pool_mixer", "mlp"] * sum(DEPTHS)
-    given = [stats for _, stats in calls]
+    assert [call.name for call in operator_calls] == CALLS
+    given = [call.options["stats"] is not None for call in operator_calls]
     if source == "timm v2":  # stages 3 and 4 scale the shortcut outside of the operators
         assert given == [False, True, True, True, False, True, False, False, False, False]
     else:
@@ -130,18 +112,14 @@ def test_two_operator_calls_a_block_and_statistics_between(source, calls, kernel
 @pytest.mark.parametrize(
     ("source", "count"), [("timm", 4), ("official", 4), ("mmpretrain", 4), ("transformers", 5)]
 )
-def test_inference_is_one_call_a_stage_or_block(source, count, calls, monkeypatch, kernels):
+def test_inference_is_one_call_a_stage_or_block(source, count, kernels):
     model = make_model(source)
     expected = logits(model, image())
     accelerate(model)
-    calls.clear()  # of the comparison by which it sees what a block computes
-    ran, chain = [], blocks.run_chain
-    monkeypatch.setattr(blocks, "run_chain", lambda *args: ran.append(chain(*args)) or ran[-1])
-    with torch.inference_mode():
-        torch.testing.assert_close(logits(model, image()), expected.detach())
-    assert not calls
-    assert len(ran) == count
-    assert all(y is not None for y in ran)
+    with torch.inference_mode(), Calls() as calls:
+        y = logits(model, image())
+    torch.testing.assert_close(y, expected.detach())
+    assert calls.ours() == {"chain_cpp": count}
 
 
 @source
@@ -162,14 +140,14 @@ def test_inference_reads_parameters_and_modes_in_every_call(source, kernels):
         torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-3)
 
 
-def test_parts_that_are_not_asked_for_stay_modules(calls, kernels):
+def test_parts_that_are_not_asked_for_stay_modules(operator_calls, kernels):
     model, x = make_model("timm"), image()
     expected = results(model, x)
     for options, ran in (({"mlp": False}, "pool_mixer"), ({"mixer": False}, "mlp")):
         assert accelerate(model, **options) is model  # the last call counts
-        calls.clear()
+        operator_calls.clear()
         assert_equal(results(model, x), expected, 1e-4)
-        assert {name for name, _ in calls} == {ran}
+        assert {call.name for call in operator_calls} == {ran}
 
 
 # ---- the same modules --------------------------------------------------------------------------------------
@@ -194,14 +172,12 @@ def test_everything_about_the_model_stays(source):
 @source
 def test_restore_undoes_it(source):
     model, x = make_model(source), image()
-    classes, attributes = [[*map(f, model.modules())] for f in (type, lambda m: [*vars(m)])]
-    expected = results(model, x)
+    before, expected = classes_and_attributes(model), results(model, x)
     accelerate(model)
     with torch.no_grad():
         logits(model, x)  # which keeps a chain in the blocks
     assert restore(model) is model
-    assert [type(module) for module in model.modules()] == classes
-    assert [[*vars(module)] for module in model.modules()] == attributes
+    assert classes_and_attributes(model) == before
     assert_equal(results(model, x), expected)
     assert restore(model) is model
 
@@ -231,19 +207,8 @@ def test_optimiser_and_checkpoints_from_before_go_on_working():
         torch.testing.assert_close(logits(model, x), logits(make_model("timm"), x), atol=1e-5, rtol=1e-4)
 
 
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("source", ["timm", "transformers", "official"])
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_are_accelerated_and_independent(source, copied, kernels):
     model, x = accelerate(make_model(source)), image()
     with torch.no_grad():
@@ -272,14 +237,14 @@ def replica_of(model):
 
 
 @source
-def test_replicas_are_operators_and_compute_with_their_own_parameters(source, calls, kernels):
+def test_replicas_are_operators_and_compute_with_their_own_parameters(source, operator_calls, kernels):
     model, x = make_model(source), image()
     expected = logits(model, x)
     replica = replica_of(accelerate(model))
     assert not [*replica.parameters()]
-    calls.clear()
+    operator_calls.clear()
     torch.testing.assert_close(logits(replica, x), expected, atol=1e-5, rtol=1e-4)
-    assert [name for name, _ in calls] == ["pool_mixer", "mlp"] * sum(DEPTHS)
+    assert [call.name for call in operator_calls] == CALLS
     with torch.no_grad():
         torch.testing.assert_close(logits(replica, x), expected, atol=1e-5, rtol=1e-4)
         for module in replica.modules():
@@ -294,11 +259,10 @@ def test_replicas_are_operators_and_compute_with_their_own_parameters(source, ca
 
 
 @pytest.mark.parametrize("source", ["timm", "timm v2", "transformers"])
-def test_compile_a_stage(source, kernels):
-    torch._dynamo.reset()
+def test_compile_a_stage(source, fresh_dynamo, kernels):
     model = accelerate(make_model(source, drop_path=0.9))
     blocks = blocks_of(model)[:2]
-    stage = nn.Sequential(*blocks) if source == "transformers" else model.get_submodule(STAGES[source])
+    stage = nn.Sequential(*blocks) if source == "transformers" else model.stages[0].blocks
     assert [*stage] == blocks
 
     def features(x):
@@ -355,18 +319,3 @@ def test_transforms_and_tracers_see_the_modules(source):
     expected = transformed()
     accelerate(model)
     assert all(map(torch.equal, transformed(), expected))
-
-
-def test_checkpointing(calls):
-    model, x = make_model("timm").train(), image()
-    expected = results(model, x)
-    accelerate(model).set_grad_checkpointing(True)
-    calls.clear()
-    torch.manual_seed(0)
-    logits(model, x).mul(torch.linspace(-1, 1, 14).view(2, 7)).sum().backward()
-    assert_equal(
-        {n: p.grad for n, p in model.named_parameters()},
-        {n: expected[n] for n, _ in model.named_parameters()},
-        1e-4,
-    )
-    assert len(calls) > 2 * sum(DEPTHS)  # some ran again

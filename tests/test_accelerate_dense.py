@@ -1,44 +1,31 @@
 """`accelerate` on others' detectors and segmenters: torchvision's heads and segmentation_models_pytorch's."""
 
 import copy
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accelerate import blocks_of
+from support.accelerate import DEPTHS, blocks_of, joined, make_model
 from support.chain import Calls
-from support.peers import randomise, require
+from support.peers import assert_as_accurate, randomise, require
 from torch import Tensor, nn
 
 from poolformer_kernels import explain
 from poolformer_kernels.accelerate import accelerate, restore
 
 Call = Callable[[nn.Module], dict[str, Tensor]]
-DEPTHS = {"tiny": (1, 1, 1, 1), "poolformer_s12": (2, 2, 6, 2)}
+BODIES = {"tiny": DEPTHS, "poolformer_s12": (2, 2, 6, 2)}  # and their depths
 EVERY = 100_000  # more than there are anchors and proposals: none is left out, and none drawn at random
 
 
 def timm_features(name: str) -> nn.Module:
-    """timm's PoolFormer as a backbone; ``"tiny"`` is one of a block a stage."""
+    """timm's PoolFormer as a backbone; ``"tiny"`` is a small one."""
     timm = require("timm", "models.metaformer")
     if name != "tiny":
         return timm.create_model(name, features_only=True)
-    metaformer = timm.models.metaformer
-    model = metaformer.MetaFormer(
-        depths=DEPTHS[name],
-        dims=(16, 24, 32, 40),
-        downsample_norm=None,
-        mlp_act=nn.GELU,
-        mlp_bias=True,
-        norm_layers=metaformer.GroupNorm1,
-        layer_scale_init_values=1e-5,
-        res_scale_init_values=None,
-        use_mlp_head=False,
-    )
-    return timm.models.FeatureListNet(model, out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return timm.models.FeatureListNet(make_model("timm"), out_indices=(0, 1, 2, 3), flatten_sequential=True)
 
 
 def with_large_branches(model: nn.Module) -> nn.Module:
@@ -105,17 +92,16 @@ def make_detector(kind: str, body: str) -> nn.Module:
     return without_kinks(model)
 
 
-def pictures(dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def pictures(model: nn.Module) -> list[Tensor]:
+    generator, dtype = torch.Generator().manual_seed(1), next(model.parameters()).dtype
     return [torch.rand(3, *size, generator=generator).to(dtype) for size in ((64, 64), (48, 64))]
 
 
-def targets(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+def targets(images: list[Tensor]) -> list[dict[str, Tensor]]:
     boxes = [[[4.0, 6.0, 36.0, 30.0], [20.0, 30.0, 60.0, 62.0]], [[10.0, 5.0, 22.0, 21.0]]]
-    labels = [[1, 2], [1]]
     return [
-        {"boxes": torch.tensor(b, dtype=dtype), "labels": torch.tensor(kinds)}
-        for b, kinds in zip(boxes, labels, strict=True)
+        {"boxes": torch.tensor(b).to(image), "labels": torch.tensor(labels)}
+        for image, b, labels in zip(images, boxes, [[1, 2], [1]], strict=True)
     ]
 
 
@@ -126,45 +112,34 @@ def losses_and_gradients(losses: dict[str, Tensor], model: nn.Module) -> dict[st
 
 
 def detector_step(model: nn.Module) -> dict[str, Tensor]:
-    dtype = next(model.parameters()).dtype
-    return losses_and_gradients(model.train()(pictures(dtype), targets(dtype)), model)
+    images = pictures(model)
+    return losses_and_gradients(model.train()(images, targets(images)), model)
 
 
 def detections(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
-        found = model.eval()(pictures(next(model.parameters()).dtype))
+        found = model.eval()(pictures(model))
     return {name: torch.cat([result[name] for result in found]) for name in ("boxes", "scores", "labels")}
 
 
 def segmenter_step(model: nn.Module) -> dict[str, Tensor]:
-    x = torch.stack(pictures(next(model.parameters()).dtype)[:1] * 2)
+    x = torch.stack(pictures(model)[:1] * 2)
     target = torch.arange(64 * 64).view(1, 64, 64).expand(2, -1, -1) // 32 % 5
     return losses_and_gradients({"loss": F.cross_entropy(model.train()(x), target)}, model)
 
 
 def segmentation(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
-        return {"logits": model.eval()(torch.stack(pictures(next(model.parameters()).dtype)[:1]))}
-
-
-def joined(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Results of one kind in all blocks together, in float64: the errors of a few numbers are luck."""
-    kinds: dict[str, list[Tensor]] = {}
-    for name, value in found.items():
-        kinds.setdefault(re.sub(r"\d", "", name), []).append(value.double().flatten())
-    return {kind: torch.cat(values) for kind, values in kinds.items()}
+        return {"logits": model.eval()(torch.stack(pictures(model)[:1]))}
 
 
 def assert_within_rounding(plain: nn.Module, accelerated: nn.Module, call: Call) -> None:
     """No further from the modules' results in float64 than 1.5 times theirs in float32, by the L2 norm."""
-    ours, eager, right = (
-        joined(call(model)) for model in (accelerated, plain, copy.deepcopy(plain).double())
-    )
+    models = accelerated, plain, copy.deepcopy(plain).double()
+    ours, eager, right = (joined(call(model)) for model in models)
     assert ours.keys() == eager.keys() == right.keys()
     for name, exact in right.items():
-        floor = 8 * torch.finfo(torch.float32).eps * exact.norm().item()
-        error, other = ((values[name] - exact).norm().item() for values in (ours, eager))
-        assert error <= 1.5 * other + floor, f"{name}: {error:.3e}, eager {other:.3e}, floor {floor:.3e}"
+        assert_as_accurate(ours[name], eager[name], exact, 8 * torch.finfo(torch.float32).eps, name)
 
 
 def assert_accelerated_and_restored(plain: nn.Module, depths: tuple[int, ...], *calls: Call) -> None:
@@ -193,7 +168,7 @@ def assert_accelerated_and_restored(plain: nn.Module, depths: tuple[int, ...], *
 )
 def test_torchvisions_detectors_around_timms_poolformer(kind, body, kernels) -> None:
     plain = make_detector(kind, body)
-    assert_accelerated_and_restored(plain, DEPTHS[body], detector_step, detections)
+    assert_accelerated_and_restored(plain, BODIES[body], detector_step, detections)
 
 
 @pytest.mark.parametrize("kind", ["Unet", "FPN"])
@@ -206,4 +181,4 @@ def test_segmentation_models_pytorch(kind, kernels) -> None:
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0  # else a training step would draw channels to leave out
     calls = (segmenter_step, segmentation)
-    assert_accelerated_and_restored(plain, DEPTHS["poolformer_s12"], *calls)
+    assert_accelerated_and_restored(plain, BODIES["poolformer_s12"], *calls)

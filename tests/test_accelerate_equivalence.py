@@ -1,34 +1,36 @@
 """accelerate's comparison of forwards: what it notices, may remember and leaves untouched; and runs later."""
 
 import copy
-import threading
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from support.accelerate import (
+    DIFFERENT,
     DropPath,
     Mlp,
     MmpretrainBlock,
     PoolFormerBlock,
     Pooling,
+    features,
     image,
     logits,
+    make_block,
     make_model,
 )
-from support.peers import randomise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import remove_weight_norm, weight_norm
 
-from poolformer_kernels import explain
 from poolformer_kernels.accelerate import accelerate, equivalence, restore, unfused_reasons
 
 pytestmark = pytest.mark.filterwarnings("ignore:accelerate made nothing faster")
-OTHER = "computes something else than its modules' names say"
 
 
 @pytest.fixture(autouse=True)
@@ -38,18 +40,9 @@ def compared(monkeypatch):
     return equivalence._compared
 
 
-def make_block(made=PoolFormerBlock, **options) -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(made(**options)).eval()
-
-
-def images() -> Tensor:
-    return torch.randn((2, 16, 5, 6), generator=torch.Generator().manual_seed(1))
-
-
 def outputs(block: nn.Module) -> list[Tensor]:
     """y, dx and the gradient of every parameter, zero where there is none."""
-    x = images().requires_grad_()
+    x = features().requires_grad_()
     y = block(x)
     grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()], materialize_grads=True)
     return [y.detach(), *grads]
@@ -63,14 +56,21 @@ def assert_same(block: nn.Module, expected: list[Tensor], *, exact: bool = False
 # ---- what it notices ---------------------------------------------------------------------------------------
 
 
-def block_of(mixer, mlp) -> type[nn.Module]:
-    """A class with this structure and a forward of its own."""
+def block_with(forward: Callable) -> nn.Module:
+    """A block of a class that has this structure and a forward of its own."""
+    block = type("Other", (nn.Module,), {"forward": forward})()
+    vars(block).update(vars(make_block()))
+    return block
+
+
+def block_of(mixer: Callable, mlp: Callable) -> nn.Module:
+    """A block whose forward adds these two branches."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(mixer(self, x))
         return x + self.drop_path(mlp(self, x))
 
-    return type("Other", (nn.Module,), {"forward": forward})
+    return block_with(forward)
 
 
 def mixer(self, x, norm="norm1", scale="layer_scale_1"):
@@ -87,48 +87,57 @@ def bias_as_weight(self, x):
     return self.layer_scale_1[:, None, None] * self.token_mixer(y)
 
 
-@pytest.mark.parametrize(
-    "forward",
-    [
-        (lambda s, x: mixer(s, x, scale="layer_scale_2"), lambda s, x: mlp(s, x, scale="layer_scale_1")),
-        (mixer, lambda s, x: mlp(s, x, scale="layer_scale_1")),
-        (mixer, lambda s, x: mlp(s, x, norm="norm1")),
-        (lambda s, x: mixer(s, x, norm="norm2"), lambda s, x: mlp(s, x, norm="norm1")),
-        (bias_as_weight, mlp),
-        (mixer, lambda s, x: mlp(s, x.detach())),
-        (lambda s, x: mixer(s, x).detach(), mlp),
-        (mixer, lambda s, x: (2 if torch.is_grad_enabled() else 1) * mlp(s, x)),
-        (mixer, lambda s, x: (1 if torch.is_grad_enabled() else 2) * mlp(s, x)),
-    ],
-    ids=[
-        *("scales swapped", "one scale", "one norm", "norms swapped", "bias as weight"),
-        *("detached input", "detached branch", "more while recording", "less while recording"),
-    ],
-)
-def test_other_uses_of_the_same_parts(forward):
-    made = block_of(*forward)
-    block = made()
-    vars(block).update(vars(make_block()))
+def post_norm(self, x):
+    x = self.norm1(x + self.layer_scale_1[:, None, None] * self.token_mixer(x))
+    return self.norm2(x + self.layer_scale_2[:, None, None] * self.mlp(x))
+
+
+FORWARD = "the forward of test_accelerate_equivalence.Other"
+BRANCHES = {
+    "scales swapped": (partial(mixer, scale="layer_scale_2"), partial(mlp, scale="layer_scale_1")),
+    "one scale": (mixer, partial(mlp, scale="layer_scale_1")),
+    "one norm": (mixer, partial(mlp, norm="norm1")),
+    "norms swapped": (partial(mixer, norm="norm2"), partial(mlp, norm="norm1")),
+    "bias as weight": (bias_as_weight, mlp),
+    "detached input": (mixer, lambda s, x: mlp(s, x.detach())),
+    "detached branch": (lambda s, x: mixer(s, x).detach(), mlp),
+    "more while recording": (mixer, lambda s, x: (2 if torch.is_grad_enabled() else 1) * mlp(s, x)),
+    "less while recording": (mixer, lambda s, x: (1 if torch.is_grad_enabled() else 2) * mlp(s, x)),
+    "branch dropped twice": (lambda s, x: s.drop_path(mixer(s, x)), mlp),
+}
+FORWARDS = {
+    "post norm": (post_norm, DIFFERENT),
+    "dropped twice": (lambda s, x: x + s.drop_path(PoolFormerBlock.forward(s, x) - x), DIFFERENT),
+    "two arguments": (lambda s, x, mask=None: PoolFormerBlock.forward(s, x), "does not take one tensor"),
+    "raises": (lambda s, x: x.no_such_method(), "could not be compared with ours: 'Tensor' object has no"),
+}
+
+
+def assert_left_alone(block: nn.Module, reason: str) -> None:
+    kind = type(block)
     accelerate(block)
-    assert type(block) is made
-    reason = f"the forward of test_accelerate_equivalence.Other {OTHER}"
-    assert all(why == reason for why in unfused_reasons(block))
+    assert type(block) is kind
+    for why in unfused_reasons(block):
+        assert why.startswith(f"{FORWARD} {reason}")
 
 
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])
-def test_drop_paths_in_other_places(drop_prob):
-    made = block_of(lambda s, x: s.drop_path(mixer(s, x)), mlp)
-    block = made()
-    vars(block).update(vars(make_block()))
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_other_uses_of_the_same_parts(branches, drop_prob):
+    block = block_of(*branches)
     block.drop_path = DropPath(drop_prob)
-    accelerate(block)
-    assert type(block) is made
-    assert unfused_reasons(block)[0] == f"the forward of test_accelerate_equivalence.Other {OTHER}"
+    assert_left_alone(block, DIFFERENT)
+
+
+@pytest.mark.parametrize(("forward", "reason"), FORWARDS.values(), ids=FORWARDS)
+def test_other_forwards(forward, reason):
+    block = block_with(forward)
+    block.drop_path = DropPath(0.5)
+    assert_left_alone(block, reason)
 
 
 def test_the_same_forward_in_other_words(kernels):
-    block = block_of(mixer, mlp)()
-    vars(block).update(vars(make_block()))
+    block = block_of(mixer, mlp)
     expected = outputs(block)
     assert unfused_reasons(accelerate(block)) == (None, None)
     assert_same(block, expected)
@@ -243,28 +252,6 @@ def test_buffers_and_generators_stay(monkeypatch):
     assert not seeded
 
 
-def test_beside_a_thread_that_draws(compared, kernels):
-    """Neither changes the other's random numbers."""
-    busy, plain = make_model("timm", drop_path=0.3).train(), make_model("timm", drop_path=0.1)
-    stop, masks = threading.Event(), []
-
-    def train() -> None:
-        while not stop.is_set():
-            logits(busy, image()).sum().backward()
-            masks.append(tuple(torch.rand(4).tolist()))
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    try:
-        for _ in range(10):
-            compared.clear()
-            assert explain(accelerate(plain, inplace=False)).summary == "10 of 10 on cpp"
-    finally:
-        stop.set()
-        thread.join()
-    assert len(masks) == len({*masks}) > 2
-
-
 @pytest.mark.parametrize("drop_prob", [0.0, 0.3])
 def test_the_generator_is_never_seeded(drop_prob, monkeypatch):
     """Not even for a moment, which another thread would see."""
@@ -302,11 +289,8 @@ def test_threads_take_turns(monkeypatch, compared):
         return wrong
 
     monkeypatch.setattr(equivalence, "_compare", slow)
-    threads = [threading.Thread(target=accelerate, args=(PoolFormerBlock(dim),)) for dim in (8, 16, 24)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        [*pool.map(accelerate, [PoolFormerBlock(dim) for dim in (8, 16, 24)])]
     assert len(compared) == 3
     assert most == [1] * 3
 
@@ -360,21 +344,20 @@ class Int8(Tensor):
         return function(*plain, **(kwargs or {}))
 
 
-def test_compiled_with_weights_of_another_type(kernels):
-    torch._dynamo.reset()
+def test_compiled_with_weights_of_another_type(fresh_dynamo, kernels):
     block = make_block().requires_grad_(False)
     for layer in (block.mlp.fc1, block.mlp.fc2):
         scale = layer.weight.abs().max() / 127
         values = (layer.weight / scale).round().to(torch.int8)
         layer.weight = nn.Parameter(Int8(values, scale), requires_grad=False)
-    expected = block(images())
+    expected = block(features())
     accelerate(block)
     assert unfused_reasons(block) == (
         None,
         "mlp.fc1 has a weight of test_accelerate_equivalence.Int8, not a plain parameter",
     )
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images()), expected)
+    torch.testing.assert_close(compiled(features()), expected)
 
 
 def test_forward_mode_derivatives_are_the_modules(kernels):
@@ -382,7 +365,7 @@ def test_forward_mode_derivatives_are_the_modules(kernels):
     tangents = []
     for each in (block, accelerate(copy.deepcopy(block))):
         with forward_ad.dual_level():
-            y = each(forward_ad.make_dual(images(), images().sin()))
+            y = each(forward_ad.make_dual(features(), features().sin()))
             tangents.append(forward_ad.unpack_dual(y).tangent)
     assert tangents[0].abs().max() > 0.1
     assert torch.equal(*tangents)

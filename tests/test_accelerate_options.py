@@ -1,19 +1,28 @@
 """What accelerate says about what it took, strict, save_hidden."""
 
-import copy
 import logging
-import pickle
 import warnings
+from collections import Counter
 
 import pytest
 import torch
-from support.accelerate import SOURCES, PoolFormerBlock, assert_equal, blocks_of, image, make_model, results
+from support.accelerate import (
+    SOURCES,
+    PoolFormerBlock,
+    assert_equal,
+    blocks_of,
+    classes_and_attributes,
+    image,
+    make_model,
+    metaformer,
+    results,
+)
+from support.nn import COPIES
 from support.peers import require
-from torch import Tensor, nn
+from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate, restore
-from poolformer_kernels.nn import fusion
 
 NAMES = {
     "timm": "timm.models.metaformer.MetaFormer",
@@ -28,10 +37,6 @@ LINEAR = "mlp.fc1 is torch.nn.Linear, not Conv2d"
 WARNING = "accelerate made nothing faster: "
 
 
-def classes(model: nn.Module) -> list[type]:
-    return [*map(type, model.modules())]
-
-
 def logged(caplog: pytest.LogCaptureFixture, model: nn.Module, **options) -> str:
     """The one line that a call logs."""
     caplog.clear()
@@ -40,19 +45,6 @@ def logged(caplog: pytest.LogCaptureFixture, model: nn.Module, **options) -> str
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("poolformer_kernels", logging.INFO)
     return record.getMessage()
-
-
-def mixed(mixers: list[str], norm: str = "GroupNorm1") -> nn.Module:
-    """A small MetaFormer of timm's with these token mixers, a block each."""
-    timm = require("timm", "models.metaformer").models.metaformer
-    return timm.MetaFormer(
-        depths=(1, 1, 1, 1),
-        dims=(32, 32, 32, 32),
-        token_mixers=[getattr(timm, name) for name in mixers],
-        norm_layers=getattr(timm, norm),
-        mlp_act=nn.GELU,
-        num_classes=3,
-    ).eval()
 
 
 # ---- what it says ------------------------------------------------------------------------------------------
@@ -70,7 +62,7 @@ def test_a_line_says_how_many_sub_blocks_were_taken(source, caplog, kernels):
 
 
 def test_the_line_says_why_others_were_left(caplog, kernels):
-    model = mixed(["Pooling", "SepConv", "SepConv", "Attention"])
+    model = metaformer(["Pooling", "SepConv", "SepConv", "Attention"])
     assert logged(caplog, model) == (
         "accelerate: 4 of 8 sub-blocks of timm.models.metaformer.MetaFormer run as operator calls,"
         f" 4 as modules: {MIXER.format('SepConv')} (2); {MIXER.format('Attention')} (1); {LINEAR} (1)"
@@ -97,8 +89,11 @@ def dropping() -> nn.Module:
 
 def test_own_layers_are_fast_already(caplog, kernels):
     model = pk.create_model("poolformer_s12", num_classes=2)
+    before, explained = classes_and_attributes(model), pk.explain(model)
     line = OWN.format("poolformer.PoolFormer")
     assert logged(caplog, model, strict=True) == f"{line} and fast already"
+    assert classes_and_attributes(model) == before
+    assert pk.explain(model) == explained
     assert logged(caplog, model.double()) == f"{line}: see poolformer_kernels.explain"
 
 
@@ -149,22 +144,26 @@ def test_what_runs_on_the_reference_is_not_fast(caplog):
 @pytest.mark.parametrize(
     ("name", "reasons"),
     [
-        ("convformer_s18", [f"{NORM.format('LayerNorm2dNoBias')} (18)", f"{MIXER.format('SepConv')} (18)"]),
-        ("caformer_s18", [f"{NORM.format('LayerNormNoBias')} (12)", f"{MIXER.format('Attention')} (12)"]),
+        ("convformer_s18", {NORM.format("LayerNorm2dNoBias"): 18, MIXER.format("SepConv"): 18}),
+        ("caformer_s18", {NORM.format("LayerNormNoBias"): 12, MIXER.format("Attention"): 12}),
     ],
 )
 def test_metaformers_of_which_nothing_fits(name, reasons):
     model = require("timm").create_model(name)
-    before = classes(model)
-    for options in ({}, {"inplace": False}):
+    before, explained = classes_and_attributes(model), pk.explain(model)
+    for inplace in (True, False):
         with pytest.warns(UserWarning, match=WARNING) as warned:
-            accelerate(model, **options)
+            assert (accelerate(model, inplace=inplace) is model) == inplace
         assert len(warned) == 1
         assert warned[0].filename == __file__
         text = str(warned[0].message)
         assert text.startswith(f"{WARNING}0 of 36 sub-blocks of timm.models.metaformer.MetaFormer run as")
-        assert all(reason in text for reason in reasons)
-        assert classes(model) == before
+        for reason, count in reasons.items():
+            assert f"{reason} ({count})" in text
+        assert classes_and_attributes(model) == before
+        assert pk.explain(model) == explained
+    found = Counter(call.reason for call in explained.calls)
+    assert found.items() >= reasons.items()
 
 
 def test_hooks_that_are_in_the_way_now_are_said(caplog):
@@ -183,10 +182,10 @@ def test_hooks_that_are_in_the_way_now_are_said(caplog):
 
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_strict_names_what_was_left_and_changes_nothing(accelerated):
-    model = mixed(["Pooling", "Pooling", "SepConv", "Attention"])
+    model = metaformer(["Pooling", "Pooling", "SepConv", "Attention"])
     if accelerated:
         accelerate(model)
-    before, attributes = classes(model), [[*vars(module)] for module in model.modules()]
+    before = classes_and_attributes(model)
     with pytest.raises(ValueError) as raised:
         accelerate(model, strict=True)
     assert str(raised.value).splitlines() == [
@@ -195,9 +194,8 @@ def test_strict_names_what_was_left_and_changes_nothing(accelerated):
         f"  stages.3.blocks.0.token_mixer: {MIXER.format('Attention')}",
         f"  stages.3.blocks.0.mlp: {LINEAR}",
     ]
-    assert classes(model) == before
-    assert [[*vars(module)] for module in model.modules()] == attributes
-    model = mixed(["Pooling", "Pooling", "SepConv", "SepConv"])
+    assert classes_and_attributes(model) == before
+    model = metaformer(["Pooling", "Pooling", "SepConv", "SepConv"])
     assert accelerate(model, mixer=False, strict=True) is model  # what is left was not asked for
     reasons = [call.reason for call in pk.explain(model).calls]
     assert reasons[::2] == ["accelerate was called with mixer=False"] * 4
@@ -212,7 +210,7 @@ def test_strict_looks_at_what_holds_now():
     assert type(accelerate(block.eval(), strict=True)) is not PoolFormerBlock
 
 
-@pytest.mark.parametrize("name", ["strict", "save_hidden"])
+@pytest.mark.parametrize("name", ["mixer", "mlp", "inplace", "strict", "save_hidden"])
 @pytest.mark.parametrize("value", [1, "yes"])
 def test_arguments_are_checked_first(name, value):
     block = PoolFormerBlock()
@@ -233,53 +231,33 @@ def test_save_hidden_without_an_mlp():
 # ---- save_hidden -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def given(monkeypatch) -> list[bool | None]:
-    """``save_hidden`` of each call of the MLP's operator."""
-    seen, mlp = [], fusion.mlp_with_stats
-
-    def call(*args, save_hidden, **options):
-        seen.append(save_hidden)
-        return mlp(*args, save_hidden=save_hidden, **options)
-
-    monkeypatch.setattr(fusion, "mlp_with_stats", call)
-    return seen
-
-
 @pytest.mark.parametrize("source", SOURCES)
-def test_save_hidden_reaches_the_operator(source, given, kernels):
+def test_save_hidden_reaches_the_operator(source, operator_calls, kernels):
     model, x = make_model(source), image()
     expected = results(model, x)
+
+    def given(model: nn.Module) -> list[bool | None]:
+        operator_calls.clear()
+        assert_equal(results(model, x), expected, 1e-4)
+        return [call.options["save_hidden"] for call in operator_calls if call.name == "mlp"]
+
     for value in (None, True, False):
         accelerate(model, save_hidden=value)
-        given.clear()
-        assert_equal(results(model, x), expected, 1e-4)
-        assert given == [value] * 5
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            given.clear()
-            assert_equal(results(other, x), expected, 1e-4)
-            assert given == [value] * 5
-    accelerate(model)  # the last call counts
-    given.clear()
-    results(model, x)
-    assert given == [None] * 5
+        assert given(model) == [value] * 5
+        for name in ("deepcopy", "pickle"):
+            assert given(COPIES[name](model)) == [value] * 5
+    assert given(accelerate(model)) == [None] * 5  # the last call counts
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_saved_for_the_backward(kept, kernels):
-    saved: list[int] = []
-
-    def saving(x: Tensor) -> Tensor:
-        saved.append(x.numel())
-        return x
-
-    block, own = accelerate(PoolFormerBlock(), save_hidden=kept), pk.nn.Mlp(16, 64, save_hidden=kept)
-    for module in (block, own):
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(saving, lambda x: x):
+    def saves_hidden(module: nn.Module) -> bool:
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
             module(torch.zeros(2, 16, 3, 5, requires_grad=True))
-        assert (2 * 64 * 3 * 5 in saved) == kept
-    saved.clear()
-    with torch.autograd.graph.saved_tensors_hooks(saving, lambda x: x):
-        restore(block)(torch.zeros(2, 16, 3, 5, requires_grad=True))
-    assert 2 * 64 * 3 * 5 in saved  # eager keeps it
+        return 2 * 64 * 3 * 5 in saved
+
+    block = accelerate(PoolFormerBlock(), save_hidden=kept)
+    assert saves_hidden(block) == kept
+    assert saves_hidden(pk.nn.Mlp(16, 64, save_hidden=kept)) == kept
+    assert saves_hidden(restore(block))  # eager keeps it

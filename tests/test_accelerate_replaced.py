@@ -6,27 +6,28 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.accelerate import (
+    CALLS,
     DEPTHS,
+    DIFFERENT,
     SOURCES,
     PoolFormerBlock,
     assert_equal,
     blocks_of,
+    features,
     image,
     logits,
+    make_block,
     make_model,
     results,
 )
-from support.peers import randomise
+from support.chain import Calls
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate, blocks, equivalence, restore, unfused_reasons
-from poolformer_kernels.nn import fusion
-
-LAYERS = {"transformers": ("output", ("conv1", "conv2"))}
-OPERATORS = ["pool_mixer", "mlp"]
 
 
 class LoraConv2d(nn.Module):
@@ -80,9 +81,10 @@ class Outer(nn.Module):
 
 def parts_of(source: str) -> dict[str, tuple[type[nn.Module], list[str]]]:
     """By what is wrapped: the wrapper and the paths in a block."""
-    body, layers = LAYERS.get(source, ("mlp", ("fc1", "fc2")))
-    norms = ["before_norm", "after_norm"] if source == "transformers" else ["norm1", "norm2"]
-    mixer = "pooling" if source == "transformers" else "token_mixer"
+    norms, mixer, body, layers = ["norm1", "norm2"], "token_mixer", "mlp", ("fc1", "fc2")
+    if source == "transformers":
+        norms, mixer = ["before_norm", "after_norm"], "pooling"
+        body, layers = "output", ("conv1", "conv2")
     return {
         "layers": (LoraConv2d, [f"{body}.{name}" for name in layers]),
         "norms": (Saved, norms),
@@ -110,62 +112,39 @@ def backends(model: nn.Module) -> list[str]:
     return [call.backend for call in pk.explain(model).calls]
 
 
-@pytest.fixture
-def called(monkeypatch) -> list[str]:
-    """The operators that blocks call, and the chains."""
-    seen: list[str] = []
-    for name in OPERATORS:
-        operator = getattr(fusion, f"{name}_with_stats")
-
-        def call(*args, name=name, operator=operator, **options):
-            seen.append(name)
-            return operator(*args, **options)
-
-        monkeypatch.setattr(fusion, f"{name}_with_stats", call)
-    chain = blocks.run_chain
-
-    def run_chain(*args):
-        y = chain(*args)
-        if y is not None:
-            seen.append("chain")
-        return y
-
-    monkeypatch.setattr(blocks, "run_chain", run_chain)
-    return seen
-
-
-def assert_fast(model: nn.Module, source: str, called: list[str]) -> None:
+def assert_fast(model: nn.Module, source: str) -> None:
     """Every block is operators in training and of a chain in inference; the numbers are the modules'."""
     plain, x = restore(copy.deepcopy(model)), image()
-    assert backends(model) == ["cpp"] * 2 * sum(DEPTHS)
+    assert backends(model) == ["cpp"] * len(CALLS)
     assert "modules" not in str(pk.explain(model))
-    called.clear()
-    assert_equal(results(model, x), results(plain, x), 1e-4)
-    assert called == OPERATORS * sum(DEPTHS)
-    called.clear()
+    with Calls() as calls:
+        given = results(model, x)
+    assert_equal(given, results(plain, x), 1e-4)
+    each = {f"{name}_cpp": sum(DEPTHS) for name in CALLS}
+    assert calls.ours() == each
     with torch.inference_mode():
         logits(model, x)
-        called.clear()
-        torch.testing.assert_close(logits(model, x), logits(plain, x), atol=1e-4, rtol=1e-4)
+        with Calls() as calls:
+            y = logits(model, x)
+        torch.testing.assert_close(y, logits(plain, x), atol=1e-4, rtol=1e-4)
+    chains = {"transformers": sum(DEPTHS)}.get(source, len(DEPTHS))
     # poolformerv2's stages have StarReLU, which no chain computes
-    chains = {"transformers": 5, "timm v2": 0}.get(source, 4)
-    assert called == (["chain"] * chains or OPERATORS * sum(DEPTHS))
+    assert calls.ours() == (each if source == "timm v2" else {"chain_cpp": chains})
 
 
 @pytest.mark.parametrize("order", ["accelerated first", "wrapped first"])
 @pytest.mark.parametrize("what", ["layers", "norms", "second norm and mixer", "bodies"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("ignore:accelerate made nothing faster")
-def test_wrapped_and_unwrapped(source, what, order, called, kernels):
+def test_wrapped_and_unwrapped(source, what, order, kernels):
     model, x = make_model(source), image()
     if order == "accelerated first":
         logits(accelerate(model), x)
         wrap(model, source, what)
     else:
         wrap(model, source, what)
-        if what in ("norms", "second norm and mixer", "bodies"):  # of one block something must fit
-            first = blocks_of(model)[0]
-            unwrap(first)
+        if what != "layers":  # of one block something must fit
+            unwrap(blocks_of(model)[0])
         accelerate(model)
     wrapper, paths = parts_of(source)[what]
     reasons = [call.reason for call in pk.explain(model).calls if call.backend == "modules"]
@@ -175,11 +154,11 @@ def test_wrapped_and_unwrapped(source, what, order, called, kernels):
     expected = logits(restore(copy.deepcopy(model)), x)
     torch.testing.assert_close(logits(model, x), expected, atol=1e-4, rtol=1e-4)
     unwrap(model)
-    assert_fast(model, source, called)
+    assert_fast(model, source)
 
 
 @pytest.mark.parametrize("order", ["accelerated first", "parametrized first"])
-def test_parametrized_and_no_longer(order, called, kernels):
+def test_parametrized_and_no_longer(order, kernels):
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -201,11 +180,11 @@ def test_parametrized_and_no_longer(order, called, kernels):
     torch.testing.assert_close(doubled, logits(restore(copy.deepcopy(model)), x), atol=1e-4, rtol=1e-4)
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    assert_fast(model, "timm", called)
+    assert_fast(model, "timm")
     torch.testing.assert_close(logits(model, x), doubled, atol=1e-4, rtol=1e-4)
 
 
-def test_put_back_the_same_module_and_another_activation(called, kernels):
+def test_put_back_the_same_module_and_another_activation(kernels):
     model, x = accelerate(make_model("timm")), image()
     expected = results(model, x)
     block = blocks_of(model)[2]
@@ -215,10 +194,10 @@ def test_put_back_the_same_module_and_another_activation(called, kernels):
     block.mlp.fc1 = fc1
     assert_equal(results(model, x), expected)
     block.mlp.act = nn.ReLU()  # another that an operator computes
-    assert_fast(model, "timm", called)
+    assert_fast(model, "timm")
     assert (results(model, x)["logits"] - expected["logits"]).abs().max() > 1e-3
     block.mlp.act = act
-    assert_fast(model, "timm", called)
+    assert_fast(model, "timm")
     assert_equal(results(model, x), expected)
 
 
@@ -229,21 +208,24 @@ class Shifted(nn.GroupNorm):
         return super().forward(x) + 0.5 * x
 
 
-def test_what_is_put_in_is_compared_once(monkeypatch, kernels):
+@pytest.mark.parametrize(("name", "which"), [("norm1", 0), ("norm2", 1)])
+def test_what_is_put_in_is_compared_once(name, which, monkeypatch, kernels):
     compare, seen = equivalence._compare, []
     monkeypatch.setattr(equivalence, "_compared", {})
     monkeypatch.setattr(equivalence, "_compare", lambda *args: seen.append(args) or compare(*args))
-    block, x = accelerate(randomise(PoolFormerBlock()).eval()), torch.randn(2, 16, 5, 6)
-    norm, seen[:] = block.norm2, []
-    block.norm2 = Shifted(1, 16)
+    block, x = accelerate(make_block()), features()
+    norm = getattr(block, name)
+    seen.clear()
+    setattr(block, name, Shifted(1, 16))
     block.mark = object()  # what cannot be compared with what was seen before is not remembered for others
     expected = restore(copy.deepcopy(block))(x)
     for _ in range(3):
         torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
     assert len(seen) == 1
-    block.norm2 = norm
+    assert unfused_reasons(block)[which] == f"the forward of support.accelerate.PoolFormerBlock {DIFFERENT}"
+    setattr(block, name, norm)
     for _ in range(3):
-        block(x)
+        assert (block(x) - expected).abs().max() > 1e-2
     assert len(seen) == 2
     assert unfused_reasons(block) == (None, None)
 
@@ -262,9 +244,8 @@ def test_copies_and_the_choice_of_parts_last(kernels):
 
 def test_a_checkpointed_call_computes_the_same_twice(kernels):
     """Also the one that finds other modules: what it saves is what its repetition saves."""
-    block = accelerate(PoolFormerBlock(), mlp=True)
+    block, x = accelerate(PoolFormerBlock(), mlp=True), features().requires_grad_()
     block.mlp.act = nn.SiLU()
-    x = torch.randn((2, 16, 5, 6), requires_grad=True)
     (given,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
     (expected,) = torch.autograd.grad(restore(copy.deepcopy(block))(x).sum(), x)
     torch.testing.assert_close(given, expected)
@@ -272,10 +253,9 @@ def test_a_checkpointed_call_computes_the_same_twice(kernels):
 
 
 def test_a_class_derived_further_cannot_be_renewed(kernels):
-    block = accelerate(randomise(PoolFormerBlock()).eval())
+    block, x = accelerate(make_block()), features()
     block.__class__ = type("Sharded", (type(block),), {})
     block.mlp.act = nn.ReLU()
-    x = torch.randn(2, 16, 5, 6)
     mixer, mlp = unfused_reasons(block)
     assert mixer is None
     assert mlp.startswith("a module in it was replaced after accelerate, and the block's class was derived")
@@ -283,9 +263,8 @@ def test_a_class_derived_further_cannot_be_renewed(kernels):
     assert type(block).__name__ == "Sharded"
 
 
-def test_compiled_while_wrapped_and_after(kernels):
-    torch._dynamo.reset()
-    block, x = accelerate(randomise(PoolFormerBlock()).eval()), torch.randn(2, 16, 5, 6)
+def test_compiled_while_wrapped_and_after(fresh_dynamo, kernels):
+    block, x = accelerate(make_block()), features()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     plain = restore(copy.deepcopy(block))
     for _ in range(2):
@@ -298,27 +277,19 @@ def test_compiled_while_wrapped_and_after(kernels):
     torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=1e-4)
 
 
-def test_compiled_after_it_was_unwrapped(kernels):
+@pytest.mark.parametrize("renew", [pk.explain, accelerate, lambda block: block(features())])
+def test_compiled_after_it_was_unwrapped(renew, fresh_dynamo, kernels):
     """The compiler does not compare anew: explain, accelerate or a call does, and explain says what is so."""
-    x = torch.randn(2, 16, 5, 6)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    for renew in (pk.explain, accelerate, lambda block: block(x)):
-        block = PoolFormerBlock().eval()
-        block.mlp.fc1 = LoraConv2d(block.mlp.fc1)
-        unwrap(accelerate(block))
-        renew(block)
-        torch._dynamo.reset()
-        graphs.clear()
-        with torch.no_grad():
-            torch.compile(block, backend=keep, fullgraph=True)(x)
-        assert graphs
-        for graph in (*graphs, torch.export.export(block, (x,))):
-            nodes = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-            assert not any("conv" in node for node in nodes)
-            assert any("poolformer" in node for node in nodes)
-        assert backends(block) == ["cpp", "cpp"]
+    block = make_block()
+    block.mlp.fc1 = LoraConv2d(block.mlp.fc1)
+    unwrap(accelerate(block))
+    renew(block)
+    backend = EagerAndRecordGraphs()
+    with torch.no_grad():
+        torch.compile(block, backend=backend, fullgraph=True)(features())
+    assert backend.graphs
+    for graph in (*backend.graphs, torch.export.export(block, (features(),))):
+        nodes = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        assert not any("conv" in node for node in nodes)
+        assert any("poolformer" in node for node in nodes)
+    assert backends(block) == ["cpp", "cpp"]

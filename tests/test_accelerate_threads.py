@@ -1,16 +1,27 @@
 """accelerate, restore, explain and the chains' cache, while other threads call the model."""
 
 import copy
-import pickle
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from support.accelerate import PoolFormerBlock, blocks_of, image, logits, make_model, results
+from support.accelerate import (
+    ALL,
+    CALLS,
+    PoolFormerBlock,
+    blocks_of,
+    classes_and_attributes,
+    image,
+    logits,
+    make_model,
+    results,
+)
+from support.nn import COPIES
 from torch import nn
 
 import poolformer_kernels as pk
@@ -32,26 +43,22 @@ def switching() -> Iterator[None]:
 
 def together(*works: Callable[[], object], seconds: float = SECONDS) -> list[int]:
     """Each work again and again in its own thread; how often each ran. An error of one is raised here."""
-    end, counts, errors = time.monotonic() + seconds, [0] * len(works), []
-    start = threading.Barrier(len(works))
+    end, failed, start = time.monotonic() + seconds, threading.Event(), threading.Barrier(len(works))
 
-    def run(i: int, work: Callable[[], object]) -> None:
+    def run(work: Callable[[], object]) -> int:
+        count = 0
         start.wait()
         try:
-            while time.monotonic() < end and not errors:
+            while time.monotonic() < end and not failed.is_set():
                 work()
-                counts[i] += 1
-        except BaseException as error:
-            errors.append(error)
+                count += 1
+        except BaseException:
+            failed.set()
+            raise
+        return count
 
-    threads = [threading.Thread(target=run, args=given) for given in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return counts
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [*pool.map(run, works)]
 
 
 def inference(model: nn.Module) -> Callable[[], None]:
@@ -92,16 +99,25 @@ def changing(model: nn.Module, **options) -> Callable[[], None]:
     return change
 
 
+def forgetting(model: nn.Module) -> Callable[[], None]:
+    """Takes the chains away that calls keep in the model."""
+
+    def forget() -> None:
+        for module in model.modules():
+            forget_chain(module)
+
+    return forget
+
+
 @pytest.mark.parametrize("source", ["timm", "timm v2", "transformers", "official"])
 def test_calls_while_a_model_is_accelerated_and_restored(source, kernels):
     model = make_model(source)
-    classes, attributes = [[*map(f, model.modules())] for f in (type, lambda m: [*vars(m)])]
+    before = classes_and_attributes(model)
     works = [inference(model), inference(model), training(model), changing(model)]
     counts = together(*works)
     assert min(counts) > 2
     restore(model)
-    assert [*map(type, model.modules())] == classes
-    assert [[*vars(module)] for module in model.modules()] == attributes  # no chain came after restore
+    assert classes_and_attributes(model) == before  # no chain came after restore
 
 
 @pytest.mark.parametrize("source", ["timm", "transformers"])
@@ -110,23 +126,16 @@ def test_copies_and_explanations_meanwhile(source, kernels):
     model = accelerate(make_model(source))
     call = inference(model)
 
-    def forget() -> None:
-        for module in model.modules():
-            forget_chain(module)
-
     def explain() -> None:
-        assert pk.explain(model).summary in ("10 of 10 on cpp", "10 of 10 as modules")
+        assert pk.explain(model).summary in (ALL, "10 of 10 as modules")
 
     def copies() -> None:
-        for other in (
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            accelerate(model, inplace=False),
-        ):
+        for copied in (COPIES["deepcopy"], COPIES["pickle"], partial(accelerate, inplace=False)):
+            other = copied(model)
             assert not any(PLACE in vars(module) for module in other.modules())
             assert len(blocks_of(other)) == 5
 
-    assert min(together(call, call, forget, explain, copies)) > 1
+    assert min(together(call, call, forgetting(model), explain, copies)) > 1
 
 
 def test_own_models(kernels):
@@ -135,14 +144,7 @@ def test_own_models(kernels):
     model = pk.create_model("poolformer_s12", num_classes=3)
     del model.network[1:]
     model = nn.Sequential(model.patch_embed, model.network[0]).eval()
-    call = inference(model)
-
-    def forget() -> None:
-        for module in model.modules():
-            forget_chain(module)
-
-    def copies() -> None:
-        accelerate(model, inplace=False)
+    call, copies = inference(model), partial(accelerate, model, inplace=False)
 
     def parts() -> None:
         with torch.inference_mode():
@@ -151,7 +153,7 @@ def test_own_models(kernels):
     def explain() -> None:
         assert pk.explain(model).summary == "4 of 4 on cpp"
 
-    assert min(together(call, call, parts, forget, copies, explain)) > 1
+    assert min(together(call, call, parts, forgetting(model), copies, explain)) > 1
 
 
 def test_modules_that_come_and_go_meanwhile(kernels):
@@ -167,7 +169,7 @@ def test_modules_that_come_and_go_meanwhile(kernels):
                 delattr(block.mlp, name)
 
     def explain() -> None:
-        assert len(pk.explain(model).calls) == 10
+        assert len(pk.explain(model).calls) == len(CALLS)
 
     assert min(together(change, changing(model), explain, inference(model))) > 1
 
@@ -190,27 +192,21 @@ def test_a_class_is_read_once(ask, monkeypatch, kernels):
 
 def test_one_class_for_a_recipe(kernels):
     """However many threads ask for it at once: a second one would look like a class derived further."""
-    model = make_model("official")
-    found: list[type] = []
+    pool = ThreadPoolExecutor(4)
 
     def fresh() -> None:
         made = type("Fresh", (PoolFormerBlock,), {})
         recipe = equivalence.check_equivalence(made(), made)
         start = threading.Barrier(4)
 
-        def ask() -> None:
+        def ask(_: int) -> type:
             start.wait()
-            found.append(blocks.accelerated_class(recipe))
+            return blocks.accelerated_class(recipe)
 
-        threads = [threading.Thread(target=ask) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({*found}) == 1
-        found.clear()
+        assert len({*pool.map(ask, range(4))}) == 1
 
-    together(fresh, inference(model), seconds=SECONDS)
+    with pool:
+        together(fresh, inference(make_model("official")))
 
 
 def test_a_comparison_chooses_no_backend_for_others(kernels):
@@ -227,3 +223,21 @@ def test_a_comparison_chooses_no_backend_for_others(kernels):
     counts = together(compare, compare, select)
     assert min(counts) > 2
     assert select_backend("cpu", torch.float32) == "cpp"
+
+
+def test_a_comparison_draws_no_numbers_of_others(monkeypatch, kernels):
+    """Neither changes the other's random numbers."""
+    busy, plain = make_model("timm", drop_path=0.3).train(), make_model("timm", drop_path=0.1)
+    compared, masks = {}, []
+    monkeypatch.setattr(equivalence, "_compared", compared)
+
+    def train() -> None:
+        logits(busy, image()).sum().backward()
+        masks.append(tuple(torch.rand(4).tolist()))
+
+    def compare() -> None:
+        compared.clear()
+        assert pk.explain(accelerate(plain, inplace=False)).summary == ALL
+
+    assert min(together(train, compare)) > 2
+    assert len(masks) == len({*masks})

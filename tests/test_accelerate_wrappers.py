@@ -2,10 +2,11 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from support.accelerate import DEPTHS, blocks_of, image, logits, make_model
+from support.accelerate import ALL, DEPTHS, blocks_of, image, logits, make_model
 from support.chain import Calls
 from support.peers import require
 from torch import nn
@@ -13,15 +14,10 @@ from torch import nn
 import poolformer_kernels as pk
 from poolformer_kernels.accelerate import accelerate, restore
 
-ALL = f"{2 * sum(DEPTHS)} of {2 * sum(DEPTHS)} on cpp"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 # ---- code that is compiled once and for all ----------------------------------------------------------------
@@ -36,22 +32,17 @@ def traced(model: nn.Module) -> nn.Module:
     return torch.jit.trace(model, image(), check_trace=False)
 
 
-def graph(model: nn.Module) -> nn.Module:
-    return torch.fx.symbolic_trace(model)
-
-
 def exported(model: nn.Module) -> nn.Module:
     return torch.export.export(model, (image(),)).module()
 
 
+COMPILED = "TorchScript has compiled some modules: accelerate the model before torch.jit"
+GRAPHS = "a tracer has made graphs of some modules: accelerate the model before it is traced"
+
+
 @pytest.mark.parametrize(
     ("compiled", "hint"),
-    [
-        (scripted, "TorchScript has compiled some modules: accelerate the model before torch.jit"),
-        (traced, "TorchScript has compiled some modules: accelerate the model before torch.jit"),
-        (graph, "a tracer has made graphs of some modules: accelerate the model before it is traced"),
-        (exported, "a tracer has made graphs of some modules: accelerate the model before it is traced"),
-    ],
+    [(scripted, COMPILED), (traced, COMPILED), (torch.fx.symbolic_trace, GRAPHS), (exported, GRAPHS)],
 )
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_models_are_refused_with_the_reason(compiled, hint, inside):
@@ -129,17 +120,30 @@ def test_wrapped_models_are_looked_into(wrap, prefix, kernels):
             assert not [name for name in calls.counts if name.endswith("_cpp")]
 
 
-def test_an_mlp_that_torch_compile_has_wrapped(kernels):
-    model, x = make_model("timm"), image()
-    expected = logits(model, x)
-    for block in blocks_of(model):
-        block.mlp = torch.compile(block.mlp, backend="aot_eager")
+@pytest.mark.parametrize("part", ["token_mixer", "mlp"])
+@pytest.mark.parametrize(
+    ("wrap", "kind"),
+    [
+        (torch.jit.script, "torch.jit._script.RecursiveScriptModule"),
+        (partial(torch.compile, backend="aot_eager"), "torch._dynamo.eval_frame.OptimizedModule"),
+    ],
+    ids=["scripted", "compiled"],
+)
+def test_wrapped_parts_leave_the_other_part_to_the_operators(wrap, kind, part, kernels):
+    model, x = make_model("official"), image()
+    expected, originals = logits(model, x), [getattr(block, part) for block in blocks_of(model)]
+    for block, original in zip(blocks_of(model), originals, strict=True):
+        setattr(block, part, wrap(original))
     accelerate(model)
-    reason = "mlp is torch._dynamo.eval_frame.OptimizedModule, without 'fc1'"
-    assert [call.reason for call in pk.explain(model).calls[1::2]] == [reason] * sum(DEPTHS)
-    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
-    for block in blocks_of(model):
-        block.mlp = block.mlp._orig_mod
+    for call in pk.explain(model).calls:
+        wrapped = call.path.endswith(part)
+        assert call.backend == ("modules" if wrapped else "cpp"), call
+        assert (call.reason.startswith(part) and f" is {kind}, " in call.reason) == wrapped, call
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
+    for block, original in zip(blocks_of(model), originals, strict=True):
+        setattr(block, part, original)
     assert pk.explain(model).summary == ALL
     torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
 
@@ -164,20 +168,3 @@ def test_quantised_layers_are_named(kernels):
     assert reasons == {"mlp.fc1 has hooks"}
     reasons = {call.reason for call in pk.explain(converted).calls[1::2]}
     assert reasons == {"mlp.fc1 is torch.ao.nn.quantized.modules.conv.Conv2d, not Conv2d"}
-
-
-@pytest.mark.parametrize("part", ["token_mixer", "mlp"])
-def test_scripted_parts_leave_the_other_part_to_the_operators(part, kernels):
-    model, x = make_model("official"), image()
-    expected = logits(model, x)
-    for block in blocks_of(model):
-        setattr(block, part, torch.jit.script(getattr(block, part)))
-    accelerate(model)
-    for call in pk.explain(model).calls:
-        scripted_part = call.path.endswith(part)
-        assert call.backend == ("modules" if scripted_part else "cpp"), call
-        kind = "is torch.jit._script.RecursiveScriptModule, not "
-        assert (kind in call.reason and call.reason.startswith(f"{part}.")) == scripted_part
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)

@@ -11,6 +11,9 @@ from poolformer_kernels.accelerate.layouts import layout_of
 from support.peers import randomise, require
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
+CALLS = ["pool_mixer", "mlp"] * sum(DEPTHS)  # of the operators in a call of a model
+ALL = f"{len(CALLS)} of {len(CALLS)} on cpp"  # what explain says then
+DIFFERENT = "computes something else than its modules' names say"  # a reason that is given for a forward
 SOURCES = ("timm", "timm v2", "transformers", "official", "mmpretrain")
 
 
@@ -120,17 +123,16 @@ class Official(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def make_model(source: str, drop_path: float = 0.0) -> nn.Module:
-    """A small model with random parameters, in eval mode."""
+def make_model(source: str, drop_path: float = 0.0, **config) -> nn.Module:
+    """A small model with random parameters, in eval mode; ``config`` is for transformers' configuration."""
     torch.manual_seed(0)
     if source in ("official", "mmpretrain"):
         block = PoolFormerBlock if source == "official" else MmpretrainBlock
         model = Official(drop_path=drop_path, block=block)
     elif source == "transformers":
         transformers = require("transformers", "models.poolformer.modeling_poolformer")
-        config = transformers.PoolFormerConfig(
-            depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=7, drop_path_rate=drop_path
-        )
+        options = {"depths": list(DEPTHS), "hidden_sizes": list(DIMS), "num_labels": 7} | config
+        config = transformers.PoolFormerConfig(drop_path_rate=drop_path, **options)
         model = transformers.PoolFormerForImageClassification(config)
     else:
         metaformer = require("timm", "models.metaformer").models.metaformer
@@ -150,12 +152,36 @@ def make_model(source: str, drop_path: float = 0.0) -> nn.Module:
     return model.eval()
 
 
+def metaformer(mixers: list[str]) -> nn.Module:
+    """A small MetaFormer of timm's with these token mixers, a block each."""
+    timm = require("timm", "models.metaformer").models.metaformer
+    sizes = {"depths": (1, 1, 1, 1), "dims": (32, 32, 32, 32), "num_classes": 3}
+    layers = {"norm_layers": timm.GroupNorm1, "mlp_act": nn.GELU}
+    return timm.MetaFormer(token_mixers=[getattr(timm, name) for name in mixers], **sizes, **layers).eval()
+
+
+def make_block(**options) -> nn.Module:
+    """An official block with random parameters, in eval mode."""
+    torch.manual_seed(0)
+    return randomise(PoolFormerBlock(**options)).eval()
+
+
+def features() -> Tensor:
+    """What a block is called with."""
+    return torch.randn((2, 16, 5, 6), generator=torch.Generator().manual_seed(1))
+
+
 def image(size: tuple[int, int] = (64, 64), seed: int = 0) -> Tensor:
     return torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(seed))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if layout_of(module) is not None]
+
+
+def classes_and_attributes(model: nn.Module) -> list[tuple[type, list[str]]]:
+    """Of every module."""
+    return [(type(module), [*vars(module)]) for module in model.modules()]
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -183,8 +209,17 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert (value - expected[name]).abs().max().item() <= allowed, name
 
 
+def joined(*found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of one kind in all blocks and all results together, in float64: errors of a few are luck."""
+    kinds: dict[str, list[Tensor]] = {}
+    for values in found:
+        for name, value in values.items():
+            kinds.setdefault(re.sub(r"\d", "", name), []).append(value.double().flatten())
+    return {kind: torch.cat(values) for kind, values in kinds.items()}
+
+
 def assert_right(model: nn.Module, images: list[Tensor], *, autocast: bool = False) -> None:
-    """The error rule of helpers, of the accelerated model's results beside its modules' in the same dtype.
+    """The error rule of the accelerated model's results beside its modules' in the same dtype.
 
     Rounding errors of two ways to compute a model are independent draws, and of a few numbers either may be
     lucky. So the rule holds in the L2 norm for the gradients of a parameter in all blocks and for all images
@@ -193,22 +228,19 @@ def assert_right(model: nn.Module, images: list[Tensor], *, autocast: bool = Fal
     accelerated = accelerate(model, inplace=False)
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     exact = copy.deepcopy(plain).double()
-    kinds: dict[str, list[list[Tensor]]] = {}
+    found = []
     for x in images:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             ours, eager = results(accelerated, x), results(plain, x.contiguous())
-        right = results(exact, x.double().contiguous())
         for name, value in ours.items():
             assert value.dtype == eager[name].dtype, name
-            kind = kinds.setdefault(re.sub(r"\d", "", name), [[], [], []])
-            for joined, values in zip(kind, (ours, eager, right), strict=True):
-                joined.append(values[name].flatten())
+        found.append((ours, eager, results(exact, x.double().contiguous())))
+    ours, eager, exact = (joined(*each) for each in zip(*found, strict=True))
+    precision = torch.finfo(torch.bfloat16 if autocast else images[0].dtype).eps / 2
     largest = [0.0, 0.0, 0.0]
-    for name, kind in kinds.items():
-        info = torch.finfo(torch.bfloat16 if autocast else kind[0][0].dtype)
-        actual, theirs, right = (torch.cat(joined).double() for joined in kind)
-        floor = (info.eps / 2 + 4 * torch.finfo(torch.float32).eps) * right
-        errors = actual - right, theirs - right, floor
+    for name, right in exact.items():
+        floor = (precision + 4 * torch.finfo(torch.float32).eps) * right
+        errors = ours[name] - right, eager[name] - right, floor
         error, other, least = (e.norm().item() for e in errors)
         assert error <= 1.5 * other + least, f"{name}: L2 error {error:.3e}, eager {other:.3e}, {least:.3e}"
         size = right.square().mean().sqrt().item()
