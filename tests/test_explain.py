@@ -8,12 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from support.accelerate import PoolFormerBlock
-from support.peers import require
+from support.accelerate import PoolFormerBlock, metaformer
 
 import poolformer_kernels as pk
 from poolformer_kernels.explain import Call, Explanation
 from poolformer_kernels.ops.dispatch import select_backend
+
+BACKEND = select_backend("cpu", torch.float32)
 
 
 def test_tensor_names_the_backend_that_runs():
@@ -31,10 +32,9 @@ def test_tensor_names_the_backend_that_runs():
 def test_model_has_a_line_for_every_operator():
     lines = str(pk.explain(pk.create_model("poolformer_s12"))).splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["pool_mixer", "mlp"] * 12
-    backend = select_backend("cpu", torch.float32)
-    assert lines[0].split()[:3] == ["network.0.0.token_mixer", "pool_mixer", backend]
-    assert lines[-2].split()[:3] == ["network.6.1.mlp", "mlp", backend]
-    assert lines[-1] == f"24 of 24 on {backend}"
+    assert lines[0].split()[:3] == ["network.0.0.token_mixer", "pool_mixer", BACKEND]
+    assert lines[-2].split()[:3] == ["network.6.1.mlp", "mlp", BACKEND]
+    assert lines[-1] == f"24 of 24 on {BACKEND}"
 
 
 @pytest.mark.parametrize("name", ["reference", "auto"])
@@ -73,15 +73,14 @@ def test_block_that_runs_its_modules_says_why():
     block.norm1.register_forward_hook(lambda *_: None)
     mixer, mlp = pk.explain(block).calls
     assert (mixer.backend, mixer.reason) == ("modules", "norm1 has hooks")
-    assert mlp.backend == select_backend("cpu", torch.float32)
+    assert mlp.backend == BACKEND
     assert pk.explain(block).summary == f"1 of 2 on {mlp.backend}, 1 as modules"
     block = pk.nn.PoolFormerBlock(8, norm_layer=torch.nn.BatchNorm2d)
     mixer, mlp = pk.explain(block).calls
     assert mixer.reason == "norm1 is torch.nn.BatchNorm2d, not a GroupNorm of one group"
-    assert mlp.backend == select_backend("cpu", torch.float32)
-    assert mlp.reason.endswith(
-        "norm and residual as modules: norm2 is torch.nn.BatchNorm2d, not a GroupNorm of one group"
-    )
+    assert mlp.backend == BACKEND
+    reason = "norm2 is torch.nn.BatchNorm2d, not a GroupNorm of one group"
+    assert mlp.reason.endswith(f"norm and residual as modules: {reason}")
 
 
 def test_mlp_that_runs_its_modules_says_why():
@@ -94,7 +93,7 @@ def test_mlp_that_runs_its_modules_says_why():
     call = pk.explain(block).calls[1]
     assert (call.backend, call.reason) == ("modules", "mlp is torch.nn.Identity, not Mlp")
     (call,) = pk.explain(pk.nn.Mlp(8)).calls
-    assert (call.path, call.operator, call.backend) == ("", "mlp", select_backend("cpu", torch.float32))
+    assert (call.path, call.operator, call.backend) == ("", "mlp", BACKEND)
 
 
 def test_other_targets_are_refused():
@@ -162,33 +161,15 @@ def test_a_model_without_our_layers():
 # ---- reasons that are true ---------------------------------------------------------------------------------
 
 
-class OtherBlock(pk.nn.PoolFormerBlock):
-    def forward(self, x):
-        return super().forward(x) + x
-
-
-class OtherMlp(pk.nn.Mlp):
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class OtherMixer(pk.nn.PoolMixer):
-    def forward(self, x):
-        return x
-
-
-@pytest.mark.parametrize("kind", ["Block", "Mlp", "Mixer"])
+@pytest.mark.parametrize("kind", [pk.nn.PoolFormerBlock, pk.nn.Mlp, pk.nn.PoolMixer])
 def test_layers_with_other_forwards_are_not_claimed(kind):
     """What they call is not known: their forward need not call ours."""
-    module = {"Block": OtherBlock, "Mlp": OtherMlp, "Mixer": OtherMixer}[kind](8)
-    name = {"Block": "PoolFormerBlock", "Mlp": "Mlp", "Mixer": "PoolMixer"}[kind]
-    calls = pk.explain(module).calls
-    assert {call.backend for call in calls} == {"modules"}
-    reason = f"test_explain.Other{kind} overrides the forward of poolformer_kernels.nn.{name}"
-    assert {call.reason for call in calls} == {reason}
-    module = getattr(pk.nn, name)(8)
-    module.forward = lambda x: x
-    assert {call.reason for call in pk.explain(module).calls} == {"forward was set on the module itself"}
+    other, layer = type("Other", (kind,), {"forward": lambda self, x: x})(8), kind(8)
+    layer.forward = lambda x: x
+    overrides = f"test_explain.Other overrides the forward of poolformer_kernels.nn.{kind.__name__}"
+    for module, reason in ((other, overrides), (layer, "forward was set on the module itself")):
+        choices = {(call.backend, call.reason) for call in pk.explain(module).calls}
+        assert choices == {("modules", reason)}
 
 
 LINES = {  # of a block: the rows that call it
@@ -208,28 +189,20 @@ def test_lines_of_a_block_that_are_not_ours_are_not_claimed(name, kind):
     setattr(block, name, partial(line, block))
     owner = kind if name in vars(kind) else pk.nn.PoolFormerBlock
     overrides = f"test_explain.Other overrides the {name} of poolformer_kernels.nn.{owner.__name__}"
-    backend = select_backend("cpu", torch.float32)
     for module, reason in ((other, overrides), (block, f"{name} was set on the module itself")):
         calls = pk.explain(module).calls
         assert [call.backend == "modules" for call in calls] == LINES[name]
         assert {call.reason for call in calls if call.backend == "modules"} == {reason}
-        assert {call.backend for call in calls} <= {"modules", backend}
-    assert pk.explain(kind(8)).summary == f"2 of 2 on {backend}"
+        assert {call.backend for call in calls} <= {"modules", BACKEND}
+    assert pk.explain(kind(8)).summary == f"2 of 2 on {BACKEND}"
 
 
 @pytest.mark.parametrize("part", ["token_mixer", "mlp"])
 def test_our_layer_in_another_packages_block_has_one_line(part, kernels):
-    metaformer = require("timm", "models.metaformer").models.metaformer
-    ours = {"token_mixer": pk.nn.PoolMixer, "mlp": partial(pk.nn.Mlp, hidden_features=64)}[part]
-    model = metaformer.MetaFormer(
-        depths=(1, 1, 1, 1),
-        dims=(16, 16, 16, 16),
-        token_mixers=metaformer.Pooling,
-        norm_layers=metaformer.GroupNorm1,
-        mlp_act=torch.nn.GELU,
-    ).eval()
+    model = metaformer(["Pooling"] * 4)
     for stage in model.stages:
-        stage.blocks[0].set_submodule(part, ours(16))
+        ours = pk.nn.PoolMixer(32) if part == "token_mixer" else pk.nn.Mlp(32, 128)
+        stage.blocks[0].set_submodule(part, ours)
     x = torch.randn(1, 3, 64, 64)
     expected = model(x)
     assert pk.explain(model).summary == "4 of 8 on cpp, 4 as modules"
@@ -242,9 +215,8 @@ def test_our_layer_in_another_packages_block_has_one_line(part, kernels):
 
 
 def test_subclasses_without_a_forward_are_ours():
-    backend = select_backend("cpu", torch.float32)
     mine = type("Mine", (pk.nn.PoolFormerBlock,), {})
-    assert pk.explain(mine(8)).summary == f"2 of 2 on {backend}"
+    assert pk.explain(mine(8)).summary == f"2 of 2 on {BACKEND}"
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -253,15 +225,11 @@ def test_hooks_of_all_modules(accelerated):
     block = PoolFormerBlock()
     if accelerated:
         pk.accelerate(block)
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
         found = pk.explain(block)
-    finally:
-        hook.remove()
     assert {call.reason for call in found.calls} == {"hooks are set that every module's call runs"}
     assert found.summary == "2 of 2 as modules"
-    backend = select_backend("cpu", torch.float32)
-    assert pk.explain(block).summary == (f"2 of 2 on {backend}" if accelerated else "2 of 2 as modules")
+    assert pk.explain(block).summary == (f"2 of 2 on {BACKEND}" if accelerated else "2 of 2 as modules")
 
 
 @pytest.mark.parametrize("options", [{}, {"mlp": False}, {"mixer": False}, {"save_hidden": True}])
@@ -285,7 +253,6 @@ def test_what_was_asked_of_accelerate_is_only_said_where_it_is_so(options, wrapp
     wanted = options.get("mixer", True), options.get("mlp", True)
     changed = 0 if wrapped in ("norm1", "token_mixer") else 1
     taken = wanted[1 - changed]  # else nothing fitted, and the block stayed as it was
-    backend = select_backend("cpu", torch.float32)
     for unwrapped in (False, True, False):
         block.set_submodule(wrapped, inner if unwrapped else Wrapper(inner))
         for which, call in enumerate(pk.explain(block).calls):
@@ -294,7 +261,7 @@ def test_what_was_asked_of_accelerate_is_only_said_where_it_is_so(options, wrapp
             elif which == changed and not unwrapped:
                 assert call.reason.startswith(f"{wrapped} is {__name__}.test_what_was_asked")
             elif taken:
-                assert call.backend == backend
+                assert call.backend == BACKEND
             else:
                 assert call.reason == "not accelerated: see poolformer_kernels.accelerate"
 

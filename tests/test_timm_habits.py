@@ -90,13 +90,12 @@ def test_intermediates(name, early):
     ours, theirs = twins(name)
     double = copy.deepcopy(theirs).double()
     for indices in INDICES:
+        options = {"indices": indices, "stop_early": early}
         with torch.no_grad():
-            last, maps = ours.forward_intermediates(X, indices, stop_early=early)
-            eager, exact = (
-                m.forward_intermediates(X.to(dtype), indices, stop_early=early)
-                for m, dtype in ((theirs, torch.float32), (double, torch.float64))
-            )
-            only = ours.forward_intermediates(X, indices, stop_early=early, intermediates_only=True)
+            last, maps = ours.forward_intermediates(X, **options)
+            eager = theirs.forward_intermediates(X, **options)
+            exact = double.forward_intermediates(X.double(), **options)
+            only = ours.forward_intermediates(X, **options, intermediates_only=True)
         assert all(map(torch.equal, only, maps))
         for y, there, right in zip([last, *maps], [eager[0], *eager[1]], [exact[0], *exact[1]], strict=True):
             assert_close_to_fp64(y, there, right)
@@ -117,8 +116,7 @@ def test_stages_behind_the_last_map_are_not_computed():
 def test_features_only(name, out_indices):
     """timm's maps, each through its GroupNorm, of what timm's feature_info says; nothing is made in vain."""
     options = {} if out_indices is None else {"out_indices": out_indices}
-    theirs = timm.create_model(name, features_only=True, **options).eval()
-    randomise(theirs)
+    theirs = randomise(timm.create_model(name, features_only=True, **options)).eval()
     ours = backbone(name, **options)
     state = pk.convert_state_dict(theirs.state_dict())
     missing, unexpected = ours.load_state_dict(state, strict=False)
@@ -177,29 +175,21 @@ def test_maps_of_every_family():
         assert all(relative_error(y, expected) < 1e-6 for y, expected in zip(maps, hooked, strict=True))
 
 
+def stage_maps(model, *args, **options):
+    return model.forward_intermediates(X, *args, **options)
+
+
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "error", "words"),  # of a classifier and of a backbone of stages 1 and 2
     [
-        (lambda m, f: m.forward_intermediates(X, [4]), ValueError, ("indices is [4]", "-4 to 3")),
-        (lambda m, f: m.forward_intermediates(X, 5), ValueError, ("indices is 5", "1 to 4")),
-        (lambda m, f: m.forward_intermediates(X, []), ValueError, ("indices is []", "-4 to 3")),
-        (lambda m, f: m.forward_intermediates(X, [1.0]), TypeError, ("indices", "float")),
-        (
-            lambda m, f: m.forward_intermediates(X, output_fmt="NLC"),
-            ValueError,
-            ("output_fmt is 'NLC'", "NCHW"),
-        ),
-        (
-            lambda m, f: m.forward_intermediates(X, norm=True),
-            ValueError,
-            ("norm is True", "features_only=True"),
-        ),
-        (
-            lambda m, f: f.forward_intermediates(X, [0], norm=True),
-            ValueError,
-            ("norm is True", "stages 1, 2"),
-        ),
-        (lambda m, f: f.forward_intermediates(X, [3]), ValueError, ("indices is [3]", "-3 to 2")),
+        (lambda m, f: stage_maps(m, [4]), ValueError, ("indices is [4]", "-4 to 3")),
+        (lambda m, f: stage_maps(m, 5), ValueError, ("indices is 5", "1 to 4")),
+        (lambda m, f: stage_maps(m, []), ValueError, ("indices is []", "-4 to 3")),
+        (lambda m, f: stage_maps(m, [1.0]), TypeError, ("indices", "float")),
+        (lambda m, f: stage_maps(m, output_fmt="NLC"), ValueError, ("output_fmt is 'NLC'", "NCHW")),
+        (lambda m, f: stage_maps(m, norm=True), ValueError, ("norm is True", "features_only=True")),
+        (lambda m, f: stage_maps(f, [0], norm=True), ValueError, ("norm is True", "stages 1, 2")),
+        (lambda m, f: stage_maps(f, [3]), ValueError, ("indices is [3]", "-3 to 2")),
         (lambda m, f: backbone("poolformer_s12", out_indices=4.0), TypeError, ("out_indices", "float")),
         (lambda m, f: backbone("poolformer_s12", out_indices=[7]), ValueError, ("out_indices is [7]", "3")),
         (
@@ -353,19 +343,15 @@ def test_checkpointing_gives_the_same_gradients(name, layout, backend):
     model = CHECKPOINTED[name]().train()
     x = randn(4, 3, *SIZE).contiguous(memory_format=getattr(torch, layout))
     expected = step(model, x)
-    calls = []
     model.set_grad_checkpointing()
     assert model.grad_checkpointing
-    for module in model.modules():
-        if isinstance(module, pk.nn.DropPath):
-            module.register_forward_hook(lambda *_: None)
-            module.register_forward_pre_hook(lambda *_: calls.append(1))
+    calls, paths = [], [module for module in model.modules() if isinstance(module, pk.nn.DropPath)]
+    handles = [path.register_forward_hook(lambda *_: None) for path in paths]
+    handles += [path.register_forward_pre_hook(lambda *_: calls.append(1)) for path in paths]
     with_hooks = step(model, x)
-    assert len(calls) == 2 * 2 * sum(isinstance(m, pk.nn.DropPath) for m in model.modules())  # all ran twice
-    for module in model.modules():
-        if isinstance(module, pk.nn.DropPath):
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+    assert len(calls) == 2 * 2 * len(paths)  # all ran twice
+    for handle in handles:
+        handle.remove()
     given = step(model, x)
     assert all(map(torch.equal, given, expected))
     for y, right in zip(with_hooks, expected, strict=True):
@@ -431,11 +417,10 @@ def test_checkpointing_saves_memory():
     assert peaks[True] < 0.6 * peaks[False], peaks
 
 
-def test_compiled_with_checkpointing():
+def test_compiled_with_checkpointing(fresh_dynamo):
     model, x = tiny(), randn(2, 3, *SIZE)
     expected = step(model.train(), x)
     model.set_grad_checkpointing()
-    torch.compiler.reset()
     given = step(torch.compile(model, backend="aot_eager"), x)
     for y, right in zip(given, expected, strict=True):
         torch.testing.assert_close(y, right, rtol=1e-3, atol=1e-5)

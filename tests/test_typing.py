@@ -1,4 +1,4 @@
-"""Types for other programs: the public API in use, under mypy and basedpyright, strict."""
+"""Types for other programs: the public API in use, under mypy and basedpyright, strict; accelerate's own."""
 
 import ast
 import importlib
@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 from support.peers import require
 
+import poolformer_kernels as pk
+
+PACKAGE = Path(pk.__file__).parent
+FILES = [
+    *sorted((PACKAGE / "accelerate").glob("*.py")),
+    *(PACKAGE / name for name in ("explain.py", "nn/chain_cache.py", "nn/fusion.py", "nn/names.py")),
+]
 SCRIPT = Path(__file__).parent / "typing" / "public_api.py"
 ROOT = SCRIPT.parents[2]
 MODULES = {"": "pk", "nn": "pk.nn", "models": "pk.models", "ops": "pk.ops", "dense": "dense"}
@@ -48,3 +55,17 @@ def test_no_error_in_strict_mode(checker, tmp_path):
     command = [sys.executable, "-m", checker, *options[checker]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_function_is_annotated(path):
+    """In full: a checker takes an unannotated function's arguments and result for anything."""
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+            names = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            names += [] if node.returns is not None else ["return"]
+            missing += [f"line {node.lineno}, {node.name}: {name}" for name in names]
+    assert missing == []

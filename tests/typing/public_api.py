@@ -40,25 +40,16 @@ def backends() -> dict[str, str]:
 
 def operators(x: Tensor) -> Tensor:
     channels = x.shape[1]
-    weight, bias, scale = torch.ones(channels), torch.zeros(channels), torch.ones(channels)
-    w1, b1 = torch.randn(4 * channels, channels), torch.randn(4 * channels)
-    w2, b2 = torch.randn(channels, 4 * channels), torch.randn(channels)
-    y: Tensor = pk.ops.pool_mixer(x, weight, bias, pool_size=3, layer_scale=scale, residual=True)
+    gamma, beta, scale = torch.ones(channels), torch.zeros(channels), torch.ones(channels)
+    shapes = (4 * channels, channels), (4 * channels,), (channels, 4 * channels), (channels,)
+    weights = [torch.randn(shape) for shape in shapes]
+    y: Tensor = pk.ops.pool_mixer(x, gamma, beta, pool_size=3, layer_scale=scale, residual=True)
     z: Tensor = pk.ops.mlp(
-        y,
-        w1,
-        b1,
-        w2,
-        b2,
-        activation="gelu",
-        norm_weight=weight,
-        norm_bias=bias,
-        layer_scale=scale,
-        residual=True,
+        y, *weights, activation="gelu", norm_weight=gamma, norm_bias=beta, layer_scale=scale, residual=True
     )
     modules: list[str] = [pk.ops.flops.__name__, pk.ops.norm_stats.__name__]
     assert modules == ["poolformer_kernels.ops.flops", "poolformer_kernels.ops.norm_stats"]
-    plain: Tensor = pk.reference.pool_mixer(x, weight, bias, layer_scale=scale, residual=True)
+    plain: Tensor = pk.reference.pool_mixer(x, gamma, beta, layer_scale=scale, residual=True)
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
     return z
 
@@ -113,9 +104,9 @@ def models(image: Tensor, folder: Path) -> PoolFormer:
     return model
 
 
-def accelerated(model: nn.Module) -> Explanation:
-    faster: nn.Module = pk.accelerate(model, mixer=True, mlp=True, inplace=False, strict=False)
-    plain: nn.Module = pk.restore(faster)
+def accelerated(model: PoolFormer) -> Explanation:
+    faster: PoolFormer = pk.accelerate(model, mixer=True, mlp=True, inplace=False, strict=False)
+    plain: PoolFormer = pk.restore(faster)
     explanation: Explanation = pk.explain(plain)
     calls: tuple[Call, ...] = explanation.calls
     places: list[str] = [f"{call.path}: {call.operator} on {call.backend}, {call.reason}" for call in calls]
