@@ -22,11 +22,10 @@ from support.chain import (
     infer,
     make_model,
     problem,
-    threads,
 )
 from support.layouts import as_layout
 from support.peers import relative_error
-from support.rule import assert_close_to_fp64, bits
+from support.rule import assert_close_to_fp64, bits, threads
 
 import poolformer_kernels as pk
 from poolformer_kernels import reference

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from support.chain import DTYPES, FIRST, LAST, convolve, problem, threads
+from support.chain import DTYPES, FIRST, LAST, convolve, problem
 from support.layouts import as_layout
 from support.problems import randn
-from support.rule import assert_close_to_fp64, bits
+from support.rule import assert_close_to_fp64, bits, threads
 
 from poolformer_kernels.ops.chain import Chain
 
@@ -60,9 +60,9 @@ def test_convolutions_whose_kernel_reaches_beyond_the_image(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("mean", "sigma"), [(-2.3, 0.5), (100, 1), (0, 1e-3)])
 def test_convolutions_of_shifted_data(dtype, mean, sigma):
-    for kernel, stride, padding in [(7, 4, 2), (3, 2, 1)]:
+    for kernel, *step in (STEM, DOWN):
         given = problem(2, 32, 33, 30, 28, kernel, dtype, mean=mean, sigma=sigma)
-        assert_convolution_right(*given, stride, padding)
+        assert_convolution_right(*given, *step)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,8 +137,7 @@ def test_core_cpp_convolutions_of_any_number_of_rows(dtype, step):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", [1, 15, 16, 17, 31, 32, 65, 100])
 def test_core_cpp_convolutions_of_many_tokens_and_any_width(dtype, out):
-    for channels, step in [(3, STEM), (17, DOWN), (64, DOWN)]:
-        kernel, stride, padding = step
+    for channels, (kernel, stride, padding) in [(3, STEM), (17, DOWN), (64, DOWN)]:
         given = problem(2, channels, out, 9 * stride, 7 * stride, kernel, dtype)
         assert_convolution_right(*given, stride, padding)
 
@@ -146,8 +145,7 @@ def test_core_cpp_convolutions_of_many_tokens_and_any_width(dtype, out):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions_whose_weights_are_packed_in_parts(dtype):
     """More weights than stay in the cache, and more samples than are copied at a time."""
-    given = problem(17, 320, 330, 14, 13, 3, dtype)
-    assert_convolution_right(*given, 2, 1)
+    assert_convolution_right(*problem(17, 320, 330, 14, 13, 3, dtype), 2, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -85,16 +84,6 @@ def calls(model: nn.Module, x: Tensor) -> dict[str, int]:
     with Calls() as counted:
         infer(model, x)
     return counted.kernels()
-
-
-@contextmanager
-def threads(number: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def convolve(x, weight, bias=None, stride=1, padding=0):

@@ -55,18 +55,22 @@ def assert_close_to_fp64(
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
     """For eager's error, the yardstick: several threads split its sums otherwise and change it by chance.
 
     Where x is far from zero, GroupNorm's gradient in PyTorch loses digits. Of two such errors, one measured
     on one thread and one on two, the second was smaller by a factor of three.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return threads(1)
 
 
 def assert_right(
