@@ -255,36 +255,7 @@ def test_replicas_are_operators_and_compute_with_their_own_parameters(source, op
         torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
 
 
-# ---- transforms and compilers ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("source", ["timm", "timm v2", "transformers"])
-def test_compile_a_stage(source, fresh_dynamo, kernels):
-    model = accelerate(make_model(source, drop_path=0.9))
-    blocks = blocks_of(model)[:2]
-    stage = nn.Sequential(*blocks) if source == "transformers" else model.stages[0].blocks
-    assert [*stage] == blocks
-
-    def features(x):
-        if source != "transformers":
-            return stage(x)
-        for block in stage:
-            (x,) = block(x)
-        return x
-
-    def gradients(function, x):
-        torch.manual_seed(0)
-        y = function(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *stage.parameters()])]
-
-    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
-    x = torch.randn(8, 16, 8, 8, requires_grad=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), features(x))
-    stage.train()
-    expected, given = (gradients(function, x) for function in (features, compiled))
-    assert (expected[0] - features(x)).abs().max() > 1e-3
-    torch.testing.assert_close(given, expected)
+# ---- transforms --------------------------------------------------------------------------------------------
 
 
 @source

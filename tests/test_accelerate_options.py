@@ -249,15 +249,23 @@ def test_save_hidden_reaches_the_operator(source, operator_calls, kernels):
     assert given(accelerate(model)) == [None] * 5  # the last call counts
 
 
+def saves_hidden(module: nn.Module, channels: int = 16) -> bool:
+    """Whether the MLP's first layer's output is kept for the backward."""
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        module(torch.zeros(2, channels, 3, 5, requires_grad=True))
+    return 2 * 4 * channels * 3 * 5 in saved
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_saved_for_the_backward(kept, kernels):
-    def saves_hidden(module: nn.Module) -> bool:
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-            module(torch.zeros(2, 16, 3, 5, requires_grad=True))
-        return 2 * 64 * 3 * 5 in saved
-
     block = accelerate(PoolFormerBlock(), save_hidden=kept)
     assert saves_hidden(block) == kept
     assert saves_hidden(pk.nn.Mlp(16, 64, save_hidden=kept)) == kept
     assert saves_hidden(restore(block))  # eager keeps it
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(248, False), (256, True)])
+def test_what_is_saved_of_wide_blocks(channels, kept, monkeypatch, kernels):
+    monkeypatch.setattr("poolformer_kernels.backends.cpp.ISA", "avx2")  # with a matrix unit none is
+    assert saves_hidden(accelerate(PoolFormerBlock(channels)), channels) == kept
