@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poolformer_kernels.nn import Mlp, PoolFormerBlock, PoolFormerStage
-from support.peers import randomise
+from support.peers import block_formula, randomise
 from support.problems import randn
 
 Change = Callable[[nn.Module, list], object]  # of a module; what is called then adds to the list
@@ -24,16 +23,7 @@ class OperatorCall(NamedTuple):
 
 
 def official_block(block, x, masks=(1.0, 1.0)):
-    """The paper's block from this block's parameters, in the dtype of x or as autocast decides."""
-    p = dict(block.named_parameters())
-    one, size = x.new_ones(()), block.token_mixer.pool_size
-    s1, s2 = (p.get(f"layer_scale_{i}", one).view(-1, 1, 1) for i in (1, 2))
-    m1, m2 = (torch.as_tensor(m, dtype=x.dtype).view(-1, 1, 1, 1) for m in masks)
-    n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"], 1e-5)
-    x = x + m1 * (s1 * (F.avg_pool2d(n, size, 1, size // 2, count_include_pad=False) - n))
-    n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"], 1e-5)
-    h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-    return x + m2 * (s2 * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"]))
+    return block_formula(dict(block.named_parameters()), x, block.token_mixer.pool_size, masks)
 
 
 def official_stage(stage, x):

@@ -107,3 +107,14 @@ def assert_as_accurate(
     error, other = ((t.double() - exact.double()).norm().item() for t in (actual, eager))
     least = floor * exact.double().norm().item()
     assert error <= 1.5 * other + least, f"{what}: {error:.3e}, eager {other:.3e}, floor {least:.3e}"
+
+
+def block_formula(p, x, pool_size=3, masks=(1.0, 1.0)):
+    """The paper's block as a function of its parameters, in the dtype of x or as autocast decides."""
+    s1, s2 = (p.get(f"layer_scale_{i}", x.new_ones(())).view(-1, 1, 1) for i in (1, 2))
+    m1, m2 = (torch.as_tensor(m, dtype=x.dtype).view(-1, 1, 1, 1) for m in masks)
+    n = F.group_norm(x, 1, p["norm1.weight"], p["norm1.bias"])
+    x = x + m1 * (s1 * (F.avg_pool2d(n, pool_size, 1, pool_size // 2, count_include_pad=False) - n))
+    n = F.group_norm(x, 1, p["norm2.weight"], p["norm2.bias"])
+    h = F.gelu(F.conv2d(n, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
+    return x + m2 * (s2 * F.conv2d(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"]))
