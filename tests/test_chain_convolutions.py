@@ -3,7 +3,7 @@
 The tests named ``core`` are also run by test_isa.py, once for each instruction set level of this machine.
 """
 
-import itertools
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -19,60 +19,90 @@ pytestmark = pytest.mark.usefixtures("kernels")
 STEM, DOWN = (7, 4, 2), (3, 2, 1)  # kernel, stride, padding
 
 
-def assert_convolution_right(x, weight, bias, stride, padding):
+def assert_convolution_right(x, weight, bias, stride, padding, what="convolution"):
     wide = [t if t is None else t.double() for t in (x, weight, bias)]
     exact = F.conv2d(*wide, stride, padding)
     terms = F.conv2d(wide[0] ** 2, wide[1] ** 2, None, stride, padding).sqrt()
     before = x.clone()
     y = convolve(x, weight, bias, stride, padding)
     eager = F.conv2d(x, weight, bias, stride, padding)
-    assert_close_to_fp64(y, eager, exact, scale=torch.maximum(exact.abs(), terms))
+    assert_close_to_fp64(y, eager, exact, scale=torch.maximum(exact.abs(), terms), what=what)
     assert torch.equal(bits(x), bits(before))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7, (3, 5), (4, 2)], ids=str)
-def test_core_cpp_convolutions_of_any_step(dtype, kernel):
-    for stride, padding in itertools.product((1, 2, 3, 4), (0, 1, 2, 3)):
-        assert_convolution_right(*problem(2, 3, 7, 11, 14, kernel, dtype), stride, padding)
+def assert_all_right(cases, dtype):
+    """Of each: batch, channels, out, height, width, step, and what else `problem` is given."""
+    for case in cases:
+        *sizes, (kernel, stride, padding) = case[:6]
+        given = problem(*sizes, kernel, dtype, *case[6:])
+        assert_convolution_right(*given, stride, padding, what=str(case))
+
+
+# Samples of many tokens are rows of the products from AVX-512 on. Here are widths around whole tiles of every
+# level, in rows of one and of several runs, and odd numbers of tiles.
+TOKENS_ROWS_BATCH = [
+    *((4, 9, 1), (5, 7, 3), (7, 7, 2), (8, 8, 5), (14, 3, 1), (15, 5, 3)),
+    *((17, 2, 3), (33, 1, 2), (57, 3, 1)),
+]
+CORE = {
+    "of any step": [
+        (2, 3, 7, 11, 14, step) for step in product((1, 3, 5, 7, (3, 5), (4, 2)), (1, 2, 3, 4), (0, 1, 2, 3))
+    ],
+    "of any width": [
+        (2, channels, out, 9, 10, DOWN, bias)
+        for channels, out, bias in product((1, 3, 16, 17, 32, 33, 64), (1, 7, 64, 100), (True, False))
+    ],
+    "of any number of rows": [
+        (batch, channels, 33, step[1] * rows - (rows + batch) % 2, step[1] * tokens - tokens % 2, step)
+        for channels, step in ((3, STEM), (32, DOWN))
+        for tokens, rows, batch in TOKENS_ROWS_BATCH
+    ],
+    "of many tokens and any width": [
+        (2, channels, out, 9 * step[1], 7 * step[1], step)
+        for channels, step in ((3, STEM), (17, DOWN), (64, DOWN))
+        for out in (1, 15, 16, 17, 31, 32, 65, 100)
+    ],
+}
+OTHERS = {
+    "of any number of tokens": [
+        (1, 32, 33, 1, width, (3, 1, 1))
+        for width in (1, 2, 15, 16, 17, 31, 33, 47, 48, 49, 65, 207, 208, 209, 417)
+    ],
+    "whose kernel reaches beyond the image": [
+        (3, channels, 5, height, width, (7, 4, padding))
+        for height, width, padding in ((1, 1, 3), (2, 1, 3), (1, 9, 3), (3, 3, 2), (5, 2, 3), (6, 6, 6))
+        for channels in (3, 32)
+    ],
+    "of shifted data": [
+        (2, 32, 33, 30, 28, step, True, mean, sigma)
+        for mean, sigma in ((-2.3, 0.5), (100, 1), (0, 1e-3))
+        for step in (STEM, DOWN)
+    ],
+    # more weights than stay in the cache, and more samples than are copied at a time
+    "whose weights are packed in parts": [(17, 320, 330, 14, 13, DOWN)],
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 16, 17, 32, 33, 64])
-def test_core_cpp_convolutions_of_any_width(dtype, channels):
-    for out, bias in itertools.product((1, 7, 64, 100), (True, False)):
-        assert_convolution_right(*problem(2, channels, out, 9, 10, 3, dtype, bias), 2, 1)
+@pytest.mark.parametrize("cases", CORE.values(), ids=CORE)
+def test_core_cpp_convolutions(cases, dtype):
+    assert_all_right(cases, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convolutions_of_any_number_of_tokens(dtype):
-    for width in (1, 2, 15, 16, 17, 31, 33, 47, 48, 49, 65, 207, 208, 209, 417):
-        assert_convolution_right(*problem(1, 32, 33, 1, width, 3, dtype), 1, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convolutions_whose_kernel_reaches_beyond_the_image(dtype):
-    for height, width, padding in [(1, 1, 3), (2, 1, 3), (1, 9, 3), (3, 3, 2), (5, 2, 3), (6, 6, 6)]:
-        for channels in (3, 32):
-            assert_convolution_right(*problem(3, channels, 5, height, width, 7, dtype), 4, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("mean", "sigma"), [(-2.3, 0.5), (100, 1), (0, 1e-3)])
-def test_convolutions_of_shifted_data(dtype, mean, sigma):
-    for kernel, *step in (STEM, DOWN):
-        given = problem(2, 32, 33, 30, 28, kernel, dtype, mean=mean, sigma=sigma)
-        assert_convolution_right(*given, *step)
+@pytest.mark.parametrize("cases", OTHERS.values(), ids=OTHERS)
+def test_convolutions(cases, dtype):
+    assert_all_right(cases, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_cpp_convolutions_in_a_row(dtype):
     """Larger and smaller activations from one to the next: the bits of convolutions one by one."""
     widths = (5, 3, 40, 7, 33, 2, 64)
-    for batch, number in itertools.product((1, 3, 8), (1, 2)):
+    for batch, number in product((1, 3, 8), (1, 2)):
         x, chain = randn(batch, 5, 19, 17, dtype=dtype, seed=1), Chain()
         y = x
-        for i, (channels, out) in enumerate(itertools.pairwise(widths)):
+        for i, (channels, out) in enumerate(pairwise(widths)):
             weight = randn(out, channels, 3, 3, dtype=dtype, sigma=(9 * channels) ** -0.5, seed=i)
             bias = randn(out, dtype=dtype, seed=i + 1)
             chain.conv(weight, bias, 1, i % 3)
@@ -109,45 +139,6 @@ def test_core_cpp_convolutions_are_not_finite_where_eager_is_not(dtype, bad, cha
         assert torch.equal(y[odd].nan_to_num(), expected[odd].nan_to_num())
 
 
-# ---- samples of many tokens, which are rows of the products from AVX-512 on --------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("step", [STEM, DOWN], ids=["stem", "down"])
-def test_core_cpp_convolutions_of_any_number_of_rows(dtype, step):
-    """Widths around whole tiles of every level, in rows of one and of several runs; odd numbers of tiles."""
-    kernel, stride, padding = step
-    channels = 3 if step == STEM else 32
-    for tokens, rows, batch in [
-        (4, 9, 1),
-        (5, 7, 3),
-        (7, 7, 2),
-        (8, 8, 5),
-        (14, 3, 1),
-        (15, 5, 3),
-        (17, 2, 3),
-        (33, 1, 2),
-        (57, 3, 1),
-    ]:
-        height, width = stride * rows - (rows + batch) % 2, stride * tokens - tokens % 2
-        given = problem(batch, channels, 33, height, width, kernel, dtype)
-        assert_convolution_right(*given, stride, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("out", [1, 15, 16, 17, 31, 32, 65, 100])
-def test_core_cpp_convolutions_of_many_tokens_and_any_width(dtype, out):
-    for channels, (kernel, stride, padding) in [(3, STEM), (17, DOWN), (64, DOWN)]:
-        given = problem(2, channels, out, 9 * stride, 7 * stride, kernel, dtype)
-        assert_convolution_right(*given, stride, padding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convolutions_whose_weights_are_packed_in_parts(dtype):
-    """More weights than stay in the cache, and more samples than are copied at a time."""
-    assert_convolution_right(*problem(17, 320, 330, 14, 13, 3, dtype), 2, 1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_cpp_contiguous_weights_give_the_same_bits(dtype):
     cases = [
@@ -160,7 +151,7 @@ def test_core_cpp_contiguous_weights_give_the_same_bits(dtype):
         (6, 2, 3, 0),
     ]
     for channels, kernel, stride, padding in cases:
-        for out, size in itertools.product((7, 64), ((9, 8), (33, 37))):
+        for out, size in product((7, 64), ((9, 8), (33, 37))):
             x, weight, bias = problem(2, channels, out, *size, kernel, dtype)
             y = convolve(x, weight.contiguous(memory_format=LAST), bias, stride, padding)
             contiguous = weight.contiguous(memory_format=FIRST)
@@ -200,7 +191,7 @@ def test_core_cpp_a_convolution_has_the_same_bits_in_any_batch(dtype, channels, 
     x, weight, bias = problem(5, channels, out, *size, kernel, dtype)
     with threads(1):
         alone = torch.cat([convolve(x[i : i + 1], weight, bias, stride, padding) for i in range(5)])
-    for number, batch in itertools.product((1, 2, 3, 4, 7), (1, 2, 5)):
+    for number, batch in product((1, 2, 3, 4, 7), (1, 2, 5)):
         with threads(number):
             y = convolve(x[-batch:], weight, bias, stride, padding)
             assert torch.equal(bits(y), bits(alone[-batch:])), f"{number} threads, a batch of {batch}"
