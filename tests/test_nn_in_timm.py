@@ -104,7 +104,7 @@ def test_attention_drops_in_training_alone():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("use_conv", [False, True])
-def test_timms_mlp_computes_the_same(use_conv, bias):
+def test_timms_mlp_computes_the_same(use_conv, bias, backend):
     """With its initial weights and with any."""
     options = {"hidden_features": 30, "out_features": 5, "bias": bias, "use_conv": use_conv, "drop": 0.1}
     theirs, ours = (make(12, **options).eval() for make in (metaformer.Mlp, pk.nn.Mlp))
