@@ -12,25 +12,23 @@ import pytest
 import torch
 import yaml
 from support import dense_files
-from support.dense_data import require_dense_data
-from support.train import differing, state
-from support.train_dense import (
-    SCORE,
-    STEPS,
-    TASKS,
-    VALIDATED,
-    data_of,
-    few_regions,
-    make_discs,
+from support.dense_data import edit_coco, require_dense_data
+from support.train import (
+    assert_same_end,
+    differing,
+    notes_of,
+    refused,
     rows,
-    run_task,
-    values,
+    scores_of,
+    state,
+    train_words,
+    validate_words,
 )
+from support.train_dense import SCORE, STEPS, TASKS, VALIDATED, data_of, few_regions, make_discs, run_task
 
 require_dense_data()
 
 from PIL import Image
-from safetensors import safe_open
 
 from poolformer_kernels.cli.main import main
 from poolformer_kernels.dense import segment
@@ -43,12 +41,14 @@ from poolformer_kernels.train.label_maps import open_label_maps
 from poolformer_kernels.train.metrics import columns_of
 from poolformer_kernels.train.networks import DIGITS
 
+MOST_LONG = [*(pytest.param(task, marks=pytest.mark.long) for task in TASKS[:2]), TASKS[2]]
 
-@pytest.fixture(scope="module")
-def patch():
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_regions():
     with pytest.MonkeyPatch.context() as patch:
         few_regions(patch)
-        yield patch
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def discs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(patch, discs, tmp_path_factory):
+def finished(discs, tmp_path_factory):
     """A function: the run of a task to its end, made once."""
     made = {}
 
@@ -68,21 +68,6 @@ def finished(patch, discs, tmp_path_factory):
         return made[task]
 
     return run_of
-
-
-def notes_of(run) -> dict:
-    with safe_open(run / "best.safetensors", "pt") as file:
-        return json.loads(file.metadata()["poolformer_kernels"])
-
-
-def refused(capsys, *words: str) -> str:
-    """The one line on stderr of a command that is refused."""
-    capsys.readouterr()
-    assert main(list(words)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    assert err.startswith("poolformer-kernels: error: ")
-    return err.removeprefix("poolformer-kernels: error: ").strip()
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------
@@ -135,23 +120,20 @@ def test_the_best_weights_are_the_averages_and_give_the_runs_score_again(
     finished, discs, task, capsys
 ) -> None:
     run = finished(task)
-    best = str(run / "best.safetensors")
+    best = run / "best.safetensors"
     notes, (tensors, facts) = notes_of(run), state(run)
     score = SCORE[task]
     of_best = next(row for row in rows(run) if int(row["step"]) == notes["step"])
     assert (notes[score], notes["step"]) == (facts["totals"]["best"], facts["totals"]["best_step"])
     assert notes[score] == float(of_best[f"ema_{score}"])
-    command = ["validate", data_of(discs, task), "--checkpoint", best, "--device", "cpu"]
-    capsys.readouterr()
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    words = validate_words(best, data_of(discs, task))
+    found = scores_of(capsys, *words)
     assert found[score] == pytest.approx(notes[score], abs=1e-9)
     assert (found["task"], found["images"], found["bad_images"]) == (task, 4, 0)
-    assert main([*command, "--task", task]) == 0
+    assert main([*words, "--task", task]) == 0
     assert f"{score.replace('_', ' ')} {notes[score]:.2f}" in capsys.readouterr().out
     model, _, classes = model_of_checkpoint(best)
-    names = ("black", "ball", "coin") if task == "segmentation" else ("coin", "ball")
-    assert classes == names
+    assert classes == (("black", "ball", "coin") if task == "segmentation" else ("coin", "ball"))
     if notes["step"] == STEPS[task]:
         own = {f"ema/{name}": t for name, t in model.state_dict().items()}
         assert differing(own, {k: v for k, v in tensors.items() if k.startswith("ema/")}) == []
@@ -166,37 +148,35 @@ def test_the_best_weights_are_the_averages_and_give_the_runs_score_again(
 
 
 def test_validate_refuses_what_the_file_is_not_of(finished, discs, tmp_path, capsys) -> None:
-    best = str(finished("detection") / "best.safetensors")
+    best = finished("detection") / "best.safetensors"
     coco, maps = data_of(discs, "detection"), data_of(discs, "segmentation")
-    command = ("--checkpoint", best, "--device", "cpu")
-    assert refused(capsys, "validate", coco, *command, "--task", "instance") == (
-        f"--task is instance; {best} is of detection"
-    )
-    assert refused(capsys, "validate", "sample:digits", *command, "--task", "classification") == (
-        f"--task is classification; {best} is of detection"
-    )
-    assert "maps has no annotations of train" in refused(capsys, "validate", maps, *command)
-    assert refused(capsys, "validate", coco, *command, "--image-size", "64") == (
-        "--image-size is 64; allowed with classification only, this is detection"
-    )
-    assert "--head is timm; allowed" in refused(capsys, "validate", coco, *command, "--head", "timm")
-    text = refused(capsys, "validate", coco, *command, "--model", "mask_rcnn_poolformer_digits")
-    assert text.startswith("model is 'mask_rcnn_poolformer_digits'; allowed for this task: retinanet_")
+
+    def line(data, *options: str) -> str:
+        return refused(capsys, *validate_words(best, data), *options)
+
+    assert line(coco, "--task", "instance") == f"--task is instance; {best} is of detection"
+    said = f"--task is classification; {best} is of detection"
+    assert line("sample:digits", "--task", "classification") == said
+    assert "maps has no annotations of train" in line(maps)
+    said = "--image-size is 64; allowed with classification only, this is detection"
+    assert line(coco, "--image-size", "64") == said
+    assert "--head is timm; allowed" in line(coco, "--head", "timm")
+    said = "model is 'mask_rcnn_poolformer_digits'; allowed for this task: retinanet_"
+    assert line(coco, "--model", "mask_rcnn_poolformer_digits").startswith(said)
     other = make_discs(tmp_path / "other", images=1) / "coco"
     for split in ("train", "val"):
-        file = other / "annotations" / f"instances_{split}.json"
-        file.write_text(file.read_text().replace("ball", "plate"))
-    text = refused(capsys, "validate", str(other), *command)
+        edit_coco(other, lambda found: found["categories"][0].update(name="plate"), split)
+    text = line(other)
     assert "has 2 classes, ['coin', 'plate']" in text
     assert "was trained on 2, ['coin', 'ball']" in text
 
 
-def test_validate_ends_with_1_below_the_floor(finished, discs, capsys) -> None:
-    best = str(finished("segmentation") / "best.safetensors")
-    score = notes_of(finished("segmentation"))["mIoU"]
-    command = ["validate", data_of(discs, "segmentation"), "--checkpoint", best, "--device", "cpu"]
-    assert main([*command, "--at-least", f"{score - 0.01}"]) == 0
-    assert main([*command, "--at-least", f"{score + 0.01}"]) == 1
+def test_validate_ends_with_1_below_the_floor(finished, discs) -> None:
+    run = finished("segmentation")
+    words = validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
+    score = notes_of(run)["mIoU"]
+    assert main([*words, "--at-least", f"{score - 0.01}"]) == 0
+    assert main([*words, "--at-least", f"{score + 0.01}"]) == 1
 
 
 def test_an_official_file_is_validated_when_task_and_model_are_named(capsys, tmp_path, monkeypatch):
@@ -205,12 +185,10 @@ def test_an_official_file_is_validated_when_task_and_model_are_named(capsys, tmp
     file, discs = tmp_path / "official.pth", make_discs(tmp_path / "discs", images=1, validation=1)
     maps = data_of(discs, "segmentation")
     dense_files.official_file(file, "semantic_fpn", classes=3, names=None)
-    command = ["validate", maps, "--checkpoint", str(file), "--device", "cpu"]
-    name = "semantic_fpn_poolformer_digits"
-    text = refused(capsys, *command, "--task", "segmentation")
+    words, known = validate_words(file, maps), ["--task", "segmentation"]
+    text = refused(capsys, *words, *known)
     assert text.startswith(f"--model: {file} does not say which model it is of")
-    assert main([*command, "--task", "segmentation", "--model", name, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = scores_of(capsys, *words, *known, "--model", "semantic_fpn_poolformer_digits")
 
     model, scores = model_of_checkpoint(file)[0], SegmentationScores(3)
     for image, target in open_label_maps(maps, "ignore").val:
@@ -218,20 +196,17 @@ def test_an_official_file_is_validated_when_task_and_model_are_named(capsys, tmp
             scores.add(segment(model, as_tensor(image), 512, 2048).argmax(0), target)
     assert found["mIoU"] == pytest.approx(scores.scores()["mIoU"], abs=1e-6)
     assert found["mIoU"] > 0
-    text = refused(capsys, *command, "--task", "detection", "--model", "retinanet_poolformer_digits")
-    assert "has no annotations" in text
-    command[1] = data_of(discs, "detection")
-    text = refused(capsys, *command, "--task", "detection", "--model", "retinanet_poolformer_digits")
-    assert str(file) in text
+    other = ["--task", "detection", "--model", "retinanet_poolformer_digits"]
+    assert "has no annotations" in refused(capsys, *words, *other)
+    assert str(file) in refused(capsys, *validate_words(file, data_of(discs, "detection")), *other)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_predict_knows_the_classes_and_the_size_of_the_pictures(finished, discs, task, tmp_path) -> None:
-    run = finished(task)
-    picture = discs / "maps" / "images" / "validation" / "2.png"
-    command = ["predict", str(picture), "--checkpoint", str(run / "best.safetensors"), "--device", "cpu"]
-    command += ["--score", "0.01"] if task != "segmentation" else []
-    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    picture, best = discs / "maps/images/validation/2.png", finished(task) / "best.safetensors"
+    words = ["predict", str(picture), "--checkpoint", str(best), "--device", "cpu"]
+    words += ["--score", "0.01"] if task != "segmentation" else []
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert found["model"]["image_size"] == [64, 64]
     record = found["images"][0]
@@ -257,7 +232,7 @@ def interrupt(monkeypatch, task: str, method: str, call: int) -> None:
     monkeypatch.setattr(cls, method, interrupted)
 
 
-@pytest.mark.parametrize("task", [*(pytest.param(t, marks=pytest.mark.long) for t in TASKS[:2]), TASKS[2]])
+@pytest.mark.parametrize("task", MOST_LONG)
 def test_a_stopped_run_goes_on_to_the_same_end(finished, discs, tmp_path, monkeypatch, task) -> None:
     """Stopped in its second step, in the validation that follows, and in the one that makes up for it."""
     run, whole = tmp_path / "run", finished(task)
@@ -269,10 +244,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, discs, tmp_path, monkey
             assert run_task(run, discs, task, "--save-every", "100", *resume) == 143
         assert state(run)[1]["step"] == step
     assert run_task(run, discs, task, "--resume", "--save-every", "100") == 0
-    assert differing(state(run)[0], state(whole)[0]) == []
-    assert values(run) == values(whole)
+    assert_same_end(run, whole)
     assert notes_of(run) == notes_of(whole)
-    assert {p.name: p for p in run.iterdir()}.keys() == {p.name: p for p in whole.iterdir()}.keys()
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_running_statistics_are_part_of_the_state_and_of_the_average(finished) -> None:
@@ -286,31 +260,29 @@ def test_running_statistics_are_part_of_the_state_and_of_the_average(finished) -
     assert not mean.equal(average)
 
 
-@pytest.mark.parametrize("task", [*(pytest.param(t, marks=pytest.mark.long) for t in TASKS[:2]), TASKS[2]])
+@pytest.mark.parametrize("task", MOST_LONG)
 def test_workers_do_not_change_the_run(finished, discs, tmp_path, task) -> None:
     run = tmp_path / "run"
     assert run_task(run, discs, task, "--workers", "2") == 0
-    assert differing(state(run)[0], state(finished(task))[0]) == []
-    assert values(run) == values(finished(task))
+    assert_same_end(run, finished(task))
 
 
 def test_resume_of_another_run_is_refused(finished, discs, capsys, tmp_path) -> None:
     run = shutil.copytree(finished("detection"), tmp_path / "run")
-    command = ("train", data_of(discs, "detection"), "--out", str(run), "--device", "cpu", "--resume")
+    resume = train_words(run, "--resume", data=data_of(discs, "detection"))
     for task in ("instance", "classification"):
-        assert refused(capsys, *command, "--task", task) == (
+        assert refused(capsys, *resume, "--task", task) == (
             f"the task is {task}, but --resume: the run in {run} is of detection"
         )
-    text = refused(capsys, *command, "--model", "retinanet_poolformer_s12")
-    assert text == (
+    assert refused(capsys, *resume, "--model", "retinanet_poolformer_s12") == (
         f"--resume: model is retinanet_poolformer_s12, but the run in {run} has retinanet_poolformer_digits"
     )
-    assert refused(capsys, *command, "--warmup-steps", "3").startswith("--resume: warmup_steps is 3, but")
-    assert main([*command]) == 0  # the task is the run's own, which is finished
+    assert refused(capsys, *resume, "--warmup-steps", "3").startswith("--resume: warmup_steps is 3, but")
+    assert main(resume) == 0  # the task is the run's own, which is finished
     config = tmp_path / "config.yaml"
     config.write_text("task: segmentation\n")
-    new = ("train", str(discs / "coco"), "--out", str(tmp_path / "new"), "--config", str(config))
-    assert refused(capsys, *new, "--task", "detection") == (
+    options = ("--config", str(config), "--task", "detection")
+    assert refused(capsys, *train_words(tmp_path / "new", *options, data=discs / "coco")) == (
         f"the task is detection, but config {config} is of segmentation"
     )
     assert not (tmp_path / "new").exists()

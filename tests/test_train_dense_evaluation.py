@@ -1,6 +1,5 @@
-"""Scores of detections and label maps: pycocotools and a plain loop as oracles, merging, and borders."""
+"""Scores of detections and label maps: pycocotools and scikit-learn as oracles, merging, and borders."""
 
-import json
 import pickle
 import sys
 
@@ -8,19 +7,22 @@ import numpy as np
 import pytest
 import torch
 from support.dense_data import (
-    CATEGORIES,
     SIZE,
     box_of,
     coco_annotation,
+    content,
     disc,
+    edit_coco,
     make_coco,
     require_dense_data,
-    run_lengths,
     write_coco,
 )
 from support.peers import require
+from support.train import message_of
 
 require_dense_data()
+
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
 from poolformer_kernels.train.coco import mask_functions, open_coco
 from poolformer_kernels.train.dense_evaluation import CocoScores, SegmentationScores
@@ -74,8 +76,7 @@ def random_set(root, rng: np.random.Generator, images: int = 12) -> list[dict]:
             }
         )
     make_coco(root)
-    content = {"images": entries, "annotations": annotations, "categories": CATEGORIES}
-    write_coco(root, "val", content, {})
+    write_coco(root, "val", content(entries, annotations), {})
     return predictions
 
 
@@ -91,29 +92,22 @@ def oracle(file, images, predictions: list[dict], kind: str) -> dict[str, float 
             x1, y1, x2, y2 = box.double().tolist()
             place = {"bbox": [x1, y1, x2 - x1, y2 - y1]}
             if kind == "segm":
-                place = {
-                    "segmentation": functions.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8)))
-                }
-            category = (4, 9)[int(label)]
-            results.append(
-                {"image_id": images.image_id(i), "category_id": category, "score": float(score), **place}
-            )
+                bits = np.asfortranarray(mask[0].numpy().astype(np.uint8))
+                place = {"segmentation": functions.encode(bits)}
+            found = {"image_id": images.image_id(i), "category_id": (4, 9)[int(label)]}
+            results.append(found | place | {"score": float(score)})
     evaluation = COCOeval(truth, truth.loadRes(results), kind)
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    scores = zip(STATS, evaluation.stats, strict=False)
+    return {name: None if value < 0 else 100 * value for name, value in scores}
+
+
+def near(scores: dict, tolerance: float) -> dict:
+    """What equals scores as near as that; None is only like None."""
     return {
-        name: None if value < 0 else 100 * value for name, value in zip(STATS, evaluation.stats, strict=False)
+        name: value if value is None else pytest.approx(value, rel=0, abs=tolerance)
+        for name, value in scores.items()
     }
-
-
-def differ(found: dict, expected: dict, tolerance: float) -> list[str]:
-    """The names of scores that are not the same; None is only like None."""
-    assert found.keys() == expected.keys()
-    return [
-        name
-        for name, value in expected.items()
-        if (value is None) != (found[name] is None)
-        or (value is not None and abs(np.subtract(found[name], value)) > tolerance)
-    ]
 
 
 def scored(images, predictions, kinds=KINDS) -> CocoScores:
@@ -135,8 +129,7 @@ def test_scores_are_pycocotools(tmp_path, seed, capsys) -> None:
     found = scored(images, predictions).scores()
     assert capsys.readouterr() == ("", "")
     for kind in KINDS:
-        expected = oracle(images.annotations, images, predictions, kind)
-        assert differ(found[kind], expected, 1e-6) == []
+        assert found[kind] == near(oracle(images.annotations, images, predictions, kind), 1e-6)
         assert 5 < found[kind]["AP"] < 95
         assert all(0 < found[kind][size] < 100 for size in ("AP50", "APs", "APm", "APl"))
     alone = scored(images, predictions, ("bbox",)).scores()
@@ -170,30 +163,29 @@ def truth_of(images) -> list[dict]:
 @pytest.mark.parametrize("first", [0, 1, 500])
 def test_the_truth_scores_a_hundred(tmp_path, first) -> None:
     """Whatever its annotations' ids; pycocotools takes 0 for no match."""
-    make_coco(tmp_path)
-    file = tmp_path / "annotations" / "instances_val.json"
-    content = json.loads(file.read_text())
-    for number, annotation in enumerate(content["annotations"], start=first):
-        annotation["id"] = number
-    file.write_text(json.dumps(content))
-    images = open_coco(str(tmp_path), masks=True).val
+
+    def count_from_first(content: dict) -> None:
+        for number, annotation in enumerate(content["annotations"], start=first):
+            annotation["id"] = number
+
+    images = open_coco(str(edit_coco(make_coco(tmp_path), count_from_first, "val")), masks=True).val
     found = scored(images, truth_of(images)).scores()
     expected = {"AP": 100, "AP50": 100, "AP75": 100, "APs": 100, "APm": 100, "APl": None}
-    assert [differ(found[kind], expected, 1e-9) for kind in KINDS] == [[], []]
+    for kind in KINDS:
+        assert found[kind] == near(expected, 1e-9)
     swapped = truth_of(images)
     swapped[0]["labels"] = 1 - swapped[0]["labels"]
     assert scored(images, swapped).scores()["bbox"]["AP"] == 0
 
 
 def test_boxes_need_no_segmentation_and_unknown_categories_do_not_count(tmp_path) -> None:
-    make_coco(tmp_path)
-    file = tmp_path / "annotations" / "instances_val.json"
-    content = json.loads(file.read_text())
-    for annotation in content["annotations"]:
-        del annotation["segmentation"]
-    content["annotations"].append(content["annotations"][0] | {"id": 4, "category_id": 5})
-    file.write_text(json.dumps(content))
-    images = open_coco(str(tmp_path), masks=False).val
+
+    def change(content: dict) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        content["annotations"].append(content["annotations"][0] | {"id": 4, "category_id": 5})
+
+    images = open_coco(str(edit_coco(make_coco(tmp_path), change, "val")), masks=False).val
     assert scored(images, truth_of(images), ("bbox",)).scores()["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -201,21 +193,15 @@ def test_probabilities_from_one_half_on_are_the_mask(tmp_path) -> None:
     images = open_coco(str(make_coco(tmp_path)), masks=True).val
     (prediction,) = truth_of(images)
     bits = prediction["masks"] > 0
-    soft = torch.where(bits, 0.5, 0.4999)
-    results = [scored(images, [prediction | {"masks": masks}]).results for masks in (soft, bits)]
-    lengths = [[run_lengths(mask[0].numpy().astype(np.uint8)) for mask in bits]] * 2
-    functions = mask_functions()
-    for result, expected in zip(results, lengths, strict=True):
-        for found, mask in zip(result[0]["masks"], expected, strict=True):
-            assert (
-                functions.decode(found).tolist()
-                == functions.decode(functions.frPyObjects(mask, *SIZE)).tolist()
-            )
+    for masks in (torch.where(bits, 0.5, 0.4999), bits):
+        found = scored(images, [prediction | {"masks": masks}]).results[0]["masks"]
+        decoded = [mask_functions().decode(mask) for mask in found]
+        np.testing.assert_array_equal(decoded, bits[:, 0])
 
 
 def test_no_predictions_no_truth_and_images_that_were_not_predicted(tmp_path) -> None:
-    nothing = {name: torch.zeros(shape) for name, shape in (("boxes", (0, 4)), ("scores", 0), ("labels", 0))}
-    nothing["masks"] = torch.zeros(0, 1, *SIZE)
+    shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), "masks": (0, 1, *SIZE)}
+    nothing = {name: torch.zeros(shape) for name, shape in shapes.items()}
     root = make_coco(tmp_path)
     images = open_coco(str(root), masks=True).val
     zeros = {"AP": 0, "AP50": 0, "AP75": 0, "APs": 0, "APm": 0, "APl": None}
@@ -223,10 +209,7 @@ def test_no_predictions_no_truth_and_images_that_were_not_predicted(tmp_path) ->
     assert scored(images, [nothing]).scores() == {"bbox": zeros, "segm": zeros}
     assert CocoScores(images, KINDS).scores() == {"bbox": nones, "segm": nones}
 
-    file = root / "annotations" / "instances_val.json"
-    content = json.loads(file.read_text())
-    second = content["images"][0] | {"id": 8}
-    file.write_text(json.dumps(content | {"images": [second, *content["images"]]}))
+    edit_coco(root, lambda found: found["images"].insert(0, found["images"][0] | {"id": 8}), "val")
     images = open_coco(str(root), masks=True).val
     empty, full = truth_of(images)
     assert scored(images, [empty]).scores() == {"bbox": nones, "segm": nones}  # image 7 does not count
@@ -241,29 +224,20 @@ def test_bad_predictions_are_named(tmp_path) -> None:
     where = f"prediction of {tmp_path}/val/a.png"
 
     def refused(**fields) -> str:
-        with pytest.raises(ValueError) as error:
-            CocoScores(images, KINDS).add(0, good | fields)
-        return str(error.value)
+        return message_of(ValueError, CocoScores(images, KINDS).add, 0, good | fields)
 
-    shapes = "boxes, scores, labels are of shapes"
-    assert (
-        refused(labels=torch.zeros(2)) == f"{where}: {shapes} (3, 4), (3,), (2,); allowed: [N, 4], [N], [N]"
-    )
-    assert (
-        refused(boxes=torch.zeros(3, 5)) == f"{where}: {shapes} (3, 5), (3,), (3,); allowed: [N, 4], [N], [N]"
-    )
+    shapes = "{}: boxes, scores, labels are of shapes {}; allowed: [N, 4], [N], [N]"
+    assert refused(labels=torch.zeros(2)) == shapes.format(where, "(3, 4), (3,), (2,)")
+    assert refused(boxes=torch.zeros(3, 5)) == shapes.format(where, "(3, 5), (3,), (3,)")
     assert refused(labels=torch.tensor([0, 1, 2])) == f"{where} has labels 0 to 2; allowed: 0 to 1"
     assert refused(labels=torch.tensor([0, -1, 1])) == f"{where} has labels -1 to 1; allowed: 0 to 1"
     for name in ("boxes", "scores"):
         bad = good[name].clone()
         bad[0] = float("nan")
         assert refused(**{name: bad}) == f"{where} has boxes or scores that are not finite"
-    allowed = "allowed: [3, 1, 80, 96]"
-    assert refused(masks=None) == f"{where}: masks are of shape None; {allowed}"
-    assert refused(masks=torch.zeros(3, 80, 96)) == f"{where}: masks are of shape [3, 80, 96]; {allowed}"
-    assert (
-        refused(masks=torch.zeros(3, 1, 28, 28)) == f"{where}: masks are of shape [3, 1, 28, 28]; {allowed}"
-    )
+    for masks in (None, torch.zeros(3, 80, 96), torch.zeros(3, 1, 28, 28)):
+        shape = masks if masks is None else list(masks.shape)
+        assert refused(masks=masks) == f"{where}: masks are of shape {shape}; allowed: [3, 1, 80, 96]"
     with pytest.raises(IndexError):
         CocoScores(images).add(1, good)
 
@@ -283,22 +257,18 @@ def test_what_cannot_be_scored(tmp_path, monkeypatch) -> None:
 # ---- label maps --------------------------------------------------------------------------------------------
 
 
-def plain_scores(pairs: list, classes: int) -> dict:
-    """The same by sets of pixels."""
-    truth = np.concatenate([target.flatten() for _, target in pairs]).astype(int)
-    guess = np.concatenate([prediction.flatten() for prediction, _ in pairs]).astype(int)
+def sklearn_scores(pairs: list, classes: int) -> dict:
+    """The same of all pixels that count, IoU by class; one that is nowhere has none."""
+    truth = np.concatenate([target.flatten() for _, target in pairs])
+    guess = np.concatenate([prediction.flatten() for prediction, _ in pairs])
     guess, truth = guess[truth != 255], truth[truth != 255]
-    ious, accuracies = [], []
-    for c in range(classes):
-        union = ((guess == c) | (truth == c)).sum()
-        both = ((guess == c) & (truth == c)).sum()
-        ious.append(100 * both / union if union else None)
-        accuracies.append(100 * both / (truth == c).sum() if (truth == c).any() else None)
+    there = np.union1d(guess, truth)
+    ious = 100 * jaccard_score(truth, guess, labels=there, average=None)
     return {
-        "mIoU": np.mean([x for x in ious if x is not None]),
-        "pixel_accuracy": 100 * (guess == truth).mean(),
-        "mean_accuracy": np.mean([x for x in accuracies if x is not None]),
-        "IoU": ious,
+        "mIoU": ious.mean(),
+        "pixel_accuracy": 100 * accuracy_score(truth, guess),
+        "mean_accuracy": 100 * recall_score(truth, guess, labels=np.unique(truth), average="macro"),
+        "IoU": dict.fromkeys(range(classes)) | dict(zip(there.tolist(), ious, strict=True)),
     }
 
 
@@ -314,16 +284,16 @@ def label_maps() -> list:
     return pairs
 
 
-def test_label_maps_score_as_by_a_plain_loop() -> None:
+def test_label_maps_score_as_by_scikit_learn() -> None:
     pairs, classes = label_maps(), 6
     whole, parts = SegmentationScores(classes), [SegmentationScores(classes) for _ in range(2)]
     for i, (prediction, target) in enumerate(pairs):
         for scores in (whole, parts[i % 2]):
             scores.add(torch.from_numpy(prediction), torch.from_numpy(target))
-    found, expected = whole.scores(), plain_scores(pairs, classes)
+    found, expected = whole.scores(), sklearn_scores(pairs, classes)
     ious = found.pop("IoU")
-    assert differ(dict(enumerate(ious)), dict(enumerate(expected.pop("IoU"))), 1e-10) == []
-    assert differ(found, expected, 1e-10) == []
+    assert dict(enumerate(ious)) == near(expected.pop("IoU"), 1e-10)
+    assert found == near(expected, 1e-10)
     assert (ious[3], ious[4], ious[5]) == (0, 0, None)
     merged = SegmentationScores(classes)
     merged.merge(part.confusion for part in parts)
@@ -340,25 +310,19 @@ def test_pixels_that_do_not_count() -> None:
     scores.add(torch.tensor([[0, 200]]), torch.tensor([[255, 255]]))  # not even a prediction that is no class
     assert scores.scores() == nones
     scores.add(torch.tensor([[1, 2]]), torch.tensor([[1, 255]], dtype=torch.uint8))
-    assert scores.scores() == {
-        "mIoU": 100,
-        "pixel_accuracy": 100,
-        "mean_accuracy": 100,
-        "IoU": [None, 100, None],
-    }
+    hundreds = dict.fromkeys(("mIoU", "pixel_accuracy", "mean_accuracy"), 100)
+    assert scores.scores() == hundreds | {"IoU": [None, 100, None]}
 
 
 def test_bad_label_maps_are_named() -> None:
     def refused(prediction, target) -> str:
         scores = SegmentationScores(3)
-        with pytest.raises(ValueError) as error:
-            scores.add(torch.tensor(prediction), torch.tensor(target))
+        message = message_of(ValueError, scores.add, torch.tensor(prediction), torch.tensor(target))
         assert scores.confusion.sum() == 0
-        return str(error.value)
+        return message
 
-    assert (
-        refused([[1, 2]], [[1]]) == "prediction and target are of shapes [1, 2] and [1, 1]; allowed: the same"
-    )
+    shapes = "prediction and target are of shapes [1, 2] and [1, 1]; allowed: the same"
+    assert refused([[1, 2]], [[1]]) == shapes
     assert refused([[1, 3]], [[1, 2]]) == "prediction has classes 1 to 3; allowed: 0 to 2"
     assert refused([[1, -1]], [[1, 2]]) == "prediction has classes -1 to 1; allowed: 0 to 2"
     assert refused([[1, 2]], [[7, 2]]) == "target has classes 2 to 7; allowed: 0 to 2"

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.dense_data import coco_annotation, disc, require_dense_data, write_coco
-from support.train import losses, state
-from support.train_dense import TASKS, data_of, few_regions, make_discs, rows, run_task
+from support.train import differing, losses, refused, rows, state, train_words, validate_words
+from support.train_dense import TASKS, data_of, few_regions, make_discs, run_task, task_words
 
 require_dense_data()
 
@@ -47,25 +47,24 @@ def task_of(discs, name: str, **changes):
 
 
 def error_of(capsys, discs, task: str, *more: str, run) -> str:
-    capsys.readouterr()
-    assert run_task(run, discs, task, *more) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    return err.removeprefix("poolformer-kernels: error: ").strip()
+    return refused(capsys, *task_words(run, discs, task, *more))
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+def saved(folder, weights: dict) -> str:
+    torch.save(weights, folder / "weights.pth")
+    return str(folder / "weights.pth")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_classifiers_weights_go_into_the_backbone(discs, tmp_path, task) -> None:
     """The norms of the outputs, which it has not, stay 1 and 0."""
     torch.manual_seed(5)
-    source = PoolFormer(DIGITS, num_classes=10)
-    file = tmp_path / "imagenet.pth"
-    torch.save(source.state_dict(), file)
-    model = task_of(discs, task, checkpoint=str(file)).build()
-    own, given = model.backbone.body.state_dict(), source.state_dict()
+    given = PoolFormer(DIGITS, num_classes=10).state_dict()
+    model = task_of(discs, task, checkpoint=saved(tmp_path, given)).build()
+    own = model.backbone.body.state_dict()
     blocks = [name for name in given if name.startswith(("patch_embed", "network"))]
     assert len(blocks) > 20
     assert all(own[name].equal(given[name]) for name in blocks)
@@ -79,30 +78,23 @@ def test_a_classifiers_weights_go_into_the_backbone(discs, tmp_path, task) -> No
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_whole_models_weights_go_into_the_whole(discs, tmp_path, task) -> None:
-    source = task_of(discs, task, seed=9).build()
-    file = tmp_path / "whole.pth"
-    torch.save(source.state_dict(), file)
-    model = task_of(discs, task, checkpoint=str(file)).build()
-    assert all(t.equal(source.state_dict()[name]) for name, t in model.state_dict().items())
+    given = task_of(discs, task, seed=9).build().state_dict()
+    model = task_of(discs, task, checkpoint=saved(tmp_path, given)).build()
+    assert differing(model.state_dict(), given) == []
 
 
 def test_another_kind_of_model_gives_its_backbone(discs, tmp_path) -> None:
     """And one of the same kind with other classes all but these."""
-    source = task_of(discs, "segmentation", seed=1).build()
-    torch.save(source.state_dict(), tmp_path / "segmenter.pth")
-    made = task_of(discs, "detection", checkpoint=str(tmp_path / "segmenter.pth")).build()
     fresh = task_of(discs, "detection").build().state_dict()
-    given = source.backbone.body.state_dict()
+    given = task_of(discs, "segmentation", seed=1).build().state_dict()
+    made = task_of(discs, "detection", checkpoint=saved(tmp_path, given)).build()
     for name, t in made.state_dict().items():
-        of_body = name.startswith("backbone.body.")
-        assert t.equal(given[name.removeprefix("backbone.body.")] if of_body else fresh[name]), name
+        assert t.equal((given if name.startswith("backbone.body.") else fresh)[name]), name
 
-    other = create_detector("retinanet", PoolFormer(DIGITS, features_only=True), 7)
-    torch.save(other.state_dict(), tmp_path / "seven.pth")
-    made = task_of(discs, "detection", checkpoint=str(tmp_path / "seven.pth")).build()
-    given = other.state_dict()
+    given = create_detector("retinanet", PoolFormer(DIGITS, features_only=True), 7).state_dict()
+    made = task_of(discs, "detection", checkpoint=saved(tmp_path, given)).build()
     for name, t in made.state_dict().items():
-        assert t.equal(fresh[name] if "cls_logits" in name else given[name]), name
+        assert t.equal((fresh if "cls_logits" in name else given)[name]), name
 
 
 def test_other_checkpoints_are_one_line(discs, tmp_path, capsys) -> None:
@@ -183,14 +175,6 @@ def test_pictures_of_different_sizes_make_a_batch(tmp_path, task) -> None:
     assert {data.train.size(i) for i in range(6)} == {(64, 48), (48, 96), (40, 64)}
 
 
-def spoil(discs, task: str, split: str) -> str:
-    """Makes the second picture unreadable; its name."""
-    folder = {"train": "training", "val": "validation"}[split]
-    parent = discs / "coco" / split if task != "segmentation" else discs / "maps" / "images" / folder
-    (parent / "1.png").write_bytes(b"no picture")
-    return "1.png"
-
-
 @pytest.mark.parametrize(
     ("task", "split"),
     [
@@ -202,21 +186,22 @@ def spoil(discs, task: str, split: str) -> str:
 )
 def test_bad_images_fail_or_are_skipped(tmp_path, capsys, task, split) -> None:
     discs = make_discs(tmp_path / "discs", validation=2)
-    name = spoil(discs, task, split)
+    folder = {"train": "training", "val": "validation"}[split]
+    parts = ("coco", split) if task == "detection" else ("maps", "images", folder)
+    discs.joinpath(*parts, "1.png").write_bytes(b"no picture")
     short = ["--iterations", "4"] if task == "segmentation" else ["--epochs", "1"]
     assert run_task(tmp_path / "run", discs, task, *short) == 2
     found = capsys.readouterr().err.splitlines()[-1]
     assert found.startswith("poolformer-kernels: error: cannot read image ")
-    assert name in found
+    assert "1.png" in found
     assert found.endswith("--bad-images skip puts its neighbour in its place")
     run = tmp_path / "skipped"
     assert run_task(run, discs, task, *short, "--bad-images", "skip") == 0
     assert int(rows(run)[-1]["bad_images"]) >= 1
-    command = ["validate", data_of(discs, task), "--checkpoint", str(run / "best.safetensors")]
-    command += ["--device", "cpu"]
+    words = validate_words(run / "best.safetensors", data_of(discs, task))
+    assert main(words) == (2 if split == "val" else 0)
     capsys.readouterr()
-    assert main(command) == (2 if split == "val" else 0)
-    assert main([*command, "--bad-images", "skip"]) == 0
+    assert main([*words, "--bad-images", "skip"]) == 0
     assert f"on {1 if split == 'val' else 2} images" in capsys.readouterr().out
 
 
@@ -224,8 +209,7 @@ def test_data_without_a_usable_picture_is_one_line(tmp_path, capsys) -> None:
     discs = make_discs(tmp_path / "discs", images=1, validation=1)
     found = error_of(capsys, discs, "detection", run=tmp_path / "run")
     assert found.endswith("coco has 1 images; batch_size is 2")
-    mask = disc(64, 64, 30, 30, 9)
-    bad = coco_annotation(1, 99, 4, mask)
+    bad = coco_annotation(1, 99, 4, disc(64, 64, 30, 30, 9))
     image = {"id": 1, "file_name": "0.png", "height": 64, "width": 64}
     write_coco(discs / "coco", "train", {"images": [image], "annotations": [bad], "categories": []}, {})
     found = error_of(capsys, discs, "detection", run=tmp_path / "run")
@@ -306,9 +290,6 @@ def test_micro_batches_differ_by_their_own_numbers_of_positive_anchors(discs) ->
 @pytest.mark.parametrize("task", TASKS)
 def test_nuclei_without_their_package_are_one_line(tmp_path, capsys, monkeypatch, task) -> None:
     monkeypatch.setattr(nuclei, "find_spec", lambda name: None)
-    assert main(["train", "sample:nuclei", "--task", task, "--out", str(tmp_path / "run")]) == 2
-    err = capsys.readouterr().err
-    assert err == (
-        "poolformer-kernels: error: DATA is sample:nuclei, which the package stardist carries: "
-        "pip install --no-deps stardist\n"
+    assert refused(capsys, *train_words(tmp_path / "run", "--task", task, data="sample:nuclei")) == (
+        "DATA is sample:nuclei, which the package stardist carries: pip install --no-deps stardist"
     )

@@ -1,19 +1,28 @@
 """Several processes train a dense task as one does; killed runs go on to the same weights."""
 
 import json
-import os
 import random
 import resource
-import signal
-import subprocess
-import time
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from support.dense_data import require_dense_data
-from support.train import command, differing, environment, in_processes, losses, state
-from support.train_dense import OPTIONS, STEPS, TASKS, data_of, make_discs, rows, values
+from support.train import (
+    assert_same_end,
+    command,
+    in_processes,
+    killed,
+    losses,
+    output_of,
+    python,
+    rows,
+    state,
+    step_of,
+    validate_words,
+)
+from support.train_dense import OPTIONS, STEPS, TASKS, data_of, make_discs
 
 require_dense_data()
 
@@ -22,11 +31,7 @@ from safetensors.torch import load_file
 from poolformer_kernels.train.processes import peak_memory
 
 pytestmark = pytest.mark.long
-BOTH = [
-    *("--optimizer", "sgd", "--lr", "0.01", "--clip-grad", "5", "--min-size", "64", "64"),
-    "--drop-path",
-    "0",
-]
+BOTH = shlex.split("--optimizer sgd --lr 0.01 --clip-grad 5 --min-size 64 64 --drop-path 0")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +45,10 @@ def start(run, discs, task: str, *more: str, processes: int = 1) -> None:
     in_processes(run, *OPTIONS[task], *more, data=data, processes=processes, threads=1)
 
 
-def norms(found: dict, expected: dict, kind: str) -> tuple[float, float]:
-    """(of the difference, of what is expected)."""
-    names = [n for n in expected if n.startswith(kind) and expected[n].is_floating_point()]
-    error = sum((found[n] - expected[n]).double().square().sum().item() for n in names) ** 0.5
-    return error, sum(expected[n].double().square().sum().item() for n in names) ** 0.5
+def distance(found: dict, expected: dict) -> float:
+    """Between the weights of two states."""
+    names = [n for n in expected if n.startswith("model/") and expected[n].is_floating_point()]
+    return sum((found[n] - expected[n]).double().square().sum().item() for n in names) ** 0.5
 
 
 @pytest.mark.parametrize("task", ["detection", "instance"])
@@ -53,21 +57,16 @@ def test_two_processes_are_one(tmp_path, task) -> None:
 
     Two steps, of which the first is small: later, rounding decides which regions Mask R-CNN proposes.
     """
-    discs, found = make_discs(tmp_path / "discs", images=2, validation=3), []
-    for processes in (1, 2):
-        run = tmp_path / f"of_{processes}"
-        start(run, discs, task, *BOTH, "--save-every", "1", processes=processes)
-        found.append(run)
-    pairs = list(zip(losses(found[0]), losses(found[1]), strict=True))
-    assert len(pairs) == 2
-    assert max(abs(a - b) for a, b in pairs) < 1e-5
-    (expected, _), (weights, _) = state(found[0]), state(found[1])
+    discs, one, two = make_discs(tmp_path / "discs", images=2, validation=3), tmp_path / "1", tmp_path / "2"
+    for run in (one, two):
+        start(run, discs, task, *BOTH, "--save-every", "1", processes=int(run.name))
+    assert len(losses(two)) == 2
+    assert losses(two) == pytest.approx(losses(one), rel=0, abs=1e-5)
+    expected, weights = state(one)[0], state(two)[0]
     assert weights.keys() == expected.keys()
-    first = load_file(found[0] / "checkpoints" / "step_00000001" / "state.safetensors")
-    error, _ = norms(weights, expected, "model/")
-    moved, _ = norms(first, expected, "model/")
-    assert error < 1e-3 * moved
-    for a, b in zip(rows(found[1]), rows(found[0]), strict=True):
+    first = load_file(one / "checkpoints" / "step_00000001" / "state.safetensors")
+    assert distance(weights, expected) < 1e-3 * distance(first, expected)
+    for a, b in zip(rows(two), rows(one), strict=True):
         for name in a:
             if "AP" in name:
                 assert float(a[name]) == pytest.approx(float(b[name]), abs=0.5), name
@@ -78,46 +77,24 @@ def test_two_processes_validate_as_one(discs, tmp_path) -> None:
     run = tmp_path / "run"
     start(run, discs, "segmentation", processes=2)
     assert len(losses(run)) == STEPS["segmentation"]
-    best = str(run / "best.safetensors")
-    found = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        words = ["-m", "poolformer_kernels", "validate", data_of(discs, "segmentation"), "--checkpoint", best]
-        python = command(run)[0]
-        done = subprocess.run(
-            [python, *launcher, *words, "--device", "cpu", "--json"],
-            env=environment(1),
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(done.stdout))
-    one, two = found
+    words = validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
+    one, two = (
+        json.loads(output_of(python("-m", "poolformer_kernels", *words, "--json", processes=n), threads=1))
+        for n in (1, 2)
+    )
     for name in ("mIoU", "accuracy", "loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-6)
-    row = next(row for row in rows(run) if float(row["ema_mIoU"] or -1) == max_of(run))
-    assert one["mIoU"] == pytest.approx(float(row["ema_mIoU"]), abs=1e-6)
-
-
-def max_of(run) -> float:
-    return max(float(row["ema_mIoU"]) for row in rows(run) if row["ema_mIoU"])
+    best = max(float(row["ema_mIoU"]) for row in rows(run) if row["ema_mIoU"])
+    assert one["mIoU"] == pytest.approx(best, abs=1e-6)
 
 
 def test_micro_batches_of_detection_are_near_the_whole_batch(discs, tmp_path) -> None:
     """Not equal: each divides its sums by its own number of positive anchors."""
     start(tmp_path / "whole", discs, "detection", *BOTH)
     start(tmp_path / "parts", discs, "detection", *BOTH, "--accumulate", "2")
-    pairs = list(zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True))
-    assert all(a == pytest.approx(b, rel=0.1) for a, b in pairs)
-    assert pairs[0][0] != pairs[0][1]
-
-
-def step_of(run) -> int:
-    try:
-        lines = (run / "metrics.csv").read_text().splitlines()
-        return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
-    except (OSError, ValueError):
-        return 0
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == pytest.approx(parts, rel=0.1)
+    assert whole[0] != parts[0]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -126,21 +103,15 @@ def test_a_killed_run_goes_on_to_the_same_end(discs, tmp_path, task) -> None:
     more = ("--save-every", "2", "--workers", "1", "--precision", "float32")
     start(tmp_path / "whole", discs, task, *more)
     run, draw = tmp_path / "run", random.Random(1)
+    words = command(run, *OPTIONS[task], *more, data=data_of(discs, task))
     for least in (0, 2, 4):
-        resume = ["--resume"] * (run / "config.yaml").exists()
-        words = command(run, *OPTIONS[task], *more, *resume, data=data_of(discs, task))
-        process = subprocess.Popen(
-            words, env=environment(1), stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        while process.poll() is None and not ((run / "config.yaml").exists() and step_of(run) >= least):
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.5)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+        def happened(least: int = least) -> bool:
+            return (run / "config.yaml").exists() and step_of(run) >= least
+
+        killed(run, words, happened, threads=1, later=draw.random() * 0.5)
     start(run, discs, task, *more, "--resume")
-    assert differing(state(run)[0], state(tmp_path / "whole")[0]) == []
-    assert values(run) == values(tmp_path / "whole")
+    assert_same_end(run, tmp_path / "whole")
 
 
 def test_normalisers_are_means_over_the_processes(tmp_path) -> None:
@@ -159,18 +130,13 @@ def test_normalisers_are_means_over_the_processes(tmp_path) -> None:
         "dist.barrier()\n"
         "dist.destroy_process_group()\n"
     )
-    words = [command(tmp_path)[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*words, str(script)], env=environment(1), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    output_of(python(str(script), processes=2), threads=1)
 
 
 def test_peak_memory_where_the_kernel_does_not_tell_it(monkeypatch) -> None:
     """The kernels of some sandboxes have no VmHWM in /proc/self/status."""
     own = peak_memory(torch.device("cpu"))
-    status = "".join(f"{line}\n" for line in ("Name: python", "VmRSS: 1 kB"))
-    monkeypatch.setattr(Path, "read_text", lambda *_: status)
+    monkeypatch.setattr(Path, "read_text", lambda *_: "Name: python\nVmRSS: 1 kB\n")
     other = peak_memory(torch.device("cpu"))
     assert other == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert other >= 0.9 * own

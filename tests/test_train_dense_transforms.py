@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.dense_data import box_of, paint
-from support.train import require_train
+from support.train import message_of, require_train
 
 require_train()
 
@@ -314,41 +314,38 @@ def test_colours_are_distorted_as_in_hsv() -> None:
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
+GOOD = {
+    DetectionTransform: {"sizes": (9,), "max_size": 9, "flip": 0.5},
+    SegmentationTransform: {"mean": MEAN, "std": STD},
+}
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("transform", "change", "message"),
     [
-        (lambda: DetectionTransform((), 9, 0.5), "sizes is (); allowed: at least one, each at least 1 pixel"),
+        (DetectionTransform, {"sizes": ()}, "sizes is (); allowed: at least one, each at least 1 pixel"),
+        (DetectionTransform, {"sizes": (0,)}, "sizes is (0,); allowed: at least one, each at least 1 pixel"),
+        (DetectionTransform, {"max_size": 0}, "max_size is 0; allowed: at least 1 pixel"),
+        (DetectionTransform, {"flip": 1.5}, "flip is 1.5; allowed: a probability, 0 to 1"),
+        (DetectionTransform, {"crop": 0}, "crop is 0; allowed: at least 1 pixel, or None"),
         (
-            lambda: DetectionTransform((0,), 9, 0.5),
-            "sizes is (0,); allowed: at least one, each at least 1 pixel",
-        ),
-        (lambda: DetectionTransform((9,), 0, 0.5), "max_size is 0; allowed: at least 1 pixel"),
-        (lambda: DetectionTransform((9,), 9, 1.5), "flip is 1.5; allowed: a probability, 0 to 1"),
-        (lambda: DetectionTransform((9,), 9, 0.5, 0), "crop is 0; allowed: at least 1 pixel, or None"),
-        (
-            lambda: SegmentationTransform(MEAN, STD, scale=(32, 64)),
+            SegmentationTransform,
+            {"scale": (32, 64)},
             "scale is (32, 64); allowed: the longer side, then the shorter, in pixels",
         ),
+        (SegmentationTransform, {"std": (1, 0, 1)}, "std is (1, 0, 1); allowed: three positive numbers"),
         (
-            lambda: SegmentationTransform(MEAN, (1, 0, 1)),
-            "std is (1, 0, 1); allowed: three positive numbers",
-        ),
-        (
-            lambda: SegmentationTransform(MEAN, STD, ratio=(2, 1)),
+            SegmentationTransform,
+            {"ratio": (2, 1)},
             "ratio is (2, 1); allowed: two positive numbers, the smaller first",
         ),
-        (lambda: SegmentationTransform(MEAN, STD, crop=0), "crop is 0; allowed: at least 1 pixel"),
-        (
-            lambda: SegmentationTransform(MEAN, STD, cat_max_ratio=0),
-            "cat_max_ratio is 0; allowed: above 0 and at most 1",
-        ),
-        (lambda: SegmentationTransform(MEAN, STD, flip=-1), "flip is -1; allowed: a probability, 0 to 1"),
+        (SegmentationTransform, {"crop": 0}, "crop is 0; allowed: at least 1 pixel"),
+        (SegmentationTransform, {"cat_max_ratio": 0}, "cat_max_ratio is 0; allowed: above 0 and at most 1"),
+        (SegmentationTransform, {"flip": -1}, "flip is -1; allowed: a probability, 0 to 1"),
     ],
 )
-def test_values_out_of_range(make, message) -> None:
-    with pytest.raises(RecipeError) as error:
-        make()
-    assert str(error.value) == message
+def test_values_out_of_range(transform, change, message) -> None:
+    assert message_of(RecipeError, transform, **GOOD[transform] | change) == message
 
 
 def test_targets_of_another_size() -> None:

@@ -1,18 +1,37 @@
-"""Several processes: the same run as one, resumed by another number of them, or ended together."""
+"""Several processes train as one, go on as another number of them, or end together; killed runs go on."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
-import sys
 import time
 
 import pytest
-from support.train import ALL_DRAWS, SMALL, command, environment, in_processes, losses, require_train, state
+from support.train import (
+    ALL_DRAWS,
+    ONE,
+    TWO,
+    assert_same_end,
+    command,
+    in_processes,
+    killed,
+    losses,
+    python,
+    require_train,
+    runs_until,
+    started,
+    state,
+    step_of,
+    train_words,
+)
 
 require_train()
 
+from safetensors import safe_open
+
 pytestmark = pytest.mark.long
-SOME = [*SMALL, *ALL_DRAWS, "--epochs", "2", "--cooldown-epochs", "0", "--warmup-epochs", "1"]  # 22 steps
+SOME = [*TWO, *ALL_DRAWS]  # 22 steps
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +43,9 @@ def one(tmp_path_factory):
 
 def assert_same_run(run, one) -> None:
     """Losses and weights within what rounding does to 22 steps of AdamW."""
-    pairs = list(zip(losses(run), losses(one), strict=True))
-    assert len(pairs) == 22
-    assert max(abs(a - b) for a, b in pairs) < 2e-3
-    assert abs(pairs[0][0] - pairs[0][1]) < 1e-6
+    assert len(losses(run)) == 22
+    assert losses(run) == pytest.approx(losses(one), rel=0, abs=2e-3)
+    assert losses(run)[0] == pytest.approx(losses(one)[0], rel=0, abs=1e-6)
     found, expected = state(run)[0], state(one)[0]
     assert found.keys() == expected.keys()
     for kind in ("model/", "ema/"):
@@ -39,15 +57,13 @@ def assert_same_run(run, one) -> None:
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path) -> None:
     """With SGD, whose steps show a gradient's scale."""
-    more = [*SMALL, "--epochs", "1", "--warmup-epochs", "0", "--optimizer", "sgd", "--lr", "0.05"]
-    more += ["--clip-grad", "5", "--precision", "float32"]
+    more = [*ONE, "--optimizer", "sgd", "--lr", "0.05", "--clip-grad", "5", "--precision", "float32"]
     in_processes(tmp_path / "one", *more, "--accumulate", "2", threads=1)
     for how in ([], ["--fsdp"]):
         run = tmp_path / f"two{len(how)}"
         in_processes(run, *more, *how, processes=2, threads=1)
-        pairs = list(zip(losses(run), losses(tmp_path / "one"), strict=True))
-        assert max(abs(a - b) for a, b in pairs) < 1e-4
-        assert pairs[0][0] - pairs[-1][0] > 0.1
+        assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=0, abs=1e-4)
+        assert losses(run)[0] - losses(run)[-1] > 0.1
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -58,33 +74,19 @@ def test_two_processes_on_half_batches_are_one_on_the_whole(one, tmp_path, how) 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_in_the_same_order(one, tmp_path, before, after) -> None:
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(run, *SOME, "--save-every", "7", processes=before),
-        env=environment(1),
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for(run / "checkpoints" / "step_00000014")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    in_processes(run, *SOME, "--save-every", "7", "--resume", processes=after, threads=1)
+    run, more = tmp_path / "run", [*SOME, "--save-every", "7"]
+    saved = (run / "checkpoints" / "step_00000014").exists
+    assert killed(run, command(run, *more, processes=before), saved, threads=1)
+    in_processes(run, *more, "--resume", processes=after, threads=1)
     assert_same_run(run, one)
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(run, *SOME, "--epochs", "200", processes=2),
-        env=environment(1),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(run / "checkpoints" / "step_00000011")
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    words = command(run, *SOME, "--epochs", "200", processes=2)
+    process = started(words, threads=1, stderr=subprocess.PIPE)
+    assert runs_until(process, (run / "checkpoints" / "step_00000011").exists)
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[-1]), signal.SIGKILL)
     began = time.monotonic()
     _, err = process.communicate(timeout=90)
@@ -94,26 +96,48 @@ def test_a_process_that_dies_ends_the_run(tmp_path) -> None:
 
 
 def test_two_agents_that_meet_train_as_one(one, tmp_path) -> None:
-    run, port = tmp_path / "run", free_port()
-    arguments = command(run, *SOME)[3:]  # without python -m poolformer_kernels
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run"]
-    launcher += ["-m", "poolformer_kernels", *arguments]
-    agents = [subprocess.Popen(launcher, env=environment(1), stderr=subprocess.DEVNULL) for _ in range(2)]
+    run = tmp_path / "run"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    words = python(*launcher, "-m", "poolformer_kernels", *train_words(run, *SOME))
+    agents = [started(words, threads=1) for _ in range(2)]
     assert [agent.wait(240) for agent in agents] == [0, 0]
     assert_same_run(run, one)
 
 
-def wait_for(path, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.02)
+# ---- kill -9 -----------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    import socket
+def best(run) -> tuple[dict, dict]:
+    """(tensors as bytes, notes) of best.safetensors, whose header has them in any order."""
+    with safe_open(run / "best.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+
+def writes_checkpoint(run) -> bool:
+    """Whether a checkpoint is half written."""
+    return any(path.name.endswith(".part") for path in (run / "checkpoints").glob(".step_*"))
+
+
+def test_killed_at_random_steps_and_while_a_checkpoint_is_written(tmp_path) -> None:
+    """In the end it is bitwise the run that was never killed."""
+    run, whole, draw = tmp_path / "run", tmp_path / "whole", random.Random(0)
+    more = [*SOME, "--epochs", "3", "--save-every", "4", "--accumulate", "2"]  # 33 steps
+    more += ["--workers", "1", "--precision", "bfloat16"]
+    in_processes(whole, *more)
+    words = command(run, *more)
+    assert killed(run, words, (run / "config.yaml").exists)  # before the first checkpoint
+    assert killed(run, words, lambda: step_of(run) >= draw.randrange(3, 6))
+    for _ in range(4):  # a write may just have ended
+        assert killed(run, words, lambda: step_of(run) >= 9 and writes_checkpoint(run))
+        if writes_checkpoint(run):
+            break
+    assert writes_checkpoint(run)  # half of it is there
+    assert killed(run, words, lambda: step_of(run) >= draw.randrange(20, 30))
+    in_processes(run, *more, "--resume")
+    assert_same_end(run, whole)
+    assert state(run)[1]["scaler"] == state(whole)[1]["scaler"]
+    assert best(run) == best(whole)

@@ -1,6 +1,7 @@
 """Data sets in COCO's and ADE20K's layouts, made here: discs of one colour each on black."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,4 +99,12 @@ def make_coco(root: Path, year: str = "") -> Path:
     for split in ("train", "val"):
         image, annotations, pixels = scene()
         write_coco(root, split, content([image], annotations), {"a.png": pixels}, year)
+    return root
+
+
+def edit_coco(root: Path, change: Callable[[dict], object], split: str = "train") -> Path:
+    """Changes a split's JSON file in place, or puts what ``change`` returns there; the root."""
+    file = root / "annotations" / f"instances_{split}.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(change(found) or found))
     return root

@@ -1,29 +1,31 @@
 """Runs of `poolformer-kernels train` in this process and in others, on images made here."""
 
+import csv
+import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from poolformer_kernels.cli.main import main
 from support.peers import require
 
-ALL_DRAWS = [
-    *(
-        "--mixup",
-        "0.8",
-        "--cutmix",
-        "1",
-        "--auto-augment",
-        "rand-m9-mstd0.5-inc1",
-        "--random-erasing",
-        "0.25",
-    ),
-    *("--hflip", "0.5", "--drop-path", "0.3", "--ema", "0.9"),
-]
-SMALL = ["--batch-size", "128", "--log-every", "1", "--workers", "0"]  # 11 steps an epoch
+ALL_DRAWS = shlex.split(
+    "--mixup 0.8 --cutmix 1 --auto-augment rand-m9-mstd0.5-inc1 --random-erasing 0.25"
+    " --hflip 0.5 --drop-path 0.3 --ema 0.9"
+)
+SMALL = shlex.split("--batch-size 128 --log-every 1 --workers 0")  # 11 steps an epoch
+ONE = [*SMALL, *shlex.split("--epochs 1 --cooldown-epochs 0 --warmup-epochs 0")]
+TWO = [*SMALL, *shlex.split("--epochs 2 --cooldown-epochs 0 --warmup-epochs 1")]
+TIMES = ("images_per_second", "memory_mb", "val_images_per_second")  # columns that differ from run to run
 
 
 def require_train() -> None:
@@ -32,19 +34,61 @@ def require_train() -> None:
         require(package)
 
 
-def train(run: Path, *options: str, data: str = "sample:digits") -> int:
-    """`poolformer-kernels train` in this process; its exit code."""
-    from poolformer_kernels.cli.main import main
-
-    return main(["train", data, "--out", str(run), "--device", "cpu", *options])
+# ---- commands in this process ------------------------------------------------------------------------------
 
 
-def command(run: Path, *options: str, data: str = "sample:digits", processes: int = 1) -> list[str]:
-    """The command of a run in processes of its own."""
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launcher, "poolformer_kernels", "train", data, "--out", str(run), "--device", "cpu", *options]
+def train_words(run: Path, *options: str, data: str | Path = "sample:digits") -> list[str]:
+    """What `poolformer-kernels` is called with to train."""
+    return ["train", str(data), "--out", str(run), "--device", "cpu", *options]
+
+
+def validate_words(weights: Path, data: str | Path = "sample:digits") -> list[str]:
+    """What it is called with to score weights."""
+    return ["validate", str(data), "--checkpoint", str(weights), "--device", "cpu"]
+
+
+def train(run: Path, *options: str, data: str | Path = "sample:digits") -> int:
+    """A run; its exit code."""
+    return main(train_words(run, *options, data=data))
+
+
+def scores_of(capsys: pytest.CaptureFixture, *words: str) -> dict:
+    """What `validate --json` prints."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
+    """The one line on stderr of a command that is refused."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("poolformer-kernels: error: ")
+    return err.removeprefix("poolformer-kernels: error: ").strip()
+
+
+def message_of(error: type[Exception], call: Callable, *arguments: object, **options: object) -> str:
+    """The one line of the error that a call ends with."""
+    with pytest.raises(error) as found:
+        call(*arguments, **options)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+# ---- commands in processes of their own --------------------------------------------------------------------
+
+
+def python(*words: str, processes: int = 1) -> list[str]:
+    """The command that starts Python, or several processes of it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), *words]
+
+
+def command(run: Path, *options: str, data: str | Path = "sample:digits", processes: int = 1) -> list[str]:
+    """The command of a run."""
+    return python("-m", "poolformer_kernels", *train_words(run, *options, data=data), processes=processes)
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
@@ -55,16 +99,85 @@ def environment(threads: int | None = None) -> dict[str, str]:
     }
 
 
-def in_processes(run: Path, *options: str, processes: int = 1, threads: int | None = None, **more) -> None:
-    """The same, to its end, which must be a good one."""
-    done = subprocess.run(
-        command(run, *options, processes=processes, **more),
-        env=environment(threads),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def output_of(words: list[str], threads: int | None = None) -> str:
+    """What a command prints until its end, which must be a good one."""
+    done = subprocess.run(words, env=environment(threads), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def in_processes(run: Path, *options: str, threads: int | None = None, **more) -> None:
+    """A run to its end."""
+    output_of(command(run, *options, **more), threads)
+
+
+def started(
+    words: list[str], threads: int | None = None, stderr: int = subprocess.DEVNULL
+) -> subprocess.Popen:
+    """A command in a session of its own, so that a signal reaches all its processes."""
+    return subprocess.Popen(words, env=environment(threads), stderr=stderr, text=True, start_new_session=True)
+
+
+def runs_until(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
+    """Waits for something, or for the process's end; whether the process still runs."""
+    end = time.monotonic() + 240
+    while process.poll() is None and not happened():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.0005)
+    return process.poll() is None
+
+
+def killed(
+    run: Path, words: list[str], happened: Callable[[], bool], threads: int | None = None, later: float = 0.0
+) -> bool:
+    """Starts a run, or resumes it, and kills it (`kill -9`) some seconds after something has happened.
+
+    Whether it still ran then.
+    """
+    process = started([*words, *["--resume"] * (run / "config.yaml").exists()], threads)
+    runs_until(process, happened)
+    time.sleep(later)
+    running = process.poll() is None
+    if running:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return running
+
+
+# ---- what a run leaves -------------------------------------------------------------------------------------
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """Those of metrics.csv."""
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def values(run: Path) -> list[dict[str, str]]:
+    """The same without times."""
+    return [{name: cell for name, cell in row.items() if name not in TIMES} for row in rows(run)]
+
+
+def losses(run: Path) -> list[float]:
+    from poolformer_kernels.train.report import Metrics
+
+    return [row["train_loss"] for row in Metrics.read(run)]
+
+
+def step_of(run: Path) -> int:
+    """The last step in metrics.csv, which may be just being written."""
+    try:
+        return int(rows(run)[-1]["step"])
+    except (IndexError, OSError, ValueError):
+        return 0
+
+
+def notes_of(run: Path) -> dict:
+    """What best.safetensors says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(run / "best.safetensors", "pt") as file:
+        return json.loads(file.metadata()["poolformer_kernels"])
 
 
 def state(run: Path) -> tuple[dict, dict]:
@@ -82,10 +195,10 @@ def differing(a: dict, b: dict) -> list[str]:
     return sorted((a.keys() | b.keys()) - same)
 
 
-def losses(run: Path) -> list[float]:
-    from poolformer_kernels.train.report import Metrics
-
-    return [row["train_loss"] for row in Metrics.read(run)]
+def assert_same_end(run: Path, whole: Path) -> None:
+    """Bitwise the same weights, moments, averages and metrics."""
+    assert differing(state(run)[0], state(whole)[0]) == []
+    assert values(run) == values(whole)
 
 
 def make_folder(

@@ -1,27 +1,26 @@
 """Runs of the dense tasks: small pictures of discs, options that take seconds, and few regions."""
 
-import csv
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from poolformer_kernels.cli.main import main
 from support.dense_data import CATEGORIES, coco_annotation, disc, paint, write_coco
-from support.train import train
+from support.train import train_words
 
 TASKS = ("detection", "instance", "segmentation")
 SIDE = 64
-_DRAWS = ["--ema", "0.9", "--drop-path", "0.3", "--lr", "1e-3", "--clip-grad", "10", "--seed", "3"]
-_SHARED = [*_DRAWS, "--batch-size", "2", "--workers", "0", "--log-every", "1"]
-_BOXES = ["--min-size", "48", "64", "--max-size", "64", "--epochs", "2", "--warmup-steps", "2", *_SHARED]
+_SHARED = (
+    "--ema 0.9 --drop-path 0.3 --lr 1e-3 --clip-grad 10 --seed 3 --batch-size 2 --workers 0 --log-every 1"
+)
+_BOXES = f"--min-size 48 64 --max-size 64 --epochs 2 --warmup-steps 2 {_SHARED}"
+_MAPS = f"--scale 64 64 --crop 64 --zero-label class --iterations 7 --validate-every 4 {_SHARED}"
 OPTIONS = {  # six training images: three steps an epoch
-    "detection": ["--task", "detection", "--model", "retinanet_poolformer_digits", *_BOXES],
-    "instance": ["--task", "instance", "--model", "mask_rcnn_poolformer_digits", *_BOXES],
-    "segmentation": [
-        *("--task", "segmentation", "--model", "semantic_fpn_poolformer_digits", "--iterations", "7"),
-        *("--scale", "64", "64", "--crop", "64", "--zero-label", "class", "--validate-every", "4"),
-        *_SHARED,
-    ],
+    "detection": shlex.split(f"--task detection --model retinanet_poolformer_digits {_BOXES}"),
+    "instance": shlex.split(f"--task instance --model mask_rcnn_poolformer_digits {_BOXES}"),
+    "segmentation": shlex.split(f"--task segmentation --model semantic_fpn_poolformer_digits {_MAPS}"),
 }
 STEPS = {"detection": 6, "instance": 6, "segmentation": 7}
 VALIDATED = {"detection": [3, 6], "instance": [3, 6], "segmentation": [4, 7]}
@@ -30,7 +29,7 @@ SCORE = {"detection": "AP", "instance": "mask_AP", "segmentation": "mIoU"}
 
 def _masks(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
     masks = [disc(height, width, *rng.integers(14, min(height, width) - 14, 2), 12) for _ in range(count)]
-    return np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    return np.array(masks, np.uint8).reshape(count, height, width)
 
 
 def make_discs(
@@ -71,22 +70,14 @@ def data_of(root: Path, task: str) -> str:
     return str(root / ("maps" if task == "segmentation" else "coco"))
 
 
+def task_words(run: Path, root: Path, task: str, *more: str) -> list[str]:
+    """Those of `poolformer-kernels` for a run on ``make_discs``."""
+    return train_words(run, *OPTIONS[task], *more, data=data_of(root, task))
+
+
 def run_task(run: Path, root: Path, task: str, *more: str) -> int:
     """A run in this process; its exit code."""
-    return train(run, *OPTIONS[task], *more, data=data_of(root, task))
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-TIMES = ("images_per_second", "memory_mb", "val_images_per_second")
-
-
-def values(run: Path) -> list[dict[str, str]]:
-    """metrics.csv without what differs from run to run."""
-    return [{name: cell for name, cell in row.items() if name not in TIMES} for row in rows(run)]
+    return main(task_words(run, root, task, *more))
 
 
 def few_regions(patch: pytest.MonkeyPatch) -> None:
