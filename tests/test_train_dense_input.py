@@ -46,10 +46,6 @@ def task_of(discs, name: str, **changes):
     return cls(recipe, cls.open(data_of(discs, name), recipe), ONE)
 
 
-def error_of(capsys, discs, task: str, *more: str, run) -> str:
-    return refused(capsys, *task_words(run, discs, task, *more))
-
-
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 
@@ -64,16 +60,14 @@ def test_a_classifiers_weights_go_into_the_backbone(discs, tmp_path, task) -> No
     torch.manual_seed(5)
     given = PoolFormer(DIGITS, num_classes=10).state_dict()
     model = task_of(discs, task, checkpoint=saved(tmp_path, given)).build()
-    own = model.backbone.body.state_dict()
-    blocks = [name for name in given if name.startswith(("patch_embed", "network"))]
+    blocks = {name: t for name, t in given.items() if name.startswith(("patch_embed", "network"))}
     assert len(blocks) > 20
-    assert all(own[name].equal(given[name]) for name in blocks)
-    norms = {name: t for name, t in own.items() if name not in given}
+    norms = {name: t for name, t in model.backbone.body.state_dict().items() if name not in given}
     assert len(norms) == (6 if task == "detection" else 8)
     assert all(bool((t == (1 if name.endswith("weight") else 0)).all()) for name, t in norms.items())
-    fresh = task_of(discs, task).build().state_dict()
-    others = [name for name in fresh if not name.startswith("backbone.body.")]
-    assert all(model.state_dict()[name].equal(fresh[name]) for name in others)  # the seed's
+    fresh = task_of(discs, task).build().state_dict()  # the others are the seed's
+    expected = fresh | {f"backbone.body.{name}": t for name, t in blocks.items()}
+    assert differing(model.state_dict(), expected) == []
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -98,23 +92,20 @@ def test_another_kind_of_model_gives_its_backbone(discs, tmp_path) -> None:
 
 
 def test_other_checkpoints_are_one_line(discs, tmp_path, capsys) -> None:
-    other = tmp_path / "other.pth"
-    torch.save({"a.weight": torch.zeros(3)}, other)
-    text = tmp_path / "text.pth"
+    run, text = tmp_path / "run", tmp_path / "text.pth"
     text.write_text("no weights")
-    for file in (other, text, tmp_path / "missing.pth"):
-        found = error_of(capsys, discs, "detection", "--checkpoint", str(file), run=tmp_path / "run")
-        assert str(file) in found
-    assert not (tmp_path / "run").exists()
+    for file in (saved(tmp_path, {"a.weight": torch.zeros(3)}), str(text), str(tmp_path / "missing.pth")):
+        assert file in refused(capsys, *task_words(run, discs, "detection", "--checkpoint", file))
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("backbone", ["metaformer_pppa_s12_224", "metaformer_pppf_s12_224"])
 def test_a_backbone_for_images_of_one_size_is_one_line(discs, tmp_path, capsys, backbone) -> None:
-    more = ("--model", f"retinanet_{backbone}")
-    found = error_of(capsys, discs, "detection", *more, run=tmp_path / "run")
-    assert found.startswith(f"model is retinanet_{backbone}, whose ")
+    run, model = tmp_path / "run", f"retinanet_{backbone}"
+    found = refused(capsys, *task_words(run, discs, "detection", "--model", model))
+    assert found.startswith(f"model is {model}, whose ")
     assert "was made for images of 224 pixels; allowed: backbones for images of any size" in found
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 # ---- precision ---------------------------------------------------------------------------------------------
@@ -207,13 +198,12 @@ def test_bad_images_fail_or_are_skipped(tmp_path, capsys, task, split) -> None:
 
 def test_data_without_a_usable_picture_is_one_line(tmp_path, capsys) -> None:
     discs = make_discs(tmp_path / "discs", images=1, validation=1)
-    found = error_of(capsys, discs, "detection", run=tmp_path / "run")
-    assert found.endswith("coco has 1 images; batch_size is 2")
+    words = task_words(tmp_path / "run", discs, "detection")
+    assert refused(capsys, *words).endswith("coco has 1 images; batch_size is 2")
     bad = coco_annotation(1, 99, 4, disc(64, 64, 30, 30, 9))
     image = {"id": 1, "file_name": "0.png", "height": 64, "width": 64}
     write_coco(discs / "coco", "train", {"images": [image], "annotations": [bad], "categories": []}, {})
-    found = error_of(capsys, discs, "detection", run=tmp_path / "run")
-    assert "instances_train.json" in found
+    assert "instances_train.json" in refused(capsys, *words)
 
 
 # ---- not finite --------------------------------------------------------------------------------------------
