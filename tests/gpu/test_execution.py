@@ -127,7 +127,8 @@ def test_graph_replay_with_changed_input(shape, hidden, layout, save_hidden) -> 
     [
         ("pool_mixer", "test_pool_sizes or test_returned_statistics or (test_layouts and offset)"),
         ("mlp", "test_another_width or test_layouts_of_weights or (test_layouts and offset)"),
-        ("mlp_autograd", "test_hidden_saved and bfloat16"),
+        ("mlp_backward", "test_hidden_saved and bfloat16"),
+        ("both", "test_layouts and offset"),
     ],
 )
 def test_without_the_caching_allocator(file, tests, backend) -> None:

@@ -2,7 +2,7 @@
 
 Record while tests run, into a folder, where every process adds a file of its own::
 
-    POOLFORMER_TEST_CASES=/tmp/before python -m pytest tests/test_mlp.py tests/test_triton_interpreter.py
+    POOLFORMER_TEST_CASES=/tmp/before python -m pytest tests/contract tests/test_contract.py
 
 Compare two folders: for each operator, direction and target the numbers of cases, and what is lost of the
 values of each field and of their pairs with x's dtype. The exit code is 1 if something is::
