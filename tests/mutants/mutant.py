@@ -24,6 +24,13 @@ class Mutant:
     only: str = ""  # pytest's -k, with which fewer tests of the selection find it sooner
 
 
+def mutants_of(target: str, operator: str, files: dict[str, list[tuple[str, ...]]]) -> tuple[Mutant, ...]:
+    """Those of one operator. Of each file: (what is wrong, the original, the mutated, perhaps `only`)."""
+    return tuple(
+        Mutant(name, target, operator, file, *how) for file, own in files.items() for name, *how in own
+    )
+
+
 def replaced(text: str, mutant: Mutant) -> str:
     """The text with the mistake."""
     count = text.count(mutant.original)
