@@ -7,16 +7,15 @@ import importlib.util
 import os
 import platform
 import re
-import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from support import variants
 from support.peers import require_backend
-from support.variants import compiler
 
 from poolformer_kernels.backends import cpp
 
@@ -30,15 +29,8 @@ NEIGHBOUR = 1e-2
 ROUNDED, SUMMED = 1e-3, 2e-4
 EQUAL = ("t", "db2")  # no products
 ARRAYS = ("y", "saved", "token_moments", "e", "g_p", "x_dh", "db1", "t", "drop_terms", "dw1", "dw2", "db2")
-ARRAYS += (
-    "dgamma",
-    "dbeta",
-    "dscale",
-    "y_of_few",
-    "token_moments_of_few",
-    "y_of_rows",
-    "token_moments_of_rows",
-)
+ARRAYS += ("dgamma", "dbeta", "dscale")
+ARRAYS += tuple(f"{array}_of_{what}" for what in ("few", "rows") for array in ("y", "token_moments"))
 CONVOLVED = {("bfloat16", "embedded"), ("bfloat16", "embedded_moments")}
 # The backward with tokens as rows, against double precision: what rounding of operands leaves, in L2 norms.
 # A gelu that is off by the 0.28 % which its results lose when they are cut is out of these bounds.
@@ -46,11 +38,7 @@ ROWS = {"dx": 4e-3, "dw1": 4.5e-3, "db1": 2.6e-3, "dw2": 3.3e-3, "db2": 1e-6}
 ROWS |= {"dgamma": 5e-3, "dbeta": 2.7e-3, "dscale": 2e-3}
 
 
-def run(command: list[str]) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
-    return done.stdout
+run = partial(variants.run, cwd=ROOT, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +48,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     if "avx512_bf16" not in cpp.build_info()["isa_supported"]:
         pytest.skip("this machine or this build has no avx512_bf16")
     folder = tmp_path_factory.mktemp("amx")
-    command, flags = compiler()
+    command, flags = variants.compiler()
     if shutil.which(command[0]) is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no C++ compiler: {command[0]}")
     cxx = [*command, *flags]

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from support.graphs import SaysCuda
-from support.peers import randomise
+from support.graphs import SaysCuda, eager, tiny_poolformer
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels import graphs
 from poolformer_kernels.graphs import GraphedModel, graphed
-from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
 
 
 class Net(nn.Module):
@@ -24,11 +22,6 @@ class Net(nn.Module):
         self.calls += 1
         y = self.conv(x)
         return [y, y.relu().mean((2, 3))]
-
-
-def eager(model, x):
-    with torch.inference_mode():
-        return model(x)
 
 
 def test_replays_on_a_copy_of_each_input_into_the_same_memory(stand_in):
@@ -71,14 +64,7 @@ def test_keeps_the_strides_of_the_example_and_sees_parameters_updated_in_place(s
 
 
 def test_a_poolformer(stand_in):
-    """In float64, where stale memory shows and the order of a sum does not.
-
-    The bits of a matrix product depend on where its operands lie: MKL's float32 sums of 32 numbers change by
-    1e-6 when a matrix moves from a multiple of 16 bytes, and replays have buffers of their own.
-    """
-    torch.manual_seed(0)
-    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
-    model = randomise(PoolFormer(config, num_classes=10)).eval().double()
+    model = tiny_poolformer(num_classes=10).eval()
     inputs = torch.randn(3, 2, 3, 32, 32, dtype=torch.float64)
     with pk.use_backend("reference"):
         g = GraphedModel(model, inputs[0])

@@ -8,14 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Net, SaysCuda, adamw
-from support.peers import randomise
+from support.graphs import Net, SaysCuda, adamw, tiny_poolformer
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels import graphs
 from poolformer_kernels.graphs import GraphedStep, graphed_step
-from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
 
 OPTIMIZERS = {
     "AdamW": {"amsgrad": True},
@@ -123,10 +121,7 @@ def test_an_optimizer_that_has_made_steps(stand_in):
 
 
 def test_a_poolformer_with_stochastic_depth(stand_in):
-    """In float64, for the reason that test_graphed.py has."""
-    torch.manual_seed(0)
-    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
-    model = randomise(PoolFormer(config, num_classes=4, drop_path_rate=0.5)).double().train()
+    model = tiny_poolformer(num_classes=4, drop_path_rate=0.5).train()
     with pk.use_backend("reference"):
         shape = (4, 3, 32, 32)
         other, optimizer = copy.deepcopy(model), adamw(model)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.layouts import as_layout
-from support.mlp import make_inputs
+from support.operators import MLP, SubBlock
 from support.problems import HALVES, randn
 from support.rule import assert_same
 from torch import Tensor, nn
@@ -23,17 +23,8 @@ B, C, H, W, HIDDEN = 2, 32, 5, 7, 96
 ROUNDS = 3
 
 
-class SubBlock(nn.Module):
-    """The MLP sub-block, its parameters under the names of the operator's arguments."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        super().__init__()
-        for name, t in make_inputs((B, C, H, W), HIDDEN, dtype, seed=seed).items():
-            if name not in ("x", "drop_scale"):
-                self.register_parameter(name, nn.Parameter(t))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, **dict(self.named_parameters()), residual=True)
+def block_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> SubBlock:
+    return SubBlock(MLP, (B, C, H, W), HIDDEN, dtype, seed=seed)
 
 
 def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +42,7 @@ def step_of(block: SubBlock, x: Tensor) -> dict[str, Tensor]:
 
 def fresh(block: SubBlock) -> SubBlock:
     """A block of the same values in memory of its own, none of which a call has read before."""
-    other = SubBlock(block.w1.dtype)
+    other = block_of(block.w1.dtype)
     for name, p in block.named_parameters():
         storage = torch.empty(p.numel() + 64, dtype=p.dtype)[64:].view(p.shape)
         setattr(other, name, nn.Parameter(storage.copy_(p.detach())))
@@ -108,7 +99,7 @@ def test_optimiser_steps(backend, optimiser, dtype, autocast, mode):
 
     The half weights that autocast makes are new tensors in each step, often at the same address.
     """
-    block, x = SubBlock(dtype), x_of(dtype)
+    block, x = block_of(dtype), x_of(dtype)
     optimiser = OPTIMISERS[optimiser](block.parameters())
     last = values_of(block, x, mode)
     for _ in range(ROUNDS):
@@ -142,7 +133,7 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 def test_writes(backend, write, dtype, mode):
     """Also those that PyTorch does not count in the tensor's version: .data, and memory that others share."""
-    block, x = SubBlock(dtype), x_of(dtype)
+    block, x = block_of(dtype), x_of(dtype)
     last = values_of(block, x, mode)
     for p in block.parameters():
         WRITES[write](p)
@@ -152,7 +143,7 @@ def test_writes(backend, write, dtype, mode):
 def test_writes_inside_inference_mode(backend):
     """Tensors of inference mode have no version counter."""
     with torch.inference_mode():
-        block, x = SubBlock(), x_of()
+        block, x = block_of(), x_of()
         assert block.w1.is_inference()
         last = {"y": block(x).clone()}
         for p in block.parameters():
@@ -162,7 +153,7 @@ def test_writes_inside_inference_mode(backend):
 
 def test_writes_through_a_view_of_all_parameters(backend, mode):
     """Sharded training keeps every parameter as a view of one flat tensor and writes that."""
-    block, x = SubBlock(), x_of()
+    block, x = block_of(), x_of()
     flat = torch.cat([p.detach().flatten() for p in block.parameters()])
     at = 0
     for p in block.parameters():
@@ -180,16 +171,16 @@ def test_writes_through_a_view_of_all_parameters(backend, mode):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_load_state_dict(backend, dtype, assign, mode):
-    block, x = SubBlock(dtype), x_of(dtype)
+    block, x = block_of(dtype), x_of(dtype)
     last = values_of(block, x, mode)
     for seed in range(1, ROUNDS + 1):
-        block.load_state_dict(SubBlock(dtype, seed=10 * seed).state_dict(), assign=assign)
+        block.load_state_dict(block_of(dtype, seed=10 * seed).state_dict(), assign=assign)
         last = assert_follows(block, x, mode, last)
 
 
 def test_conversions(backend, mode):
     """.to(dtype) there and back, and another memory format, on the module that was used before."""
-    block = SubBlock()
+    block = block_of()
     last = values_of(block, x_of(), mode)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
         block.to(dtype)
@@ -200,11 +191,11 @@ def test_conversions(backend, mode):
 
 def test_copies_are_independent(backend, mode):
     """copy.deepcopy, torch.save and load: a copy computes as its original, until either is written."""
-    block, x = SubBlock(), x_of()
+    block, x = block_of(), x_of()
     first = values_of(block, x, mode)
     file = io.BytesIO()
     torch.save(block.state_dict(), file)
-    loaded = SubBlock(seed=50)
+    loaded = block_of(seed=50)
     loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
     for other in (copy.deepcopy(block), loaded):
         assert_same(values_of(other, x, mode), first)
@@ -221,9 +212,9 @@ def test_new_parameters_at_an_old_address(backend, dtype, mode):
     The memory is NumPy's: an allocator may keep what was freed, as that of a sanitizer does.
     """
     x, last = x_of(dtype), None
-    memory = {name: np.empty(p.nbytes, np.uint8) for name, p in SubBlock(dtype).named_parameters()}
+    memory = {name: np.empty(p.nbytes, np.uint8) for name, p in block_of(dtype).named_parameters()}
     for seed in range(12):
-        block = SubBlock(dtype, seed=10 * seed)
+        block = block_of(dtype, seed=10 * seed)
         for name, p in list(block.named_parameters()):
             anew = torch.from_numpy(memory[name]).view(p.dtype).view(p.shape).copy_(p.detach())
             setattr(block, name, nn.Parameter(anew))
@@ -237,18 +228,18 @@ def test_new_parameters_at_an_old_address(backend, dtype, mode):
 
 def test_another_tensor_around_the_same_memory(backend, mode):
     """One storage, written and wrapped anew: neither the address nor the version tells the weights apart."""
-    block, x = SubBlock(), x_of()
+    block, x = block_of(), x_of()
     memory = torch.empty_like(block.w1)
     last = values_of(block, x, mode)
     for seed in range(1, ROUNDS + 1):
-        memory.data.copy_(SubBlock(seed=10 * seed).w1.detach())
+        memory.data.copy_(block_of(seed=10 * seed).w1.detach())
         block.w1 = nn.Parameter(memory.view(HIDDEN, C, 1, 1).data)
         last = assert_follows(block, x, mode, last)
 
 
 def test_weights_swapped(backend, mode):
     """Two blocks exchange their weights; and the shapes that share memory are told apart."""
-    one, two, x = SubBlock(), SubBlock(seed=10), x_of()
+    one, two, x = block_of(), block_of(seed=10), x_of()
     first, second = values_of(one, x, mode), values_of(two, x, mode)
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         p.data, q.data = q.data, p.data

@@ -4,13 +4,14 @@ The backward's way is for matrix units and bfloat16 products; test_amx has it on
 are in contract/mlp_backward.py. The forward's in floats is for AVX-512; other levels take the usual way.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from support.layouts import as_layout
-from support.mlp import NAMES, make_grad, make_inputs
-from support.problems import Tensors
-from support.rule import assert_same, run
-from torch import Tensor
+from contract import mlp_backward
+from contract.targets import CPP
+from support.mlp import NAMES
+from support.rule import assert_same
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.ops import mlp
@@ -18,17 +19,7 @@ from poolformer_kernels.ops import mlp
 BF16 = torch.bfloat16
 
 
-def gradients(inputs: Tensors, grad: Tensor, frozen: tuple[str, ...] = ("drop_scale",)) -> Tensors:
-    found = run(mlp, inputs, grad, frozen=frozen, residual=True)
-    del found["y"]
-    return found
-
-
-def rows(shape: tuple[int, ...], hidden: int, dtype: torch.dtype, **options) -> tuple[Tensors, Tensor]:
-    """The inputs and a gradient."""
-    inputs = make_inputs(shape, hidden, dtype, **options)
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
-    return inputs, as_layout(make_grad(inputs), "channels_last")
+gradients, rows = (partial(function, CPP) for function in (mlp_backward.gradients, mlp_backward.rows))
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, BF16])

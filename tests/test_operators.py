@@ -4,17 +4,18 @@ What they promise on every target is in `contract`.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.derivatives import TRANSFORMS
 from support.layouts import LAYOUTS, as_layout
-from support.mlp import PLAIN, eager, truth, ulps_of
+from support.mlp import FORMS, PLAIN, assert_rule, eager, truth, under_autocast
 from support.operators import MLP, POOL_MIXER, Operator
 from support.pool_mixer import assert_right, mixer_with_stats
-from support.problems import HALVES, Tensors, tiled_stats
-from support.rule import Truth, assert_close_to_fp64, assert_same, run
+from support.problems import HALVES, tiled_stats
+from support.rule import assert_same, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import poolformer_kernels as pk
@@ -112,20 +113,8 @@ def plain_eager(x, w1, b1, w2, b2, **options) -> torch.Tensor:
         n = F.group_norm(x, 1, parameters["norm_weight"], parameters["norm_bias"])
     m = F.conv2d(F.gelu(F.conv2d(n, w1, b1)), w2, b2)
     m = m * parameters["layer_scale"][:, None, None] if "layer_scale" in parameters else m
+    m = m * parameters["drop_scale"][:, None, None, None] if "drop_scale" in parameters else m
     return x + m if parameters.get("residual") else m
-
-
-FORMS = {  # parameters, residual
-    "plain": (PLAIN, False),
-    "norm": (("b1", "b2", "norm_weight", "norm_bias"), False),
-    "residual": (("b1", "b2", "norm_weight", "norm_bias", "layer_scale"), True),
-}
-
-
-def assert_as_good(ours: Tensors, theirs: Tensors, right: Truth, half: torch.dtype) -> None:
-    for name, value in ours.items():
-        exact, scale, ulps = right.values[name], right.scales[name], ulps_of(value.dtype, half)
-        assert_close_to_fp64(value, theirs[name], exact, scale=scale, what=name, ulps=ulps)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -139,18 +128,11 @@ def test_cpu_autocast_of_the_mlp_as_eager(backend, half, form, layout):
     with torch.autocast("cpu", half):
         assert plain_eager(**inputs, residual=residual).dtype == (F32 if residual else half)
     grad = grad if residual else grad.to(half)
-
-    def under_autocast(function):
-        def call(**tensors):
-            with torch.autocast("cpu", half):
-                return function(**tensors, residual=residual)
-
-        return call
-
-    theirs = run(under_autocast(plain_eager), inputs, grad)
-    ours = run(under_autocast(mlp), {**inputs, "x": as_layout(inputs["x"], layout)}, grad)
+    autocast = partial(under_autocast, device="cpu", half=half, residual=residual)
+    theirs = run(autocast(plain_eager), inputs, grad)
+    ours = run(autocast(mlp), {**inputs, "x": as_layout(inputs["x"], layout)}, grad)
     assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
-    assert_as_good(ours, theirs, truth(inputs, grad, residual=residual), half)
+    assert_rule(ours, theirs, truth(inputs, grad, residual=residual), half)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -165,7 +147,7 @@ def test_cpu_autocast_of_a_half_x(backend, half, form):
         ours = run(mlp, inputs, grad, residual=residual)
     assert {name for name, t in ours.items() if t.dtype == half} == {"y", "dx"}
     theirs, right = run(eager, inputs, grad, residual=residual), truth(inputs, grad, residual=residual)
-    assert_as_good(ours, theirs, right, half)
+    assert_rule(ours, theirs, right, half)
 
 
 @pytest.mark.parametrize(("x_dtype", "half"), [HALVES, HALVES[::-1]], ids=str)

@@ -1,13 +1,12 @@
 """Both operators under torch.library.opcheck, FakeTensorMode, torch.compile and torch.export."""
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
 from support.layouts import LAYOUTS, as_layout
 from support.mlp import PLAIN
-from support.operators import EVERY, MLP, POOL_MIXER, Operator
+from support.operators import EVERY, MLP, POOL_MIXER, Operator, SubBlock
 from support.peers import relative_error
 from support.problems import HALVES, Tensors, tiled_stats
 from support.processes import python
@@ -20,17 +19,10 @@ from poolformer_kernels.ops import dispatch, mlp
 from poolformer_kernels.ops.mlp import mlp_with_stats
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = [pytest.mark.sampled(3), pytest.mark.usefixtures("fresh_dynamo")]
 
 FORMATS = ("nchw", "channels_last")
 SHAPE = (3, 5, 6, 7)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def problem(
@@ -41,12 +33,6 @@ def problem(
 
 
 # ---- the CPU's registered operators ------------------------------------------------------------------------
-
-
-def registered(operator: Operator) -> tuple:
-    """The operators of the forward and of the backward."""
-    found = torch.ops.poolformer_kernels
-    return tuple(getattr(found, f"{operator}_cpp{part}").default for part in ("", "_backward"))
 
 
 def flag_of(operator: Operator, flag: bool) -> dict[str, bool]:
@@ -60,7 +46,7 @@ def backward_arguments(
     own = {name: option for name, option in options.items() if name != "wanted"}
     saved = {"save_hidden": True} if save_hidden else {}
     arguments = operator.problem.forward_arguments(inputs, **own, **saved)
-    _, mean_rstd, _, *hidden = registered(operator)[0](*arguments)
+    _, mean_rstd, _, *hidden = operator.registered("cpp")[0](*arguments)
     grad = as_layout(operator.grad(inputs), layout)
     kept = hidden if save_hidden else []
     return operator.problem.backward_arguments(grad, inputs, mean_rstd, *kept, **options)
@@ -82,14 +68,14 @@ def test_opcheck_forward(kernels, grad, flag, return_stats, stats, operator):
     given, options = tiled_stats(inputs["x"], 2) if stats else None, flag_of(operator, flag)
     arguments = operator.problem.forward_arguments(inputs, given, return_stats=return_stats, **options)
     arguments = require_grad(arguments, len(operator.names) if grad else 0)
-    torch.library.opcheck(registered(operator)[0], arguments)
+    torch.library.opcheck(operator.registered("cpp")[0], arguments)
 
 
 @EVERY
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "nchw"])
 def test_opcheck_forward_layouts(kernels, layout, operator):
     arguments = operator.problem.forward_arguments(problem(operator, layout))
-    torch.library.opcheck(registered(operator)[0], arguments)
+    torch.library.opcheck(operator.registered("cpp")[0], arguments)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +93,7 @@ def test_opcheck_forward_absent_parameters(kernels, dtype, operator, parameters,
     width = {"out": 4} if operator is MLP else {}
     inputs = problem(operator, "channels_last", dtype=dtype, parameters=parameters, **width)
     arguments = operator.problem.forward_arguments(inputs, **options)
-    torch.library.opcheck(registered(operator)[0], require_grad(arguments, len(operator.names)))
+    torch.library.opcheck(operator.registered("cpp")[0], require_grad(arguments, len(operator.names)))
 
 
 @EVERY
@@ -116,7 +102,7 @@ def test_opcheck_forward_absent_parameters(kernels, dtype, operator, parameters,
 def test_opcheck_backward(kernels, layout, flag, operator):
     inputs = problem(operator, layout)
     arguments = backward_arguments(operator, inputs, layout, **flag_of(operator, flag))
-    torch.library.opcheck(registered(operator)[1], arguments)
+    torch.library.opcheck(operator.registered("cpp")[1], arguments)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +113,7 @@ def test_opcheck_backward_of_less(kernels, dtype, wanted, conv):
     inputs = problem(MLP, "channels_last", dtype=dtype, parameters=PLAIN, out=4, conv=conv)
     options = {"norm": False, "residual": False, "wanted": wanted}
     arguments = backward_arguments(MLP, inputs, "channels_last", **options)
-    torch.library.opcheck(registered(MLP)[1], arguments)
+    torch.library.opcheck(MLP.registered("cpp")[1], arguments)
 
 
 @EVERY
@@ -139,7 +125,7 @@ def test_opcheck_backward_with_requires_grad(kernels, given, operator):
     arguments = backward_arguments(operator, inputs, **options)
     arguments = require_grad(arguments, len(arguments))
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(registered(operator)[1], arguments, test_utils=utilities)
+    torch.library.opcheck(operator.registered("cpp")[1], arguments, test_utils=utilities)
 
 
 FORMS = {  # the operator, its problem, options of the forward, of the backward
@@ -169,7 +155,7 @@ FORMS = {  # the operator, its problem, options of the forward, of the backward
 def test_fakes_have_the_real_strides(kernels, shape, layout, form):
     operator, of_problem, of_forward, of_backward = FORMS[form]
     inputs = problem(operator, layout, shape, **of_problem)
-    forward, backward = registered(operator)
+    forward, backward = operator.registered("cpp")
     arguments = operator.problem.forward_arguments(inputs, **of_forward)
     last = backward_arguments(operator, inputs, layout, **of_backward)
     reals = (*forward(*arguments), *backward(*last))
@@ -328,23 +314,11 @@ def test_autocast_disabled_or_compiled(backend, residual):
 # ---- torch.export ------------------------------------------------------------------------------------------
 
 
-class SubBlock(torch.nn.Module):
-    def __init__(self, operator: Operator) -> None:
-        super().__init__()
-        self.call = operator.call
-        for name, t in operator.inputs((1, 5, 1, 1)).items():
-            if name not in ("x", "drop_scale"):
-                self.register_parameter(name, torch.nn.Parameter(t))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, **dict(self.named_parameters()), residual=True)
-
-
 @EVERY
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_export_with_a_dynamic_batch(backend, layout, strict, operator):
-    module = SubBlock(operator)
+    module = SubBlock(operator, SHAPE)
     example = problem(operator, layout)["x"]
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=strict)
@@ -360,7 +334,7 @@ def test_export_with_a_dynamic_batch(backend, layout, strict, operator):
 def test_an_exported_program_runs_in_a_new_process(kernels, operator, tmp_path):
     """Importing the package registers the kernels: nothing else has to be called first."""
     x = problem(operator)["x"]
-    module = SubBlock(operator)
+    module = SubBlock(operator, SHAPE)
     torch.export.save(torch.export.export(module, (x,)), tmp_path / "module.pt2")
     torch.save((x, module(x).detach()), tmp_path / "values.pt")
     code = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.devices import on
 from support.layouts import LAYOUTS, WEIGHT_LAYOUTS, as_layout, as_weight_layout
-from support.mlp import PLAIN, VECTORS, WEIGHTS, eager, make_grad, truth
+from support.mlp import FORMS, PLAIN, VECTORS, WEIGHTS, eager, make_grad, truth
 from support.operators import MLP
 from support.problems import BACKENDS, HALVES
 from support.rule import assert_close_to_fp64, assert_same, assert_statistics_of, bits, run
@@ -30,11 +30,6 @@ from .common import BF16, BOTH, DTYPES, EACH, F32, FORMATS, INF, SMALL, TWO, che
 
 OPERATOR = "mlp"
 check, problem = partial(check_of, MLP), partial(problem_of, MLP)
-FORMS = {  # parameters, residual
-    "plain": (PLAIN, False),
-    "norm": (("b1", "b2", "norm_weight", "norm_bias"), False),
-    "residual": (VECTORS, True),
-}
 
 
 def unit_of(inputs, float32: float, halves: float) -> float:

@@ -8,7 +8,7 @@ from support.devices import on
 from support.layouts import LAYOUTS, as_layout, as_weight_layout
 from support.mlp import NAMES, PLAIN, VECTORS, WEIGHTS, backward_arguments, forward_arguments, make_grad
 from support.operators import MLP
-from support.rule import assert_same
+from support.rule import assert_same, threads
 from torch import Tensor
 
 from poolformer_kernels.backends import cpp
@@ -85,11 +85,6 @@ def test_what_is_kept_for_the_backward(target, shape, hidden, save_hidden, norme
 # ---- the registered operators ------------------------------------------------------------------------------
 
 
-def operators(target: Target):
-    found = torch.ops.poolformer_kernels
-    return (getattr(found, f"mlp_{target.op}{part}").default for part in ("", "_backward"))
-
-
 def last_arguments(target: Target, operand: torch.dtype) -> tuple:
     return {"triton": (operand, False), "cpp": (None,), "cuda": ()}[target.backend]
 
@@ -108,7 +103,7 @@ def last_arguments(target: Target, operand: torch.dtype) -> tuple:
 )
 def test_opcheck(target, shape, hidden, layout, dtype, vector_dtype):
     """Schemas, fakes and registrations of the operators behind both directions."""
-    forward, backward = operators(target)
+    forward, backward = MLP.registered(target.backend)
     inputs = problem(target, shape, hidden, dtype, vector_dtype=vector_dtype)
     inputs = on(target.device, laid(inputs, layout))
     grad, more = make_grad(inputs).to(target.device), last_arguments(target, dtype)
@@ -127,7 +122,7 @@ def test_opcheck(target, shape, hidden, layout, dtype, vector_dtype):
 @over(kernels=True, once=True, also=EACH, norm=BOTH)
 def test_outputs_not_asked_for_are_empty(target, shape, hidden, norm):
     """Of the forward and of the backward, whose other values are the same bits."""
-    forward, backward = operators(target)
+    forward, backward = MLP.registered(target.backend)
     inputs = problem(target, shape, hidden, parameters=VECTORS if norm else PLAIN)
     more = last_arguments(target, inputs["x"].dtype)
     inputs = on(target.device, inputs)
@@ -233,12 +228,8 @@ def test_every_run_on_rows_has_the_same_bits(target, shape, hidden):
     for _ in target.again():
         assert_same(gradients(target, inputs, grad), expected)
     if target.backend == "cpp":
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(7)
+        with threads(7):
             assert_same(gradients(target, inputs, grad), expected)
-        finally:
-            torch.set_num_threads(threads)
 
 
 @over(kernels=True, also={"shape, hidden": [((3, 64, 13, 11), 256), ((2, 320, 14, 14), 640), ROWS]})

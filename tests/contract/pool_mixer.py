@@ -321,9 +321,7 @@ def test_the_gradient_of_bias_is_exactly_zero(target, parameter_dtype):
 @over(kernels=True, once=True, dtype=DTYPES, layout=["nchw", "channels_last", "sliced_hw", "transposed"])
 def test_opcheck(target, dtype, layout):
     """Schemas, fakes and registrations of the operators behind both directions."""
-    operators = torch.ops.poolformer_kernels
-    forward = getattr(operators, f"pool_mixer_{target.op}").default
-    backward = getattr(operators, f"pool_mixer_{target.op}_backward").default
+    forward, backward = POOL_MIXER.registered(target.backend)
     inputs = on(target.device, laid(make_inputs((2, 8, 8, 6), dtype), layout))
     grad = make_grad(inputs).to(target.device)
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}

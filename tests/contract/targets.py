@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from support.problems import HALVES
+from support.rule import threads
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import cuda
@@ -54,11 +55,6 @@ class Target:
     def kernels(self) -> bool:
         """Whether this is one of the package's own kernels."""
         return self.backend != "reference"
-
-    @property
-    def op(self) -> str:
-        """How the registered operators of this backend end."""
-        return self.backend
 
     def fit(self, channels: int, hidden: int, out: int | None) -> tuple[int, int, int | None]:
         """The channels of an MLP, rounded up to what this target has a kernel for."""
@@ -115,13 +111,9 @@ class Target:
     def again(self) -> Iterator[None]:
         """Other circumstances under which a call has the same bits: ``for _ in target.again(): ...``."""
         if self.backend == "cpp":
-            threads = torch.get_num_threads()
-            try:
-                for i in range(3 if self.level else 9):
-                    torch.set_num_threads((1, 2, 3)[i % 3])
+            for number in (1, 2, 3) * (1 if self.level else 3):
+                with threads(number):
                     yield
-            finally:
-                torch.set_num_threads(threads)
         elif self.architecture:
             yield from [None] * 2
             yield from executor.orders()

@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from contract import executor
+from support import mlp_operator
 from support.layouts import as_layout
-from support.mlp import assert_right, make_grad, make_inputs
-from support.mlp_operator import (
-    arguments,
-    assert_mean_rstd,
-    check_hidden_and_mean_rstd,
-    check_hidden_beyond_float16,
-    mean_rstd_of,
-)
+from support.mlp import assert_right, forward_arguments, make_grad, make_inputs
 from support.problems import HALVES, tiled_stats
 from support.rule import assert_same, bits
 
@@ -43,7 +37,7 @@ def architecture(request, executor_library):
 
 
 def forward(inputs, **options) -> tuple:
-    return FORWARD(*arguments(inputs, **options))
+    return FORWARD(*forward_arguments(inputs, **options))
 
 
 # ---- what it returns beside y ------------------------------------------------------------------------------
@@ -54,22 +48,21 @@ def test_many_partials_are_merged_as_the_mixer_does() -> None:
     inputs = make_inputs(*ONE, torch.bfloat16, mean=40.0)
     mixer = torch.ops.poolformer_kernels.pool_mixer_cuda.default
     for tiles in (128, 129, 300):
-        call = list(arguments(inputs, save_hidden=False))
-        call[len(inputs)] = stats = tiled_stats(inputs["x"], tiles)
-        mean_rstd = FORWARD(*call)[1]
+        stats = tiled_stats(inputs["x"], tiles)
+        mean_rstd = forward(inputs, stats=stats)[1]
         of_mixer = mixer(inputs["x"], None, None, None, None, stats, 3, 1e-5, True, False)[1]
         assert torch.equal(bits(mean_rstd), bits(of_mixer))
-        assert_mean_rstd(mean_rstd, mean_rstd_of(stats))
+        mlp_operator.assert_mean_rstd(mean_rstd, mlp_operator.mean_rstd_of(stats))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
 def test_hidden_and_mean_rstd(shape, hidden, dtype) -> None:
-    check_hidden_and_mean_rstd(forward, shape, hidden, dtype, "channels_last")
+    mlp_operator.check_hidden_and_mean_rstd(forward, shape, hidden, dtype, "channels_last")
 
 
 def test_hidden_beyond_float16() -> None:
-    check_hidden_beyond_float16(forward, *ONE)
+    mlp_operator.check_hidden_beyond_float16(forward, *ONE)
 
 
 @pytest.mark.parametrize("architecture", [90], indirect=True)
@@ -95,10 +88,9 @@ def test_tiles_after_tiles(shape, hidden, groups, dtype, executor_library) -> No
     assert_right({"y": y}, inputs, make_grad(inputs), ulps=8, residual=True)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_same(inputs, before)  # nothing was written to
-    first = forward(inputs, save_hidden=False)
+    first = forward(inputs)
     for _ in executor.orders():
-        again = forward(inputs, save_hidden=False)
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, forward(inputs), strict=True))
 
 
 # ---- what the kernels do not cover -------------------------------------------------------------------------

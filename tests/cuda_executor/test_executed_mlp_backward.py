@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.layouts import as_layout
-from support.mlp import NAMES, make_grad, make_inputs, truth
+from support.mlp import NAMES, backward_arguments, make_grad, make_inputs, truth
 from support.mlp_operator import statistics
 
 BF16 = torch.bfloat16
@@ -17,10 +17,9 @@ def problem(shape, **options):
 
 def test_more_tiles_than_one_group_of_sums() -> None:
     inputs = problem((1, 96, 91, 91), parameters=("norm_weight", "norm_bias"))
-    x, *given = (inputs[name] for name in NAMES)
     grad = make_grad(inputs)
     right = truth(inputs, grad, residual=True)
-    found = backward(grad, x, statistics(x), *given, None, "gelu", True, True, True, True)
+    found = backward(*backward_arguments(grad, inputs, statistics(inputs["x"])))
     for name, value in zip(NAMES, found, strict=True):
         size = torch.linalg.vector_norm(right.scales[f"d{name}"])
         assert torch.linalg.vector_norm(value.double() - right.values[f"d{name}"]) <= 0.005 * size, name

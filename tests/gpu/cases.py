@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from itertools import product
-from types import ModuleType
 
 import pytest
 import torch
-from support import mlp as mlp_problems
-from support import pool_mixer as mixer_problems
+from support.operators import MLP, POOL_MIXER, Operator
 from support.peers import randomise
 from support.problems import HALVES, Tensors
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels.ops import mlp, pool_mixer
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = (F32, *HALVES)
@@ -46,14 +43,12 @@ def each(problems: Iterable[tuple], *axes: Iterable) -> list[tuple]:
     return [(*problem, *rest) for problem, *rest in product(problems, *axes)]
 
 
-def operator_of(hidden: int | None) -> tuple[ModuleType, Callable[..., Tensor]]:
-    """(what makes its problems, the operator)"""
-    return (mixer_problems, pool_mixer) if hidden is None else (mlp_problems, mlp)
+def operator_of(hidden: int | None) -> Operator:
+    return POOL_MIXER if hidden is None else MLP
 
 
 def make_inputs(shape: tuple[int, ...], hidden: int | None, dtype: torch.dtype = F32, **options) -> Tensors:
-    problems, _ = operator_of(hidden)
-    return problems.make_inputs(shape, *([] if hidden is None else [hidden]), dtype, **options)
+    return operator_of(hidden).inputs(shape, hidden, dtype, **options)
 
 
 def s12(dtype: torch.dtype = BF16, memory_format: torch.memory_format = LAST, device="cuda", **options):

@@ -4,28 +4,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from contract.check import check
+from contract.common import BF16, DTYPES, F16, F32, FORMATS, check_of, laid
 from contract.targets import TARGETS
 from null_gpu import null_gpu
-from support import mlp as mlp_problems
-from support import pool_mixer as mixer_problems
 from support.devices import like_on, on
 from support.layouts import as_layout
+from support.operators import MLP, POOL_MIXER, Operator
+from support.problems import Tensors
 from support.rule import run
 
-from poolformer_kernels.ops import mlp, pool_mixer
-
-FORMATS = ("nchw", "channels_last")
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ALL = (F32, BF16, F16)
 # (shape, pool size, dtypes). Kernels of the C++ mixer: one element at a time; 8 or 4 channels; along rows 8
 # or 4 at a time; other pools; partials of statistics that are merged beforehand
 MIXERS = {
     "cuda": (
-        *(((2, 17, 13, 29), 3, ALL), ((2, 64, 8, 8), 3, ALL), ((2, 16, 6, 4), 3, ALL)),
-        *(((2, 16, 7, 9), 5, ALL), ((1, 64, 96, 96), 3, (BF16,))),
+        *(((2, 17, 13, 29), 3, DTYPES), ((2, 64, 8, 8), 3, DTYPES), ((2, 16, 6, 4), 3, DTYPES)),
+        *(((2, 16, 7, 9), 5, DTYPES), ((1, 64, 96, 96), 3, (BF16,))),
     ),
-    "triton": (((2, 64, 14, 14), 3, ALL), ((2, 17, 13, 29), 3, (BF16,)), ((2, 16, 7, 9), 5, (F32,))),
+    "triton": (((2, 64, 14, 14), 3, DTYPES), ((2, 17, 13, 29), 3, (BF16,)), ((2, 16, 7, 9), 5, (F32,))),
 }
 # (x, hidden, activation, whether fc1's output is saved, whether the parameters are float32, dtypes). C++ has
 # halves alone; Triton's kernels are one for narrow streams, a pair for wide ones
@@ -50,34 +45,31 @@ def cases(backend: str, values: bool) -> Iterator[tuple[str, Callable[[], set[st
     call = compare if values else launch_only
     for shape, pool_size, dtypes in MIXERS[backend]:
         for dtype in dtypes:
-            inputs = mixer_problems.make_inputs(shape, dtype)
+            inputs = POOL_MIXER.inputs(shape, dtype=dtype)
             name = f"mixer, pool {pool_size}, {_text(shape, dtype)}"
-            yield name, partial(call, mixer_problems, pool_mixer, inputs, {}, pool_size=pool_size)
+            yield name, partial(call, POOL_MIXER, inputs, pool_size=pool_size)
     for shape, hidden, activation, save_hidden, mixed, dtypes in MLPS[backend]:
         for dtype in dtypes:
             kind = F32 if mixed else dtype
-            inputs = mlp_problems.make_inputs(shape, hidden, dtype, weight_dtype=kind, vector_dtype=kind)
+            inputs = MLP.inputs(shape, hidden, dtype, weight_dtype=kind, vector_dtype=kind)
             what = f"{activation}{', fc1 saved' * save_hidden}{', float32 parameters' * mixed}"
             name = f"mlp, hidden {hidden}, {what}, {_text(shape, dtype)}"
-            given = {"save_hidden": save_hidden}
-            yield name, partial(call, mlp_problems, mlp, inputs, given, activation=activation)
+            yield name, partial(call, MLP, inputs, activation=activation, save_hidden=save_hidden)
 
 
-def compare(problems, function: Callable, inputs: dict, given: dict, **options) -> None:
+def compare(operator: Operator, inputs: Tensors, **options) -> None:
     """The contract's check; of "triton", for it has each gradient, also those that "cuda" leaves to it."""
     for layout in FORMATS:
-        settings = {"layout": layout, "given": given, "residual": True}
-        check(TARGETS["triton"], problems, function, inputs, **settings, **options)
+        check_of(operator, TARGETS["triton"], inputs, layout=layout, residual=True, **options)
 
 
-def launch_only(problems, function: Callable, inputs: dict, given: dict, **options) -> set[str] | None:
+def launch_only(operator: Operator, inputs: Tensors, **options) -> set[str] | None:
     """The operator and its gradients; on the null GPU, the kernels that it recorded."""
     if null_gpu.ACTIVE:
         null_gpu.take()
-    grad = problems.make_grad(inputs)
     for layout in FORMATS:
-        tensors = on("cuda", {**inputs, "x": as_layout(inputs["x"], layout)})
-        run(function, tensors, like_on("cuda", as_layout(grad, layout)), residual=True, **given, **options)
+        grad = like_on("cuda", as_layout(operator.grad(inputs), layout))
+        run(operator.call, on("cuda", laid(inputs, layout)), grad, residual=True, **options)
     return {launch.name for launch in null_gpu.take() if launch.ours} if null_gpu.ACTIVE else None
 
 

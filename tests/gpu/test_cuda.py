@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract.check import check
+from contract.common import check_of, laid
 from contract.targets import TARGETS
 from cuda_executor.test_executed_norm_stats import (  # noqa: F401
     test_against_float64,
@@ -15,11 +15,12 @@ from cuda_executor.test_executed_norm_stats import (  # noqa: F401
     test_unaligned_start,
 )
 from support import mlp as mlp_problems
+from support import pool_mixer as pool_mixer_problems
 from support.devices import like_on, on
 from support.layouts import as_layout
-from support.mlp import NAMES, make_grad, make_inputs
+from support.mlp import make_grad, make_inputs
+from support.operators import MLP
 from support.peers import randomise, relative_error, require_backend
-from support.pool_mixer import make_inputs as mixer_inputs
 from support.problems import HALVES
 from support.rule import assert_same, run
 
@@ -132,31 +133,29 @@ def written_outside(call, sizes) -> int:
 
 def calls(dtype, layout):
     """Every operator of the backend, as it is called; sizes that end inside an allocation's last piece."""
-    x, *vectors = on("cuda", mixer_inputs((3, 24, 9, 7), dtype)).values()
-    x = as_layout(x, layout)
-    grad = torch.ones_like(x)
-    yield "norm_stats", partial(OPS.norm_stats_cuda, x)
+    inputs = laid(on("cuda", pool_mixer_problems.make_inputs((3, 24, 9, 7), dtype)), layout)
+    grad = torch.ones_like(inputs["x"])
+    yield "norm_stats", partial(OPS.norm_stats_cuda, inputs["x"])
     for pool in (3, 5):
-        forward = partial(OPS.pool_mixer_cuda, x, *vectors, None, pool, 1e-5, True, True)
+        forward = partial(OPS.pool_mixer_cuda, *pool_mixer_problems.forward_arguments(inputs, pool_size=pool))
         _, mean_rstd, _ = forward()
         yield f"pool_mixer {pool}", forward
-        backward = partial(OPS.pool_mixer_cuda_backward, grad, x, mean_rstd, *vectors, pool, True)
-        yield f"pool_mixer_backward {pool}", backward
+        arguments = pool_mixer_problems.backward_arguments(grad, inputs, mean_rstd, pool_size=pool)
+        yield f"pool_mixer_backward {pool}", partial(OPS.pool_mixer_cuda_backward, *arguments)
     operand = dtype if dtype in HALVES else torch.bfloat16
     for channels, hidden in ((64, 128), (96, 64), (128, 192), (192, 64)):
         inputs = make_inputs((3, channels, 9, 7), hidden, dtype, weight_dtype=operand)
         grad = make_grad(inputs).cuda()
-        x, *parameters = (on("cuda", inputs)[name] for name in NAMES)
-        x = as_layout(x, layout)
+        inputs = laid(on("cuda", inputs), layout)
         for activation, save in (("gelu", False), ("gelu", True), ("relu", False)):
-            options = (activation, 1e-5, True, True, True, save)
-            forward = partial(OPS.mlp_cuda, x, *parameters, None, *options)
+            arguments = mlp_problems.forward_arguments(inputs, activation=activation, save_hidden=save)
+            forward = partial(OPS.mlp_cuda, *arguments)
             yield f"mlp {channels} {activation} {save}", forward
             if channels == 192:  # of which Triton has the backward
                 continue
             _, mean_rstd, _, hidden_kept = forward()
-            saved = (hidden_kept if save else None, activation)
-            arguments = (grad, x, mean_rstd, *parameters, *saved, True, True, True, True)
+            saved = hidden_kept if save else None
+            arguments = mlp_problems.backward_arguments(grad, inputs, mean_rstd, saved, activation=activation)
             yield f"mlp_backward {channels} {activation} {save}", partial(OPS.mlp_cuda_backward, *arguments)
 
 
@@ -214,7 +213,7 @@ def test_other_mlps_are_tritons(shape, hidden, out, dtype) -> None:
 def test_gradients_that_triton_computes(shape, hidden, dtype, layout) -> None:
     """What the forward saves is what Triton's backward reads; the contract's check is of "triton" for it."""
     inputs = make_inputs(shape, hidden, dtype)
-    found = check(TARGETS["triton"], mlp_problems, mlp, inputs, layout=layout, residual=True)
+    found = check_of(MLP, TARGETS["triton"], inputs, layout=layout, residual=True)
     assert found.keys() == {"y", *(f"d{name}" for name in inputs)}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from contract.check import check
+from contract.common import given, laid
 from contract.targets import TARGETS
 from support.devices import assert_same_truth, on
-from support.layouts import as_layout
 from support.mlp import PLAIN
 from support.problems import randn
 from support.processes import run_pytest
@@ -41,9 +41,8 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 @over("shape, hidden", cuda=[((3, 17, 13, 29), None), SMALL[0]])
 def test_truth_of_the_device_is_the_cpus(shape, hidden) -> None:
-    problems, _ = operator_of(hidden)
-    inputs = make_inputs(shape, hidden, BF16)
-    assert_same_truth(problems.truth, inputs, problems.make_grad(inputs), residual=True)
+    operator, inputs = operator_of(hidden), make_inputs(shape, hidden, BF16)
+    assert_same_truth(operator.problem.truth, inputs, operator.grad(inputs), residual=True)
 
 
 # ---- devices, streams, graphs ------------------------------------------------------------------------------
@@ -56,18 +55,18 @@ def test_truth_of_the_device_is_the_cpus(shape, hidden) -> None:
 )
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_device_that_is_not_current(shape, hidden, dtype, backend) -> None:
-    problems, operator = operator_of(hidden)
+    operator = operator_of(hidden)
 
-    def elsewhere(**given):
-        tensors = {name: t.to("cuda:1") for name, t in given.items() if isinstance(t, torch.Tensor)}
-        y = operator(**given | tensors)
+    def elsewhere(**arguments):
+        tensors = {name: t.to("cuda:1") for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        y = operator.call(**arguments | tensors)
         assert y.device == torch.device("cuda:1")
         return y.to("cuda:0")
 
     with torch.cuda.device(0):
         for layout in FORMATS:
             inputs = make_inputs(shape, hidden, dtype)
-            check(TARGETS[backend], problems, elsewhere, inputs, layout=layout, residual=True)
+            check(TARGETS[backend], operator.problem, elsewhere, inputs, layout=layout, residual=True)
         assert torch.cuda.current_device() == 0
 
 
@@ -77,12 +76,11 @@ def test_device_that_is_not_current(shape, hidden, dtype, backend) -> None:
     cuda=[((8, 64, 56, 56), None, F32), *each(SMALL, [BF16])],
 )
 def test_stream_that_is_not_the_default(shape, hidden, dtype) -> None:
-    _, operator = operator_of(hidden)
     inputs = on("cuda", make_inputs(shape, hidden, dtype))
     grad = torch.randn_like(inputs["x"])
 
-    def values(*given):
-        return run(operator, dict(zip(inputs, given, strict=True)), grad, residual=True)
+    def values(*tensors):
+        return run(operator_of(hidden).call, dict(zip(inputs, tensors, strict=True)), grad, residual=True)
 
     assert_same(computed_late(values, *inputs.values()), values(*inputs.values()))
 
@@ -96,14 +94,12 @@ GRAPHED = each([((4, 64, 28, 28), None)], FORMATS, [None])
     cuda=[*GRAPHED, *each(SMALL, FORMATS, [False, True])],
 )
 def test_graph_replay_with_changed_input(shape, hidden, layout, save_hidden) -> None:
-    _, operator = operator_of(hidden)
-    options = {"residual": True} if hidden is None else {"residual": True, "save_hidden": save_hidden}
-    inputs = on("cuda", make_inputs(shape, hidden, BF16))
-    inputs["x"] = as_layout(inputs["x"], layout)
+    options = given(residual=True, save_hidden=save_hidden)
+    inputs = laid(on("cuda", make_inputs(shape, hidden, BF16)), layout)
     grad = torch.randn_like(inputs["x"])
 
     def values():
-        return run(operator, inputs, grad, **options)
+        return run(operator_of(hidden).call, inputs, grad, **options)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -142,7 +138,7 @@ def test_without_the_caching_allocator(file, tests, backend) -> None:
 
 
 def test_autocast_keeps_the_residual_stream_in_float32() -> None:
-    inputs = on("cuda", make_inputs((2, 16, 8, 6), None, BF16, parameter_dtype=F32))
+    inputs = on("cuda", make_inputs((2, 16, 8, 6), None, BF16, vector_dtype=F32))
     with torch.autocast("cuda", BF16):
         y = pool_mixer(**inputs, residual=True)
     assert y.dtype == F32
@@ -163,22 +159,15 @@ COMPILED = each([(64, None)], [F32], FORMATS, [None])
     ],
 )
 def test_compiled_whole_over_dynamic_batches(channels, hidden, dtype, layout, save_hidden) -> None:
-    problems, operator = operator_of(hidden)
-    options = {"residual": True} if hidden is None else {"residual": True, "save_hidden": save_hidden}
+    operator, options = operator_of(hidden), given(residual=True, save_hidden=save_hidden)
     torch._dynamo.reset()
-    compiled = torch.compile(operator, fullgraph=True)
+    compiled = torch.compile(operator.call, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 5):
             inputs = make_inputs((batch, channels, 14, 14), hidden, dtype)
-            grad = problems.make_grad(inputs).cuda()
-            inputs = on("cuda", {**inputs, "x": as_layout(inputs["x"], layout)})
-            leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-            torch._dynamo.mark_dynamic(leaves["x"], 0)
-            torch._dynamo.mark_dynamic(leaves["drop_scale"], 0)
-            y = compiled(**leaves, **options)
-            grads = torch.autograd.grad(y, list(leaves.values()), grad)
-            got = {"y": y.detach()} | {f"d{name}": t for name, t in zip(leaves, grads, strict=True)}
-            assert_same(got, run(operator, inputs, grad, **options))
+            grad, inputs = operator.grad(inputs).cuda(), on("cuda", laid(inputs, layout))
+            found = run(compiled, inputs, grad, any_batch=True, **options)
+            assert_same(found, run(operator.call, inputs, grad, **options))
 
 
 # ---- more than 2^31 elements -------------------------------------------------------------------------------

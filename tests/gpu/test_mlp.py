@@ -1,12 +1,13 @@
 """The MLP's numbers in TF32 and under autocast, which the contract does not have."""
 
+from functools import partial
+
 import pytest
 import torch
-from contract.mlp import FORMS
 from support.devices import like_on, on, truth_on
-from support.mlp import eager, make_grad, make_inputs, truth, ulps_of
+from support.mlp import FORMS, assert_rule, eager, make_grad, make_inputs, truth, under_autocast
 from support.problems import HALVES
-from support.rule import assert_close_to_fp64, run
+from support.rule import run
 
 from poolformer_kernels.ops import mlp
 
@@ -17,13 +18,12 @@ F32, BF16, F16 = DTYPES
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def assert_rule(ours, theirs, right, inputs, y_dtype, operand) -> None:
+def check(ours, theirs, right, inputs, y_dtype, operands) -> None:
     """The contract's; y and the operands of the products are of other dtypes than x."""
     for name, value in ours.items():
         dtype = y_dtype if name == "y" else inputs[name[1:]].dtype
         assert value.dtype == dtype, f"{name}: {value.dtype}, not {dtype}"
-        exact, scale, ulps = right.values[name], right.scales[name], ulps_of(value.dtype, operand, 8)
-        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=ulps, what=name)
+    assert_rule(ours, theirs, right, operands, ulps=8)
 
 
 @over("shape, hidden", triton=[FUSED, PAIR])
@@ -44,7 +44,7 @@ def test_tf32_as_in_eager(shape, hidden, monkeypatch) -> None:
     for name, exact in right.values.items():
         exact = exact.to(theirs[name].device)
         theirs[name] = exact + 7**0.5 * (theirs[name].double() - exact)
-    assert_rule(ours, theirs, right, inputs, F32, F32)
+    check(ours, theirs, right, inputs, F32, F32)
     for name in ("y", "dx", "dw1", "dw2"):
         assert not torch.equal(ours[name], without[name])
 
@@ -68,18 +68,12 @@ def test_autocast(shape, hidden, x_dtype, half, form) -> None:
     wanted = torch.float32 if residual else half
     grad = make_grad(inputs).to(half)
 
-    def under_autocast(function):
-        def call(**tensors):
-            with torch.autocast("cuda", half):
-                return function(**tensors, residual=residual)
-
-        return call
-
     def by_eager(x, **tensors):
         return eager(x.float(), **tensors)
 
     cuda, cuda_grad = on("cuda", inputs), like_on("cuda", grad)
-    ours = run(under_autocast(mlp), cuda, cuda_grad.to(wanted))
-    theirs = run(under_autocast(by_eager), cuda, cuda_grad.float())
+    autocast = partial(under_autocast, device="cuda", half=half, residual=residual)
+    ours = run(autocast(mlp), cuda, cuda_grad.to(wanted))
+    theirs = run(autocast(by_eager), cuda, cuda_grad.float())
     right = truth_on("cuda", truth, inputs, grad.float(), residual=residual)
-    assert_rule(ours, theirs, right, inputs, wanted, half)
+    check(ours, theirs, right, inputs, wanted, half)

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from poolformer_kernels import graphs
+from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
+from support.peers import randomise
 
 
 class RecordedGraph:
@@ -95,6 +97,22 @@ class Net(nn.Module):
     def forward(self, x):
         self.calls += 1
         return self.drop(F.gelu(self.norm(x * self.scale + self.shift))).mean((2, 3))
+
+
+def tiny_poolformer(num_classes, **options):
+    """In float64, where stale memory shows and the order of a sum does not.
+
+    The bits of a matrix product depend on where its operands lie: MKL's float32 sums of 32 numbers change by
+    1e-6 when a matrix moves from a multiple of 16 bytes, and replays have buffers of their own.
+    """
+    torch.manual_seed(0)
+    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
+    return randomise(PoolFormer(config, num_classes=num_classes, **options)).double()
+
+
+def eager(model, x):
+    with torch.inference_mode():
+        return model(x)
 
 
 def adamw(model, **options):

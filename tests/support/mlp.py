@@ -1,5 +1,7 @@
 """The MLP's problems, its fp64 truth and eager PyTorch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,13 +10,18 @@ from poolformer_kernels.ops.mlp import mlp_with_stats
 from poolformer_kernels.reference import ACTIVATIONS
 from support import rule
 from support.problems import HALVES, Tensors, randn
-from support.rule import Truth
+from support.rule import Truth, assert_close_to_fp64
 
 WEIGHTS = ("w1", "w2")
 VECTORS = ("b1", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
 PARAMETERS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "layer_scale", "drop_scale")
 PLAIN = ("b1", "b2")
 NAMES = ("x", *PARAMETERS)
+FORMS = {  # parameters, residual
+    "plain": (PLAIN, False),
+    "norm": (("b1", "b2", "norm_weight", "norm_bias"), False),
+    "residual": (VECTORS, True),
+}
 
 
 def make_inputs(
@@ -178,6 +185,23 @@ def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float 
         some = {name: value for name, value in actual.items() if value.dtype == dtype}
         allowed = ulps_of(dtype, operands, ulps)
         rule.assert_right(some, inputs, grad, ulps=allowed, eager=eager, truth=truth, **options)
+
+
+def assert_rule(ours: Tensors, theirs: Tensors, right: Truth, operands: torch.dtype, ulps: float = 4) -> None:
+    """The error rule of values whose products have operands of another dtype than the inputs."""
+    for name, value in ours.items():
+        exact, scale, allowed = right.values[name], right.scales[name], ulps_of(value.dtype, operands, ulps)
+        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=allowed, what=name)
+
+
+def under_autocast(
+    function: Callable[..., Tensor], device: str, half: torch.dtype, **options
+) -> Callable[..., Tensor]:
+    def call(**tensors: Tensor) -> Tensor:
+        with torch.autocast(device, half):
+            return function(**tensors, **options)
+
+    return call
 
 
 def y_of_mlp_with_stats(x, w1, b1, w2, b2, **options) -> Tensor:

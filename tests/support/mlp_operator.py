@@ -1,4 +1,4 @@
-"""The MLP's forward as an operator of a backend: its arguments, and what it returns beside y."""
+"""The MLP's forward as an operator of a backend: what it returns beside y."""
 
 from collections.abc import Callable
 
@@ -7,17 +7,9 @@ from torch import Tensor
 
 from poolformer_kernels import reference
 from support.layouts import as_layout
-from support.mlp import NAMES, PLAIN, make_inputs
+from support.mlp import PLAIN, make_inputs
 from support.problems import Tensors
 from support.rule import assert_close_to_fp64
-
-
-def arguments(
-    inputs: Tensors, *more, activation="gelu", norm=True, residual=True, return_stats=True, save_hidden=True
-) -> tuple:
-    """Of the forward without given statistics; ``more`` are a backend's own."""
-    given = (inputs[name] for name in NAMES)
-    return (*given, None, activation, 1e-5, norm, residual, return_stats, save_hidden, *more)
 
 
 def mean_rstd_of(stats: Tensor, eps: float = 1e-5) -> Tensor:
@@ -49,7 +41,7 @@ def check_hidden_and_mean_rstd(
 ) -> None:
     """What is saved for the backward is as right as eager's."""
     inputs = make_inputs(shape, hidden, dtype)
-    _, mean_rstd, _, saved = forward({**inputs, "x": as_layout(inputs["x"], layout)})
+    _, mean_rstd, _, saved = forward({**inputs, "x": as_layout(inputs["x"], layout)}, save_hidden=True)
     assert_mean_rstd(mean_rstd, mean_rstd_of(reference.sample_stats(inputs["x"].double())))
     assert saved.dtype == dtype
     exact, n = exact_hidden(inputs)
@@ -64,7 +56,8 @@ def check_hidden_beyond_float16(forward: Callable[..., tuple], shape: tuple[int,
     inputs["w1"] = torch.full_like(inputs["w1"], 2.0)
     inputs["w1"][::2] *= -1
     for activation, most in (("gelu", 65504), ("relu_squared", float("inf"))):
-        saved = forward(inputs, norm=False, residual=False, return_stats=False, activation=activation)[3]
+        options = {"norm": False, "residual": False, "return_stats": False, "save_hidden": True}
+        saved = forward(inputs, activation=activation, **options)[3]
         rows = saved.view(-1, hidden)
         assert (rows[:, 1::2] == most).all()
         assert (rows[:, ::2] == -65504).all()

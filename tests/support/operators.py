@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poolformer_kernels import ops
 from poolformer_kernels.ops.mlp import mlp_with_stats
@@ -52,6 +52,11 @@ class Operator:
     def grad(self, inputs: Tensors) -> Tensor:
         return self.problem.make_grad(inputs)
 
+    def registered(self, backend: str) -> tuple:
+        """A backend's operators of the forward and of the backward."""
+        found = torch.ops.poolformer_kernels
+        return tuple(getattr(found, f"{self}_{backend}{part}").default for part in ("", "_backward"))
+
 
 POOL_MIXER = Operator(
     "pool_mixer",
@@ -64,4 +69,27 @@ POOL_MIXER = Operator(
 )
 MLP = Operator("mlp", mlp, ops.mlp, mlp_with_stats, mlp.y_of_mlp_with_stats, mlp.VECTORS, "norm_weight")
 OPERATORS = {operator.name: operator for operator in (POOL_MIXER, MLP)}
+
+
+class SubBlock(nn.Module):
+    """An operator with parameters, under the names of its arguments."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        shape: tuple[int, ...],
+        hidden: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options,
+    ) -> None:
+        super().__init__()
+        self.call = operator.call
+        for name, t in operator.inputs(shape, hidden, dtype, **options).items():
+            if name not in ("x", "drop_scale"):
+                self.register_parameter(name, nn.Parameter(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, **dict(self.named_parameters()), residual=True)
+
+
 EVERY = pytest.mark.parametrize("operator", OPERATORS.values(), ids=str)

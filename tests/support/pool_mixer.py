@@ -101,15 +101,22 @@ def mixer_with_stats(x, weight, bias, **options) -> Tensor:
 
 
 def forward_arguments(
-    inputs: Tensors, stats: Tensor | None = None, *, residual: bool = True, return_stats: bool = True
+    inputs: Tensors,
+    stats: Tensor | None = None,
+    *,
+    pool_size: int = 3,
+    residual: bool = True,
+    return_stats: bool = True,
 ) -> tuple:
     """Of the registered operators."""
-    return (*inputs.values(), stats, 3, 1e-5, residual, return_stats)
+    return (*inputs.values(), stats, pool_size, 1e-5, residual, return_stats)
 
 
-def backward_arguments(grad: Tensor, inputs: Tensors, mean_rstd: Tensor, *, residual: bool = True) -> tuple:
+def backward_arguments(
+    grad: Tensor, inputs: Tensors, mean_rstd: Tensor, *, pool_size: int = 3, residual: bool = True
+) -> tuple:
     x, *parameters = inputs.values()
-    return (grad, x, mean_rstd, *parameters, 3, residual)
+    return (grad, x, mean_rstd, *parameters, pool_size, residual)
 
 
 def adjoint_bias(pool_size: int, layout: str, device: str = "cpu") -> float:

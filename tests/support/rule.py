@@ -13,13 +13,22 @@ from support.problems import Tensors
 
 
 def run(
-    function: Callable[..., Tensor], inputs: Tensors, grad: Tensor, *, frozen: tuple = (), **options
+    function: Callable[..., Tensor],
+    inputs: Tensors,
+    grad: Tensor,
+    *,
+    frozen: tuple = (),
+    any_batch: bool = False,
+    **options,
 ) -> Tensors:
     """y and the gradient of every input given, through ``function``; the tensors keep their strides.
 
-    ``frozen`` are the names of those whose gradients nobody asks for.
+    ``frozen`` are the names of those whose gradients nobody asks for. With ``any_batch`` a compiler is told
+    that the batch varies.
     """
     leaves = {n: t if t is None else t.detach().requires_grad_(n not in frozen) for n, t in inputs.items()}
+    for name in ("x", "drop_scale") if any_batch else ():
+        torch._dynamo.mark_dynamic(leaves[name], 0)
     given = {name: t for name, t in leaves.items() if t is not None and name not in frozen}
     y = function(**leaves, **options)
     grads = torch.autograd.grad(y, list(given.values()), grad)

@@ -99,7 +99,7 @@ def build_extension(
 
     def compiled(source: Path, target: Path, own: Sequence[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([*common, *own, "-c", str(source), "-o", str(target)])
+        run([*common, *own, "-c", str(source), "-o", str(target)])
         return target
 
     work = [(sources / name, folder / "objects" / _object_of(name), own) for name, own in changed.items()]
@@ -111,7 +111,7 @@ def build_extension(
     target = folder / PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     target.unlink(missing_ok=True)  # a link to the installed one
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
-    _run([*cxx, "-shared", *user_flags(), *map(str, [*kept, *ours]), *libraries, *cuda, "-o", str(target)])
+    run([*cxx, "-shared", *user_flags(), *map(str, [*kept, *ours]), *libraries, *cuda, "-o", str(target)])
     return target
 
 
@@ -128,8 +128,10 @@ def _object_of(source: str) -> str:
     return str(Path(source).with_suffix(".o"))
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str], **options) -> str:
+    """What the command prints; ``options`` are those of a process."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
     if done.returncode != 0:
-        raise VariantError(f"{shlex.join(command)}\n{done.stderr[-6000:]}")
+        raise VariantError(f"{shlex.join(command)}\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return done.stdout

@@ -2,34 +2,32 @@
 
 import pytest
 import torch
-from contract import check as contract
+from contract.common import check_of
 from contract.targets import TARGETS
-from support import mlp as problems
 from support.layouts import as_layout
-from support.mlp import NAMES, make_grad, make_inputs
+from support.mlp import NAMES, backward_arguments, make_grad, make_inputs
 from support.mlp_operator import exact_hidden, statistics
+from support.operators import MLP
 from support.problems import randn
 from support.rule import assert_close_to_fp64, assert_same
 
 from poolformer_kernels.backends.triton.mlp import backward, backward_finish, backward_gemm, chunks, config
-from poolformer_kernels.ops import mlp
 
 pytestmark = pytest.mark.sampled(4)
 
 KINDS = ((torch.float32, "nchw"), (torch.bfloat16, "channels_last"), (torch.float16, "nchw"))
 
 
-def check(inputs, layout="nchw", **given) -> None:
-    contract.check(TARGETS["interpreter"], problems, mlp, inputs, layout=layout, given=given, residual=True)
+def check(inputs, layout="nchw", **options) -> None:
+    check_of(MLP, TARGETS["interpreter"], inputs, layout=layout, residual=True, **options)
 
 
 def gradients(inputs, grad, save_hidden=False):
     """By the backward alone."""
-    x, *parameters = (inputs[name] for name in NAMES)
+    x = inputs["x"]
     saved = exact_hidden(inputs)[0].flatten().to(x.dtype) if save_hidden else None
-    options = ("gelu", True, True, True, True, x.dtype, False)
-    found = backward.backward(grad, x, statistics(x), *parameters, saved, *options)
-    return dict(zip(NAMES, found, strict=True))
+    arguments = backward_arguments(grad, inputs, statistics(x), saved)
+    return dict(zip(NAMES, backward.backward(*arguments, x.dtype, False), strict=True))
 
 
 def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):

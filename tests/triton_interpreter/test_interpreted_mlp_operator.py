@@ -4,9 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from support import mlp_operator
 from support.layouts import as_layout
-from support.mlp import NAMES, PLAIN, VECTORS, WEIGHTS, make_grad, make_inputs
+from support.mlp import (
+    PLAIN,
+    VECTORS,
+    WEIGHTS,
+    backward_arguments,
+    forward_arguments,
+    make_grad,
+    make_inputs,
+)
 from support.mlp_operator import check_hidden_and_mean_rstd, check_hidden_beyond_float16
 from support.problems import HALVES
 from support.rule import assert_same, run
@@ -26,9 +33,9 @@ ONE_OF_EACH = (((3, 64, 7, 9), 128), ((2, 200, 6, 6), 50))
 PROBLEMS = (ONE_OF_EACH[0], ((1, 96, 8, 16), 70), ((3, 320, 7, 7), 96), ((67, 5, 1, 3), 9))
 
 
-def arguments(inputs, *, operand=None, allow_tf32=False, **options) -> tuple:
+def arguments(inputs, *, operand=None, allow_tf32=False, save_hidden=True, **options) -> tuple:
     operand = operand or inputs["w1" if inputs["x"].dtype == torch.float32 else "x"].dtype
-    return mlp_operator.arguments(inputs, operand, allow_tf32, **options)
+    return (*forward_arguments(inputs, save_hidden=save_hidden, **options), operand, allow_tf32)
 
 
 def forward(inputs, **options) -> tuple:
@@ -54,10 +61,9 @@ def test_tf32_changes_nothing_on_the_cpu() -> None:
         for name, a, b in zip(("y", "mean_rstd", "stats", "hidden"), exact, tf32, strict=True):
             if name != "stats":  # partials of other tiles
                 torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-        x, *parameters = (inputs[name] for name in NAMES)
         _, mean_rstd, _, saved = exact
-        options = (saved, "gelu", True, True, True, True, torch.float32)
-        gradients = [BACKWARD(x, x, mean_rstd, *parameters, *options, allow) for allow in (False, True)]
+        given = backward_arguments(inputs["x"], inputs, mean_rstd, saved)
+        gradients = [BACKWARD(*given, torch.float32, allow) for allow in (False, True)]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * a.abs().max().item())
 
@@ -110,12 +116,11 @@ def test_autocast_leaves_the_weights_to_the_kernels(shape, hidden) -> None:
 def test_fakes_of_the_backward(shape, hidden, vectors) -> None:
     """Each gradient has the dtype of what it belongs to."""
     inputs = make_inputs(shape, hidden, vector_dtype=vectors)
-    x, *parameters = (inputs[name] for name in NAMES)
     _, mean_rstd, _, saved = forward(inputs, operand=torch.bfloat16)
-    given = (x, x, mean_rstd, *parameters, saved, "gelu", True, True)
     for wanted in (True, False):
-        options = (wanted, wanted, torch.bfloat16, False)
-        torch.library.opcheck(BACKWARD, (*given, *options), test_utils=("test_schema", "test_faketensor"))
+        given = backward_arguments(inputs["x"], inputs, mean_rstd, saved, wanted=(wanted, wanted))
+        utilities = ("test_schema", "test_faketensor")
+        torch.library.opcheck(BACKWARD, (*given, torch.bfloat16, False), test_utils=utilities)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
