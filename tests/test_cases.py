@@ -1,7 +1,6 @@
 """The list of cases: a computed call has the row that describes it, and a comparison finds what is lost."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from support.layouts import as_layout, as_vector_layout, as_weight_layout
 from support.mlp import make_inputs as make_mlp_inputs
 from support.peers import require_backend
 from support.pool_mixer import make_inputs
+from support.processes import python
 
 import poolformer_kernels as pk
 
@@ -42,9 +42,8 @@ def test_calls():
 
 def call(**changes) -> dict:
     """The row of a call of the mixer's forward."""
-    values = (
-        make_inputs((3, 5, 6, 7)) | {"stats": None, "pool_size": 3, "eps": 1e-5, "residual": True} | changes
-    )
+    options = {"stats": None, "pool_size": 3, "eps": 1e-5, "residual": True}
+    values = make_inputs((3, 5, 6, 7)) | options | changes
     return dict(recorder.row_of("pool_mixer", "forward", "reference", values))
 
 
@@ -52,24 +51,9 @@ def recorded(folder: Path, body: str = "") -> list[dict]:
     """The rows of a process of pytest that runs one test, in this folder."""
     test = folder / "test_recorded.py"
     test.write_text(RECORDED.format(body=body))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "support.cases",
-        str(test),
-    ]
-    path = ":".join([str(TESTS), *filter(None, sys.path)])
-    environment = {
-        "PYTHONPATH": path,
-        cases.VARIABLE: str(folder / "rows"),
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "support.cases", str(test))
+    variables = {cases.VARIABLE: str(folder / "rows"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = python(*arguments, cwd=folder, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return [row for of in cases.read(folder / "rows").values() for row in of]
 
@@ -100,12 +84,7 @@ def test_layouts_of_weights_and_vectors():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [
-        (float("nan"), ("nan",)),
-        (float("-inf"), ("inf",)),
-        (1e30, ("huge",)),
-        (0.0, ()),
-    ],
+    [(float("nan"), ("nan",)), (float("-inf"), ("inf",)), (1e30, ("huge",)), (0.0, ())],
 )
 def test_one_hard_value(value, expected):
     x = make_inputs((2, 5, 6, 7))["x"]
@@ -177,8 +156,7 @@ def test_kernels_and_compiled_calls_are_recorded(tmp_path):
 def compared(tmp_path, before: list[dict], after: list[dict]) -> subprocess.CompletedProcess:
     for name, rows in (("before", before), ("after", after)):
         cases.write(rows, tmp_path / name)
-    command = [sys.executable, str(TESTS / "support" / "cases.py"), "compare", "before", "after"]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return python(str(TESTS / "support" / "cases.py"), "compare", "before", "after", cwd=tmp_path)
 
 
 def test_a_lost_value_and_a_lost_pair(tmp_path):

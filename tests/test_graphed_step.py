@@ -303,14 +303,6 @@ def two_groups(model, **second):
     return torch.optim.AdamW(groups, capturable=True)
 
 
-def not_capturable(model):
-    return two_groups(model, capturable=False)
-
-
-def with_lr_on_meta(model):
-    return two_groups(model, lr=META)
-
-
 def with_norm_on_meta():
     model = Net()
     model.norm.to("meta")
@@ -335,12 +327,12 @@ GOOD = {"model": Net(), "optimizer": adamw, "loss": never, "example": EXAMPLE, "
         ("optimizer", lambda m: "AdamW", TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
         ("optimizer", with_optimizer_hook, ValueError, "optimizer has hooks"),
         ("optimizer", lambda m: adamw(Net()), ValueError, "group 0 .* parameters that are not the model's"),
-        ("optimizer", not_capturable, ValueError, "1 .* must have capturable=True"),
-        ("optimizer", sgd, ValueError, "group 0 of optimizer is SGD's, which has no capturable=True"),
+        ("optimizer", partial(two_groups, capturable=False), ValueError, "1 .* must have capturable=True"),
         (
-            *("optimizer", with_lr_on_meta, ValueError),
+            *("optimizer", partial(two_groups, lr=META), ValueError),
             "group 1 of optimizer has its lr on meta; allowed: a number, or a tensor on cpu",
         ),
+        ("optimizer", sgd, ValueError, "group 0 of optimizer is SGD's, which has no capturable=True"),
         ("loss", "mse", TypeError, "loss must be a function of the result and the target, got str"),
         ("example", [0.0], TypeError, "example must be a tensor, got list"),
         ("example", torch.zeros(3), ValueError, "example must be a CUDA tensor, got one on cpu"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.layouts import as_layout
+from support.nn import gradients
 from support.operators import MLP, SubBlock
 from support.problems import HALVES, randn
 from support.rule import assert_same
@@ -31,15 +32,6 @@ def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
     return as_layout(randn(B, C, H, W, dtype=dtype, mean=-2.3, sigma=0.5, seed=20), "channels_last")
 
 
-def step_of(block: SubBlock, x: Tensor) -> dict[str, Tensor]:
-    """y and every gradient."""
-    x = x.detach().requires_grad_()
-    parameters = dict(block.named_parameters())
-    y = block(x)
-    grads = torch.autograd.grad(y, [x, *parameters.values()], torch.ones_like(y))
-    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(["x", *parameters], grads, strict=True)}}
-
-
 def fresh(block: SubBlock) -> SubBlock:
     """A block of the same values in memory of its own, none of which a call has read before."""
     other = block_of(block.w1.dtype)
@@ -56,7 +48,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 def values_of(block: SubBlock, x: Tensor, mode: str) -> dict[str, Tensor]:
     if mode == "training":
-        return step_of(block, x)
+        return gradients(block, x, torch.ones_like(x))
     with torch.inference_mode() if mode == "inference_mode" else torch.no_grad():
         return {"y": block(x).clone()}
 

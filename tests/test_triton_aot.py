@@ -8,12 +8,7 @@ from poolformer_kernels.backends.triton import config
 
 # At least so many warps on an SM: 16 leave a thread 128 registers, 12 leave 168 and 8 leave all 255. The
 # reduction has blocks of four warps: with 169 to 255 registers (242 with Triton 3.8) two of them fit.
-WARPS = {
-    "sample_stats": 16,
-    "merge_stats": 32,
-    "pool_mixer_bwd_sample": 20,
-    "pool_mixer_bwd_reduce": 8,
-}
+WARPS = {"sample_stats": 16, "merge_stats": 32, "pool_mixer_bwd_sample": 20, "pool_mixer_bwd_reduce": 8}
 DTYPES = (torch.bfloat16, torch.float32)
 TILED = ("pool_mixer_fwd", "pool_mixer_bwd_reduce", "pool_mixer_bwd_dx")
 

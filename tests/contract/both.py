@@ -92,6 +92,17 @@ def test_no_samples(target, operator, shape, hidden, save_hidden, layout, residu
     assert stats.shape[::2] == (0, 3)
 
 
+@over(
+    pool_mixer={"shape": [(513, 5, 3, 4), (70_000, 4, 3, 2)]},  # more than a grid has rows
+    mlp={"shape, hidden": [((513, 5, 1, 3), 9), ((513, 24, 1, 1), 33)], "save_hidden": BOTH},
+    dtype=DTYPES,
+    layout=FORMATS,
+)
+def test_many_samples(target, operator, shape, hidden, save_hidden, dtype, layout):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    check_of(operator, target, inputs, layout=layout, save_hidden=save_hidden, residual=True)
+
+
 # ---- layouts, dtypes and parameters ------------------------------------------------------------------------
 
 

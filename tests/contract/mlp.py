@@ -199,17 +199,6 @@ def test_numbers_of_channels(target, channels, hidden, dtype):
 
 
 @over(
-    also={"shape, hidden": [((513, 5, 1, 3), 9), ((513, 24, 1, 1), 33)]},
-    dtype=DTYPES,
-    save_hidden=BOTH,
-    layout=FORMATS,
-)
-def test_many_samples(target, shape, hidden, dtype, save_hidden, layout):
-    inputs = problem(target, shape, hidden, dtype)
-    check(target, inputs, layout=layout, save_hidden=save_hidden, residual=True)
-
-
-@over(
     kernels=True,
     also={
         "shape, hidden": [

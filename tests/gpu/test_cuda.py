@@ -19,6 +19,7 @@ from support import pool_mixer as pool_mixer_problems
 from support.devices import like_on, on
 from support.layouts import as_layout
 from support.mlp import make_grad, make_inputs
+from support.nn import gradients
 from support.operators import MLP
 from support.peers import randomise, relative_error, require_backend
 from support.problems import HALVES
@@ -234,22 +235,13 @@ def test_explain() -> None:
 # ---- whole models ------------------------------------------------------------------------------------------
 
 
-def trained(model, x, grad) -> dict[str, torch.Tensor]:
-    """The logits, and the gradients of x and of every parameter, those of one kind as one vector."""
-    x = x.detach().requires_grad_()
-    y = model(x)
-    names = [name for name, _ in model.named_parameters()]
-    dx, *grads = torch.autograd.grad(y, [x, *model.parameters()], grad.to(y.dtype))
-    return {"y": y.detach(), "x": dx} | dict(zip(names, grads, strict=True))
-
-
 def test_s12_against_fp64() -> None:
     """The error rule. Vectors of a kind are judged together: alone they have few elements."""
     grad = torch.randn(8, 20, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
 
     def values(dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, torch.Tensor]:
         model = s12(dtype, memory_format, num_classes=20)
-        return trained(model, images(8, 224, dtype, memory_format), grad)
+        return gradients(model, images(8, 224, dtype, memory_format), grad)
 
     ours = values(torch.bfloat16, torch.channels_last)
     with pk.use_backend("reference"):
@@ -289,5 +281,5 @@ def test_compiled_stage(channels, layout) -> None:
     x = as_layout(torch.randn(3, channels, 14, 14).bfloat16(), layout).cuda()
     grad = like_on("cuda", torch.randn(3, channels, 14, 14).bfloat16())
     compiled = torch.compile(copy.deepcopy(stage), fullgraph=True)
-    eager, other = (trained(module, x, grad) for module in (stage, compiled))
+    eager, other = (gradients(module, x, grad) for module in (stage, compiled))
     assert all(map(torch.equal, eager.values(), other.values()))

@@ -181,10 +181,8 @@ def ulps_of(dtype: torch.dtype, operands: torch.dtype, ulps: float = 4) -> float
 def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 4, **options) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule."""
     operands = inputs["x" if inputs["x"].dtype in HALVES else "w1"].dtype
-    for dtype in {value.dtype for value in actual.values()}:
-        some = {name: value for name, value in actual.items() if value.dtype == dtype}
-        allowed = ulps_of(dtype, operands, ulps)
-        rule.assert_right(some, inputs, grad, ulps=allowed, eager=eager, truth=truth, **options)
+    allowed = lambda name, dtype: ulps_of(dtype, operands, ulps)  # noqa: E731
+    rule.assert_right(actual, inputs, grad, ulps=allowed, eager=eager, truth=truth, **options)
 
 
 def assert_rule(ours: Tensors, theirs: Tensors, right: Truth, operands: torch.dtype, ulps: float = 4) -> None:

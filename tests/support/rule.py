@@ -89,12 +89,13 @@ def assert_right(
     *,
     eager: Callable[..., Tensor],
     truth: Callable[..., Truth],
-    ulps: float = 4,
+    ulps: Callable[[str, torch.dtype], float],
     **options,
 ) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule.
 
-    ``eager`` is what a model without this package computes, ``truth`` the formula in fp64.
+    ``eager`` is what a model without this package computes, ``truth`` the formula in fp64. ``ulps`` is the
+    rule's floor for a value of this name and dtype.
     """
     plain = {name: t if t is None else t.detach().contiguous().clone() for name, t in inputs.items()}
     with one_thread():
@@ -103,9 +104,8 @@ def assert_right(
     for name, value in actual.items():
         source = inputs["x" if name == "y" else name[1:]]
         assert value.dtype == source.dtype, f"{name}: {value.dtype}, not {source.dtype}"
-        assert_close_to_fp64(
-            value, theirs[name], right.values[name], scale=right.scales[name], ulps=ulps, what=name
-        )
+        exact, scale, floor = right.values[name], right.scales[name], ulps(name, value.dtype)
+        assert_close_to_fp64(value, theirs[name], exact, scale=scale, ulps=floor, what=name)
 
 
 def assert_statistics_of(stats: Tensor, y: Tensor) -> None:

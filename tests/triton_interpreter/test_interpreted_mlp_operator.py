@@ -5,15 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support.layouts import as_layout
-from support.mlp import (
-    PLAIN,
-    VECTORS,
-    WEIGHTS,
-    backward_arguments,
-    forward_arguments,
-    make_grad,
-    make_inputs,
-)
+from support.mlp import PLAIN, VECTORS, WEIGHTS, backward_arguments, forward_arguments, make_grad, make_inputs
 from support.mlp_operator import check_hidden_and_mean_rstd, check_hidden_beyond_float16
 from support.problems import HALVES
 from support.rule import assert_same, run
