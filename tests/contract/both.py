@@ -1,6 +1,6 @@
 """What both operators promise on every target: batches, layouts, statistics, determinism, autograd.
 
-Their shapes and hard values are in `pool_mixer.py`, `mlp.py` and `mlp_numerics.py`.
+Their shapes and what is hard for one of them are in `pool_mixer.py`, `mlp.py` and `mlp_numerics.py`.
 """
 
 import itertools
@@ -22,9 +22,10 @@ import poolformer_kernels as pk
 from poolformer_kernels import reference
 
 from .cases import over
-from .check import values
+from .check import same_pattern, values
 from .common import (
     ACTIVATIONS,
+    BF16,
     BOTH,
     DTYPES,
     EACH,
@@ -181,6 +182,9 @@ def test_eps(target, operator, shape, hidden, eps):
     check_of(operator, target, inputs, residual=True, eps=eps)
 
 
+# ---- few digits, infinity and NaN --------------------------------------------------------------------------
+
+
 @over(
     pool_mixer={"shape": [(2, 24, 11, 14)], "dtype": (F32, F16)},
     mlp={"shape, hidden": [((6, 24, 11, 14), 56), ((3, 200, 3, 6), 50)], "dtype": DTYPES},
@@ -193,6 +197,59 @@ def test_channels_with_their_own_means(target, operator, shape, hidden, dtype, o
     shift_some_channels(inputs["x"], offset)
     ulps = of_mean(target, 8) if operator is MLP else 0
     check_of(operator, target, inputs, layout=layout, residual=residual, ulps=ulps)
+
+
+@over(
+    pool_mixer={"shape": [(2, 24, 11, 14)]},
+    mlp={"shape, hidden": [((2, 24, 11, 14), 56), ((2, 200, 3, 6), 50)]},
+    also={
+        "dtype, mean, sigma": [
+            *((F32, mean, 1) for mean in (1e2, 1e3, 1e4, -1e4)),
+            *((F32, m, s) for m, s in ((-1e3, 30), (100, 1e-2), (0, 1e-6), (0, 1e5))),
+            *((BF16, m, s) for m, s in ((1e2, 1), (1e3, 10), (-1e4, 100), (0, 1e-6), (0, 1e5))),
+            *((F16, m, s) for m, s in ((1e2, 1), (-1e4, 100), (0, 1e-3))),
+        ],
+    },
+    residual=BOTH,
+    layout=FORMATS,
+)
+def test_a_mean_far_from_zero(target, operator, shape, hidden, dtype, mean, sigma, residual, layout):
+    """The mean is a float32 and its last digit a matter of luck, in eager too: the MLP's has an ulp of it.
+
+    Its error is the same for all tokens of a sample: where terms are summed it adds up, as rounding does not.
+    """
+    inputs = problem_of(operator, target, shape, hidden, dtype, mean=mean, sigma=sigma)
+    ulps = {}
+    if operator is MLP:
+        coherent = inputs["x"][0].numel() ** 0.5
+        ulps = {name: of_mean(target, 8 + abs(mean) / sigma) for name in ("y", "dx", "dw1", "dw2")}
+        ulps |= {f"d{name}": of_mean(target, 8 + coherent * abs(mean) / sigma) for name in VECTORS}
+    check_of(operator, target, inputs, layout=layout, residual=residual, ulps=ulps)
+
+
+@over(
+    pool_mixer={"shape": [(3, 17, 6, 9)], "name": POOL_MIXER.names, "dtype": DTYPES},
+    mlp={**EACH, "name": ["b2", "layer_scale", "drop_scale"], "dtype": TWO},
+    bad=(NAN, INF, -INF),
+    layout=FORMATS,
+    residual=BOTH,
+)
+def test_not_finite_where_eager_is_not(target, operator, shape, hidden, name, bad, dtype, layout, residual):
+    inputs = problem_of(operator, target, shape, hidden, dtype)
+    inputs[name].view(-1)[5 if len(inputs[name]) > 5 or name == "x" else 1] = bad
+    # in float32: in half precision some differences are rounded to 0, and 0 times infinity is NaN
+    floats = {name: t.float() for name, t in inputs.items()}
+    expected = operator.problem.eager(**floats, residual=residual)
+    finite = expected.isfinite()
+    assert finite.any()
+    assert not finite.all()
+    y = operator.call(**on(target.device, laid(inputs, layout)), residual=residual).cpu()
+    if operator is MLP and name != "b2" and dtype != F32:  # the sign of a number near 0 decides on infinity's
+        assert torch.equal(y.isfinite(), finite)
+    else:
+        assert same_pattern(y, expected)
+    if operator is POOL_MIXER:
+        torch.testing.assert_close(y[finite].float(), expected[finite], rtol=0.05, atol=0.05)
 
 
 @over(pool_mixer={"shape": [(3, 17, 6, 9)]}, mlp=EACH, bad=(NAN, INF), layout=FORMATS)

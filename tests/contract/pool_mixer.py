@@ -136,23 +136,7 @@ def test_halves_are_rounded_to_nearest(target, dtype, layout):
     assert same.double().mean() > 0.99  # float32's rounding breaks a tie now and then; truncation half of all
 
 
-# ---- few digits --------------------------------------------------------------------------------------------
-
-
-@over(
-    also={
-        "dtype, mean, sigma": (
-            *((F32, mean, 1) for mean in (1e2, 1e3, 1e4, -1e4)),
-            *((F32, -1e3, 30), (F32, 100, 1e-2), (F32, 0, 1e-6), (F32, 0, 1e5)),
-            *((BF16, 1e2, 1), (BF16, 1e3, 10), (BF16, -1e4, 100), (BF16, 0, 1e-6), (BF16, 0, 1e5)),
-        )
-    },
-    residual=BOTH,
-    layout=FORMATS,
-)
-def test_a_mean_far_from_zero(target, dtype, mean, sigma, residual, layout):
-    inputs = make_inputs((2, 24, 11, 14), dtype, mean=mean, sigma=sigma)
-    check(target, inputs, layout=layout, residual=residual)
+# ---- hard values -------------------------------------------------------------------------------------------
 
 
 @over(
@@ -197,23 +181,6 @@ def test_large_gradients_under_a_large_pool(target, shape, pool_size, layout):
         y = pool_mixer(leaf, None, None, pool_size=pool_size)
         dx[size] = torch.autograd.grad(y, leaf, grad * size)[0]
     torch.testing.assert_close(dx[1e36] / 1e36, dx[1.0], rtol=1e-4, atol=1e-6)
-
-
-# ---- infinity and NaN --------------------------------------------------------------------------------------
-
-
-@over(name=POOL_MIXER.names, bad=(NAN, INF, -INF), dtype=DTYPES, layout=FORMATS, residual=BOTH)
-def test_not_finite_where_eager_is_not(target, name, bad, dtype, layout, residual):
-    inputs = make_inputs((3, 17, 6, 9), dtype)
-    inputs[name].view(-1)[5 if len(inputs[name]) > 5 or name == "x" else 1] = bad
-    # in float32: in half precision some differences are rounded to 0, and 0 times infinity is NaN
-    expected = eager(**{name: t.float() for name, t in inputs.items()}, residual=residual)
-    assert not expected.isfinite().all()
-    assert expected.isfinite().any()
-    y = pool_mixer(**on(target.device, laid(inputs, layout)), residual=residual)
-    assert same_pattern(y, expected)
-    finite = expected.isfinite()
-    torch.testing.assert_close(y.cpu()[finite].float(), expected[finite], rtol=0.05, atol=0.05)
 
 
 @over(dtype=DTYPES, payload=(-1, 0x7FFFFFFF, 0x7F800001), layout=FORMATS)
