@@ -139,7 +139,7 @@ def assert_within_rounding(plain: nn.Module, accelerated: nn.Module, call: Call)
     ours, eager, right = (joined(call(model)) for model in models)
     assert ours.keys() == eager.keys() == right.keys()
     for name, exact in right.items():
-        assert_as_accurate(ours[name], eager[name], exact, 8 * torch.finfo(torch.float32).eps, name)
+        assert_as_accurate(ours[name], eager[name], exact, what=name)
 
 
 def assert_accelerated_and_restored(plain: nn.Module, depths: tuple[int, ...], *calls: Call) -> None:

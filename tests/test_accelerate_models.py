@@ -8,13 +8,12 @@ LayerScale and norms are random: at the released initial values of 1e-5 a wrong 
 """
 
 import copy
-import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 from support.accelerate import blocks_of, logits, results
-from support.peers import randomise, require
+from support.peers import poolformer_of_transformers, randomise_all, require
 from support.problems import randn
 from support.rule import assert_close_to_fp64
 from torch import Tensor, nn
@@ -33,9 +32,7 @@ def make_model(source: str, size: str, depths: Sequence[int]) -> nn.Module:
     config = model_config(f"poolformer_{size}")
     with torch.device("meta"):  # their own initialisation takes longer than the test
         if source == "transformers":
-            peer = require("transformers", "models.poolformer.modeling_poolformer")
-            options = {"depths": list(config.layers), "hidden_sizes": list(config.dims), "num_labels": 1000}
-            model = peer.PoolFormerForImageClassification(peer.PoolFormerConfig(**options))
+            model = poolformer_of_transformers(1000, config.layers, config.dims)
             stages = model.poolformer.encoder.block
         else:
             model = require("timm").create_model(f"{source}_{size}")
@@ -43,18 +40,7 @@ def make_model(source: str, size: str, depths: Sequence[int]) -> nn.Module:
     assert tuple(map(len, stages)) == config.layers
     for stage, depth in zip(stages, depths, strict=True):
         del stage[depth:]
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.normal_(std=1 / math.sqrt(p[0].numel()), generator=generator)
-    randomise(model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "res_scale" in name or name.endswith("act.scale"):
-                p.add_(0.9)
-    return model.eval()
+    return randomise_all(model.to_empty(device="cpu"))
 
 
 def assert_right(model: nn.Module, x: Tensor, depths: Sequence[int]) -> None:

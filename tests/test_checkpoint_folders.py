@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.models import raises, unchanged
-from support.peers import poolformer_of_transformers, randomise, relative_error, require
+from support.peers import poolformer_of_transformers, randomise, relative_error, require, timm_model
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -71,11 +71,8 @@ def test_safetensors_come_first(theirs, tmp_path):
 
 def test_a_folder_that_timm_saved(tmp_path):
     """Of timm's names, so evaluated as timm does."""
-    timm = require("timm")
-    safetensors = require("safetensors.torch")
-    torch.manual_seed(0)
-    theirs = randomise(timm.create_model("poolformer_s12", num_classes=CLASSES)).eval()
-    safetensors.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    theirs = timm_model(num_classes=CLASSES)
+    require("safetensors.torch").save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     model = ours(checkpoint=tmp_path)
     assert model.head_mode == "timm"
     with torch.no_grad():

@@ -9,7 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 from support.models import on_meta, raises, unchanged
-from support.peers import as_mmpretrain, poolformer_of_transformers, randomise, relative_error, require
+from support.peers import (
+    as_mmpretrain,
+    poolformer_of_transformers,
+    randomise,
+    relative_error,
+    require,
+    timm_model,
+)
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -42,9 +49,7 @@ def load(tmp_path):
 
 
 def from_timm():
-    timm = require("timm")
-    torch.manual_seed(1)
-    model = randomise(timm.create_model("poolformer_s12", num_classes=CLASSES), 1).eval()
+    model = timm_model(seed=1, num_classes=CLASSES)
     return model.state_dict(), lambda: logits(model)
 
 
@@ -314,10 +319,8 @@ def fake_hub(monkeypatch, download):
 
 
 def test_pretrained_comes_from_the_hub(tmp_path, monkeypatch):
-    timm, safetensors = require("timm"), require("safetensors.torch")
-    torch.manual_seed(1)
-    theirs = randomise(timm.create_model("poolformer_s12")).eval()
-    safetensors.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    theirs = timm_model(seed=1)
+    require("safetensors.torch").save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     asked = []
 
     def download(repo_id, filename):

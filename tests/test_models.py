@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.metaformer import official_model, released_shapes
 from support.models import PUBLISHED, on_meta, raises, shapes
-from support.peers import randomise, randomise_all, relative_error, require
+from support.peers import randomise, relative_error, require, timm_twins
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -32,16 +32,6 @@ def own(s12):
 
 def images(*shape, seed=0):
     return randn(*shape, mean=0.1, seed=seed)
-
-
-def timm_twin(name="poolformer_s12", **options):
-    """timm's model and ours with the same random weights, both in eval mode."""
-    timm = require("timm")
-    torch.manual_seed(0)
-    theirs = randomise_all(timm.create_model(name, **options))
-    ours = pk.create_model(name, head="timm", **options).eval()
-    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
-    return ours, theirs
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -116,7 +106,7 @@ ODD_SIZES = [(193, 257), (33, 47), (3, 3), (40, 5)]
     [*((name, (224, 224)) for name in (*NAMES, NAMES_V2[0])), *((NAMES[0], size) for size in ODD_SIZES)],
 )
 def test_maps_and_logits_equal_timm(name, size):
-    ours, theirs = timm_twin(name)
+    ours, theirs = timm_twins(name)
     x = images(1, 3, *size)
     with torch.inference_mode():
         expected = theirs(x)
@@ -128,7 +118,7 @@ def test_maps_and_logits_equal_timm(name, size):
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("name", [NAMES[0], NAMES_V2[0]])
 def test_half_precision_is_as_near_as_timms(name, how):
-    models, x = timm_twin(name), images(2, 3, 64, 96)
+    models, x = timm_twins(name), images(2, 3, 64, 96)
     if how == "bfloat16":
         models, x = [model.bfloat16() for model in models], x.bfloat16()
     with torch.inference_mode():
@@ -174,7 +164,7 @@ def test_no_classes_gives_the_pooled_features(own, head):
 
 
 def test_gradients_equal_timm():
-    ours, theirs = timm_twin(num_classes=10)
+    ours, theirs = timm_twins(num_classes=10)
     x, weight = images(2, 3, 64, 64), images(2, 10, seed=1)
     theirs_x, ours_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     (theirs(theirs_x) * weight).sum().backward()
@@ -191,7 +181,7 @@ def test_gradients_equal_timm():
 
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12"])
 def test_training_with_stochastic_depth_equals_timm_under_the_same_seed(name):
-    ours, theirs = timm_twin(name, num_classes=10, drop_path_rate=0.6)
+    ours, theirs = timm_twins(name, num_classes=10, drop_path_rate=0.6)
     x = images(6, 3, 32, 32)
     torch.manual_seed(5)
     expected = theirs.train()(x)
@@ -209,7 +199,7 @@ def test_training_with_stochastic_depth_equals_timm_under_the_same_seed(name):
     [("poolformer_s12", ("weight", "bias"), 1e-5), ("poolformerv2_s12", ("weight",), 1e-6)],
 )
 def test_feature_maps_equal_timm_through_norms_of_their_own(name, parameters, eps):
-    whole, theirs = timm_twin(name, num_classes=0)
+    whole, theirs = timm_twins(name, num_classes=0)
     ours = randomise(pk.create_model(name, features_only=True), seed=1).eval()
     result = ours.load_state_dict(whole.state_dict(), strict=False)
     norms = [f"norm{i}" for i in (0, 2, 4, 6)]

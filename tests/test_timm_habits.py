@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.metaformer import SIZE, tiny
-from support.peers import randomise, relative_error, require
+from support.peers import randomise, relative_error, require, timm_model, timm_twins
 from support.problems import randn
 from support.rule import assert_close_to_fp64
 from torch import nn
@@ -23,15 +23,6 @@ timm = require("timm")
 NAMES = ("poolformer_s12", "poolformerv2_s12")
 X = randn(2, 3, 64, 96)
 both = pytest.mark.parametrize("name", NAMES)
-
-
-def twins(name: str, **options):
-    """timm's model and ours with the same random weights."""
-    torch.manual_seed(0)
-    theirs = randomise(timm.create_model(name, num_classes=7, **options)).eval()
-    ours = pk.create_model(name, num_classes=7, head="timm", **options).eval()
-    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
-    return ours, theirs
 
 
 def backbone(name: str, **options):
@@ -51,7 +42,7 @@ def assert_like(ours, theirs, call):
 
 @both
 def test_the_classifier(name):
-    ours, theirs = twins(name)
+    ours, theirs = timm_twins(name, num_classes=7)
     assert torch.equal(ours.get_classifier().weight, theirs.get_classifier().weight)
     assert ours.get_classifier() is ours.head
     for attribute in ("num_classes", "num_features", "head_hidden_size", "in_chans", "grad_checkpointing"):
@@ -71,7 +62,7 @@ def test_the_classifier(name):
 
 @both
 def test_features_and_head(name):
-    ours, theirs = twins(name)
+    ours, theirs = timm_twins(name, num_classes=7)
     assert_like(ours, theirs, lambda model, x: model.forward_features(x))
     for pre_logits in (False, True):
         assert_like(
@@ -87,7 +78,7 @@ INDICES = (None, 1, 2, [0, 2], [-1], [3, 1], (1, 1))
 @both
 @pytest.mark.parametrize("early", [False, True])
 def test_intermediates(name, early):
-    ours, theirs = twins(name)
+    ours, theirs = timm_twins(name, num_classes=7)
     double = copy.deepcopy(theirs).double()
     for indices in INDICES:
         options = {"indices": indices, "stop_early": early}
@@ -102,7 +93,7 @@ def test_intermediates(name, early):
 
 
 def test_stages_behind_the_last_map_are_not_computed():
-    ours, _ = twins("poolformer_s12")
+    ours, _ = timm_twins("poolformer_s12", num_classes=7)
     seen = []
     ours.network[4].register_forward_hook(lambda *_: seen.append(1))
     ours.forward_intermediates(X, [1], stop_early=True)
@@ -116,7 +107,7 @@ def test_stages_behind_the_last_map_are_not_computed():
 def test_features_only(name, out_indices):
     """timm's maps, each through its GroupNorm, of what timm's feature_info says; nothing is made in vain."""
     options = {} if out_indices is None else {"out_indices": out_indices}
-    theirs = randomise(timm.create_model(name, features_only=True, **options)).eval()
+    theirs = timm_model(name, features_only=True, **options)
     ours = backbone(name, **options)
     state = pk.convert_state_dict(theirs.state_dict())
     missing, unexpected = ours.load_state_dict(state, strict=False)
@@ -147,7 +138,7 @@ def test_feature_info():
     """A classifier's is what timm's feature getter takes; position embeddings move names."""
     from timm.models._features import FeatureGetterNet
 
-    ours, _ = twins("poolformer_s12")
+    ours, _ = timm_twins("poolformer_s12", num_classes=7)
     info = ours.feature_info
     assert info.module_name() == ["network.0", "network.2", "network.4", "network.6"]
     getter = FeatureGetterNet(ours, out_indices=(1, 3))
@@ -210,7 +201,7 @@ def test_bad_arguments(call, error, words):
 
 def test_files_for_a_part_of_the_backbone(tmp_path):
     """Whole files load: what the model has not made is named in the report."""
-    _, theirs = twins("poolformer_s12")
+    _, theirs = timm_twins("poolformer_s12", num_classes=7)
     for file, state in (
         ("timm.pth", theirs.state_dict()),
         ("dense.pth", backbone("poolformer_s12").state_dict()),
@@ -273,7 +264,7 @@ def test_groups_of_parameters(name):
     from timm.models import group_parameters
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    ours, theirs = twins(name)
+    ours, theirs = timm_twins(name, num_classes=7)
     named, twin = (
         {id(p): key for key, p in pk.convert_state_dict(dict(model.named_parameters())).items()}
         for model in (ours, theirs)
@@ -321,13 +312,13 @@ def step(model, x):
 
 
 CHECKPOINTED = {
-    "PoolFormer": lambda: twins("poolformer_s12", drop_path_rate=0.3)[0],
-    "PoolFormerV2": lambda: twins("poolformerv2_s12", drop_path_rate=0.3)[0],
+    "PoolFormer": lambda: timm_twins("poolformer_s12", num_classes=7, drop_path_rate=0.3)[0],
+    "PoolFormerV2": lambda: timm_twins("poolformerv2_s12", num_classes=7, drop_path_rate=0.3)[0],
     "MetaFormer": lambda: tiny(
         token_mixers=("pooling", "identity", "attention", "pooling"), drop_path_rate=0.3
     ),
     "backbone": lambda: backbone("poolformer_s12", out_indices=(1, 3), drop_path_rate=0.3),
-    "hooked": lambda: hooked(twins("poolformer_s12", drop_path_rate=0.3)[0]),
+    "hooked": lambda: hooked(timm_twins("poolformer_s12", num_classes=7, drop_path_rate=0.3)[0]),
 }
 
 
@@ -363,7 +354,7 @@ def test_checkpointing_gives_the_same_gradients(name, layout, backend):
 
 def test_checkpointing_with_draws_that_are_given():
     """As `poolformer-kernels train` gives them: the second run of a block drops what the first did."""
-    model, _ = twins("poolformer_s12", drop_path_rate=0.5)
+    model, _ = timm_twins("poolformer_s12", num_classes=7, drop_path_rate=0.5)
     paths = [m for m in model.train().modules() if isinstance(m, pk.nn.DropPath)]
     x = randn(6, 3, 32, 32)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.accelerate.layouts import layout_of
-from support.peers import randomise, require
+from support.peers import poolformer_of_timm, poolformer_of_transformers, randomise, require
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
 CALLS = ["pool_mixer", "mlp"] * sum(DEPTHS)  # of the operators in a call of a model
@@ -130,18 +130,10 @@ def make_model(source: str, drop_path: float = 0.0, **config) -> nn.Module:
         block = PoolFormerBlock if source == "official" else MmpretrainBlock
         model = Official(drop_path=drop_path, block=block)
     elif source == "transformers":
-        transformers = require("transformers", "models.poolformer.modeling_poolformer")
-        options = {"depths": list(DEPTHS), "hidden_sizes": list(DIMS), "num_labels": 7} | config
-        config = transformers.PoolFormerConfig(drop_path_rate=drop_path, **options)
-        model = transformers.PoolFormerForImageClassification(config)
+        model = poolformer_of_transformers(7, DEPTHS, DIMS, drop_path_rate=drop_path, **config)
     else:
-        metaformer = require("timm", "models.metaformer").models.metaformer
-        norm = metaformer.GroupNorm1 if source == "timm" else metaformer.GroupNorm1NoBias
-        options = {"norm_layers": norm, "use_mlp_head": False, "drop_path_rate": drop_path}
-        if source == "timm":
-            options |= {"downsample_norm": None, "mlp_act": nn.GELU, "mlp_bias": True}
-            options |= {"layer_scale_init_values": 1e-5, "res_scale_init_values": None}
-        model = metaformer.MetaFormer(num_classes=7, depths=DEPTHS, dims=DIMS, **options)
+        version = 1 if source == "timm" else 2
+        model = poolformer_of_timm(DEPTHS, DIMS, 7, version, drop_path_rate=drop_path)
     randomise(model)
     with torch.no_grad():
         for name, p in model.named_parameters():

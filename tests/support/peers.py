@@ -47,9 +47,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def randomise_all(model: nn.Module) -> nn.Module:
+def randomise_all(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights that keep the size of what they multiply, too: an exchange of any two parameters shows."""
-    for name, p in randomise(model).named_parameters():
+    torch.manual_seed(seed)
+    for name, p in randomise(model, seed).named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
         elif "res_scale" in name or name.endswith("act.scale"):
@@ -61,6 +62,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The L2 norm of the difference, relative to the expected value's."""
     assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def timm_model(name: str = "poolformer_s12", seed: int = 0, **options) -> nn.Module:
+    """timm's model of this name with random weights, in eval mode."""
+    return randomise_all(require("timm").create_model(name, **options), seed)
+
+
+def timm_twins(name: str = "poolformer_s12", **options) -> tuple[nn.Module, nn.Module]:
+    """Our model and timm's with the same random weights, both in eval mode."""
+    theirs = timm_model(name, **options)
+    ours = pk.create_model(name, head="timm", **options).eval()
+    ours.load_state_dict(pk.convert_state_dict(theirs.state_dict()))
+    return ours, theirs
 
 
 def poolformer_of_timm(depths, dims, num_classes: int, version: int = 1, **options) -> nn.Module:
@@ -79,8 +93,8 @@ def poolformer_of_transformers(
 ) -> nn.Module:
     """transformers' PoolFormer of these sizes, by default S12's."""
     transformers = require("transformers", "models.poolformer.modeling_poolformer")
-    sizes = {"depths": list(depths), "hidden_sizes": list(dims), "num_labels": num_classes}
-    return transformers.PoolFormerForImageClassification(transformers.PoolFormerConfig(**sizes, **options))
+    options = {"depths": list(depths), "hidden_sizes": list(dims), "num_labels": num_classes} | options
+    return transformers.PoolFormerForImageClassification(transformers.PoolFormerConfig(**options))
 
 
 MMPRETRAIN = {  # the beginnings of the official names and of mmpretrain's
@@ -101,7 +115,11 @@ def as_mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def assert_as_accurate(
-    actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, floor: float, what: str = "value"
+    actual: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    floor: float = 8 * torch.finfo(torch.float32).eps,
+    what: str = "value",
 ) -> None:
     """The error rule in the L2 norm: at most 1.5 times eager's error and ``floor`` of the value's size."""
     assert actual.shape == exact.shape, what
