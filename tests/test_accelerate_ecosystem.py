@@ -7,6 +7,7 @@ from operator import itemgetter
 import pytest
 import torch
 from support.accelerate import CALLS, DEPTHS, SOURCES, PoolFormerBlock, blocks_of, logits, make_model
+from support.chain import operators_of
 from support.peers import assert_as_accurate, randomise, relative_error, require
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,12 +31,6 @@ def assert_right(given: Tensor, plain: nn.Module, x: Tensor) -> None:
     """No further from the modules' result in float64 than theirs in float32, by the L2 norm."""
     with torch.no_grad():
         assert_as_accurate(given, logits(plain, x), logits(copy.deepcopy(plain).double(), x.double()))
-
-
-def operators_of(graph: torch.fx.Graph) -> list[str]:
-    """Our operators that a graph calls, in order."""
-    names = [str(node.target).split(".") for node in graph.nodes]
-    return [name[1] for name in names if name[0] == "poolformer_kernels"]
 
 
 # ---- torch.compile, torch.export, AOTInductor, ONNX --------------------------------------------------------

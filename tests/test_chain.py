@@ -17,14 +17,13 @@ from support.chain import (
     by_reference,
     calls,
     convolve,
-    filled,
     images,
     infer,
     make_model,
     problem,
 )
 from support.layouts import as_layout
-from support.peers import relative_error
+from support.peers import randomise_all, relative_error
 from support.rule import assert_close_to_fp64, bits, threads
 
 import poolformer_kernels as pk
@@ -114,7 +113,7 @@ def test_core_cpp_statistics_of_a_convolution(dtype, out, mean, ulps):
     """The chain of all against fp64 on what the convolution alone writes, of sigma 1."""
     x, weight, bias = problem(3, 17, out, 21, 18, 3, dtype)
     bias = (bias / 4 + mean).to(dtype)
-    block = filled(PoolFormerBlock(out, mlp_ratio=2.0)).to(dtype)
+    block = randomise_all(PoolFormerBlock(out, mlp_ratio=2.0)).to(dtype)
     for scale in (block.layer_scale_1, block.layer_scale_2):
         scale.data *= 2  # so that bfloat16 does not round it away beside 1000
     written = convolve(x, weight, bias, 2, 1)
@@ -135,7 +134,7 @@ def test_core_cpp_statistics_of_a_convolution(dtype, out, mean, ulps):
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_core_cpp_activations(activation):
     """The chain knows them by their place in the reference's table."""
-    x, block, chain = images(2, 20, 5, 6), filled(PoolFormerBlock(20, mlp_ratio=2.5)), Chain()
+    x, block, chain = images(2, 20, 5, 6), randomise_all(PoolFormerBlock(20, mlp_ratio=2.5)), Chain()
     (w1, b1, w2, b2), norm, scale = block.mlp.parameters(), block.norm2, block.layer_scale_2
     chain.mlp(w1, w2, (b1, b2, norm.weight, norm.bias, scale), activation, 1e-5)
     vectors = {"norm_weight": norm.weight, "norm_bias": norm.bias, "layer_scale": scale}
@@ -188,7 +187,7 @@ def test_core_cpp_a_sample_has_the_same_bits_in_any_batch(dtype, config):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_cpp_few_tokens_of_a_wide_mlp_have_the_same_bits(dtype):
     """The call has so few tokens that hidden channels are summed in parts; a thread may have fewer yet."""
-    stage = filled(PoolFormerStage(PoolFormerBlock(32, mlp_ratio=32.0))).to(dtype)
+    stage = randomise_all(PoolFormerStage(PoolFormerBlock(32, mlp_ratio=32.0))).to(dtype)
     for seed in range(8):
         x = images(4, 32, 7, 7, dtype=dtype, seed=seed)
         assert calls(stage, x) == ONE

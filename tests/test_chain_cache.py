@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
 from support import accelerate as blocks
-from support.chain import ONE, RIGHT, by_reference, calls, filled, images, infer, make_model
+from support.chain import ONE, RIGHT, by_reference, calls, images, infer, make_model
 from support.nn import setting
-from support.peers import relative_error
+from support.peers import randomise_all, relative_error
 from support.problems import HALVES
 from support.rule import assert_close_to_fp64
 from torch import nn
@@ -90,7 +90,7 @@ def put_subclass(model):
         def forward(self, x):
             return super().forward(x).relu()
 
-    model.network[1].proj = filled(Other(16, 33, 3, 2, 1), 4)
+    model.network[1].proj = randomise_all(Other(16, 33, 3, 2, 1), 4)
 
 
 def change_class(model):
@@ -125,16 +125,16 @@ CHANGES = {
     "dilation": setting("network.1.proj.dilation", (2, 2)),
     "parameter removed": setting("network.2.0.layer_scale_2", None),
     "bias removed": setting("network.1.proj.bias", None),
-    "mlp replaced": setting("network.2.0.mlp", filled(Mlp(33, 50, act_layer=nn.SiLU), 4)),
+    "mlp replaced": setting("network.2.0.mlp", randomise_all(Mlp(33, 50, act_layer=nn.SiLU), 4)),
     "norm replaced": setting("network.2.0.norm1", nn.GroupNorm(3, 33)),
     "mixer replaced": setting("network.0.0.token_mixer", nn.Identity()),
     "block replaced": setting("network.2.1", nn.Identity()),
-    "block appended": lambda model: model.network[4].append(filled(PoolFormerBlock(40), 4)),
+    "block appended": lambda model: model.network[4].append(randomise_all(PoolFormerBlock(40), 4)),
     "block removed": lambda model: model.network[2].pop(1),
     "blocks swapped": swap_blocks,
     "order changed": reorder_blocks,
-    "stage replaced": setting("network.0", nn.Sequential(filled(PoolFormerBlock(16), 4))),
-    "convolution replaced": setting("network.1.proj", filled(nn.Conv2d(16, 33, 5, 2, 2), 4)),
+    "stage replaced": setting("network.0", nn.Sequential(randomise_all(PoolFormerBlock(16), 4))),
+    "convolution replaced": setting("network.1.proj", randomise_all(nn.Conv2d(16, 33, 5, 2, 2), 4)),
     "classifier reset": lambda model: model.reset_classifier(9),
     "classifier left out": lambda model: model.reset_classifier(0),
     "head of several layers": lambda model: setattr(model, "head", nn.Sequential(model.head, nn.ReLU())),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import poolformer_kernels as pk
 from poolformer_kernels.models import PoolFormer, model_config
 from poolformer_kernels.ops.chain import Chain
-from support.peers import randomise
+from support.peers import randomise_all
 from support.problems import HALVES, randn
 from support.rule import assert_close_to_fp64
 
@@ -23,20 +23,10 @@ RIGHT = 3e-6  # of fp32 logits to those of fp64
 SMALL = replace(model_config("poolformer_s12"), layers=(1, 2, 1, 1), dims=(16, 33, 40, 96))
 
 
-def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Each parameter matters: LayerScales of order 0.2, weights that keep the size of activations."""
-    randomise(module, seed)
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            if p.dim() > 1:
-                p.copy_(randn(*p.shape, sigma=p[0].numel() ** -0.5, seed=seed + i))
-    return module.eval()
-
-
 def make_model(config=SMALL, seed=0, dtype=torch.float32, fmt=LAST, **options) -> PoolFormer:
     with torch.device("meta"):
         model = PoolFormer(config, **({"num_classes": 7} | options))
-    return filled(model.to_empty(device="cpu"), seed).to(dtype=dtype, memory_format=fmt)
+    return randomise_all(model.to_empty(device="cpu"), seed).to(dtype=dtype, memory_format=fmt)
 
 
 def images(*shape: int, dtype=torch.float32, fmt=LAST, seed=7) -> Tensor:
@@ -84,6 +74,12 @@ def calls(model: nn.Module, x: Tensor) -> dict[str, int]:
     with Calls() as counted:
         infer(model, x)
     return counted.kernels()
+
+
+def operators_of(graph: torch.fx.Graph) -> list[str]:
+    """Our operators that a graph calls, in order."""
+    names = [str(node.target).split(".") for node in graph.nodes]
+    return [name[1] for name in names if name[0] == "poolformer_kernels"]
 
 
 def convolve(x, weight, bias=None, stride=1, padding=0):
