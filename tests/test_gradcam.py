@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.gradcam import CLASSES, DIMS, tiny
 from support.models import unchanged
-from support.peers import poolformer_of_timm, randomise, require
+from support.peers import poolformer_of_timm, randomise, require, timm_model
 from support.problems import randn
 from support.rule import assert_close_to_fp64
 from torch import nn
@@ -56,14 +56,12 @@ def expected(
     return map_of(to_map(kept[0]), to_map(gradient), x.shape[-1])
 
 
-def timm_model(name: str, **options) -> nn.Module:
-    timm = require("timm")
-    torch.manual_seed(0)
-    model = randomise(timm.create_model(name, num_classes=CLASSES, **options))
-    for p in model.parameters():
-        if not p.any():  # ResMLP's classifier starts as zero: nothing would depend on the picture
-            nn.init.normal_(p, std=0.1)
-    return model.eval()
+def assert_right(found: torch.Tensor, model: nn.Module, x: torch.Tensor, classes: torch.Tensor) -> None:
+    """By the error rule, beside the map of PyTorch's own operators."""
+    with pk.use_backend("reference"):
+        truth = expected(copy.deepcopy(model).double(), x.double(), classes)
+        eager = expected(model, x, classes)
+    assert_close_to_fp64(found, eager, truth, ulps=0)
 
 
 # ---- values ------------------------------------------------------------------------------------------------
@@ -86,10 +84,7 @@ def test_float32_is_within_the_error_rule():
     """Kernels that compute the network in float32, where eager is the chain of halves in float32."""
     model, x = tiny().eval(), images()
     classes = model(x).argmax(1)
-    truth = expected(copy.deepcopy(model).double(), x.double(), classes)
-    with pk.use_backend("reference"):
-        eager = expected(model, x, classes)
-    assert_close_to_fp64(grad_cam(model, x, classes), eager, truth, ulps=0)
+    assert_right(grad_cam(model, x, classes), model, x, classes)
 
 
 def test_a_model_that_runs_as_one_call_without_gradients(kernels):
@@ -102,11 +97,7 @@ def test_a_model_that_runs_as_one_call_without_gradients(kernels):
         found = grad_cam(model, x).clone()
         assert model(x).argmax(1).equal(predicted)
         assert vars(model)[PLACE].chain is not None
-    classes = predicted.clone()  # autograd takes no tensor of inference mode
-    with pk.use_backend("reference"):
-        truth = expected(copy.deepcopy(model).double(), x.double(), classes)
-        eager = expected(model, x, classes)
-    assert_close_to_fp64(found, eager, truth, ulps=0)
+    assert_right(found, model, x, predicted.clone())  # autograd takes no tensor of inference mode
 
 
 def test_images_of_inference_mode():
@@ -170,7 +161,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("name", "options", "layer", "to_map"), OTHERS, ids=[o[0] for o in OTHERS])
 def test_timms_models(name, options, layer, to_map):
-    model = timm_model(name, **options).double()
+    model = timm_model(name, num_classes=CLASSES, **options).double()
     x = images(64, torch.float64)
     classes = torch.tensor([4, 0, 2])
     truth = expected(model, x, classes, layer, to_map)
@@ -217,7 +208,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_eval_mode_counts_while_the_map_is_made():
     """Batch norm of a training model would mix the images, and its statistics would move."""
-    model = timm_model("resnet18", **RESNET)
+    model = timm_model("resnet18", num_classes=CLASSES, **RESNET)
     x = images(64)
     in_eval = grad_cam(model, x, 1)
     model.train()
@@ -277,7 +268,7 @@ def test_errors_name_the_argument(error, message, arguments):
 
 
 def test_tokens_that_are_no_square():
-    model = timm_model("deit_tiny_patch16_224", **VIT)
+    model = timm_model("deit_tiny_patch16_224", num_classes=CLASSES, **VIT)
     model.num_prefix_tokens = 0  # the class token cannot lie in the map
     with pytest.raises(ValueError, match="17 tokens for images of 64 x 64 are no square map"):
         grad_cam(model, X)

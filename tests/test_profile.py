@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 from support.commands import printed, refused
-from support.models import PUBLISHED, on_meta, unchanged
+from support.models import PUBLISHED, SMALL, on_meta, unchanged
 from support.peers import randomise, require
 from torch import nn
 
 import poolformer_kernels as pk
 from poolformer_kernels import profiling
-from poolformer_kernels.models.poolformer import ModelConfig, PoolFormer
+from poolformer_kernels.models import PoolFormer
 from poolformer_kernels.profiling import limits as limits_module
 from poolformer_kernels.profiling import paper_figures, profile
 from poolformer_kernels.profiling.layers import layers
@@ -37,8 +37,7 @@ def s12():
 def tiny(**options):
     """Like the released models, but timed in no time."""
     torch.manual_seed(0)
-    config = ModelConfig("tiny", (1, 2, 1, 1), (8, 16, 24, 32), 1e-5, 0.0, 0, 0.9)
-    return randomise(PoolFormer(config, num_classes=9, **options))
+    return randomise(PoolFormer(SMALL, num_classes=9, **options))
 
 
 def row(result, name):

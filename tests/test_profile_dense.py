@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from support.commands import printed, refused
 from support.dense import HEADS, PARAMETERS, made, require_dense, tiny
+from support.models import unchanged
 from support.peers import require
 
 require_dense()
@@ -13,7 +15,6 @@ require("rich")
 from torchvision.ops import clip_boxes_to_image
 
 from poolformer_kernels.cli import profile_dense as command
-from poolformer_kernels.cli.main import main
 from poolformer_kernels.dense.registry import split_name
 from poolformer_kernels.models import create_model
 from poolformer_kernels.profiling import count_macs, dense
@@ -227,11 +228,9 @@ def test_the_model_is_left_as_it_was(no_probe) -> None:
     model = tiny("semantic_fpn").train()
     called = []
     model.backbone.fpn.register_forward_hook(lambda *_: called.append(1))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    profile_dense(model, 64, dtype=torch.bfloat16, rounds=1)
+    with unchanged(model):
+        profile_dense(model, 64, dtype=torch.bfloat16, rounds=1)
     assert called == []
-    assert all(module.training for module in model.modules())
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -257,9 +256,8 @@ def test_refusals(arguments, error, message) -> None:
 
 def test_command_counts(capsys, tmp_path) -> None:
     path = tmp_path / "profile.json"
-    command = ["profile", "--no-time", "--model", "mask_rcnn_poolformer_s12", "--image-size", "64", "96"]
-    assert main([*command, "--json", str(path)]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    words = "profile --no-time --model mask_rcnn_poolformer_s12 --image-size 64 96 --json"
+    lines = [" ".join(line.split()) for line in printed(capsys, words, path).splitlines()]
     assert "MaskRCNN on poolformer_s12, 1x3x64x96, float32" in lines
     assert "31,574,965 parameters" in lines
     parts = mask_rcnn(64, 96)
@@ -276,43 +274,32 @@ def test_command_counts(capsys, tmp_path) -> None:
 
 def test_command_default_sizes(capsys) -> None:
     for name, size in (("retinanet", "800x1280"), ("semantic_fpn", "512x512")):
-        assert main(["profile", "--no-time", "--model", f"{name}_poolformer_s12", "--batch-size", "2"]) == 0
-        assert f", 2x3x{size}, float32" in capsys.readouterr().out
+        text = printed(capsys, f"profile --no-time --model {name}_poolformer_s12 --batch-size 2")
+        assert f", 2x3x{size}, float32" in text
 
 
 def test_command_times(capsys, monkeypatch) -> None:
     monkeypatch.setattr(command, "create_segmenter", lambda head, backbone: tiny(head))
     monkeypatch.setattr(command, "profile_dense", lambda *a, **k: profile_dense(*a, **k, rounds=1))
-    options = ["--model", "semantic_fpn_poolformer_s12", "--image-size", "64", "--device", "cpu"]
-    assert main(["profile", *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    words = "profile --model semantic_fpn_poolformer_s12 --image-size 64 --device cpu"
+    lines = printed(capsys, words).splitlines()
     assert next(line for line in lines if line.split()[:1] == ["total"]).split()[-1] == "100%"
     assert next(line for line in lines if line.split()[:1] == ["neck"]).rstrip().endswith("%")
     assert any("without resizing, anchors and NMS" in line for line in lines)
 
 
+NO_MODEL = "argument --model: '{}' is no model (did you mean "
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            "--model yolo_poolformer_s12",
-            "argument --model: 'yolo_poolformer_s12' is no model (did you mean poolformer",
-        ),
-        (
-            "--model retinanet_poolformer_s13",
-            "argument --model: 'retinanet_poolformer_s13' is no model (did you mean retinanet_poolformer",
-        ),
-        (
-            "--model retinanet_poolformer_s12 --image-size 100",
-            "--image-size: size must be of multiples of 32 pixels, got 100",
-        ),
+        ("--model yolo_poolformer_s12", f"{NO_MODEL.format('yolo_poolformer_s12')}poolformer"),
+        ("--model retinanet_poolformer_s13", f"{NO_MODEL.format('retinanet_poolformer_s13')}retinanet_poolf"),
+        ("--model retinanet_poolformer_s12 --image-size 100", "--image-size: size must be of multiples"),
         ("--image-size 64 64 64", "--image-size: 3 numbers; allowed: a side, or height and width"),
         ("--image-size 64 16", "argument --image-size: must be at least 32"),
     ],
 )
 def test_command_refuses_in_one_line(arguments, message, capsys) -> None:
-    assert main(["profile", "--no-time", *arguments.split()]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"poolformer-kernels: error: {message}")
-    assert captured.err.count("\n") == 1
+    assert refused(capsys, f"profile --no-time {arguments}").startswith(message)
