@@ -1,6 +1,7 @@
 """accelerate: other packages' models compute the same, from the same modules and parameters, and faster."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.accelerate import (
     results,
 )
 from support.chain import Calls
+from support.layouts import FORMATS
 from support.nn import COPIES
 from torch import nn
 from torch.func import functional_call
@@ -26,7 +28,6 @@ from torch.func import functional_call
 from poolformer_kernels.accelerate import accelerate, restore
 
 SIZES = (64, 64), (45, 71)
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 source = pytest.mark.parametrize("source", SOURCES)
 
 
@@ -262,10 +263,10 @@ def test_replicas_are_operators_and_compute_with_their_own_parameters(source, op
 def test_functional_call(source):
     model, x = make_model(source), image()
     doubled = {name: 2 * p for name, p in model.named_parameters()}
-    expected = functional_call(model, doubled, (x,))
-    given = functional_call(accelerate(model), doubled, (x,))
-    expected, given = (y if isinstance(y, torch.Tensor) else y.logits for y in (expected, given))
-    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    call = partial(functional_call, model, doubled)
+    expected = logits(call, x)
+    accelerate(model)
+    torch.testing.assert_close(logits(call, x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["timm", "transformers"])
@@ -274,8 +275,7 @@ def test_transforms_and_tracers_see_the_modules(source):
     parameters = dict(model.named_parameters())
 
     def loss(parameters, x):
-        y = functional_call(model, parameters, (x,))
-        return (y if isinstance(y, torch.Tensor) else y.logits).square().sum()
+        return logits(partial(functional_call, model, parameters), x).square().sum()
 
     def transformed():
         grads = torch.func.grad(loss)(parameters, x)

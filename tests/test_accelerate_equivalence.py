@@ -2,7 +2,6 @@
 
 import copy
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -212,11 +211,10 @@ def test_equal_blocks_are_compared_once(monkeypatch, compared):
     assert len(seen) == len(compared) == 4  # two widths, with and without drop paths
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_modules_with_hooks_that_set_tensors_poison_no_others(kernels):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        block = make_block()
-        weight_norm(block.mlp.fc1)
+    block = make_block()
+    weight_norm(block.mlp.fc1)
     expected = outputs(block)
     accelerate(block)
     assert unfused_reasons(block) == (None, "mlp.fc1 has hooks")
@@ -352,10 +350,8 @@ def test_compiled_with_weights_of_another_type(fresh_dynamo, kernels):
         layer.weight = nn.Parameter(Int8(values, scale), requires_grad=False)
     expected = block(features())
     accelerate(block)
-    assert unfused_reasons(block) == (
-        None,
-        "mlp.fc1 has a weight of test_accelerate_equivalence.Int8, not a plain parameter",
-    )
+    reason = "mlp.fc1 has a weight of test_accelerate_equivalence.Int8, not a plain parameter"
+    assert unfused_reasons(block) == (None, reason)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(features()), expected)
 

@@ -1,7 +1,6 @@
 """What accelerate says about what it took, strict, save_hidden."""
 
 import logging
-import warnings
 from collections import Counter
 
 import pytest
@@ -43,16 +42,15 @@ def logged(caplog: pytest.LogCaptureFixture, model: nn.Module, **options) -> str
 # ---- what it says ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_line_says_how_many_sub_blocks_were_taken(source, caplog, kernels):
-    model, options = make_model(source), {"strict": True}
+    model = make_model(source)
     name = f"{type(model).__module__}.{type(model).__name__}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        line = logged(caplog, model, **options)
-        assert line == f"accelerate: 10 of 10 sub-blocks of {name} run as operator calls"
-        line = logged(caplog, model, mlp=False, **options)  # what was not asked for is not left alone
-        assert line == f"accelerate: 5 of 5 sub-blocks of {name} run as operator calls"
+    line = logged(caplog, model, strict=True)
+    assert line == f"accelerate: 10 of 10 sub-blocks of {name} run as operator calls"
+    line = logged(caplog, model, mlp=False, strict=True)  # what was not asked for is not left alone
+    assert line == f"accelerate: 5 of 5 sub-blocks of {name} run as operator calls"
 
 
 def test_the_line_says_why_others_were_left(caplog, kernels):
@@ -117,6 +115,7 @@ def test_own_layers_that_run_modules(make, kind, path, reason, caplog, kernels):
     accelerate(model, mixer=other == "mixer", mlp=other == "mlp", strict=True)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_what_runs_on_the_reference_is_not_fast(caplog):
     reason = pk.explain(torch.zeros(1, 1, 1, 1, dtype=torch.float64)).calls[0].reason
     block = PoolFormerBlock().double()
@@ -127,11 +126,9 @@ def test_what_runs_on_the_reference_is_not_fast(caplog):
     with pytest.warns(UserWarning, match=WARNING) as warned:
         assert logged(caplog, block, strict=True) == f"accelerate: {line}"
     assert [str(w.message) for w in warned] == [f"{WARNING}{line}"]
-    with warnings.catch_warnings(), pk.use_backend("reference"):
-        warnings.simplefilter("error", UserWarning)  # it was asked for
+    with pk.use_backend("reference"):
         assert logged(caplog, block).endswith("2 of them on the reference: asked for")
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("error", UserWarning)  # it is not known yet where it will run
+    with torch.device("meta"):  # it is not known yet where it will run
         accelerate(PoolFormerBlock())
 
 

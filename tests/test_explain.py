@@ -153,9 +153,7 @@ def test_summary(backends, summary):
 
 
 def test_a_model_without_our_layers():
-    found = pk.explain(torch.nn.Linear(2, 2))
-    assert found.calls == ()
-    assert str(found) == "no layer that this package computes"
+    assert pk.explain(torch.nn.Linear(2, 2)).calls == ()
 
 
 # ---- reasons that are true ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.layouts import FORMATS
 from support.nn import gradients, hook, make_block, make_stage, official_block, official_stage, subclass
 from support.peers import assert_as_accurate, randomise, relative_error, require
 from support.problems import randn
@@ -13,7 +14,6 @@ from torch import nn
 
 from poolformer_kernels.nn import DropPath, Mlp, PoolFormerBlock, PoolMixer
 
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 BLOCK_KEYS = ["layer_scale_1", "layer_scale_2", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
 BLOCK_KEYS += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
 

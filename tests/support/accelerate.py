@@ -2,13 +2,20 @@
 
 import copy
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.accelerate.layouts import layout_of
-from support.peers import poolformer_of_timm, poolformer_of_transformers, randomise, require
+from support.peers import (
+    assert_as_accurate,
+    poolformer_of_timm,
+    poolformer_of_transformers,
+    randomise,
+    require,
+)
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
 CALLS = ["pool_mixer", "mlp"] * sum(DEPTHS)  # of the operators in a call of a model
@@ -176,7 +183,7 @@ def classes_and_attributes(model: nn.Module) -> list[tuple[type, list[str]]]:
     return [(type(module), [*vars(module)]) for module in model.modules()]
 
 
-def logits(model: nn.Module, x: Tensor) -> Tensor:
+def logits(model: Callable, x: Tensor) -> Tensor:
     y = model(x)
     return y if isinstance(y, Tensor) else y.logits
 
@@ -229,14 +236,12 @@ def assert_right(model: nn.Module, images: list[Tensor], *, autocast: bool = Fal
         found.append((ours, eager, results(exact, x.double().contiguous())))
     ours, eager, exact = (joined(*each) for each in zip(*found, strict=True))
     precision = torch.finfo(torch.bfloat16 if autocast else images[0].dtype).eps / 2
-    largest = [0.0, 0.0, 0.0]
+    floor, largest = precision + 4 * torch.finfo(torch.float32).eps, [0.0, 0.0, 0.0]
     for name, right in exact.items():
-        floor = (precision + 4 * torch.finfo(torch.float32).eps) * right
-        errors = ours[name] - right, eager[name] - right, floor
-        error, other, least = (e.norm().item() for e in errors)
-        assert error <= 1.5 * other + least, f"{name}: L2 error {error:.3e}, eager {other:.3e}, {least:.3e}"
+        assert_as_accurate(ours[name], eager[name], right, floor, name)
         size = right.square().mean().sqrt().item()
         if size > 1e-9:  # the gradient of the mixer's norm bias is zero, and eager's is noise
+            errors = ours[name] - right, eager[name] - right, floor * right
             largest = [max(old, e.abs().max().item() / size) for old, e in zip(largest, errors, strict=True)]
     error, other, least = largest
     assert error <= 1.5 * other + least, f"largest error {error:.3e}, eager {other:.3e}, floor {least:.3e}"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CHANNELS_LAST = ("channels_last", "sliced_c_last", "sliced_hw_last", "offset_last")
 LAYOUTS = ("nchw", "sliced_c", "sliced_hw", "transposed", "expanded", "offset", *CHANNELS_LAST)
 GRAD_LAYOUTS = (*LAYOUTS, "expanded_hw", "expanded_all")
