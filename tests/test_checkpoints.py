@@ -199,6 +199,9 @@ def damaged(change):
     return make
 
 
+FC1, MISSING = "network.0.0.mlp.fc1.weight", "2 missing keys, the first network.4.5.norm2.bias"
+
+
 def rename_and_drop(state):
     del state["network.4.5.norm2.bias"]
     del state["network.6.0.mlp.fc1.weight"]
@@ -206,7 +209,7 @@ def rename_and_drop(state):
 
 
 def reshape(state):
-    state["network.0.0.mlp.fc1.weight"] = state["network.0.0.mlp.fc1.weight"][:, :, 0, 0]
+    state[FC1] = state[FC1][:, :, 0, 0]
 
 
 def v2_of_timm():
@@ -224,17 +227,8 @@ def other(**options):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (
-            damaged(rename_and_drop),
-            (
-                "2 missing keys, the first network.4.5.norm2.bias",
-                "1 unexpected keys, the first network.4.6.norm2.bias",
-            ),
-        ),
-        (
-            damaged(reshape),
-            ("network.0.0.mlp.fc1.weight", "[256, 64] in the file", "[256, 64, 1, 1] in the model"),
-        ),
+        (damaged(rename_and_drop), (MISSING, "1 unexpected keys, the first network.4.6.norm2.bias")),
+        (damaged(reshape), (FC1, "[256, 64] in the file", "[256, 64, 1, 1] in the model")),
         (other(name="poolformer_s24"), ("unexpected keys, the first network.0.2.layer_scale_1",)),
         (other(num_classes=21), ("head.weight", "[21, 512]", "num_classes=21")),
         (other(num_classes=0), ("2 missing keys, the first head.weight",)),

@@ -182,21 +182,6 @@ def test_images_of_another_size(kind):
         model(torch.zeros(1, 3, 40, 88))
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda: pk.nn.Attention(48), ValueError, "multiple of head_dim 32, got 48"),
-        (lambda: pk.nn.SpatialFC((7, 0)), ValueError, "width must be positive"),
-        (lambda: pk.nn.PositionEmbedding("64", (7, 7)), TypeError, "dim must be an int, got str"),
-        (lambda: pk.nn.MetaFormerBlock(8, residual=False, res_scale_init_value=1.0), ValueError, "residual"),
-        (lambda: pk.nn.MetaFormerBlock(8, res_scale_init_value="1"), TypeError, "res_scale_init_value"),
-    ],
-)
-def test_bad_parts(call, error, match):
-    with pytest.raises(error, match=match):
-        call()
-
-
 def test_a_block_without_an_mlp_hands_its_statistics_on():
     block, x = pk.nn.MetaFormerBlock(8, mlp=False), torch.randn(1, 8, 5, 5)
     stats = pk.reference.sample_stats(x)

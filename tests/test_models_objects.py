@@ -1,25 +1,17 @@
 """Models of every family as objects: copies, files, layouts, dtypes, torch.compile."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from support.models import FAMILIES, small
+from support.nn import COPIES
 from support.peers import relative_error
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import PoolFormer
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
-
-
-def through_a_file(model: PoolFormer) -> PoolFormer:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def with_its_state(model: PoolFormer) -> PoolFormer:
@@ -31,11 +23,7 @@ def with_its_state(model: PoolFormer) -> PoolFormer:
     return other
 
 
-def through_pickle(model: PoolFormer) -> PoolFormer:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file, with_its_state])
+@pytest.mark.parametrize("copied", [*COPIES.values(), with_its_state], ids=[*COPIES, "state dict"])
 def test_a_copy_computes_the_same(copied, family):
     model, x, _ = small(family)
     same = copied(model)

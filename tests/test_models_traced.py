@@ -9,6 +9,7 @@ import torch
 from support.commands import python
 from support.metaformer import SIZE
 from support.models import FAMILIES, SMALL, small
+from support.nn import gradients
 from support.peers import randomise, require
 from support.problems import randn
 from support.rule import assert_close_to_fp64
@@ -19,6 +20,7 @@ from poolformer_kernels.models import PoolFormer
 pytestmark = [
     pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.jit.trace is gone"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
 
@@ -55,12 +57,8 @@ def test_a_trace_has_torchs_operators_alone(name, gradients, channels_last, kern
 def test_a_trace_of_training_gives_the_gradients(kernels):
     model, x, _ = small("PoolFormer")
     trace = traced(model.train(), x, gradients=True)
-    for own, given in zip(gradients(model, x), gradients(trace, x), strict=True):
-        torch.testing.assert_close(given, own, rtol=1e-4, atol=1e-5)
-
-
-def gradients(model, x):
-    return torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+    own, given = (gradients(each, x, randn(2, 7, seed=1)) for each in (model, trace))
+    torch.testing.assert_close(given, own, rtol=1e-4, atol=1e-5)
 
 
 def test_a_backbone_gives_its_maps(kernels):
@@ -96,9 +94,7 @@ def test_the_legacy_onnx_exporter(name, channels_last, tmp_path, kernels):
     file = str(tmp_path / "model.onnx")
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     names = {"input_names": ["images"], "output_names": ["logits"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.onnx.export(model, (x,), file, dynamo=False, dynamic_axes=axes, **names)
+    torch.onnx.export(model, (x,), file, dynamo=False, dynamic_axes=axes, **names)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for images in (x, larger):
         (y,) = session.run(None, {"images": images.contiguous().numpy()})
@@ -112,9 +108,7 @@ def test_the_legacy_onnx_exporter(name, channels_last, tmp_path, kernels):
 def test_openvino(name, channels_last, kernels):
     openvino = pytest.importorskip("openvino")
     model, x, larger = small(name, channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        converted = openvino.convert_model(model, example_input=x)
+    converted = openvino.convert_model(model, example_input=x)
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(converted, "CPU", options)
     for images in (x, larger):

@@ -1,18 +1,17 @@
 """``device=`` and ``dtype=`` in every constructor, as in torch.nn."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
+from support.models import MIXERS, SMALL, shapes
 from support.problems import randn
 from torch import nn
 
 import poolformer_kernels as pk
-from poolformer_kernels.models import MetaFormer, MetaFormerConfig, ModelConfig, PoolFormer, PoolFormerV2
+from poolformer_kernels.models import MetaFormer, MetaFormerConfig, PoolFormer, PoolFormerV2
 
-SMALL = (1, 2, 1, 1), (16, 24, 32, 48)
-CONFIG = ModelConfig("small", *SMALL, 1e-5, 0.1, None, 1.0)
-MIXERS = ("pooling", "random_matrix", "attention", "spatial_fc")
 MAKE = {
     "Attention": ((32,), {}),
     "ChannelLayerNorm": ((8,), {}),
@@ -28,12 +27,13 @@ MAKE = {
     "SpatialFC": (((4, 5),), {}),
     "StarReLU": ((), {}),
 }
+SIZES = (SMALL.name, SMALL.layers, SMALL.dims)
 METAFORMER = {"token_mixers": MIXERS, "norm_layer": "batch", "image_size": 64}
 MODELS = {
-    "PoolFormer": (PoolFormer, (CONFIG, 7)),
-    "backbone": (PoolFormer, (CONFIG, 7, 3, "official", 0.1, True)),
-    "PoolFormerV2": (PoolFormerV2, (ModelConfig("small", *SMALL, None, 0.1, None, 1.0), 7)),
-    "MetaFormer": (MetaFormer, (MetaFormerConfig("small", *SMALL, 1e-5, 0.1, None, 1.0, **METAFORMER), 7)),
+    "PoolFormer": (PoolFormer, (SMALL, 7)),
+    "backbone": (PoolFormer, (SMALL, 7, 3, "official", 0.1, True)),
+    "PoolFormerV2": (PoolFormerV2, (replace(SMALL, layer_scale_init=None), 7)),
+    "MetaFormer": (MetaFormer, (MetaFormerConfig(*SIZES, 1e-5, 0.1, None, 1.0, **METAFORMER), 7)),
 }
 LAYERS = {name: (getattr(pk.nn, name), *given) for name, given in MAKE.items()}
 LAYERS |= {name: (cls, given, {}) for name, (cls, given) in MODELS.items()}
@@ -98,9 +98,7 @@ def test_a_device_that_is_given_counts_more_than_the_default(name):
 def test_skip_init(name):
     cls, given, options = LAYERS[name]
     module = nn.utils.skip_init(cls, *given, **options)
-    assert {key: value.shape for key, value in tensors(module).items()} == {
-        key: value.shape for key, value in tensors(made(name)).items()
-    }
+    assert shapes(tensors(module)) == shapes(tensors(made(name)))
 
 
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "metaformer_ppaa_s12_224"])

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,14 +33,9 @@ def plain(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def mlp_calls(monkeypatch):
     """The arguments of every call of ops.mlp."""
-    calls, original = [], pk.ops.mlp
-
-    def counted(*args, **kwargs):
-        calls.append((args, kwargs))
-        return original(*args, **kwargs)
-
+    counted = Mock(wraps=pk.ops.mlp)
     monkeypatch.setattr(pk.ops, "mlp", counted)
-    return calls
+    return counted.call_args_list
 
 
 # ---- values ------------------------------------------------------------------------------------------------
