@@ -7,21 +7,11 @@ import numpy as np
 import pytest
 import torch
 from support import dense_truth as truth
-from support.dense import BACKGROUND, PARAMETERS, made
-from support.dense_files import (
-    CLASSES,
-    HEADS,
-    NAMES,
-    make,
-    official_file,
-    official_shapes,
-    official_state,
-    require_dense,
-    tiny_body,
-)
+from support.dense import BACKGROUND, HEADS, PARAMETERS, made, require_dense
+from support.dense_files import CLASSES, NAMES, make, official_file, official_state, tiny_body
 from support.dense_truth import conv
 from support.dense_truth_regions import doubled, linear
-from support.peers import randomise, relative_error, require
+from support.peers import as_mmpretrain, randomise, relative_error, require
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -125,10 +115,10 @@ def s12(monkeypatch):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_official_shapes_add_up_to_the_papers_parameters(head, s12):
-    shapes = official_shapes(head, 150 if head == "semantic_fpn" else 80)
-    counted = [torch.Size(s) for k, s in shapes.items() if "running" not in k and "tracked" not in k]
+    state = official_state(head, 150 if head == "semantic_fpn" else 80)
+    counted = sum(t.numel() for k, t in state.items() if "running" not in k and "tracked" not in k)
     background = BACKGROUND if head == "mask_rcnn" else 0
-    assert sum(shape.numel() for shape in counted) == PARAMETERS[f"{head}_poolformer_s12"] - background
+    assert counted == PARAMETERS[f"{head}_poolformer_s12"] - background
 
 
 # ---- the model of a file -----------------------------------------------------------------------------------
@@ -187,10 +177,6 @@ def test_our_own_files(head, suffix, tmp_path):
     assert report == CheckpointReport("poolformer_kernels", None, (), ())
     assert classes == (NAMES if suffix == ".safetensors" else None)
     assert_holds(model, trained.state_dict())
-    torch.save({f"module.{k}": v for k, v in trained.state_dict().items()}, tmp_path / "ddp.pth")
-    other = make(head)
-    load_checkpoint(other, tmp_path / "ddp.pth")
-    assert_holds(other, trained.state_dict())
 
 
 @pytest.mark.parametrize("name", ["poolformerv2_s12", "metaformer_s12"])
@@ -214,13 +200,16 @@ def test_other_backbones(name, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
-def test_prefixes_of_official_files(official, prefix, tmp_path):
+def test_prefixes(official, prefix, tmp_path):
+    """Of an official file's names, and of ours."""
     head, path, state = official
-    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in state.items()}}, tmp_path / "ddp.pth")
-    model, expected = make(head), make(head)
-    load_checkpoint(model, tmp_path / "ddp.pth")
+    expected = make(head)
     load_checkpoint(expected, path)
-    assert_holds(model, expected.state_dict())
+    for tensors in (state, expected.state_dict()):
+        model, content = make(head), {f"{prefix}{k}": v for k, v in tensors.items()}
+        torch.save({"state_dict": content} if tensors is state else content, tmp_path / "ddp.pth")
+        load_checkpoint(model, tmp_path / "ddp.pth")
+        assert_holds(model, expected.state_dict())
 
 
 @pytest.mark.parametrize("numpy_1", [False, True])
@@ -245,9 +234,7 @@ def classifier_under(source):
     model = randomise(pk.create_model("poolformer_s12"), 3)
     state = dict(model.state_dict())
     if source == "mmpretrain":
-        names = {"head.weight": "head.fc.weight", "head.bias": "head.fc.bias"}
-        names |= {f"norm.{n}": f"backbone.norm6.{n}" for n in ("weight", "bias")}
-        state = {names.get(k, f"backbone.{k}"): v for k, v in state.items()}
+        state = as_mmpretrain(state)
     elif source != "official":
         state = pk.export_state_dict(state, {"huggingface": "transformers"}.get(source, source))
     return state, model

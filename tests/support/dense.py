@@ -50,9 +50,17 @@ def tiny_body(seed: int = 0, layer_scale: float | None = 1e-5, **options) -> Poo
 
 
 def tiny(
-    head: str, classes: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0, **options
+    head: str,
+    classes: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    logit: float | None = None,
+    **options,
 ) -> nn.Module:
-    """A RetinaNet, Mask R-CNN or Semantic FPN on the tiny backbone, with random biases, for images of 64."""
+    """A RetinaNet, Mask R-CNN or Semantic FPN on the tiny backbone, with random biases, for images of 64.
+
+    ``logit`` is about a RetinaNet's for every anchor; a Mask R-CNN with random weights finds objects anyway.
+    """
     if head in DETECTORS:
         options = {"min_size": 64, "max_size": 100} | options
     model = made(head, tiny_body(seed), classes, **options)
@@ -64,6 +72,8 @@ def tiny(
         for name, p in model.named_parameters():
             if "body" not in name and p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape))
+        if head == "retinanet" and logit is not None:
+            model.head.classification_head.cls_logits.bias.fill_(logit)
     return model.to(dtype)
 
 
@@ -75,13 +85,6 @@ def spread_scores(model: nn.Module) -> None:
     else:
         model.head.classification_head.cls_logits.weight.mul_(20)
         model.head.classification_head.cls_logits.bias.add_(3)
-
-
-@torch.no_grad()
-def score_well(model: nn.Module, logit: float) -> None:
-    """About this for every anchor of a RetinaNet; a Mask R-CNN with random weights finds objects anyway."""
-    if not hasattr(model, "roi_heads"):
-        model.head.classification_head.cls_logits.bias.fill_(logit)
 
 
 def images(*sizes: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
