@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -81,24 +81,19 @@ def test_a_bad_row_is_an_error_and_writes_nothing(tmp_path, change, error, messa
 @pytest.mark.parametrize(
     ("step", "kept"), [(0, 0), (9, 0), (10, 1), (19, 1), (20, 3), (25, 3), (30, 4), (99, 4)]
 )
-def test_truncate_drops_later_rows(tmp_path, step: int, kept: int) -> None:
+def test_truncate_drops_later_rows_and_a_resumed_run_goes_on_after_the_others(
+    tmp_path, step: int, kept: int
+) -> None:
     rows = [train_row(10, 1 / 3), train_row(20, 0.1), epoch_row(20, 0.7, 55.5), train_row(30, 1e-5)]
     write(tmp_path, rows)
     before = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)
-    report.Metrics(tmp_path).truncate(step)
-    assert (tmp_path / "metrics.csv").read_text() == "".join(before[: kept + 1])
-    assert report.Metrics.read(tmp_path) == full(rows[:kept])
-
-
-def test_resume_goes_on_after_the_checkpoint(tmp_path) -> None:
-    rows = [train_row(10, 2.0), train_row(20, 1.5), train_row(30, 9.0)]
-    write(tmp_path, rows)
     metrics = report.Metrics(tmp_path)
-    metrics.truncate(20)
-    later = [train_row(30, 1.25), epoch_row(30, 1.0, 60.0)]
+    metrics.truncate(step)
+    assert (tmp_path / "metrics.csv").read_text() == "".join(before[: kept + 1])
+    later = [train_row(100, 1.25), epoch_row(100, 1.0, 60.0)]
     for row in later:
         metrics.append(row)
-    assert report.Metrics.read(tmp_path) == full([*rows[:2], *later])
+    assert report.Metrics.read(tmp_path) == full([*rows[:kept], *later])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
@@ -232,37 +227,26 @@ def test_lonely_points_are_dots(losses, marker, where) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_losses_that_are_not_finite_leave_a_gap_and_a_mark(tmp_path) -> None:
-    losses = [2.0, math.nan, 1.0, math.inf, -math.inf]
-    rows = [train_row(10 * i, loss) for i, loss in enumerate(losses, 1)]
-    rows.append(epoch_row(60, math.nan, math.nan))
-    figure = figure_of(rows)
-    drawn = curves(figure)
-    assert drawn["outside"][0] == [2.0, 4.0, 5.0, 6.0]
-    np.testing.assert_array_equal(drawn["train_loss"][1], [2.0, math.nan, 1.0, math.nan, math.nan])
-    assert {"not finite", "no validation yet"} < texts(figure)
-    write(tmp_path, rows)
-    report.draw_curves(tmp_path)
-
-
-@pytest.mark.filterwarnings("error")
-def test_no_finite_loss_at_all(tmp_path) -> None:
-    write(tmp_path, [train_row(10, math.inf, lr=0.0), train_row(20, math.nan, lr=0.0)])
+@pytest.mark.parametrize(
+    ("losses", "shown", "said"),
+    [
+        ([2.0, math.nan, 1.0, math.inf, -math.inf], [0, 2], "not finite"),
+        ([math.inf, math.nan], [], "no finite loss"),
+        ([2.0, 1.0, 19.0, 1e30, 1.0], [0, 1, 2, 4], "not finite, or over 10 × the first"),
+    ],
+    ids=["some", "none finite", "diverging"],
+)
+def test_losses_that_cannot_be_drawn_leave_a_gap_and_a_mark(tmp_path, losses, shown, said) -> None:
+    rows = [train_row(10 * i, loss, lr=0.0) for i, loss in enumerate(losses, 1)]
+    write(tmp_path, [*rows, epoch_row(60, math.nan, math.nan)])
     figure = report.curves_figure(report.Metrics.read(tmp_path))
-    assert "no finite loss" in texts(figure)
-    assert curves(figure)["outside"][0] == [1.0, 2.0]
-    assert all(map(math.isnan, curves(figure)["train_loss"][1]))
-    report.draw_curves(tmp_path)
-
-
-def test_a_run_that_diverges_keeps_its_scale() -> None:
-    rows = [train_row(10 * i, loss) for i, loss in enumerate((2.0, 1.0, 19.0, 1e30, 1.0), 1)]
-    figure = figure_of(rows)
     drawn = curves(figure)
-    assert drawn["outside"][0] == [4.0]
-    np.testing.assert_array_equal(drawn["train_loss"][1], [2.0, 1.0, 19.0, math.nan, 1.0])
+    assert drawn["outside"][0] == [*(i + 1.0 for i in range(len(losses)) if i not in shown), 6.0]
+    expected = [loss if i in shown else math.nan for i, loss in enumerate(losses)]
+    np.testing.assert_array_equal(drawn["train_loss"][1], expected)
     assert figure.axes[0].get_ylim()[1] < 30
-    assert "not finite, or over 10 × the first" in texts(figure)
+    assert {said, "no validation yet"} <= texts(figure)
+    report.draw_curves(tmp_path)
 
 
 def test_the_picture(tmp_path) -> None:
@@ -389,35 +373,27 @@ def test_a_bar_on_a_terminal(monkeypatch) -> None:
 
 def test_rows_go_to_tensorboard(tmp_path, monkeypatch) -> None:
     """With a stand-in for torch's writer, which needs a package that the tests do not."""
-    made, scalars, done = [], [], []
-
-    class Writer:
-        def __init__(self, *args, **options):
-            made.append((args, options))
-
-        def add_scalar(self, *args):
-            scalars.append(args)
-
-        def flush(self):
-            done.append("flush")
-
-        def close(self):
-            done.append("close")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    module = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     board = report.TensorBoard(tmp_path, step=20)
     assert board.unavailable == ""
     board.add(dict.fromkeys(report.COLUMNS) | {"step": 30, "epoch": 1.5, "lr": 0.5, "train_loss": 2.0})
     board.add({"step": 40, "val_top1": 60.0, "val_images_per_second": 7.0, "ema_top1": 61.0})
     board.close()
-    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": 21})]
-    assert scalars == [
-        *(("train/epoch", 1.5, 30), ("train/lr", 0.5, 30), ("train/loss", 2.0, 30)),
-        *(("val/top1", 60.0, 40), ("val/images_per_second", 7.0, 40), ("ema/top1", 61.0, 40)),
+    module.SummaryWriter.assert_called_once_with(str(tmp_path / "tensorboard"), purge_step=21)
+    assert module.SummaryWriter.return_value.mock_calls == [
+        call.add_scalar("train/epoch", 1.5, 30),
+        call.add_scalar("train/lr", 0.5, 30),
+        call.add_scalar("train/loss", 2.0, 30),
+        call.flush(),
+        call.add_scalar("val/top1", 60.0, 40),
+        call.add_scalar("val/images_per_second", 7.0, 40),
+        call.add_scalar("ema/top1", 61.0, 40),
+        call.flush(),
+        call.close(),
     ]
-    assert done == ["flush", "flush", "close"]
     report.TensorBoard(tmp_path)
-    assert made[-1][1] == {"purge_step": None}
+    module.SummaryWriter.assert_called_with(str(tmp_path / "tensorboard"), purge_step=None)
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch) -> None:
