@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def sandbox(monkeypatch, tmp_path, capsys) -> Iterator[Sandbox]:
     threads = torch.get_num_threads()
     yield Sandbox(tmp_path, capsys)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder of a training run, which is not there yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Sixteen images of cats and dogs to train on, and as many for validation."""
+    from support.train import make_folder
+
+    return make_folder(tmp_path / "folder", images=8)
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory) -> Path:
+    """Data of the dense tasks, which no test changes."""
+    from support.train_dense import make_discs
+
+    return make_discs(tmp_path_factory.mktemp("discs"))
 
 
 @pytest.fixture

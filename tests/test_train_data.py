@@ -182,25 +182,22 @@ def test_folders_and_archives_give_the_same_images(tmp_path) -> None:
     assert one.train[23][0].size == (45, 40)
 
 
-def test_other_names_of_the_validation_folder(tmp_path) -> None:
-    folder = make_folder(tmp_path / "d")
+def test_other_names_of_the_validation_folder(folder) -> None:
     (folder / "val").rename(folder / "validation")
-    assert len(open_data(str(folder)).val) == 12
+    assert len(open_data(str(folder)).val) == 16
 
 
-def test_torchvisions_sets(tmp_path) -> None:
-    folder = make_folder(tmp_path / "d")
+def test_torchvisions_sets(folder) -> None:
     found = open_data(f"torch/image_folder:{folder}")
     assert found.classes == ["cat", "dog"]
-    assert (len(found.train), len(found.val)) == (12, 12)
+    assert (len(found.train), len(found.val)) == (16, 16)
     assert found.train[0][0].mode == "RGB"
     (folder / "val" / "cat").rename(folder / "val" / "zebra")
     said = "classes of train and val differ: 'cat' is only in train"
     assert said in message_of(RecipeError, open_data, f"torch/image_folder:{folder}")
 
 
-def test_a_grey_image_with_alpha_becomes_rgb(tmp_path) -> None:
-    folder = make_folder(tmp_path / "d")
+def test_a_grey_image_with_alpha_becomes_rgb(folder) -> None:
     Image.new("LA", (40, 40), (7, 9)).save(folder / "train" / "cat" / "grey.png")
     data = open_data(str(folder))
     index = next(i for i in range(len(data.train)) if data.train.file(i).endswith("grey.png"))
@@ -208,8 +205,7 @@ def test_a_grey_image_with_alpha_becomes_rgb(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_fails_with_its_name_or_is_replaced_and_counted(tmp_path, workers) -> None:
-    folder = make_folder(tmp_path / "d", images=8)
+def test_an_unreadable_image_fails_with_its_name_or_is_replaced_and_counted(folder, workers) -> None:
     bad = folder / "train" / "dog" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
     data = open_data(str(folder))
@@ -232,8 +228,7 @@ def test_an_unreadable_image_fails_with_its_name_or_is_replaced_and_counted(tmp_
     assert sum(len(b.bad) for b in found) == 1
 
 
-def test_no_image_can_be_read(tmp_path) -> None:
-    folder = make_folder(tmp_path / "d", images=8)
+def test_no_image_can_be_read(folder) -> None:
     for file in (folder / "train").rglob("*.jpg"):
         file.write_bytes(b"no image")
     with pytest.raises(BadImageError, match="none of 16 images can be read; the first: "):
@@ -247,12 +242,11 @@ def test_processes_share_the_validation_images(digits) -> None:
     assert torch.stack(labels, 1).flatten().equal(expected)
 
 
-def test_bad_data_is_named(tmp_path) -> None:
+def test_bad_data_is_named(folder, tmp_path) -> None:
     def message(name) -> str:
         return message_of(RecipeError, open_data, str(name))
 
     assert message(tmp_path / "none").endswith("allowed: one with train/ and val/, torch/, hfds/, sample:")
-    folder = make_folder(tmp_path / "d")
     (folder / "val" / "cat").rename(folder / "val" / "cow")
     assert message(folder).endswith("classes of train and val differ: 'cat' is only in train")
     (folder / "val").rename(folder / "other")

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
     return found
 
 
-def random_set(root, rng: np.random.Generator, images: int = 12) -> list[dict]:
-    """A validation set with crowds, and for each image a prediction that is near the truth, or not at all."""
+def random_set(root, rng: np.random.Generator) -> tuple[Sequence, list[dict]]:
+    """Twelve images with crowds, and for each a prediction that is near the truth, or not at all."""
     entries, annotations, predictions = [], [], []
-    for i in range(images):
+    for i in range(12):
         count = int(rng.integers(0, 8))
         masks, categories = random_masks(rng, count), rng.choice([4, 9], count)
         image_id = 100 - 7 * i
@@ -77,7 +78,7 @@ def random_set(root, rng: np.random.Generator, images: int = 12) -> list[dict]:
         )
     make_coco(root)
     write_coco(root, "val", content(entries, annotations), {})
-    return predictions
+    return open_coco(str(root), masks=True).val, predictions
 
 
 def oracle(file, images, predictions: list[dict], kind: str) -> dict[str, float | None]:
@@ -124,8 +125,7 @@ def scored(images, predictions, kinds=KINDS) -> CocoScores:
 def test_scores_are_pycocotools(tmp_path, seed, capsys) -> None:
     """Crowds, polygons, all sizes, equal scores, wrong classes, image ids that fall."""
     require("pycocotools")
-    predictions = random_set(tmp_path, np.random.default_rng(seed))
-    images = open_coco(str(tmp_path), masks=True).val
+    images, predictions = random_set(tmp_path, np.random.default_rng(seed))
     found = scored(images, predictions).scores()
     assert capsys.readouterr() == ("", "")
     for kind in KINDS:
@@ -137,8 +137,7 @@ def test_scores_are_pycocotools(tmp_path, seed, capsys) -> None:
 
 
 def test_results_of_processes_are_merged(tmp_path) -> None:
-    predictions = random_set(tmp_path, np.random.default_rng(5))
-    images = open_coco(str(tmp_path), masks=True).val
+    images, predictions = random_set(tmp_path, np.random.default_rng(5))
     whole = scored(images, predictions)
     parts = [CocoScores(images, KINDS) for _ in range(3)]
     for index in [*range(12), 1]:  # a sampler may give two processes the same image
@@ -179,7 +178,6 @@ def test_the_truth_scores_a_hundred(tmp_path, first) -> None:
 
 
 def test_boxes_need_no_segmentation_and_unknown_categories_do_not_count(tmp_path) -> None:
-
     def change(content: dict) -> None:
         for annotation in content["annotations"]:
             del annotation["segmentation"]

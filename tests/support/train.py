@@ -1,6 +1,7 @@
 """Runs of `poolformer-kernels train` in this process and in others, on images made here."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from poolformer_kernels.cli.main import main
+from support.commands import printed
 from support.peers import require
 
 ALL_DRAWS = shlex.split(
@@ -54,9 +56,7 @@ def train(run: Path, *options: str, data: str | Path = "sample:digits") -> int:
 
 def scores_of(capsys: pytest.CaptureFixture, *words: str) -> dict:
     """What `validate --json` prints."""
-    capsys.readouterr()
-    assert main([*words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return json.loads(printed(capsys, *words, "--json"))
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
@@ -144,6 +144,18 @@ def killed(
     return running
 
 
+def interrupt(patch: pytest.MonkeyPatch, owner: object, function: str, call: int) -> None:
+    """SIGTERM to this process at the given call of a function, the first being 1."""
+    real, calls = getattr(owner, function), itertools.count(1)
+
+    def interrupted(*args, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    patch.setattr(owner, function, interrupted)
+
+
 # ---- what a run leaves -------------------------------------------------------------------------------------
 
 
@@ -195,10 +207,22 @@ def differing(a: dict, b: dict) -> list[str]:
     return sorted((a.keys() | b.keys()) - same)
 
 
+def distance(found: dict, expected: dict, kind: str = "model/") -> float:
+    """Between the weights of two states, or their moving averages: ``ema/``."""
+    names = [n for n in expected if n.startswith(kind) and expected[n].is_floating_point()]
+    return sum((found[n] - expected[n]).double().square().sum().item() for n in names) ** 0.5
+
+
 def assert_same_end(run: Path, whole: Path) -> None:
-    """Bitwise the same weights, moments, averages and metrics."""
-    assert differing(state(run)[0], state(whole)[0]) == []
+    """Bitwise the same weights, moments, averages, metrics and best weights."""
+    from safetensors.torch import load_file
+
+    (found, facts), (expected, wanted) = state(run), state(whole)
+    assert differing(found, expected) == []
+    assert facts["scaler"] == wanted["scaler"]
     assert values(run) == values(whole)
+    assert differing(*(load_file(folder / "best.safetensors") for folder in (run, whole))) == []
+    assert notes_of(run) == notes_of(whole)
 
 
 def make_folder(
