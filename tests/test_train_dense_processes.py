@@ -12,6 +12,7 @@ from support.dense_data import require_dense_data
 from support.train import (
     assert_same_end,
     command,
+    distance,
     in_processes,
     killed,
     losses,
@@ -34,21 +35,10 @@ pytestmark = pytest.mark.long
 BOTH = shlex.split("--optimizer sgd --lr 0.01 --clip-grad 5 --min-size 64 64 --drop-path 0")
 
 
-@pytest.fixture(scope="module")
-def discs(tmp_path_factory):
-    return make_discs(tmp_path_factory.mktemp("discs"))
-
-
 def start(run, discs, task: str, *more: str, processes: int = 1) -> None:
     """A run in processes of its own, to its end."""
     data = data_of(discs, task)
     in_processes(run, *OPTIONS[task], *more, data=data, processes=processes, threads=1)
-
-
-def distance(found: dict, expected: dict) -> float:
-    """Between the weights of two states."""
-    names = [n for n in expected if n.startswith("model/") and expected[n].is_floating_point()]
-    return sum((found[n] - expected[n]).double().square().sum().item() for n in names) ** 0.5
 
 
 @pytest.mark.parametrize("task", ["detection", "instance"])
@@ -72,9 +62,8 @@ def test_two_processes_are_one(tmp_path, task) -> None:
                 assert float(a[name]) == pytest.approx(float(b[name]), abs=0.5), name
 
 
-def test_two_processes_validate_as_one(discs, tmp_path) -> None:
+def test_two_processes_validate_as_one(discs, run) -> None:
     """Each has BatchNorm's statistics of its own images in training, but the first's in validation."""
-    run = tmp_path / "run"
     start(run, discs, "segmentation", processes=2)
     assert len(losses(run)) == STEPS["segmentation"]
     words = validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
@@ -98,11 +87,11 @@ def test_micro_batches_of_detection_are_near_the_whole_batch(discs, tmp_path) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_killed_run_goes_on_to_the_same_end(discs, tmp_path, task) -> None:
+def test_a_killed_run_goes_on_to_the_same_end(discs, run, tmp_path, task) -> None:
     """`kill -9` after random steps, and at random moments of a step, a validation or a write."""
     more = ("--save-every", "2", "--workers", "1", "--precision", "float32")
     start(tmp_path / "whole", discs, task, *more)
-    run, draw = tmp_path / "run", random.Random(1)
+    draw = random.Random(1)
     words = command(run, *OPTIONS[task], *more, data=data_of(discs, task))
     for least in (0, 2, 4):
 
