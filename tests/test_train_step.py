@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.train import ONE, SMALL, in_processes, losses, make_folder, require_train, train, validate_words
+from support.train import ONE, SMALL, in_processes, losses, require_train, train, validate_words
 
 require_train()
 
@@ -35,9 +35,9 @@ def trainer(run, **changes):
     return made
 
 
-def test_learning_rates_of_the_papers_schedule(tmp_path) -> None:
+def test_learning_rates_of_the_papers_schedule(run) -> None:
     """Warm-up over 5 epochs from 1e-6, cosine per epoch to 1e-5 at 300, then 10 epochs there."""
-    made, top = trainer(tmp_path / "run"), 1e-3 * 128 / 1024
+    made, top = trainer(run), 1e-3 * 128 / 1024
     assert made.steps == 11 * 310
     for epoch in (0, 1, 4, 5, 6, 150, 299, 300, 309):
         expected = 1e-5
@@ -111,9 +111,8 @@ def test_a_hundred_steps_are_as_far_from_eagers_as_eagers_on_other_threads(tmp_p
     assert distance(found["ours"], found["eager"]) <= 2 * distance(found["rounding"], found["eager"]) + 1e-3
 
 
-def test_timms_models_are_accelerated(tmp_path) -> None:
-    folder = make_folder(tmp_path / "d", images=8)
-    run, best, name = tmp_path / "run", tmp_path / "run" / "best.safetensors", "timm:poolformerv2_s12"
+def test_timms_models_are_accelerated(folder, run) -> None:
+    best, name = run / "best.safetensors", "timm:poolformerv2_s12"
     options = [*ONE, "--batch-size", "8", "--image-size", "32", "--model", name]
     assert train(run, *options, data=folder) == 0
     assert len(losses(run)) == 2
