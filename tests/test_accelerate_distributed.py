@@ -1,8 +1,5 @@
 """Accelerated models in DistributedDataParallel and FSDP2: the gradients of the joined batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 import torch.distributed as dist
 from support.accelerate import DEPTHS, image, make_model
 from support.peers import relative_error
+from support.processes import python
 from torch.nn.functional import cross_entropy
 
 
@@ -19,12 +17,7 @@ def test_two_processes_find_the_gradients_of_the_joined_batch(kernels, tmp_path)
     x, labels = torch.cat([image(seed=0), image(seed=1)]), torch.tensor([0, 3, 6, 2])
     files = [str(tmp_path / name) for name in ("meeting", "given", "found")]
     torch.save((model, x, labels), files[1])
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("support") / "workers" / "accelerate.py"), *files],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    python(Path(__file__).with_name("support") / "workers" / "accelerate.py", *files)
     model.double()
     loss = cross_entropy(model(x.double()), labels)
     names, parameters = zip(*model.named_parameters(), strict=True)

@@ -1,17 +1,14 @@
 """bench host: its rows and counts on the null GPU, what it prints, and what it says where it cannot run."""
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from null_gpu.build import unavailable
 from null_gpu.counts import INFERENCE, OTHERS, TRAINING
-from null_gpu.extension import extension_file
 from support.bench import require_bench
+from support.peers import require_null_gpu
 from support.sandbox import Ran
 
 require_bench()
@@ -33,10 +30,7 @@ def by_case_and_provider(rows: list[dict]) -> dict[tuple[str, str, str], dict[st
 
 def test_on_the_null_gpu(sandbox) -> None:
     """As its users start it; the launches are those that the null GPU's own tests ask for."""
-    reason = unavailable() or (None if extension_file() else "the extension was built without CUDA")
-    reason = reason or (None if importlib.util.find_spec("triton") else "triton is not installed")
-    if reason:
-        (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
+    require_null_gpu(extension=True, triton=True)
     command = ["-m", "poolformer_kernels", "bench", "host", "--device", "null"]
     command += ["--models", "s12", "--batch", "2", "--rounds", "2"]
     command += ["--csv", "host.csv", "--json", "host.json"]

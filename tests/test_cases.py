@@ -51,10 +51,9 @@ def recorded(folder: Path, body: str = "") -> list[dict]:
     """The rows of a process of pytest that runs one test, in this folder."""
     test = folder / "test_recorded.py"
     test.write_text(RECORDED.format(body=body))
-    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "support.cases", str(test))
+    options = ("-q", "-p", "no:cacheprovider", "-p", "support.cases")
     variables = {cases.VARIABLE: str(folder / "rows"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = python(*arguments, cwd=folder, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "pytest", *options, test, cwd=folder, **variables)
     return [row for of in cases.read(folder / "rows").values() for row in of]
 
 
@@ -156,7 +155,7 @@ def test_kernels_and_compiled_calls_are_recorded(tmp_path):
 def compared(tmp_path, before: list[dict], after: list[dict]) -> subprocess.CompletedProcess:
     for name, rows in (("before", before), ("after", after)):
         cases.write(rows, tmp_path / name)
-    return python(str(TESTS / "support" / "cases.py"), "compare", "before", "after", cwd=tmp_path)
+    return python(TESTS / "support" / "cases.py", "compare", "before", "after", cwd=tmp_path, code=None)
 
 
 def test_a_lost_value_and_a_lost_pair(tmp_path):

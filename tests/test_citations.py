@@ -5,7 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
-from support.commands import ROOT
+from support.processes import ROOT
 
 from poolformer_kernels.cli.main import load_benchmarks
 

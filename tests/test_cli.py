@@ -206,7 +206,7 @@ def test_wrong_checkpoint(quick, what, tmp_path, capsys) -> None:
     file = tmp_path / "weights.pth"
     wrong_checkpoint(file, what)
     option = "--checkpoint" if what == "missing" else "checkpoint"
-    assert refused(capsys, *quick, "--checkpoint", file).startswith(f"{option} {file}")
+    assert refused(capsys, *quick, "--checkpoint", file, progress=True).startswith(f"{option} {file}")
 
 
 @pytest.mark.parametrize("what", ["missing", "text", "empty", "folder", "truncated"])
@@ -221,7 +221,7 @@ def test_unreadable_image(quick, what, tmp_path, capsys) -> None:
             file.write_bytes(photo.read()[:20_000])
     elif what != "missing":
         file.write_text("not a photo" if what == "text" else "")
-    error = refused(capsys, *quick, "--image", file)
+    error = refused(capsys, *quick, "--image", file, progress=True)
     assert error.startswith(f"--image {file}: cannot be read as an image: ")
 
 

@@ -4,42 +4,30 @@ Every case there passes, or the test here fails and shows the output; what a tar
 the end of this run, too.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from contract.targets import TARGETS
 from support.peers import require, require_backend
-from support.processes import executor_library, once_for_all, python
+from support.processes import ROOT, executor_library, once_for_all, run_pytest
 from support.variants import build_emulated_tiles
 
 from poolformer_kernels.backends import cpp
 
-ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "contract"
 FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_checks")
 RANDOM = "properties"  # on one target of each implementation
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
-PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
 
 
-def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **environment: str) -> None:
+def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **variables: str) -> None:
     """The cases of ``tier`` of one file of the contract on one target."""
-    command = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command += ["-q", "--tb=short", *PLUGINS, "-W", "ignore::RuntimeWarning"]
-    ours = {
-        "POOLFORMER_TEST_TARGETS": target,
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",  # NumPy's products are small; its threads would wait for each other
-    }
-    command += ["-m", tier, str(HERE / f"{file}.py")]
-    done = python(*command, cwd=cwd, timeout=None, **ours | environment)
-    lines = done.stdout.strip().splitlines() or [""]
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    summary = r"\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in .*"
-    assert re.fullmatch(summary, lines[-1].strip("= ")), done.stdout[-2000:]
+    options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:logging"]
+    options += ["-W", "ignore::RuntimeWarning", "-m", tier]
+    variables = {"POOLFORMER_TEST_TARGETS": target} | variables
+    counts, lines = run_pytest(*options, HERE / f"{file}.py", cwd=cwd, **variables)
+    assert counts.keys() <= {"passed", "deselected"}
     for line in lines:
         if line.startswith(("not run on ", "random problems on ")):
             record_property("shown", line)

@@ -19,5 +19,5 @@ def library(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))
 def test_in_the_executor(name, cases, library) -> None:
-    arguments = ("-p", "no:xdist", "-m", cases, str(FOLDER / name))
-    assert "skipped" not in run_pytest(*arguments, **{VARIABLE: str(library)})
+    counts, _ = run_pytest("-m", cases, FOLDER / name, **{VARIABLE: str(library)})
+    assert "skipped" not in counts

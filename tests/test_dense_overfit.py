@@ -48,8 +48,9 @@ def iou(one: Tensor, other: Tensor) -> float:
     return float((one & other).sum() / (one | other).sum())
 
 
-def assert_objects_come_first(found: list[dict], overlap: Callable[[dict, int, int, int], float]) -> None:
-    """Of each class the best two detections in both images are its two objects: an average precision of 1."""
+def average_precision(found: list[dict], overlap: Callable[[dict, int, int, int], float]) -> float:
+    """AP at an overlap of one half, the mean over both classes; ``overlap(result, i, image, j)``."""
+    scores = []
     for kind in range(2):
         ranked = sorted(
             (
@@ -60,13 +61,17 @@ def assert_objects_come_first(found: list[dict], overlap: Callable[[dict, int, i
             ),
             reverse=True,
         )
-        hit = {
-            (image, j)
-            for _, image, i in ranked[:2]
-            for j, (_, own) in enumerate(OBJECTS[image])
-            if own == kind and overlap(found[image], i, image, j) >= 0.5
-        }
-        assert len(hit) == 2, f"class {kind}: {ranked[:4]}"
+        objects = {(image, j) for image in range(2) for j in range(2) if OBJECTS[image][j][1] == kind}
+        missing, precisions = set(objects), []
+        for rank, (_, image, i) in enumerate(ranked, 1):
+            free = [one for one in missing if one[0] == image]
+            best = max(free, key=lambda one: overlap(found[image], i, *one), default=None)
+            if best is not None and overlap(found[image], i, *best) >= 0.5:
+                missing.remove(best)
+                precisions.append((len(objects) - len(missing)) / rank)
+        precisions += [0.0] * len(missing)
+        scores += [max(precisions[k:]) for k in range(len(objects))]
+    return sum(scores) / len(scores)
 
 
 def learn(model: torch.nn.Module, steps: int, loss_of, rate: float) -> None:
@@ -99,7 +104,7 @@ def test_detectors_learn_two_images(head, steps, rate, overlaps):
     with torch.no_grad():
         found = model(x)
     for overlap in overlaps:
-        assert_objects_come_first(found, overlap)
+        assert average_precision(found, overlap) >= 0.9
 
 
 @pytest.mark.long

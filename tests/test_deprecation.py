@@ -2,11 +2,10 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import python
 
 import poolformer_kernels as pk
 from poolformer_kernels import layout
@@ -63,8 +62,7 @@ def test_the_package_itself_uses_no_old_name():
     code += "import poolformer_kernels.cli.main, poolformer_kernels.cli.verify, poolformer_kernels.cli.info\n"
     code += "import torch; model = poolformer_kernels.create_model('poolformer_s12')\n"
     code += "model(torch.ones(1, 3, 32, 32)).sum().backward()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", code)
 
 
 def test_the_old_name_of_the_weights_of_an_mlp():

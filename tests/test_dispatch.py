@@ -4,14 +4,13 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from support.peers import require_backend
 from support.pool_mixer import make_grad, make_inputs
-from support.processes import run_python
+from support.processes import python
 from support.rule import assert_same, run
 
 import poolformer_kernels as pk
@@ -271,9 +270,8 @@ def test_all_threads_follow_the_choice(forget):
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """With this process's modules; the backend is chosen only where ``environment`` has the variable."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return run_python("-W", "ignore", "-c", code, **{VARIABLE: "", "PYTHONPATH": path} | environment)
+    """The backend is chosen only where ``environment`` has the variable."""
+    return python("-W", "ignore", "-c", code, code=None, **{VARIABLE: ""} | environment)
 
 
 def test_environment_variable_chooses():

@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import grimp
 import pytest
-from support.commands import ROOT
+from support.processes import ROOT
 
 PACKAGE = "poolformer_kernels"
 # Who may import a module by a computed name: the command line a benchmark, which lies below; the backend of

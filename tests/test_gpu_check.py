@@ -1,6 +1,5 @@
 """`make gpu-check`: parts that pass, fail, hang and are killed, its time, signals, and what it leaves."""
 
-import os
 import re
 import signal
 import subprocess
@@ -13,10 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from null_gpu.build import unavailable
-from null_gpu.extension import extension_file
-from support.processes import ROOT, run_python
+from support.peers import require_null_gpu
+from support.processes import ROOT, python, started
 
 import poolformer_kernels as pk
 from poolformer_kernels.cli import main as cli
@@ -70,8 +67,8 @@ closing = [
 def start(folder: Path, parts: str, *options: str) -> subprocess.Popen:
     driver = folder / "driver.py"
     driver.write_text(DRIVER.replace("{parts}", parts))
-    command = [sys.executable, str(driver), "--out", str(folder / "out"), "--commit", "abc1234", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [driver, "--out", folder / "out", "--commit", "abc1234", *options]
+    return started(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def run_check(folder: Path, parts: str, *options: str) -> tuple[int, str]:
@@ -201,9 +198,7 @@ def test_only_some_parts(tmp_path) -> None:
 @pytest.fixture
 def null_gpu() -> None:
     """The check's own parts run, on an extension with CUDA."""
-    reason = unavailable() or (None if extension_file() else "the extension was built without CUDA")
-    if reason:
-        (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
+    require_null_gpu(extension=True)
 
 
 def test_a_dry_run_of_some_parts(null_gpu, tmp_path) -> None:
@@ -227,8 +222,7 @@ closing = []
 @pytest.mark.long
 def test_a_dry_run(null_gpu, tmp_path) -> None:
     """All of it, as `make gpu-check DRY=1` runs it."""
-    done = run_python(str(GPU / "check.py"), "--dry", "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    python(GPU / "check.py", "--dry", "--out", tmp_path / "out", timeout=None)
     ended = results(tmp_path)
     assert ended.pop("slowest kernels") == "skipped"
     assert set(ended.values()) == {"passed"}, ended
@@ -347,9 +341,7 @@ def test_the_parts_are_what_their_programs_take(program, capsys, tmp_path) -> No
                 cli.main([*real[3:], *part.dry, "--help"])
         else:
             assert Path(real[1]).parent == GPU or part in check.CLOSING
-            done = subprocess.run([*dry, "--help"], cwd=tmp_path, env=run.env, capture_output=True, text=True)
-            assert done.returncode == 0, (dry, done.stderr)
-            assert "usage" in done.stdout
+            assert "usage" in python(*dry[1:], "--help", cwd=tmp_path, **run.env).stdout
     made = {text for part in check.PARTS for text in part.command}
     assert {f"{{out}}/{part.only_without}" for part in check.PARTS if part.only_without} <= made
     assert "usage" in capsys.readouterr().out

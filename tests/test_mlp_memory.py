@@ -1,18 +1,14 @@
 """What a training step of the MLP sub-block needs in memory on the CPU, and when hidden activations are kept.
 
-The peak is the process's resident memory during one step less that before it, in a process for each size, the
-smallest peak first: it counts tensors, the libraries' workspaces and the kernels' own buffers alike, as no
-allocator's counters do. x, the gradient of y and the parameters exist before; y and all gradients count.
-malloc gives blocks of 64 KiB and more back at once: what is freed is not counted, and nothing that was
-counted before is used again.
+The peak is that of support.memory during one step, in a process for each size, the smallest peak first. x,
+the gradient of y and the parameters exist before; y and all gradients count.
 """
 
-import os
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from support.memory import MALLOC, require_peaks
 from support.mlp import make_inputs
 from support.processes import python
 
@@ -29,6 +25,7 @@ import sys
 import torch
 import torch.nn.functional as F
 import poolformer_kernels as pk
+from support.memory import peak_of
 
 def eager(x, norm, fc1, fc2, scale):
     return x + scale.view(-1, 1, 1) * fc2(F.gelu(fc1(norm(x))))
@@ -53,35 +50,21 @@ def step(x, grad, layers):
     y = (eager if provider == "eager" else ours)(x, *layers)
     y.backward(grad)
 
-def resident(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
-
 torch.set_num_threads(1)
 with pk.use_backend("cpp"):
     for provider in sys.argv[4:]:
         step(*problem(16, 4, 1))  # loads the code; too small to leave buffers that the step could use
         given = problem(*map(int, sys.argv[1:4]))
-        before = resident("VmRSS")
-        with open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")  # the peak starts again from here
-        step(*given)
-        print(resident("VmHWM") - before)
+        print(peak_of(lambda: step(*given)))
         del given
 """
-MALLOC = {"MMAP_THRESHOLD_": 65536, "TRIM_THRESHOLD_": 65536, "TOP_PAD_": 0, "ARENA_MAX": 1}
 
 
 @cache
 def peaks_of(*step: int) -> dict[str, int]:
     """Bytes that one training step, (C, H = W, batch), needs at its peak, by provider."""
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peaks are read from Linux's /proc")
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("AddressSanitizer keeps freed memory")
-    malloc = {f"MALLOC_{name}": str(value) for name, value in MALLOC.items()}
-    done = python("-c", CODE, *map(str, step), *PROVIDERS, **malloc)
-    assert done.returncode == 0, done.stderr
+    require_peaks()
+    done = python("-c", CODE, *step, *PROVIDERS, **MALLOC)
     return dict(zip(PROVIDERS, map(int, done.stdout.split()), strict=True))
 
 

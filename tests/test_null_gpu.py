@@ -5,7 +5,6 @@ Every test there passes, or the one here fails and shows the output. It cannot t
 faults in kernels, nor what cuBLAS and cuDNN would launch.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -13,10 +12,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages, unavailable
+from null_gpu.build import CAPABILITIES, LIBRARIES, build, environment, packages
 from null_gpu.extension import extension_file, link_extension
-from support.processes import ROOT, run_pytest, run_python
+from support.peers import require_null_gpu
+from support.processes import ROOT, python, run_pytest
 
 from poolformer_kernels.backends import cpp, cuda
 from poolformer_kernels.cli.kernels import LIMITS
@@ -35,11 +34,7 @@ LOOKED_UP = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]{5,})(?=\0)")
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    reason = unavailable()
-    if reason is None and importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    if reason:
-        (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
+    require_null_gpu(triton=True)
     return build()
 
 
@@ -80,8 +75,7 @@ print(json.dumps([attribute(number) for number in (75, 76, 39, 106, 81, 97, 82, 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_device_has_the_limits_of_its_capability(folder, capability) -> None:
-    done = run_python("-c", ATTRIBUTES, **environment(folder, capability))
-    assert done.returncode == 0, done.stderr
+    done = python("-c", ATTRIBUTES, **environment(folder, capability))
     *number, threads, blocks, shared, of_block, registers, default, reserved, clusters = json.loads(
         done.stdout
     )
@@ -114,8 +108,7 @@ print(x.tolist(), y.tolist())
 @pytest.mark.parametrize("data", [True, False])
 def test_copies_inside_a_device_can_be_left_out(folder, data) -> None:
     """Of a benchmark of the host, which would wait for gigabytes of them; the host's own copies are made."""
-    done = run_python("-c", COPIES, **environment(folder, data=data))
-    assert done.returncode == 0, done.stderr
+    done = python("-c", COPIES, **environment(folder, data=data))
     moved = [0.0, 1.0, 2.0, 3.0]
     assert done.stdout.strip() == f"{moved} {moved if data else [0.0] * 4}"
 
@@ -144,8 +137,7 @@ run()
 
 def test_a_process_may_fork_and_choose_devices_after_the_import(folder) -> None:
     """In the child, too, CUDA starts with the first call: nothing of it was started by the import."""
-    done = run_python("-c", AFTER_THE_IMPORT, **two_devices(folder, "9.0"))
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = python("-c", AFTER_THE_IMPORT, **two_devices(folder, "9.0"))
     lines = [f"{count} {backend} 2" for count in (1, 2) for backend in ("cuda", "triton")]
     assert done.stdout.splitlines() == lines
 
@@ -163,11 +155,10 @@ def two_devices(folder: Path, capability: str) -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(ROOT), str(FOLDER.parent)])}
 
 
-def run_tests(folder: Path, capability: str, *arguments: str) -> dict[str, int]:
+def run_tests(folder: Path, capability: str, *arguments: object) -> dict[str, int]:
     """`run_pytest` of tests in tests/null_gpu on two devices of this capability."""
-    plugins = ("-p", "null_gpu.null_gpu", "-p", "no:xdist", "-p", "no:faulthandler")
-    env = two_devices(folder, capability) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return run_pytest(*plugins, *arguments, **env)
+    plugins = ("-p", "null_gpu.null_gpu", "-p", "no:faulthandler")
+    return run_pytest(*plugins, *arguments, **two_devices(folder, capability))[0]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +166,7 @@ def run_tests(folder: Path, capability: str, *arguments: str) -> dict[str, int]:
 )
 def test_on_the_null_gpu(folder, tier, least) -> None:
     """All but test_values.py's, which says why, and every call, which the next test runs."""
-    counts = run_tests(folder, "9.0", "-m", tier, str(FOLDER), f"--ignore={EVERY_CALL}")
+    counts = run_tests(folder, "9.0", "-m", tier, FOLDER, f"--ignore={EVERY_CALL}")
     assert counts.keys() == {"passed", "deselected"}
     assert counts["passed"] >= least  # a file that collects nothing would pass, too
 
@@ -187,7 +178,7 @@ def test_every_call_on_the_null_gpu(folder, capability) -> None:
 
     Launches of 8.9 are those of 8.6, and of 10.3 those of 10.0.
     """
-    counts = run_tests(folder, capability, str(EVERY_CALL))
+    counts = run_tests(folder, capability, EVERY_CALL)
     archs = cpp.build_info()["cuda_archs"]
     judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None
     skipped = counts.get("skipped", 0)

@@ -342,5 +342,4 @@ def test_an_exported_program_runs_in_a_new_process(kernels, operator, tmp_path):
         "x, y = torch.load(sys.argv[1] + '/values.pt')\n"
         "assert torch.equal(torch.export.load(sys.argv[1] + '/module.pt2').module()(x), y)\n"
     )
-    done = python("-c", code, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    python("-c", code, tmp_path)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.commands import refused, run
-from support.dense_files import HEADS, NAMES, make, official_file, require_dense, tiny_body
+from support.dense import HEADS, require_dense
+from support.dense_files import NAMES, make, official_file, tiny_body
 from support.peers import randomise, require
 from support.pictures import names_in, pictures_on, save_picture
 

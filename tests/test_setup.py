@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from setuptools import Distribution
-from support.processes import ROOT, run_python
+from support.processes import ROOT, python
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import cpp
@@ -41,10 +41,8 @@ def setup_script():
     return module
 
 
-def setup(*arguments, check=True, source=ROOT, **env):
-    done = run_python("setup.py", "--quiet", *arguments, cwd=source, **env)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
+def setup(*arguments, code=0, source=ROOT, **env):
+    return python("setup.py", "--quiet", *arguments, cwd=source, code=code, **env)
 
 
 @pytest.fixture
@@ -115,12 +113,11 @@ def test_without_the_extension_the_package_runs_and_says_so_once(env, reason, fo
         "    with pk.use_backend('cpp'): pk.ops.pool_mixer(x, None, None)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    ran = run_python("-c", code, cwd=folders[3], PYTHONPATH=folders[3])
-    assert ran.returncode == 0, ran.stderr
+    ran = python("-c", code, cwd=folders[3], PYTHONPATH=folders[3])
     assert "backend 'cpp' was asked for and cannot run this call" in ran.stdout
     assert ran.stderr.count("no C++ backend") == 1
     assert ran.stderr.count("running the reference implementation") == 1
-    wrong = run_python("-c", code, cwd=folders[3], PYTHONPATH=folders[3], POOLFORMER_KERNELS_ISA="avx1")
+    wrong = python("-c", code, cwd=folders[3], PYTHONPATH=folders[3], POOLFORMER_KERNELS_ISA="avx1", code=1)
     assert wrong.stderr.endswith(
         "ValueError: POOLFORMER_KERNELS_ISA is 'avx1'; allowed: baseline, avx2, avx512, avx512_bf16, amx\n"
     )
@@ -145,7 +142,7 @@ def test_a_compiler_that_cannot_build_is_named(folders):
     ids=["arch list", "runtime"],
 )
 def test_a_wrong_setting_is_refused(env, message, folders):
-    done = setup("build", *folders, check=False, **env)
+    done = setup("build", *folders, code=1, **env)
     assert done.returncode != 0
     assert message in done.stderr
 

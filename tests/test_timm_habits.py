@@ -1,20 +1,18 @@
 """What timm's users and tools do with a model, on ours and on timm's with the same weights."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.memory import MALLOC, require_peaks
 from support.metaformer import SIZE, tiny
 from support.models import raises
 from support.peers import randomise, relative_error, require, timm_model, timm_twins
 from support.problems import randn
+from support.processes import python
 from support.rule import assert_close_to_fp64
 from torch import nn
 
@@ -373,10 +371,7 @@ MEMORY = """
 import sys
 import torch
 import poolformer_kernels as pk
-
-def resident(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
+from support.memory import peak_of
 
 torch.set_num_threads(1)
 model = pk.create_model("poolformer_s24", num_classes=10).to(memory_format=torch.channels_last)
@@ -385,24 +380,14 @@ x = torch.randn(4, 3, 160, 160).contiguous(memory_format=torch.channels_last)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
 model(x[:1, :, :32, :32]).sum().backward()
-before = resident("VmRSS")
-with open("/proc/self/clear_refs", "w") as peak:
-    peak.write("5")  # the peak starts again from here
-model(x).sum().backward()
-print(resident("VmHWM") - before)
+print(peak_of(lambda: model(x).sum().backward()))
 """
 
 
 def test_checkpointing_saves_memory():
     """The peak of a training step above what the process had before: at most six tenths."""
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("needs Linux's /proc")
-    peaks = {}
-    for enable in (False, True):
-        command = [sys.executable, "-c", MEMORY, str(enable)]
-        malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(command, env=os.environ | malloc, check=True, capture_output=True, text=True)
-        peaks[enable] = int(done.stdout)
+    require_peaks()
+    peaks = {enable: int(python("-c", MEMORY, enable, **MALLOC).stdout) for enable in (False, True)}
     assert peaks[True] < 0.6 * peaks[False], peaks
 
 

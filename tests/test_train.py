@@ -11,7 +11,8 @@ import time
 import pytest
 import torch
 import yaml
-from support.commands import printed
+from support.commands import printed, refused
+from support.processes import started
 from support.train import (
     ALL_DRAWS,
     ONE,
@@ -23,11 +24,9 @@ from support.train import (
     interrupt,
     losses,
     notes_of,
-    refused,
     require_train,
     rows,
     scores_of,
-    started,
     state,
     train,
     train_words,
@@ -133,7 +132,7 @@ def test_another_seed_is_another_run(first, run) -> None:
 )
 def test_a_signal_lets_the_step_end_and_the_state_be_saved(first, run, number) -> None:
     more = [*TWO, *ALL_DRAWS, "--save-every", "100", "--workers", "2"]
-    process = started(command(run, *more), stderr=subprocess.PIPE)
+    process = started(*command(run, *more), stderr=subprocess.PIPE)
     lines = iter(process.stderr.readline, "")
     seen = next(line for line in lines if line.startswith("step 5/"))
     os.killpg(process.pid, number)  # the processes that load images get it, too
@@ -328,7 +327,7 @@ def test_a_run_is_not_resumed_on_other_data_or_a_broken_table(folder, run, capsy
 @pytest.mark.long
 def test_two_processes_do_not_train_in_one_folder(run, capsys) -> None:
     more = [*TWO, "--epochs", "50"]
-    process = started(command(run, *more), stderr=subprocess.PIPE)
+    process = started(*command(run, *more), stderr=subprocess.PIPE)
     next(line for line in iter(process.stderr.readline, "") if line.startswith("step 1/"))
     try:
         assert refused(capsys, *train_words(run, *more, "--resume")) == f"another process trains in {run}"

@@ -10,14 +10,13 @@ import pytest
 import torch
 import yaml
 from support import dense_files
-from support.commands import printed
+from support.commands import printed, refused
 from support.dense_data import edit_coco, require_dense_data
 from support.train import (
     assert_same_end,
     differing,
     interrupt,
     notes_of,
-    refused,
     rows,
     scores_of,
     state,

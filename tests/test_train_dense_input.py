@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.commands import printed
+from support.commands import printed, refused
 from support.dense_data import coco_annotation, disc, require_dense_data, write_coco
-from support.train import differing, losses, refused, rows, state, train_words, validate_words
+from support.train import differing, losses, rows, state, train_words, validate_words
 from support.train_dense import TASKS, data_of, few_regions, make_discs, run_task, task_words
 
 require_dense_data()

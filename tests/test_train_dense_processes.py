@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import MODULE
 from support.dense_data import require_dense_data
+from support.processes import python
 from support.train import (
     assert_same_end,
     command,
     distance,
     in_processes,
+    in_several,
     killed,
     losses,
-    output_of,
-    python,
     rows,
     state,
     step_of,
@@ -68,8 +69,7 @@ def test_two_processes_validate_as_one(discs, run) -> None:
     assert len(losses(run)) == STEPS["segmentation"]
     words = validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
     one, two = (
-        json.loads(output_of(python("-m", "poolformer_kernels", *words, "--json", processes=n), threads=1))
-        for n in (1, 2)
+        json.loads(python(*in_several(n, *MODULE, *words, "--json"), threads=1).stdout) for n in (1, 2)
     )
     for name in ("mIoU", "accuracy", "loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-6)
@@ -119,7 +119,7 @@ def test_normalisers_are_means_over_the_processes(tmp_path) -> None:
         "dist.barrier()\n"
         "dist.destroy_process_group()\n"
     )
-    output_of(python(str(script), processes=2), threads=1)
+    python(*in_several(2, str(script)), threads=1)
 
 
 def test_peak_memory_where_the_kernel_does_not_tell_it(monkeypatch) -> None:

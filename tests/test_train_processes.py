@@ -8,6 +8,8 @@ import subprocess
 import time
 
 import pytest
+from support.commands import MODULE
+from support.processes import started
 from support.train import (
     ALL_DRAWS,
     ONE,
@@ -18,10 +20,8 @@ from support.train import (
     in_processes,
     killed,
     losses,
-    python,
     require_train,
     runs_until,
-    started,
     state,
     step_of,
     train_words,
@@ -80,7 +80,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order(one, run, before,
 
 def test_a_process_that_dies_ends_the_run(run) -> None:
     words = command(run, *SOME, "--epochs", "200", processes=2)
-    process = started(words, threads=1, stderr=subprocess.PIPE)
+    process = started(*words, threads=1, stderr=subprocess.PIPE)
     assert runs_until(process, (run / "checkpoints" / "step_00000011").exists)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -97,8 +97,8 @@ def test_two_agents_that_meet_train_as_one(one, run) -> None:
         port = s.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run"]
     launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    words = python(*launcher, "-m", "poolformer_kernels", *train_words(run, *SOME))
-    agents = [started(words, threads=1) for _ in range(2)]
+    words = [*launcher, *MODULE, *train_words(run, *SOME)]
+    agents = [started(*words, threads=1) for _ in range(2)]
     assert [agent.wait(240) for agent in agents] == [0, 0]
     assert_same_run(run, one)
 

@@ -3,15 +3,12 @@
 import errno
 import math
 import os
-import resource
-import signal
-import subprocess
-import sys
 from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from support.train import differing, environment, message_of, require_train
+from support.commands import small_disk
+from support.train import differing, message_of, require_train
 
 require_train()
 
@@ -159,30 +156,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(checkpoints, monkeypatch, whe
 
 def test_a_limit_of_the_system_is_reported_as_a_full_disk_is(tmp_path) -> None:
     """A real failure inside safetensors: files may not be longer than 10 kB."""
-    program = f"""
-import torch
-from pathlib import Path
-from poolformer_kernels.train.state import Checkpoints, StateError
-try:
-    Checkpoints(Path({str(tmp_path)!r}), 3).save(7, {{"a": torch.zeros(100_000)}}, {{}})
-except StateError as error:
-    print(error)
-"""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.startswith(f"cannot write checkpoint {tmp_path}/step_00000007: "), done.stderr
-    assert done.stdout.count("\n") == 1
+    with small_disk(10_000):
+        line = message_of(StateError, Checkpoints(tmp_path, 3).save, 7, {"a": torch.zeros(100_000)}, {})
+    assert line.startswith(f"cannot write checkpoint {tmp_path}/step_00000007: ")
     assert list(tmp_path.iterdir()) == []
 
 

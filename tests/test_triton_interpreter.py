@@ -15,10 +15,6 @@ FOLDER = Path(__file__).parent / "triton_interpreter"
 @pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))
 def test_in_the_interpreter(name, cases) -> None:
     require("triton")
-    counts = run_pytest(
-        *("-W", "ignore::RuntimeWarning", "-m", cases, str(FOLDER / name)),
-        TRITON_INTERPRET="1",
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-        OPENBLAS_NUM_THREADS="1",  # NumPy's products are small; its threads would wait for each other
-    )
+    options = ("-W", "ignore::RuntimeWarning", "-m", cases)
+    counts, _ = run_pytest(*options, FOLDER / name, TRITON_INTERPRET="1")
     assert "skipped" not in counts

@@ -3,12 +3,12 @@
 import ast
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.peers import require
+from support.processes import ROOT, python
 
 import poolformer_kernels as pk
 
@@ -18,7 +18,6 @@ FILES = [
     *(PACKAGE / name for name in ("explain.py", "nn/chain_cache.py", "nn/fusion.py", "nn/names.py")),
 ]
 SCRIPT = Path(__file__).parent / "typing" / "public_api.py"
-ROOT = SCRIPT.parents[2]
 MODULES = {"": "pk", "nn": "pk.nn", "models": "pk.models", "ops": "pk.ops", "dense": "dense"}
 
 
@@ -36,8 +35,7 @@ def test_the_script_uses_every_public_name():
 def test_the_script_runs(tmp_path):
     for package in ("captum", "timm", "torchvision"):
         require(package)
-    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python(SCRIPT, cwd=tmp_path)
     assert done.stdout.splitlines()[-1].startswith("24 of 24 on ")
 
 
@@ -52,9 +50,7 @@ def test_no_error_in_strict_mode(checker, tmp_path):
         "mypy": ["--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path), str(SCRIPT)],
         "basedpyright": ["--project", str(tmp_path), "--pythonpath", sys.executable],
     }
-    command = [sys.executable, "-m", checker, *options[checker]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    python("-m", checker, *options[checker], cwd=ROOT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

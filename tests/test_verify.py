@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.commands import printed, refused
 from torch import Tensor
 
 from poolformer_kernels.cli.main import main
@@ -107,8 +108,7 @@ def test_errors_and_tolerance_by_hand() -> None:
 
 def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
     file = tmp_path / "verify.json"
-    assert main(["verify", "--backend", "reference", "--dtype", "float32", "--json", str(file)]) == 0
-    out = capsys.readouterr().out
+    out = printed(capsys, "verify --backend reference --dtype float32 --json", file)
     written = json.loads(file.read_text())
     assert written["passed"] is True
     count = len(written["checks"])
@@ -138,8 +138,4 @@ def test_command_fails_on_a_wrong_operator(monkeypatch, capsys) -> None:
     ],
 )
 def test_command_says_why_it_cannot_run(arguments, message, capsys) -> None:
-    assert main(["verify", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"poolformer-kernels: error: {message}")
-    assert captured.err.count("\n") == 1
+    assert refused(capsys, "verify", *arguments).startswith(message)

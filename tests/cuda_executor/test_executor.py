@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import run_python
+from support.processes import python
 
 from .build import FOLDER, build
 
@@ -100,15 +100,12 @@ def test_bulk_copy(probes) -> None:
     ],
 )
 def test_a_mistake_ends_the_process(file, name, mistake, message) -> None:
-    done = run_python("-c", MISTAKE, str(file), name, mistake)
-    assert done.returncode == -6, done.stderr
-    assert message in done.stderr
+    assert message in python("-c", MISTAKE, file, name, mistake, code=-6).stderr
 
 
 def test_no_mistake_ends_the_process(file) -> None:
     for name in ("wgmma", "copy"):
-        done = run_python("-c", MISTAKE, str(file), name, "")
-        assert done.returncode == 0, done.stderr
+        python("-c", MISTAKE, file, name, "")
 
 
 def test_static_shared_memory_does_not_outlive_its_block(probes) -> None:

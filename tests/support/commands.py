@@ -1,16 +1,11 @@
-"""The command `poolformer-kernels` in this process, and processes of their own."""
+"""The command `poolformer-kernels` in this process."""
 
-import os
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from poolformer_kernels.cli.main import main
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = ("-m", "poolformer_kernels")
 ERROR = "poolformer-kernels: error: "
 
@@ -27,15 +22,16 @@ def printed(capsys, command: str, *more: object) -> str:
     return capsys.readouterr().out
 
 
-def refused(capsys, command: str, *more: object) -> str:
-    """The line with which the command ends, less the program's name; before it there is only progress."""
+def refused(capsys, command: str, *more: object, progress: bool = False) -> str:
+    """The one line that the command ends with, less the program's name; ``progress``: behind others."""
     capsys.readouterr()
     code = run(command, *more)
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert [line for line in lines if line.startswith(ERROR)] == lines[-1:], captured.err
-    assert "Traceback" not in captured.err
-    assert (code, captured.out) == (2, "")
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == 1 or progress, err
+    assert [line for line in lines if line.startswith(ERROR)] == lines[-1:], err
+    assert "Traceback" not in err
     return lines[-1].removeprefix(ERROR)
 
 
@@ -48,15 +44,3 @@ def small_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def python(
-    *arguments: object, env: dict[str, str] | None = None, **options
-) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, which finds this package wherever it runs."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path} | (env or {}),
-        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options),
-    )

@@ -1,6 +1,6 @@
 """Other people's packages that the tests compare with, and weights under which every branch matters."""
 
-import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -33,6 +33,23 @@ def require_backend(name: str) -> None:
     reason = pk.backend_reasons().get(name)
     if reason is not None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend {name}: {reason}")
+
+
+def require_null_gpu(*, extension: bool = False, triton: bool = False) -> None:
+    """Skip the test where there is no null GPU; in CI, with a torch that has CUDA, that is a failure.
+
+    With ``extension`` or ``triton`` it needs them, too.
+    """
+    from null_gpu.build import unavailable
+    from null_gpu.extension import extension_file
+
+    reason = unavailable()
+    if reason is None and extension and extension_file() is None:
+        reason = "the extension was built without CUDA"
+    if reason is None and triton and importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") and torch.version.cuda else pytest.skip)(reason)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

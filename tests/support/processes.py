@@ -1,4 +1,4 @@
-"""Tests that run in processes of their own."""
+"""Processes of their own: Python, and tests."""
 
 import fcntl
 import os
@@ -7,28 +7,84 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_python(*words: str, cwd: Path | str | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """A Python of its own, with these variables besides this one's."""
-    env = os.environ | environment
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+def python(
+    *arguments: object,
+    code: int | None = 0,
+    cwd: Path | str | None = None,
+    timeout: float | None = 600,
+    threads: int | None = None,
+    stdout: int | IO = subprocess.PIPE,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments and variables; it ends with this exit code, or with any if that is None."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(threads) | variables,
+        cwd=cwd,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=timeout,
+    )
+    output = (done.stdout or "")[-8000:] + done.stderr[-4000:]
+    assert code in (None, done.returncode), f"exit code {done.returncode}\n{output}"
+    return done
 
 
-def run_pytest(*arguments: str, **environment: str) -> dict[str, int]:
-    """How many tests were ``passed``, ``skipped``, ``deselected`` in a process of their own; none fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(command, env=inherited | environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|deselected)", summary)}
+def started(
+    *arguments: object,
+    cwd: Path | str | None = None,
+    threads: int | None = None,
+    stdout: int | None = None,
+    stderr: int = subprocess.DEVNULL,
+    **variables: str,
+) -> subprocess.Popen[str]:
+    """The same without waiting, in a session of its own, so that a signal reaches all its processes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=environment(threads) | variables,
+        cwd=cwd,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """Of a process that imports what this one can; pytest is no part of it.
+
+    It has as many threads as this process, if not another number: others round differently.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return inherited | {
+        "OMP_NUM_THREADS": str(threads or torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+
+def run_pytest(*arguments: object, cwd: Path = ROOT, **variables: str) -> tuple[dict[str, int], list[str]]:
+    """How many tests were ``passed``, ``skipped``, ... in a process of their own, and the lines it prints.
+
+    None fails and at least one passes. pytest has its own plugins alone, and NumPy no threads: its products
+    are small, and threads would wait for each other.
+    """
+    variables |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1"}
+    options = ("-q", "--tb=short", "-p", "no:cacheprovider")
+    done = python("-m", "pytest", *options, *arguments, cwd=cwd, timeout=None, threads=1, **variables)
+    lines = done.stdout.strip().splitlines()
+    summary = lines[-1].partition(" in ")[0]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (?!warning)([a-z]+)", summary)}
     assert counts.get("passed"), done.stdout[-2000:]
-    return counts
+    return counts, lines
 
 
 def tiers(folder: Path) -> list:
@@ -62,19 +118,3 @@ def executor_library(factory: pytest.TempPathFactory) -> Path:
 
     folder = once_for_all(factory, "cuda_executor", lambda folder: build(folder / "cuda_executor.so"))
     return folder / "cuda_executor.so"
-
-
-def python(
-    *arguments: str, cwd: Path | None = None, timeout: float | None = 600, **variables: str
-) -> subprocess.CompletedProcess:
-    """Python with these arguments, in a process that imports what this one can; pytest is no part of it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=inherited | path | variables,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )

@@ -1,9 +1,6 @@
 """Benchmarks and examples as users start them: in a folder of their own, with settings that end with them."""
 
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +8,9 @@ import pytest
 
 from poolformer_kernels.cli.extras import NEEDS
 from poolformer_kernels.cli.main import main
+from support.commands import refused
 from support.peers import require
+from support.processes import python
 
 
 @dataclass
@@ -52,34 +51,28 @@ class Sandbox:
 
     def bench(self, name: str, *arguments: str, code: int = 0) -> Ran:
         """A benchmark in this process; a skip without the packages that it needs."""
-        for package in NEEDS[f"bench {name}"][1]:
-            require(package)
-        file = self.folder / f"{name}.csv"
-        device = [] if name in ("host", "loop") else ["--device", "cpu"]
-        quick = ["--threads", "1", "--rounds", "2", "--csv", str(file)]
+        words = self._words(name, *arguments)
         self.capture.readouterr()
-        found = main(["bench", name, *device, *quick, *arguments])
-        ran = Ran(*self.capture.readouterr(), file)
+        found = main(words)
+        ran = Ran(*self.capture.readouterr(), self._file(name))
         assert found == code, ran.out + ran.err
         return ran
 
     def refusal(self, name: str, *arguments: str) -> str:
         """The one line of a benchmark that cannot meet its request."""
-        ran = self.bench(name, *arguments, code=2)
-        (line,) = ran.err.splitlines()
-        assert ran.out == ""
-        assert line.startswith("poolformer-kernels: error: ")
-        return line.removeprefix("poolformer-kernels: error: ")
+        return refused(self.capture, *self._words(name, *arguments))
 
     def python(self, *command: str, code: int = 0, **environment: str) -> str:
-        """What a process prints. It starts where the source tree is not found by chance."""
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        """What a process prints, which starts in the folder."""
+        return python(*command, cwd=self.folder, timeout=900, code=code, **environment).stdout
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.csv"
+
+    def _words(self, name: str, *arguments: str) -> list[str]:
+        """A quick benchmark."""
+        for package in NEEDS[f"bench {name}"][1]:
+            require(package)
+        device = [] if name in ("host", "loop") else ["--device", "cpu"]
+        quick = ["--threads", "1", "--rounds", "2", "--csv", str(self._file(name))]
+        return ["bench", name, *device, *quick, *arguments]

@@ -7,18 +7,17 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from poolformer_kernels.cli.main import main
-from support.commands import printed
+from support.commands import MODULE, printed
 from support.peers import require
+from support.processes import python, started
 
 ALL_DRAWS = shlex.split(
     "--mixup 0.8 --cutmix 1 --auto-augment rand-m9-mstd0.5-inc1 --random-erasing 0.25"
@@ -59,16 +58,6 @@ def scores_of(capsys: pytest.CaptureFixture, *words: str) -> dict:
     return json.loads(printed(capsys, *words, "--json"))
 
 
-def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
-    """The one line on stderr of a command that is refused."""
-    capsys.readouterr()
-    assert main(list(words)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    assert err.startswith("poolformer-kernels: error: ")
-    return err.removeprefix("poolformer-kernels: error: ").strip()
-
-
 def message_of(error: type[Exception], call: Callable, *arguments: object, **options: object) -> str:
     """The one line of the error that a call ends with."""
     with pytest.raises(error) as found:
@@ -80,42 +69,20 @@ def message_of(error: type[Exception], call: Callable, *arguments: object, **opt
 # ---- commands in processes of their own --------------------------------------------------------------------
 
 
-def python(*words: str, processes: int = 1) -> list[str]:
-    """The command that starts Python, or several processes of it."""
+def in_several(processes: int, *words: str) -> list[str]:
+    """What `python` is called with to run this in several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), *words]
+    return [*(launcher if processes > 1 else []), *words]
 
 
 def command(run: Path, *options: str, data: str | Path = "sample:digits", processes: int = 1) -> list[str]:
-    """The command of a run."""
-    return python("-m", "poolformer_kernels", *train_words(run, *options, data=data), processes=processes)
-
-
-def environment(threads: int | None = None) -> dict[str, str]:
-    """With as many threads as this process: PyTorch's convolutions round differently with others."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads or torch.get_num_threads()),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-
-
-def output_of(words: list[str], threads: int | None = None) -> str:
-    """What a command prints until its end, which must be a good one."""
-    done = subprocess.run(words, env=environment(threads), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What `python` is called with for a run."""
+    return in_several(processes, *MODULE, *train_words(run, *options, data=data))
 
 
 def in_processes(run: Path, *options: str, threads: int | None = None, **more) -> None:
     """A run to its end."""
-    output_of(command(run, *options, **more), threads)
-
-
-def started(
-    words: list[str], threads: int | None = None, stderr: int = subprocess.DEVNULL
-) -> subprocess.Popen:
-    """A command in a session of its own, so that a signal reaches all its processes."""
-    return subprocess.Popen(words, env=environment(threads), stderr=stderr, text=True, start_new_session=True)
+    python(*command(run, *options, **more), threads=threads)
 
 
 def runs_until(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
@@ -134,7 +101,7 @@ def killed(
 
     Whether it still ran then.
     """
-    process = started([*words, *["--resume"] * (run / "config.yaml").exists()], threads)
+    process = started(*words, *["--resume"] * (run / "config.yaml").exists(), threads=threads)
     runs_until(process, happened)
     time.sleep(later)
     running = process.poll() is None
