@@ -69,6 +69,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return linked
 
 
+@pytest.mark.long
 def test_emulated_tiles_agree_with_vectors(link):
     program = link("tests/amx_tiles.cpp", *KERNELS)
     lines = [line.split() for line in run([program]).splitlines()]
@@ -88,6 +89,7 @@ def test_emulated_tiles_agree_with_vectors(link):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.long
 def test_emulated_rows_are_right(link):
     """And bitwise the same in whatever order the items of a call are computed."""
     lines = [line.split() for line in run([link("tests/amx_rows.cpp", *KERNELS)]).splitlines()]

@@ -28,6 +28,7 @@ def by_case_and_provider(rows: list[dict]) -> dict[tuple[str, str, str], dict[st
     return found
 
 
+@pytest.mark.long
 def test_on_the_null_gpu(sandbox) -> None:
     """As its users start it; the launches are those that the null GPU's own tests ask for."""
     require_null_gpu(extension=True, triton=True)

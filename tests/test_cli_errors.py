@@ -141,6 +141,7 @@ def test_ctrl_c_before_the_first_row_leaves_no_file(tmp_path) -> None:
 
 
 def test_ctrl_c_keeps_the_rows_of_the_cases_before(tmp_path, monkeypatch, capsys, sandbox) -> None:
+    require("rich")
     from poolformer_kernels.benchmarks import bench_mlp
 
     measured, real = [], bench_mlp.measure
@@ -304,6 +305,8 @@ def extras() -> dict[str, set[str]]:
 def test_a_command_without_its_packages_names_the_smallest_extra(monkeypatch, capsys) -> None:
     packages = {"PIL": "pillow", "yaml": "pyyaml", "captum.attr": "captum"}
     known = extras()
+    for module in sorted({module for _, modules in NEEDS.values() for module in modules}):
+        require(module)  # whole, before one of what it imports itself is hidden
     for command, (extra, modules) in NEEDS.items():
         needed = {packages.get(module, module) for module in modules}
         enough = {name: found for name, found in known.items() if needed <= found}

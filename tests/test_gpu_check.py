@@ -201,6 +201,7 @@ def null_gpu() -> None:
     require_null_gpu(extension=True)
 
 
+@pytest.mark.long
 def test_a_dry_run_of_some_parts(null_gpu, tmp_path) -> None:
     parts = """
 names = ("import and link", "info", "slowest kernels")

@@ -29,6 +29,7 @@ BLOCK_KEYS += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias
 )
 def test_stage_and_gradients_equal_the_official_formula(options, dtype, training, layout, backend):
     stage = make_stage(2, **options).to(dtype).train(training)
+    assert stage[0].token_mixer.pool_size == options.get("pool_size", 3)  # with which the formula is computed
     x = randn(3, 12, 9, 7, dtype=dtype, mean=-2.3, sigma=0.5)
     grad = randn(3, 12, 9, 7, dtype=dtype, mean=0.3, seed=1)
     exact = gradients(copy.deepcopy(stage).double(), x.double(), grad.double(), official_stage)

@@ -210,6 +210,17 @@ def test_a_rate_that_is_far_too_high_ends_the_run_with_one_line_and_keeps_its_st
     assert err.endswith(f"the state of step {last} is saved")
 
 
+def test_micro_batches_differ_by_their_own_numbers_of_positive_anchors(discs) -> None:
+    """Each divides its sums by its own positives, so the step's loss is a mean of theirs, not the whole's."""
+    made = task_of(discs, "detection", batch_size=4)
+    whole = made.loss(made.build().train(), next(iter(made.loader(0)))).item()
+    parts = task_of(discs, "detection", batch_size=4, accumulate=2)
+    model = parts.build().train()
+    found = [parts.loss(model, batch).item() for batch, _ in zip(parts.loader(0), range(2), strict=False)]
+    assert sum(found) / 2 == pytest.approx(whole, rel=0.2)
+    assert sum(found) / 2 != pytest.approx(whole, rel=1e-5)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_weights_that_are_not_finite_score_nothing(discs, task) -> None:
     """The run goes on to the step whose loss tells; its page has pictures, too."""

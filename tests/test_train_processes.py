@@ -119,12 +119,13 @@ def test_killed_at_random_steps_and_while_a_checkpoint_is_written(run, tmp_path)
     in_processes(whole, *more)
     words = command(run, *more)
     assert killed(run, words, (run / "config.yaml").exists)  # before the first checkpoint
-    assert killed(run, words, lambda: step_of(run) >= draw.randrange(3, 6))
+    early, late = draw.randrange(3, 6), draw.randrange(20, 30)
+    assert killed(run, words, lambda: step_of(run) >= early)
     for _ in range(4):  # a write may just have ended
         assert killed(run, words, lambda: step_of(run) >= 9 and writes_checkpoint(run))
         if writes_checkpoint(run):
             break
     assert writes_checkpoint(run)  # half of it is there
-    assert killed(run, words, lambda: step_of(run) >= draw.randrange(20, 30))
+    assert killed(run, words, lambda: step_of(run) >= late)
     in_processes(run, *more, "--resume")
     assert_same_end(run, whole)

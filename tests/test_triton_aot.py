@@ -51,7 +51,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("launch", "arch"), COMPILED)
 def test_resources(launch, arch) -> None:
     used, constants = compiled(launch, arch), dict(launch.constants)

@@ -4,11 +4,13 @@ import ast
 import importlib
 import json
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 from support.peers import require
 from support.processes import ROOT, python
+from torch import nn
 
 import poolformer_kernels as pk
 
@@ -65,3 +67,13 @@ def test_every_function_is_annotated(path):
             names += [] if node.returns is not None else ["return"]
             missing += [f"line {node.lineno}, {node.name}: {name}" for name in names]
     assert missing == []
+
+
+@pytest.mark.parametrize("function", [pk.accelerate, pk.restore])
+def test_a_model_keeps_its_type(function):
+    """One type variable is argument and result, so that a checker knows a MyNet as a MyNet afterwards."""
+    hints = typing.get_type_hints(function)
+    assert isinstance(hints["model"], typing.TypeVar)
+    assert hints["model"].__bound__ is nn.Module
+    assert hints["return"] is hints["model"]
+    assert typing.get_type_hints(pk.explain)["return"] is pk.Explanation

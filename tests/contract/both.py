@@ -120,7 +120,8 @@ def test_layouts_of_the_gradient(target, operator, shape, hidden, grad_layout, l
     inputs = problem_of(operator, target, shape, hidden, dtype)
     grad = as_layout(operator.grad(inputs), grad_layout)
     found = check_of(operator, target, inputs, grad, layout=layout, residual=True)
-    if target.exact:
+    # a dense gradient off 16 bytes has a launch of its own on the GPU's Triton, with another order of sums
+    if target.exact and not (target.name == "triton" and grad_layout.startswith("offset")):
         inputs = laid(inputs, layout)
         assert_same(found, values(target, operator.call, inputs, grad.contiguous(), residual=True))
 
@@ -509,9 +510,14 @@ def test_checkpointing_computes_the_same(target, operator, save_hidden):
     assert_same(again, values(target, operator.call, inputs, grad, **options))
 
 
-@over(once=True, kernels=True)
-def test_a_second_derivative_says_what_to_do(target, operator):
-    inputs = on(target.device, problem_of(operator, target, (2, 3, 4, 5), 7))
+@over(
+    once=True,
+    kernels=True,
+    pool_mixer={"shape, hidden": [((2, 3, 4, 5), None)]},
+    mlp={"shape, hidden": [((2, 3, 4, 5), 7), ((1, 192, 3, 3), 64)]},  # on CUDA its backward is Triton's
+)
+def test_a_second_derivative_says_what_to_do(target, operator, shape, hidden):
+    inputs = on(target.device, problem_of(operator, target, shape, hidden))
     x = inputs["x"].requires_grad_()
     y = operator.call(**inputs, residual=True)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -115,7 +115,7 @@ def test_large_shapes(target, shape, hidden, dtype, form, layout):
     also={
         "shape, hidden": [((16, 64, 56, 56), 256), ((16, 512, 7, 7), 2048), ((16, 17, 13, 29), 70), *ROUNDS]
     },
-    dtype=TWO,
+    dtype=DTYPES,
     layout=FORMATS,
     where=lambda target, **_: None if target.device == "cuda" else "the CPU divides smaller ones likewise",
 )

@@ -74,7 +74,7 @@ def allowance(inputs: Tensors, grad: Tensor, operand: torch.dtype) -> dict[str, 
     """The ulps of y and every gradient. One that is few numbers has more where operands are rounded to half.
 
     Each term of a sum is rounded up to four times on the way, as eager's is, and each time by up to half a
-    unit: the error of the sum is about 0.58 units of the scale. The L2 norm of n errors is so much on average,
+    unit: the error of the sum is about 0.58 units of the scale. The L2 norm of n errors is that on average,
     and three of its deviations, a share of 1 / sqrt(n), more in bad luck.
     """
     half = torch.finfo(operand).eps / torch.finfo(torch.float32).eps if operand in HALVES else 0

@@ -282,4 +282,4 @@ def test_compiled_stage(channels, layout) -> None:
     grad = like_on("cuda", torch.randn(3, channels, 14, 14).bfloat16())
     compiled = torch.compile(copy.deepcopy(stage), fullgraph=True)
     eager, other = (gradients(module, x, grad) for module in (stage, compiled))
-    assert all(map(torch.equal, eager.values(), other.values()))
+    assert_same(other, eager)

@@ -131,7 +131,9 @@ def test_without_the_caching_allocator(file, tests, backend) -> None:
     """Every tensor is memory of its own then, and a kernel that writes or reads past one faults."""
     path = Path(__file__).parents[1] / "contract" / f"{file}.py"
     ours = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "POOLFORMER_TEST_TARGETS": backend}
-    run_pytest("-x", str(path), "-k", tests, **ours)
+    run_pytest(
+        "-x", str(path), "-k", tests, cwd=path.parent, **ours
+    )  # not where a source tree is found first
 
 
 # ---- autocast and the compiler -----------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_features():
     for image in (x, images(2, seed=2)):
         maps = g(image)
         assert len(maps) == 4
-        assert all(map(torch.equal, maps, eager(model, image)))
+        assert all(torch.equal(ours, others) for ours, others in zip(maps, eager(model, image), strict=True))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "sliced_hw", "transposed"])

@@ -102,12 +102,15 @@ def killed(
     Whether it still ran then.
     """
     process = started(*words, *["--resume"] * (run / "config.yaml").exists(), threads=threads)
-    runs_until(process, happened)
-    time.sleep(later)
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running = True
+    try:
+        runs_until(process, happened)
+        time.sleep(later)
+        running = process.poll() is None
+    finally:
+        if running:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return running
 
 
