@@ -13,6 +13,7 @@ from support.processes import ROOT, python
 from torch import nn
 
 import poolformer_kernels as pk
+from poolformer_kernels.explain import Explanation
 
 PACKAGE = Path(pk.__file__).parent
 FILES = [
@@ -76,4 +77,4 @@ def test_a_model_keeps_its_type(function):
     assert isinstance(hints["model"], typing.TypeVar)
     assert hints["model"].__bound__ is nn.Module
     assert hints["return"] is hints["model"]
-    assert typing.get_type_hints(pk.explain)["return"] is pk.Explanation
+    assert typing.get_type_hints(pk.explain)["return"] is Explanation
