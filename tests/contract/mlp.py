@@ -135,6 +135,11 @@ def test_every_run_on_large_inputs_has_the_same_bits(target, shape, hidden, dtyp
     parameters=["biases", "all", "none"],
     dtype=DTYPES,
     layout=FORMATS,
+    where=lambda target, hidden, **_: (
+        None
+        if target.kernels or hidden < 1000
+        else "sums of 1061 products are in the order of PyTorch's library"
+    ),
 )
 def test_another_width(target, shape, hidden, out, parameters, dtype, layout):
     """sigma(X W1) W2 with a norm, biases and scales or without: no residual, any number of channels out."""
