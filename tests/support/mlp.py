@@ -181,7 +181,10 @@ def ulps_of(dtype: torch.dtype, operands: torch.dtype, ulps: float = 4) -> float
 def assert_right(actual: Tensors, inputs: Tensors, grad: Tensor, *, ulps: float = 4, **options) -> None:
     """Every value in ``actual`` (from `run`) has its input's dtype and meets the error rule."""
     operands = inputs["x" if inputs["x"].dtype in HALVES else "w1"].dtype
-    allowed = lambda name, dtype: ulps_of(dtype, operands, ulps)  # noqa: E731
+
+    def allowed(name: str, dtype: torch.dtype) -> float:
+        return ulps_of(dtype, operands, ulps)
+
     rule.assert_right(actual, inputs, grad, ulps=allowed, eager=eager, truth=truth, **options)
 
 
