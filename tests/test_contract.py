@@ -17,6 +17,7 @@ from poolformer_kernels.backends import cpp
 
 HERE = ROOT / "tests" / "contract"
 FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_checks")
+RANDOM = "properties"  # on one target of each implementation
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -28,7 +29,7 @@ def run(target: str, file: str, tier: str, record_property, cwd: Path = ROOT, **
     counts, lines = run_pytest(*options, HERE / f"{file}.py", cwd=cwd, **variables)
     assert counts.keys() <= {"passed", "deselected"}
     for line in lines:
-        if line.startswith("not run on "):
+        if line.startswith(("not run on ", "random problems on ")):
             record_property("shown", line)
 
 
@@ -47,6 +48,8 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
             found.append(pytest.param(name, file, "not long", marks=marks))
             if target.short != target.whole and not python_only:
                 found.append(pytest.param(name, file, "long and not large", marks=[pytest.mark.long]))
+        if name in ("interpreter", "executor"):
+            found.append(pytest.param(name, RANDOM, "long", marks=[pytest.mark.long]))
     return found
 
 

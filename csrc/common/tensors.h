@@ -40,11 +40,12 @@ inline Activation activation_named(const std::string& name) {
 // The output's layout (poolformer_kernels.layout.memory_format_of).
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
-// Whether t is contiguous, or in channels_last without gaps.
+// Whether t is contiguous, or in channels_last without gaps. A dimension of size 1 has any stride.
 inline bool is_dense(const Tensor& t, bool channels_last) {
   if (!channels_last) return t.is_contiguous();
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
+  const auto has = [&t](int dim, int64_t stride) { return t.size(dim) == 1 || t.stride(dim) == stride; };
+  return has(1, 1) && has(3, c) && has(2, w * c) && has(0, h * w * c);
 }
 
 // t itself where it is dense in that layout, else a copy.

@@ -75,9 +75,9 @@ def assert_formats(target: Target, found: Tensors, x: Tensor, layout: str) -> No
     """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
     if not layout or x.numel() == 0:
         return
+    last = layout in CHANNELS_LAST and not x.is_contiguous()  # it may be both
+    wanted = torch.channels_last if last else torch.contiguous_format
     for name in ("y", "dx") if target.kernels and "dx" in found else ("y",):
-        last = layout in CHANNELS_LAST and (name == "dx" or x.shape[1] > 1)
-        wanted = torch.channels_last if last else torch.contiguous_format
         t = found[name]
         assert t.is_contiguous(memory_format=wanted), f"{name}: strides {t.stride()} of {tuple(t.shape)}"
 

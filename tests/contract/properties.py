@@ -45,6 +45,7 @@ EXAMPLES = 5  # of each seed
 DTYPES = (torch.float32, *HALVES)
 ULPS = 28  # more than elsewhere: eager's errors are the yardstick, and in small problems they are few
 FEW = 64  # numbers: of so few, eager's errors may all be small by chance
+FEWEST = 8  # numbers of a sample: a norm of fewer cancels to little but rounding
 VARYING = [name for name in GRAD_LAYOUTS if name not in ("expanded_hw", "expanded_all")]  # others cancel to 0
 
 
@@ -86,11 +87,13 @@ def allowance(inputs: Tensors, grad: Tensor, operand: torch.dtype) -> dict[str, 
 
 
 def any_shape(data: st.DataObject, target: Target) -> tuple[int, ...]:
-    most = 3 if target.elements < 1e5 else 6
+    slow, slower = target.elements < 1e5, target.elements < 2e4
     channels = st.integers(1, 40) | st.sampled_from([48, 63, 64, 65, 96, 128, 130])
-    size = st.integers(1, 10) | st.integers(1, 24 if target.elements > 2e4 else 12)
-    shape = tuple(data.draw(s) for s in (st.integers(1, most), channels, size, size))
-    hypothesis.assume(shape[0] * shape[2] * shape[3] > 1)  # eager's GroupNorm refuses one pixel of one sample
+    size = st.integers(1, 10) | st.integers(1, 12 if slow else 24)
+    if slower:
+        channels, size = st.integers(1, 20), st.integers(1, 6)
+    shape = tuple(data.draw(s) for s in (st.integers(1, 3 if slow else 6), channels, size, size))
+    hypothesis.assume(shape[1] * shape[2] * shape[3] >= FEWEST)
     return shape
 
 
@@ -152,11 +155,15 @@ def test_random_mlps(target, record_property):
             seed=data.draw(st.integers(0, 1000)),
         )
         strange_vectors(data, inputs, mlp_problem.VECTORS)
+        # in half precision neither rows of weights nor pixels of the gradient are all alike: what rounding
+        # takes from one it takes from all, and it adds up
         for name in mlp_problem.WEIGHTS:
-            layout = data.draw(st.none() | st.sampled_from(WEIGHT_LAYOUTS))
+            layouts = [n for n in WEIGHT_LAYOUTS if not (half and n == "expanded")]
+            layout = data.draw(st.none() | st.sampled_from(layouts))
             if layout and (layout != "channels_last" or inputs[name].dim() == 4):
                 inputs[name] = as_weight_layout(inputs[name], layout)
-        grad = as_layout(mlp_problem.make_grad(inputs), data.draw(st.sampled_from(GRAD_LAYOUTS)))
+        grad_layouts = VARYING if half else GRAD_LAYOUTS
+        grad = as_layout(mlp_problem.make_grad(inputs), data.draw(st.sampled_from(grad_layouts)))
         check(
             target,
             mlp_problem,
