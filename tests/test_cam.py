@@ -11,11 +11,11 @@ from support.commands import printed, refused, run
 from support.gradcam import tiny
 from support.peers import randomise, require
 from support.pictures import names_in, pictures_on, save_picture
+from support.train import save_with_notes
 
 import poolformer_kernels as pk
 from poolformer_kernels.gradcam import grad_cam
 from poolformer_kernels.models import PoolFormer
-from poolformer_kernels.models.checkpoints import FILE_NOTES
 
 for package in ("PIL", "captum", "matplotlib"):
     require(package)
@@ -29,9 +29,7 @@ def picture(tmp_path) -> Path:
 
 def saved(path: Path, classifier: PoolFormer, model="poolformer_digits", **notes) -> Path:
     """A checkpoint with the notes of `poolformer-kernels train`."""
-    notes = classifier._notes() | {"model": model} | notes
-    metadata = {"format": "pt", FILE_NOTES: json.dumps(notes)}
-    require("safetensors.torch").save_file(classifier.state_dict(), path, metadata=metadata)
+    save_with_notes(path, classifier, **(classifier._notes() | {"model": model} | notes))
     return path
 
 

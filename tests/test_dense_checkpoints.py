@@ -1,7 +1,6 @@
 """Official files of the detectors and the segmenter: every value where it belongs, and what is refused."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -11,12 +10,12 @@ from support.dense import BACKGROUND, HEADS, PARAMETERS, made, require_dense
 from support.dense_files import CLASSES, NAMES, make, official_file, official_state, tiny_body
 from support.dense_truth import conv
 from support.dense_truth_regions import doubled, linear
-from support.peers import as_mmpretrain, randomise, relative_error, require
+from support.peers import as_mmpretrain, randomise, relative_error
 from support.problems import randn
+from support.train import save_with_notes
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import CheckpointReport, load_checkpoint
-from poolformer_kernels.models.checkpoints import FILE_NOTES
 
 require_dense()
 from poolformer_kernels import dense
@@ -158,11 +157,6 @@ def test_detectors_take_their_options(tmp_path):
     assert model.score_thresh == 0.2
 
 
-def save_with_notes(trained, path, **notes):
-    metadata = {FILE_NOTES: json.dumps(notes)}
-    require("safetensors.torch").save_file(trained.state_dict(), path, metadata=metadata)
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("head", HEADS)
 def test_our_own_files(head, suffix, tmp_path):
@@ -172,7 +166,7 @@ def test_our_own_files(head, suffix, tmp_path):
     if suffix == ".pth":
         torch.save(trained.state_dict(), path)
     else:
-        save_with_notes(trained, path, classes=NAMES)
+        save_with_notes(path, trained, classes=NAMES)
     model, report, classes = model_of_checkpoint(path)
     assert report == CheckpointReport("poolformer_kernels", None, (), ())
     assert classes == (NAMES if suffix == ".safetensors" else None)
@@ -193,7 +187,7 @@ def test_other_backbones(name, tmp_path):
     model = model_of_checkpoint(tmp_path / "a.pth", full)[0]
     assert model.backbone.body.config.name == name
     assert_holds(model, trained.state_dict())
-    save_with_notes(trained, tmp_path / "b.safetensors", model=full, classes=["a", "b", "c"])
+    save_with_notes(tmp_path / "b.safetensors", trained, model=full, classes=["a", "b", "c"])
     model, _, classes = model_of_checkpoint(tmp_path / "b.safetensors")
     assert classes == ("a", "b", "c")
     assert_holds(model, trained.state_dict())

@@ -88,9 +88,8 @@ def test_initial_weights():
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "words"),
-    [
+BAD_ARGUMENTS = {
+    dense.create_detector: [
         (("fcos",), {}, ValueError, r"name is 'fcos'; allowed: retinanet, mask_rcnn"),
         (("semantic_fpn",), {}, ValueError, r"name is 'semantic_fpn'"),
         ((["retinanet"],), {}, ValueError, r"name is \['retinanet'\]"),
@@ -110,15 +109,7 @@ def test_initial_weights():
         (("retinanet",), {"in_chans": 1}, ValueError, r"in_chans is 1; allowed in a detector: 3"),
         (("retinanet",), {"colour": 1}, TypeError, r"no argument 'colour'"),
     ],
-)
-def test_bad_arguments_of_a_detector(arguments, options, error, words):
-    with torch.device("meta"), pytest.raises(error, match=words):
-        dense.create_detector(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "words"),
-    [
+    dense.create_segmenter: [
         (("retinanet",), {}, ValueError, r"name is 'retinanet'; allowed: semantic_fpn"),
         (("semantic_fpn", "poolformer_s12", True), {}, TypeError, r"num_classes must be an int, got bool"),
         (("semantic_fpn",), {"num_classes": 256}, ValueError, r"num_classes is 256; allowed: at most 255"),
@@ -126,10 +117,16 @@ def test_bad_arguments_of_a_detector(arguments, options, error, words):
         (("semantic_fpn",), {"dropout": None}, TypeError, r"dropout must be a number, got NoneType"),
         (("semantic_fpn",), {"min_size": 5}, TypeError, r"no argument 'min_size'"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "options", "error", "words"),
+    [(make, *case) for make, cases in BAD_ARGUMENTS.items() for case in cases],
 )
-def test_bad_arguments_of_a_segmenter(arguments, options, error, words):
+def test_bad_arguments(make, arguments, options, error, words):
     with torch.device("meta"), pytest.raises(error, match=words):
-        dense.create_segmenter(*arguments, **options)
+        make(*arguments, **options)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -173,49 +170,43 @@ def changed(**values) -> dict:
     return {name: value for name, value in (good | values).items() if value is not None}
 
 
-@pytest.mark.parametrize("head", DETECTORS)
+BAD_TARGETS = [
+    (None, ValueError, r"targets must be a list of 1 dicts.* got NoneType"),
+    ([], ValueError, r"targets must be a list of 1 dicts.* got 0"),
+    (changed(), ValueError, r"targets must be a list of 1 dicts.* got dict"),
+    ([[1]], TypeError, r"targets\[0\] must be a dict, got list"),
+    ([changed(boxes=None)], ValueError, r"targets\[0\] has no 'boxes'; it has labels, masks"),
+    ([changed(labels=None)], ValueError, r"targets\[0\] has no 'labels'"),
+    ([changed(labels=[2])], TypeError, r"targets\[0\]\['labels'\] must be a tensor, got list"),
+    ([changed(boxes=[[1, 2, 3, 4]])], TypeError, r"\['boxes'\] must be a tensor, got list"),
+    ([changed(boxes=torch.ones(1, 4).long())], ValueError, r"\['boxes'\] must be \[N, 4\] of a floating"),
+    ([changed(boxes=torch.ones(4))], ValueError, r"\['boxes'\] must be \[N, 4\].* got a tensor \[4\]"),
+    ([changed(labels=torch.tensor([2, 1]))], ValueError, r"\['labels'\] must be \[1\] of int64"),
+    ([changed(labels=torch.tensor([2.0]))], ValueError, r"\['labels'\] must be \[1\] of int64.*float32"),
+    ([changed(labels=torch.tensor([2], dtype=torch.uint8))], ValueError, r"of int64, got .* torch.uint8"),
+    ([changed(labels=torch.ones(1, device="meta").long())], ValueError, "is on meta; allowed: cpu"),
+    ([changed(labels=torch.tensor([3]))], ValueError, r"\['labels'\] has 3; allowed: 0 to 2"),
+    ([changed(labels=torch.tensor([-1]))], ValueError, r"\['labels'\] has -1; allowed: 0 to 2"),
+    ([changed(boxes=torch.tensor([[5.0, 5, 5, 9]]))], ValueError, r"\['boxes'\]\[0\] is \[5.0, 5.0, 5.0"),
+    ([changed(boxes=torch.tensor([[5.0, 9, 8, 5]]))], ValueError, r"allowed: finite, x1 < x2, y1 < y2"),
+    ([changed(boxes=torch.tensor([[5.0, 1, 8, float("inf")]]))], ValueError, r"allowed: finite"),
+    ([changed(boxes=torch.tensor([[float("nan"), 1, 8, 9]]))], ValueError, r"allowed: finite"),
+]
+BAD_MASKS = [
+    ([changed(masks=None)], ValueError, r"targets\[0\] has no 'masks'"),
+    ([changed(masks=torch.ones(1, 64, 40))], ValueError, r"must be \[1, 40, 64\].*\[1, 64, 40\]"),
+    ([changed(masks=torch.ones(2, 40, 64))], ValueError, r"\['masks'\] must be \[1, 40, 64\]"),
+    ([changed(masks="rle")], TypeError, r"\['masks'\] must be a tensor, got str"),
+]
+
+
 @pytest.mark.parametrize(
-    ("given", "error", "words"),
-    [
-        (None, ValueError, r"targets must be a list of 1 dicts.* got NoneType"),
-        ([], ValueError, r"targets must be a list of 1 dicts.* got 0"),
-        (changed(), ValueError, r"targets must be a list of 1 dicts.* got dict"),
-        ([[1]], TypeError, r"targets\[0\] must be a dict, got list"),
-        ([changed(boxes=None)], ValueError, r"targets\[0\] has no 'boxes'; it has labels, masks"),
-        ([changed(labels=None)], ValueError, r"targets\[0\] has no 'labels'"),
-        ([changed(labels=[2])], TypeError, r"targets\[0\]\['labels'\] must be a tensor, got list"),
-        ([changed(boxes=[[1, 2, 3, 4]])], TypeError, r"\['boxes'\] must be a tensor, got list"),
-        ([changed(boxes=torch.ones(1, 4).long())], ValueError, r"\['boxes'\] must be \[N, 4\] of a floating"),
-        ([changed(boxes=torch.ones(4))], ValueError, r"\['boxes'\] must be \[N, 4\].* got a tensor \[4\]"),
-        ([changed(labels=torch.tensor([2, 1]))], ValueError, r"\['labels'\] must be \[1\] of int64"),
-        ([changed(labels=torch.tensor([2.0]))], ValueError, r"\['labels'\] must be \[1\] of int64.*float32"),
-        ([changed(labels=torch.tensor([2], dtype=torch.uint8))], ValueError, r"of int64, got .* torch.uint8"),
-        ([changed(labels=torch.ones(1, device="meta").long())], ValueError, "is on meta; allowed: cpu"),
-        ([changed(labels=torch.tensor([3]))], ValueError, r"\['labels'\] has 3; allowed: 0 to 2"),
-        ([changed(labels=torch.tensor([-1]))], ValueError, r"\['labels'\] has -1; allowed: 0 to 2"),
-        ([changed(boxes=torch.tensor([[5.0, 5, 5, 9]]))], ValueError, r"\['boxes'\]\[0\] is \[5.0, 5.0, 5.0"),
-        ([changed(boxes=torch.tensor([[5.0, 9, 8, 5]]))], ValueError, r"allowed: finite, x1 < x2, y1 < y2"),
-        ([changed(boxes=torch.tensor([[5.0, 1, 8, float("inf")]]))], ValueError, r"allowed: finite"),
-        ([changed(boxes=torch.tensor([[float("nan"), 1, 8, 9]]))], ValueError, r"allowed: finite"),
-    ],
+    ("head", "given", "error", "words"),
+    [(head, *case) for head in DETECTORS for case in BAD_TARGETS + BAD_MASKS * (head == "mask_rcnn")],
 )
 def test_bad_targets(head, given, error, words):
     with pytest.raises(error, match=words):
         tiny(head).train()([IMAGE], given)
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "words"),
-    [
-        (changed(masks=None), ValueError, r"targets\[0\] has no 'masks'"),
-        (changed(masks=torch.ones(1, 64, 40)), ValueError, r"must be \[1, 40, 64\].*\[1, 64, 40\]"),
-        (changed(masks=torch.ones(2, 40, 64)), ValueError, r"\['masks'\] must be \[1, 40, 64\]"),
-        (changed(masks="rle"), TypeError, r"\['masks'\] must be a tensor, got str"),
-    ],
-)
-def test_bad_masks(given, error, words):
-    with pytest.raises(error, match=words):
-        tiny("mask_rcnn").train()([IMAGE], [given])
 
 
 def test_bad_input_of_a_segmenter():

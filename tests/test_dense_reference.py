@@ -174,17 +174,16 @@ def test_regions_of_objects_that_want_the_same_proposal():
     objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 7], [50, 50, 60, 60]])
     found = torch.tensor([[0.0, 0, 10, 9], [30, 30, 40, 40]])
     assert box_iou(objects, found)[0, 0] > box_iou(objects, found)[1, 0] > 0.5
-    chosen, labels = heads.assign_targets_to_proposals(
-        [torch.cat([found, objects])], [objects], [torch.tensor([3, 1, 2])]
-    )
-    assert chosen[0].tolist() == [1, 0, 0, 1, 2]
-    assert labels[0].tolist() == [1, 0, 3, 1, 2]
-    chosen, labels = heads.assign_targets_to_proposals(
-        [found], [objects[:0]], [torch.tensor([], dtype=torch.int64)]
-    )
-    assert labels[0].tolist() == [0, 0]
-    chosen, labels = heads.assign_targets_to_proposals([objects], [objects], [torch.tensor([3, 1, 2])])
-    assert labels[0].tolist() == [3, 1, 2]
+
+    def assigned(proposals: Tensor, objects: Tensor) -> tuple[list[int], list[int]]:
+        """The object of each proposal and its label."""
+        kinds = torch.tensor([3, 1, 2])[: len(objects)]
+        chosen, labels = heads.assign_targets_to_proposals([proposals], [objects], [kinds])
+        return chosen[0].tolist(), labels[0].tolist()
+
+    assert assigned(torch.cat([found, objects]), objects) == ([1, 0, 0, 1, 2], [1, 0, 3, 1, 2])
+    assert assigned(found, objects[:0])[1] == [0, 0]
+    assert assigned(objects, objects)[1] == [3, 1, 2]
 
 
 @pytest.mark.parametrize("size", [7, 14])

@@ -13,6 +13,7 @@ from support.dense import HEADS, require_dense
 from support.dense_files import NAMES, make, official_file, tiny_body
 from support.peers import randomise, require
 from support.pictures import names_in, pictures_on, save_picture
+from support.train import save_with_notes
 
 require_dense()
 from PIL import Image
@@ -22,7 +23,6 @@ from poolformer_kernels.cli.predictors import run_lengths
 from poolformer_kernels.dense import create_segmenter, model_of_checkpoint, segment
 from poolformer_kernels.drawing import colour_of, draw_detections, draw_label_map, paint_labels
 from poolformer_kernels.models import load_checkpoint
-from poolformer_kernels.models.checkpoints import FILE_NOTES
 
 SIZE = ["--image-size", "64", "96"]
 SCORE = 0.6
@@ -180,9 +180,8 @@ def test_a_training_runs_file_says_how_its_images_are_prepared(photo, predict, t
     model = randomise(tiny_body(features_only=False)).eval()
     notes = {"model": "poolformer_digits", "classes": NAMES, "image_size": 48, "crop_pct": 0.8}
     notes |= {"interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    file, metadata = tmp_path / "best.safetensors", {FILE_NOTES: json.dumps(notes)}
-    require("safetensors.torch").save_file(model.state_dict(), file, metadata=metadata)
-    written = predict(photo, "--checkpoint", file)
+    save_with_notes(tmp_path / "best.safetensors", model, **notes)
+    written = predict(photo, "--checkpoint", tmp_path / "best.safetensors")
     assert written["model"]["image_size"] == [48, 48]
     pixels = np.asarray(Image.open(photo).convert("RGB").resize((77, 60), Image.Resampling.BILINEAR))
     x = torch.tensor(pixels[6:54, 14:62].copy()).permute(2, 0, 1) / 255
@@ -431,9 +430,7 @@ def test_refusals(words, message, refuses, tmp_path):
     (tmp_path / "file").touch()
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
     torch.save(tiny_body().state_dict(), tmp_path / "body.pth")
-    notes = {FILE_NOTES: json.dumps({"interpolation": "lanczos"})}
-    weights = tiny_body(features_only=False).state_dict()
-    require("safetensors.torch").save_file(weights, tmp_path / "odd.safetensors", metadata=notes)
+    save_with_notes(tmp_path / "odd.safetensors", tiny_body(features_only=False), interpolation="lanczos")
     refuses(words, message)
 
 

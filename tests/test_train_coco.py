@@ -6,23 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.dense_data import (
-    CATEGORIES,
-    DISCS,
-    SIZE,
-    coco_annotation,
-    content,
-    disc,
-    edit_coco,
-    make_coco,
-    require_dense_data,
-    run_lengths,
-    scene,
-    write_coco,
-)
+from support import dense_data
+from support.dense_data import CATEGORIES, SIZE, coco_annotation, content, edit_coco, scene, write_coco
 from support.train import message_of
 
-require_dense_data()
+dense_data.require_dense_data()
 
 from faster_coco_eval.core import mask as mask_functions
 from PIL import Image
@@ -35,7 +23,7 @@ from poolformer_kernels.train.recipe import RecipeError
 @pytest.fixture
 def root(tmp_path):
     """A folder with a scene in train and one in val."""
-    return make_coco(tmp_path)
+    return dense_data.make_coco(tmp_path)
 
 
 @pytest.fixture
@@ -58,7 +46,7 @@ def bad_image(images) -> str:
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("year", ["2017", ""])
 def test_a_scene_is_read_as_it_was_written(tmp_path, masks, year) -> None:
-    data = open_coco(str(make_coco(tmp_path, year)), masks)
+    data = open_coco(str(dense_data.make_coco(tmp_path, year)), masks)
     assert data.classes == ["coin", "ball"]  # by id, not in the file's order
     for images in (data.train, data.val):
         image, found = images[0]
@@ -67,14 +55,14 @@ def test_a_scene_is_read_as_it_was_written(tmp_path, masks, year) -> None:
         assert np.array_equal(image, scene()[2])
         assert found.labels.tolist() == [1, 0, 1]
         assert found.labels.dtype == torch.int64
-        boxes = [[x - r, y - r, x + r + 1, y + r + 1] for x, y, r in DISCS]
+        boxes = [[x - r, y - r, x + r + 1, y + r + 1] for x, y, r in dense_data.DISCS]
         assert found.boxes.equal(torch.tensor(boxes, dtype=torch.float32))
         assert found.size == SIZE
         if not masks:
             assert found.masks is None
             continue
         assert found.masks.dtype == torch.uint8
-        assert np.array_equal(found.masks, [disc(*SIZE, *place) for place in DISCS])
+        assert np.array_equal(found.masks, [dense_data.disc(*SIZE, *place) for place in dense_data.DISCS])
     assert data.train.file(0) == str(tmp_path / f"train{year}" / "a.png")
     with pytest.raises(IndexError):
         data.train[1]
@@ -132,7 +120,7 @@ def test_what_is_no_target(root, masks) -> None:
 def test_small_images_train_nothing(root) -> None:
     heights = {8: 31, 9: 32}  # by the image's id
     images = [{"id": i, "file_name": f"{i}.png", "height": h, "width": 60} for i, h in heights.items()]
-    found = [coco_annotation(i, i, 4, disc(h, 60, 10, 10, 5)) for i, h in heights.items()]
+    found = [coco_annotation(i, i, 4, dense_data.disc(h, 60, 10, 10, 5)) for i, h in heights.items()]
     for split in ("train", "val"):
         write_coco(root, split, content(images, found), {})
     data = open_coco(str(root), False)
@@ -151,7 +139,7 @@ def test_polygons_and_run_lengths_are_the_same_masks(root) -> None:
     compressed = {"size": list(SIZE), "counts": bytes(compressed["counts"]).decode()}
     found = [
         coco_annotation(i, 7, 4, mask, segmentation=segmentation)
-        for i, segmentation in enumerate((polygons, run_lengths(mask), compressed), start=1)
+        for i, segmentation in enumerate((polygons, dense_data.run_lengths(mask), compressed), start=1)
     ]
     write_coco(root, "train", content([image], found), {})
     _, target = open_coco(str(root), True).train[0]
@@ -349,7 +337,7 @@ def test_categories(root) -> None:
 def test_duplicate_images_and_no_images(root) -> None:
     edit_coco(root, lambda found: found["images"].append(found["images"][0]))
     assert refused(root).endswith("instances_train.json: image id 7 is there twice")
-    edit_coco(make_coco(root), lambda found: found.update(images=[], annotations=[]), "val")
+    edit_coco(dense_data.make_coco(root), lambda found: found.update(images=[], annotations=[]), "val")
     assert refused(root).endswith("instances_val.json has no image")
 
 

@@ -17,18 +17,10 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 
 from poolformer_kernels.train import data as module
-from poolformer_kernels.train.data import (
-    BadImageError,
-    EpochOrder,
-    ImageNorm,
-    epoch_order,
-    open_data,
-    train_loader,
-    validation_loader,
-)
+from poolformer_kernels.train.data import BadImageError, EpochOrder, epoch_order, open_data, validation_loader
 from poolformer_kernels.train.recipe import RecipeError, resolve
 
-NORM = ImageNorm(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.9)
+NORM = module.ImageNorm(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.9)
 PAPER = resolve("paper", {"batch_size": 16, "workers": 0, "epochs": 3, "cooldown_epochs": 0})
 
 
@@ -38,7 +30,7 @@ def digits():
 
 
 def batches(data, recipe, count, rank=0, world=1, first=0):
-    loader = iter(train_loader(data, recipe, NORM, rank, world, first, False))
+    loader = iter(module.train_loader(data, recipe, NORM, rank, world, first, False))
     return [next(loader) for _ in range(count)]
 
 
@@ -133,7 +125,9 @@ def test_timms_highest_magnitude_is_black() -> None:
     """Posterize keeps 4 - 4 bits at level 10, which Pillow refuses since version 12."""
     white = Image.new("RGB", (32, 32), (255, 255, 255))
     recipe = replace(PAPER, auto_augment="rand-m10-mstd0-n9-inc1")
-    transform = train_loader(open_data("sample:digits"), recipe, NORM, 0, 1, 0, False).dataset.transform
+    transform = module.train_loader(
+        open_data("sample:digits"), recipe, NORM, 0, 1, 0, False
+    ).dataset.transform
     operations = (op for step in transform.transforms for op in getattr(step, "ops", ()))
     (operation,) = (op for op in operations if "Poster" in op.name)
     operation.prob = 1.0

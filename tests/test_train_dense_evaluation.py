@@ -7,21 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from support.dense_data import (
-    SIZE,
-    box_of,
-    coco_annotation,
-    content,
-    disc,
-    edit_coco,
-    make_coco,
-    require_dense_data,
-    write_coco,
-)
+from support import dense_data
+from support.dense_data import box_of, coco_annotation, edit_coco, make_coco, write_coco
 from support.peers import require
 from support.train import message_of
 
-require_dense_data()
+dense_data.require_dense_data()
 
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
@@ -40,7 +31,7 @@ def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
     for mask in found:
         radius = int(rng.choice([5, 9, 14, 25, 40, 80, 80]))
         x, y = rng.integers(0, WIDTH), rng.integers(0, HEIGHT)
-        mask[:] = disc(HEIGHT, WIDTH, x, y, radius)
+        mask[:] = dense_data.disc(HEIGHT, WIDTH, x, y, radius)
         if rng.random() < 0.3:
             mask[y:] = 0
             mask[y, x] = 1
@@ -77,7 +68,7 @@ def random_set(root, rng: np.random.Generator) -> tuple[Sequence, list[dict]]:
             }
         )
     make_coco(root)
-    write_coco(root, "val", content(entries, annotations), {})
+    write_coco(root, "val", dense_data.content(entries, annotations), {})
     return open_coco(str(root), masks=True).val, predictions
 
 
@@ -198,7 +189,7 @@ def test_probabilities_from_one_half_on_are_the_mask(tmp_path) -> None:
 
 
 def test_no_predictions_no_truth_and_images_that_were_not_predicted(tmp_path) -> None:
-    shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), "masks": (0, 1, *SIZE)}
+    shapes = {"boxes": (0, 4), "scores": (0,), "labels": (0,), "masks": (0, 1, *dense_data.SIZE)}
     nothing = {name: torch.zeros(shape) for name, shape in shapes.items()}
     root = make_coco(tmp_path)
     images = open_coco(str(root), masks=True).val

@@ -302,31 +302,24 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("transform", "change", "message"),
+    ("transform", "name", "value", "allowed"),
     [
-        (DetectionTransform, {"sizes": ()}, "sizes is (); allowed: at least one, each at least 1 pixel"),
-        (DetectionTransform, {"sizes": (0,)}, "sizes is (0,); allowed: at least one, each at least 1 pixel"),
-        (DetectionTransform, {"max_size": 0}, "max_size is 0; allowed: at least 1 pixel"),
-        (DetectionTransform, {"flip": 1.5}, "flip is 1.5; allowed: a probability, 0 to 1"),
-        (DetectionTransform, {"crop": 0}, "crop is 0; allowed: at least 1 pixel, or None"),
-        (
-            SegmentationTransform,
-            {"scale": (32, 64)},
-            "scale is (32, 64); allowed: the longer side, then the shorter, in pixels",
-        ),
-        (SegmentationTransform, {"std": (1, 0, 1)}, "std is (1, 0, 1); allowed: three positive numbers"),
-        (
-            SegmentationTransform,
-            {"ratio": (2, 1)},
-            "ratio is (2, 1); allowed: two positive numbers, the smaller first",
-        ),
-        (SegmentationTransform, {"crop": 0}, "crop is 0; allowed: at least 1 pixel"),
-        (SegmentationTransform, {"cat_max_ratio": 0}, "cat_max_ratio is 0; allowed: above 0 and at most 1"),
-        (SegmentationTransform, {"flip": -1}, "flip is -1; allowed: a probability, 0 to 1"),
+        (DetectionTransform, "sizes", (), "at least one, each at least 1 pixel"),
+        (DetectionTransform, "sizes", (0,), "at least one, each at least 1 pixel"),
+        (DetectionTransform, "max_size", 0, "at least 1 pixel"),
+        (DetectionTransform, "flip", 1.5, "a probability, 0 to 1"),
+        (DetectionTransform, "crop", 0, "at least 1 pixel, or None"),
+        (SegmentationTransform, "scale", (32, 64), "the longer side, then the shorter, in pixels"),
+        (SegmentationTransform, "std", (1, 0, 1), "three positive numbers"),
+        (SegmentationTransform, "ratio", (2, 1), "two positive numbers, the smaller first"),
+        (SegmentationTransform, "crop", 0, "at least 1 pixel"),
+        (SegmentationTransform, "cat_max_ratio", 0, "above 0 and at most 1"),
+        (SegmentationTransform, "flip", -1, "a probability, 0 to 1"),
     ],
 )
-def test_values_out_of_range(transform, change, message) -> None:
-    assert message_of(RecipeError, transform, **GOOD[transform] | change) == message
+def test_values_out_of_range(transform, name, value, allowed) -> None:
+    message = message_of(RecipeError, transform, **GOOD[transform] | {name: value})
+    assert message == f"{name} is {value}; allowed: {allowed}"
 
 
 def test_targets_of_another_size() -> None:

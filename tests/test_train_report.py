@@ -130,10 +130,9 @@ def test_a_header_cut_anywhere_is_written_again(tmp_path) -> None:
 @pytest.mark.parametrize("content", ["step,loss\n1,2\n", "notes", "step,epoch,lr\n"])
 def test_other_columns_are_an_error(tmp_path, content: str) -> None:
     (tmp_path / "metrics.csv").write_text(content)
+    said = r"metrics\.csv: the columns are .*, but this version writes step,"
     for use in (report.Metrics, report.Metrics.read, report.draw_curves):
-        with pytest.raises(
-            ValueError, match=r"metrics\.csv: the columns are .*, but this version writes step,"
-        ):
+        with pytest.raises(ValueError, match=said):
             use(tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == content
 

@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from support.commands import printed, refused
-from torch import Tensor
 
 from poolformer_kernels.cli.main import main
 from poolformer_kernels.cli.verify import OPERATORS, Operator, verify
@@ -29,10 +27,20 @@ QUANTITIES = {
 }
 
 
-def wrong_operator(name: str, wrong: Callable[[dict, Tensor], Tensor]) -> Operator:
-    """The small operator with another y, which ``wrong`` makes of its tensors and the right one."""
-    ours = OPERATORS[name].ours
-    return dataclasses.replace(SMALL[name], ours=lambda tensors, form: wrong(tensors, ours(tensors, form)))
+WRONG = {  # what an operator returns instead, made of its tensors and the right y
+    "scaled": lambda tensors, y: 1.01 * y,
+    "shifted": lambda tensors, y: y + 1e-2 * tensors["x"].detach().mean(),  # a mean is not subtracted
+    "not a number": lambda tensors, y: y * math.nan,
+    # The last two leave y as it is, and make the gradient of one parameter wrong.
+    "biased": lambda tensors, y: y + 1e-4 * (tensors["bias"] - tensors["bias"].detach()).view(-1, 1, 1),
+    "weighted": lambda tensors, y: y + 1e-2 * (tensors["w1"] - tensors["w1"].detach()).sum(),
+}
+
+
+def wrong_operator(name: str, wrong: str) -> Operator:
+    """The small operator, which returns something ``WRONG``."""
+    ours, change = OPERATORS[name].ours, WRONG[wrong]
+    return dataclasses.replace(SMALL[name], ours=lambda tensors, form: change(tensors, ours(tensors, form)))
 
 
 @pytest.mark.parametrize("operator", SMALL)
@@ -45,39 +53,17 @@ def test_every_backend_passes_all_quantities(backend: str, operator: str) -> Non
     assert all(c.error_max > 0 and c.eager_max > 0 for case in cases for c in case if c.quantity == "y")
 
 
-def scaled(tensors: dict, y: Tensor) -> Tensor:
-    return 1.01 * y
-
-
-def shifted(tensors: dict, y: Tensor) -> Tensor:
-    """As by a mean that is not subtracted."""
-    return y + 1e-2 * tensors["x"].detach().mean()
-
-
-def not_a_number(tensors: dict, y: Tensor) -> Tensor:
-    return y * math.nan
-
-
-def biased(tensors: dict, y: Tensor) -> Tensor:
-    """The gradient of bias is not zero."""
-    return y + 1e-4 * (tensors["bias"] - tensors["bias"].detach()).view(-1, 1, 1)
-
-
-def weighted(tensors: dict, y: Tensor) -> Tensor:
-    return y + 1e-2 * (tensors["w1"] - tensors["w1"].detach()).sum()
-
-
 @pytest.mark.parametrize(
     ("operator", "wrong", "caught", "right"),
     [
-        ("pool_mixer", scaled, {"y", "dweight"}, set()),
-        ("pool_mixer", shifted, {"y"}, QUANTITIES["pool_mixer", "residual"] - {"y"}),
-        ("pool_mixer", biased, {"dbias"}, set()),
-        ("pool_mixer", not_a_number, {"y"}, set()),
-        ("mlp", scaled, {"y", "dx", "dw1", "dw2", "db1", "db2"}, set()),
-        ("mlp", shifted, {"y"}, set()),
-        ("mlp", weighted, {"dw1"}, set()),
-        ("mlp", not_a_number, {"y", "dw2"}, set()),
+        ("pool_mixer", "scaled", {"y", "dweight"}, set()),
+        ("pool_mixer", "shifted", {"y"}, QUANTITIES["pool_mixer", "residual"] - {"y"}),
+        ("pool_mixer", "biased", {"dbias"}, set()),
+        ("pool_mixer", "not a number", {"y"}, set()),
+        ("mlp", "scaled", {"y", "dx", "dw1", "dw2", "db1", "db2"}, set()),
+        ("mlp", "shifted", {"y"}, set()),
+        ("mlp", "weighted", {"dw1"}, set()),
+        ("mlp", "not a number", {"y", "dw2"}, set()),
     ],
 )
 def test_catches_a_wrong_operator(operator, wrong, caught, right) -> None:
@@ -122,7 +108,7 @@ def test_command_prints_and_writes_every_value(tmp_path, capsys) -> None:
 
 
 def test_command_fails_on_a_wrong_operator(monkeypatch, capsys) -> None:
-    monkeypatch.setitem(OPERATORS, "pool_mixer", wrong_operator("pool_mixer", scaled))
+    monkeypatch.setitem(OPERATORS, "pool_mixer", wrong_operator("pool_mixer", "scaled"))
     assert main(["verify", "--backend", "reference", "--dtype", "float32"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out

@@ -6,27 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.dense_truth import (
-    F64,
-    ONES,
-    Params,
-    Shape,
-    anchors,
-    assert_near,
-    assigned,
-    assigned_in_batch,
-    batch,
-    best,
-    body,
-    conv,
-    decoded,
-    encoded,
-    flat,
-    four_convolutions,
-    ops,
-    pyramid,
-    unscaled,
-)
+from support import dense_truth as truth
+from support.dense_truth import Params, Shape, conv, flat, ops
 
 RPN_STRIDES = [4, 8, 16, 32, 64]
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -51,7 +32,7 @@ def regions(levels: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
 
 def five_maps(p: Params, x: Tensor) -> tuple[list[Tensor], list[Shape]]:
     """The pyramid with a fifth level for the proposals, and the sizes."""
-    levels = pyramid(p, body(p, x))
+    levels = truth.pyramid(p, truth.body(p, x))
     levels.append(levels[-1][:, :, ::2, ::2])
     return levels, [tuple(level.shape[2:]) for level in levels]
 
@@ -71,9 +52,9 @@ def proposals(logits, deltas, grid, sizes: list[Shape], before: int, after: int)
         for level, (scores, codes, boxes) in enumerate(zip(logits, deltas, grid, strict=True)):
             values, order = scores[i].sort(descending=True)
             order = order[:before]
-            places = decoded(codes[i][order], boxes[order], ONES, size)
+            places = truth.decoded(codes[i][order], boxes[order], truth.ONES, size)
             found.append((values[:before], places, torch.full_like(order, level)))
-        result.append(best(*map(torch.cat, zip(*found, strict=True)), 0.7, after)[1])
+        result.append(truth.best(*map(torch.cat, zip(*found, strict=True)), 0.7, after)[1])
     return result
 
 
@@ -94,7 +75,7 @@ def doubled(x: Tensor, p: Params, name: str) -> Tensor:
 
 
 def mask_outputs(p: Params, pooled: Tensor) -> Tensor:
-    y, name = four_convolutions(pooled, p, "roi_heads.mask_head.{}.0"), "roi_heads.mask_predictor."
+    y, name = truth.four_convolutions(pooled, p, "roi_heads.mask_head.{}.0"), "roi_heads.mask_predictor."
     return conv(doubled(y, p, f"{name}conv5_mask").relu(), p, f"{name}mask_fcn_logits")
 
 
@@ -107,7 +88,7 @@ def rpn_losses(logits: Tensor, deltas: Tensor, matched: Tensor, boxes: Tensor, t
     wanted = positive[counted].double()
     objectness = F.binary_cross_entropy_with_logits(logits[counted], wanted, reduction="sum")
     for i, target in enumerate(targets):
-        wanted = encoded(target["boxes"][matched[i][positive[i]]], boxes[positive[i]])
+        wanted = truth.encoded(target["boxes"][matched[i][positive[i]]], boxes[positive[i]])
         regression = regression + (deltas[i][positive[i]] - wanted).abs().sum()
     return objectness / number, regression / number
 
@@ -125,17 +106,18 @@ def mask_rcnn_training(p: Params, images, targets, before: int, after: int, anch
     ``anchored`` are the model's anchors. An object inside of several anchors overlaps them all alike, and the
     last digit of their coordinates decides which of them are its best.
     """
-    x, sizes = batch(images)
+    x, sizes = truth.batch(images)
     levels, shapes = five_maps(p, x)
     logits, deltas = rpn_outputs(p, levels)
-    grid = anchors(shapes, RPN_STRIDES, [8.0])
-    assert_near(anchored, torch.cat(grid))
-    matched = assigned_in_batch(anchored, targets, shapes, RPN_STRIDES, sizes, 0.7, 0.3, 0.3)
+    grid = truth.anchors(shapes, RPN_STRIDES, [8.0])
+    truth.assert_near(anchored, torch.cat(grid))
+    matched = truth.assigned_in_batch(anchored, targets, shapes, RPN_STRIDES, sizes, 0.7, 0.3, 0.3)
     losses = rpn_losses(torch.cat(logits, 1), torch.cat(deltas, 1), matched, anchored, targets)
     rows, objects = [], []
     for found, target in zip(proposals(logits, deltas, grid, sizes, before, after), targets, strict=True):
         own = target["boxes"].double()
-        objects.append(torch.cat([assigned(ops.box_iou(own, found), 0.5, 0.5, 0.5), torch.arange(len(own))]))
+        chosen = truth.assigned(ops.box_iou(own, found), 0.5, 0.5, 0.5)
+        objects.append(torch.cat([chosen, torch.arange(len(own))]))
         rows.append(torch.cat([found, own]))
     found = dict(zip(("loss_objectness", "loss_rpn_box_reg"), losses, strict=True))
     return found | region_losses(p, levels, rows, objects, targets)
@@ -150,7 +132,7 @@ def region_losses(
     foreground = torch.cat(objects) >= 0
     kinds = torch.cat([t["labels"][own] + 1 for (_, own), t in zip(positive, targets, strict=True)])
     wanted = torch.cat([t["boxes"][own] for (_, own), t in zip(positive, targets, strict=True)])
-    wanted = encoded(wanted, torch.cat(rows)[foreground], BOX_WEIGHTS)
+    wanted = truth.encoded(wanted, torch.cat(rows)[foreground], BOX_WEIGHTS)
     distance = own_class(deltas[foreground].unflatten(1, (-1, 4)), kinds) - wanted
     masks = own_class(mask_outputs(p, regions(levels, [boxes for boxes, _ in positive], 14)), kinds)
     wanted_masks = [
@@ -174,20 +156,20 @@ def own_class(values: Tensor, kinds: Tensor) -> Tensor:
 def mask_rcnn_detections(
     p: Params, images: list[Tensor], limits: Shape, before: int, after: int, most: int
 ) -> list[dict[str, Tensor]]:
-    x, sizes = batch(images, *limits)
+    x, sizes = truth.batch(images, *limits)
     levels, shapes = five_maps(p, x)
-    rows = proposals(*rpn_outputs(p, levels), anchors(shapes, RPN_STRIDES, [8.0]), sizes, before, after)
+    rows = proposals(*rpn_outputs(p, levels), truth.anchors(shapes, RPN_STRIDES, [8.0]), sizes, before, after)
     results = []
     for i, (boxes, size) in enumerate(zip(rows, sizes, strict=True)):
         own = [level[i : i + 1] for level in levels]
         logits, deltas = box_outputs(p, regions(own, [boxes], 7))
         scores, codes = logits.softmax(1)[:, 1:], deltas.unflatten(1, (-1, 4))[:, 1:]
         at, labels = (scores > 0.05).nonzero().T
-        places = decoded(codes[at, labels], boxes[at], BOX_WEIGHTS, size)
-        kept, places, labels = best(scores[at, labels], places, labels, 0.5, most)
+        places = truth.decoded(codes[at, labels], boxes[at], BOX_WEIGHTS, size)
+        kept, places, labels = truth.best(scores[at, labels], places, labels, 0.5, most)
         masks = own_class(mask_outputs(p, regions(own, [places], 14)), labels + 1).sigmoid()
         shape = images[i].shape[1:]
-        places = unscaled(places, size, shape)
+        places = truth.unscaled(places, size, shape)
         found = [pasted(mask, box, shape) for mask, box in zip(masks, places, strict=True)]
         results.append({"scores": kept, "boxes": places, "labels": labels, "masks": torch.stack(found)})
     return results
@@ -196,6 +178,6 @@ def mask_rcnn_detections(
 def pasted(mask: Tensor, box: Tensor, shape: Shape) -> Tensor:
     """A mask in its image: bilinear at the pixels' centres, zeros around the mask."""
     low, high = box.view(2, 2)
-    y, x = torch.meshgrid(*(torch.arange(side, dtype=F64) + 0.5 for side in shape), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(side, dtype=truth.F64) + 0.5 for side in shape), indexing="ij")
     grid = 2 * (torch.stack([x, y], 2) - low) / (high - low) - 1
     return F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]

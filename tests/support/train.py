@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from poolformer_kernels.cli.main import main
+from poolformer_kernels.models.checkpoints import FILE_NOTES
 from support.commands import MODULE, printed
 from support.peers import require
 from support.processes import python, started
@@ -160,6 +162,12 @@ def notes_of(run: Path) -> dict:
 
     with safe_open(run / "best.safetensors", "pt") as file:
         return json.loads(file.metadata()["poolformer_kernels"])
+
+
+def save_with_notes(path: Path, model: nn.Module, /, **notes: object) -> None:
+    """Weights in a file that says these things of itself, as best.safetensors does."""
+    metadata = {"format": "pt", FILE_NOTES: json.dumps(notes)}
+    require("safetensors.torch").save_file(model.state_dict(), path, metadata=metadata)
 
 
 def state(run: Path) -> tuple[dict, dict]:
