@@ -22,6 +22,7 @@ from support.accelerate import (
 from support.chain import Calls
 from support.layouts import FORMATS
 from support.nn import COPIES
+from support.problems import seeded
 from torch import nn
 from torch.func import functional_call
 
@@ -134,10 +135,7 @@ def test_inference_reads_parameters_and_modes_in_every_call(source, kernels):
             each.train(training)
             for parameter in each.parameters():
                 parameter.mul_(factor)
-        drawn = []
-        for each in (model, plain):
-            torch.manual_seed(0)
-            drawn.append(logits(each, x))
+        drawn = (seeded(logits, each, x) for each in (model, plain))
         torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-3)
 
 
@@ -160,8 +158,12 @@ def test_everything_about_the_model_stays(source):
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     looks, attributes = repr(model), [[*vars(module)] for module in model.modules()]
     classes = [type(module) for module in model.modules()]
+    copied = accelerate(model, inplace=False)
+    assert copied is not model
+    assert classes == [type(module) for module in model.modules()]
     assert accelerate(accelerate(model)) is model
-    assert classes != [type(module) for module in model.modules()]
+    for each in (model, copied):
+        assert classes != [type(module) for module in each.modules()]
     assert all(isinstance(module, c) for module, c in zip(model.modules(), classes, strict=True))
     assert [(k, id(v)) for k, v in model.named_modules()] == [(k, id(v)) for k, v in modules.items()]
     now = model.state_dict(keep_vars=True)
@@ -181,15 +183,6 @@ def test_restore_undoes_it(source):
     assert classes_and_attributes(model) == before
     assert_equal(results(model, x), expected)
     assert restore(model) is model
-
-
-def test_a_copy_is_accelerated_on_request():
-    model = make_model("official")
-    classes = [type(module) for module in model.modules()]
-    other = accelerate(model, inplace=False)
-    assert other is not model
-    assert [type(module) for module in model.modules()] == classes
-    assert [type(module) for module in other.modules()] != classes
 
 
 def test_optimiser_and_checkpoints_from_before_go_on_working():

@@ -9,6 +9,7 @@ import torch
 from support.accelerate import CALLS, DEPTHS, SOURCES, PoolFormerBlock, blocks_of, logits, make_model
 from support.chain import operators_of
 from support.peers import assert_as_accurate, randomise, relative_error, require
+from support.problems import seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,8 +50,7 @@ def test_compile_once_for_every_batch_size(source, training, kernels):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
 
     def step(function, x):
-        torch.manual_seed(0)
-        y = logits(function, x)
+        y = seeded(logits, function, x)
         return y, *(torch.autograd.grad(y.square().sum(), [*model.parameters()]) if training else ())
 
     for size in (3, 2, 6):  # of one sample the compiler makes a case of its own

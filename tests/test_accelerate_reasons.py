@@ -5,18 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support.accelerate import (
-    PoolFormerBlock,
-    Pooling,
-    blocks_of,
-    features,
-    image,
-    logits,
-    make_block,
-    make_model,
-)
+from support.accelerate import PoolFormerBlock, Pooling, blocks_of, features, image, make_block, make_model
 from support.nn import hook, setting
 from support.peers import randomise, require
+from support.problems import seeded
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
@@ -133,10 +125,7 @@ def test_dropout_is_left_alone_while_it_drops(kernels):
     assert rows(block)["mlp"] == ("modules", "mlp.drop is active (p = 0.25)")
     assert rows(block)["token_mixer"][0] == "cpp"
     x, plain = features(), restore(copy.deepcopy(block))
-    drawn = []
-    for each in (block, plain):
-        torch.manual_seed(0)
-        drawn.append(each(x))
+    drawn = [seeded(each, x) for each in (block, plain)]
     torch.testing.assert_close(*drawn)
     assert (block(x) - drawn[0]).abs().max() > 1e-3
 
@@ -193,11 +182,11 @@ def test_hooks_inside_are_honoured_while_they_are_there(source, kind, kernels):
 
 def test_hooks_around_blocks_and_stages_stay_with_the_operators(kernels):
     model, x, seen = accelerate(make_model("timm")), image(), []
-    expected = logits(model, x)
+    expected = model(x)
     for module in model.modules():
         if type(module).__name__ in ("MetaFormerBlock", "Sequential"):
             module.register_forward_hook(lambda module, given, y: seen.append(type(module)))
-    torch.testing.assert_close(logits(model, x), expected)  # statistics start anew behind a hook
+    torch.testing.assert_close(model(x), expected)  # statistics start anew behind a hook
     assert len(seen) == 5 + 4 + 1  # the head is a Sequential, too
     assert {backend for backend, _ in rows(model).values()} == {"cpp"}
 

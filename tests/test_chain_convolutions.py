@@ -141,15 +141,8 @@ def test_core_cpp_convolutions_are_not_finite_where_eager_is_not(dtype, bad, cha
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_cpp_contiguous_weights_give_the_same_bits(dtype):
-    cases = [
-        (3, 7, 4, 2),
-        (5, (4, 2), 2, 1),
-        (1, 5, 2, 2),
-        (32, 3, 2, 1),
-        (33, (3, 5), 1, 1),
-        (64, 1, 1, 0),
-        (6, 2, 3, 0),
-    ]
+    cases = [(3, *STEM), (5, (4, 2), 2, 1), (1, 5, 2, 2), (32, *DOWN), (33, (3, 5), 1, 1), (64, 1, 1, 0)]
+    cases.append((6, 2, 3, 0))
     for channels, kernel, stride, padding in cases:
         for out, size in product((7, 64), ((9, 8), (33, 37))):
             x, weight, bias = problem(2, channels, out, *size, kernel, dtype)

@@ -1,11 +1,12 @@
 """Folders that transformers' save_pretrained writes, and errors that name a checkpoint once."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import raises, unchanged
-from support.peers import poolformer_of_transformers, randomise, relative_error, require, timm_model
+from support.peers import relative_error, require, timm_model, transformers_model
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -18,8 +19,7 @@ X = randn(2, 3, 48, 64)
 @pytest.fixture(scope="module")
 def theirs():
     require("safetensors")
-    torch.manual_seed(1)
-    return randomise(poolformer_of_transformers(CLASSES), 1).eval()
+    return transformers_model(CLASSES, seed=1)
 
 
 def ours(**options):
@@ -85,18 +85,19 @@ def test_a_folder_that_timm_saved(tmp_path):
 PART = "pytorch_model-00002-of-00003.bin"
 
 
-def nothing(theirs, folder):
-    pass
-
-
 def other_files(theirs, folder):
     for name in ("tf_model.h5", "config.json", "a.txt", "b.txt", "c.txt", "d.txt"):
         (folder / name).write_text("{}")
 
 
-def missing_part(theirs, folder):
-    save_bin(theirs, folder, 3)
-    (folder / PART).unlink()
+def parts_and(change):
+    """Three parts, of which the second is changed."""
+
+    def make(theirs, folder):
+        save_bin(theirs, folder, 3)
+        change(folder / PART)
+
+    return make
 
 
 def text(content, name="model.safetensors"):
@@ -105,16 +106,6 @@ def text(content, name="model.safetensors"):
 
 def index(content):
     return text(content, "model.safetensors.index.json")
-
-
-def broken_part(theirs, folder):
-    save_bin(theirs, folder, 3)
-    (folder / PART).write_text("nothing of the kind")
-
-
-def list_part(theirs, folder):
-    save_bin(theirs, folder, 3)
-    torch.save([1], folder / PART)
 
 
 def incomplete(theirs, folder):
@@ -130,17 +121,17 @@ def other_model(theirs, folder):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (nothing, FileNotFoundError, ("is a folder that has nothing", *IN_FOLDER)),
+        (lambda theirs, folder: None, FileNotFoundError, ("is a folder that has nothing", *IN_FOLDER)),
         (other_files, FileNotFoundError, ("has a.txt, b.txt, c.txt, config.json, d.txt, ...;", *IN_FOLDER)),
-        (missing_part, FileNotFoundError, (f"has no {PART}", "index.json names")),
+        (parts_and(Path.unlink), FileNotFoundError, (f"has no {PART}", "index.json names")),
         (index("no json"), ValueError, ("model.safetensors.index.json must have a weight_map",)),
         (index("[]"), ValueError, ("must have a weight_map",)),
         (index('{"weight_map": {"a": 3}}'), ValueError, ("must have a weight_map",)),
         (index('{"weight_map": {"a": "../secret.safetensors"}}'), ValueError, ("files beside it",)),
         (index('{"weight_map": {"a": "/etc/passwd"}}'), ValueError, ("files beside it",)),
         (text("nothing of the kind"), ValueError, ("model.safetensors cannot be read as tensors only",)),
-        (broken_part, ValueError, (f"{PART} cannot be read as tensors only",)),
-        (list_part, TypeError, (f"{PART} must hold a mapping", "list")),
+        (parts_and(lambda p: p.write_text("text")), ValueError, (f"{PART} cannot be read as tensors only",)),
+        (parts_and(lambda p: torch.save([1], p)), TypeError, (f"{PART} must hold a mapping", "list")),
         (incomplete, ValueError, ("missing keys, the first network.4.5.mlp.fc1.weight",)),
         (other_model, ValueError, ("not a PoolFormer checkpoint", "'bert.embeddings.weight'")),
     ],

@@ -9,14 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from support.models import on_meta, raises, unchanged
-from support.peers import (
-    as_mmpretrain,
-    poolformer_of_transformers,
-    randomise,
-    relative_error,
-    require,
-    timm_model,
-)
+from support.peers import as_mmpretrain, randomise, relative_error, require, timm_model, transformers_model
 from support.problems import randn
 
 import poolformer_kernels as pk
@@ -54,8 +47,7 @@ def from_timm():
 
 
 def from_huggingface():
-    torch.manual_seed(1)
-    model = randomise(poolformer_of_transformers(CLASSES), 1).eval()
+    model = transformers_model(CLASSES, seed=1)
     return model.state_dict(), lambda: model(X).logits.detach()
 
 
@@ -190,34 +182,24 @@ def test_backbones_of_timm_and_transformers():
 # ---- files that do not fit ---------------------------------------------------------------------------------
 
 
-def damaged(change):
-    def make():
-        state, _ = from_official()
-        change(state)
-        return state
-
-    return make
-
-
 FC1, MISSING = "network.0.0.mlp.fc1.weight", "2 missing keys, the first network.4.5.norm2.bias"
+OTHER = {"conv1.weight": torch.zeros(3)}  # of no PoolFormer
 
 
-def rename_and_drop(state):
+def renamed_and_dropped():
+    state, _ = from_official()
     del state["network.4.5.norm2.bias"]
     del state["network.6.0.mlp.fc1.weight"]
-    state["network.4.6.norm2.bias"] = torch.zeros(320)
+    return state | {"network.4.6.norm2.bias": torch.zeros(320)}
 
 
-def reshape(state):
-    state[FC1] = state[FC1][:, :, 0, 0]
+def reshaped():
+    state, _ = from_official()
+    return state | {FC1: state[FC1][:, :, 0, 0]}
 
 
 def v2_of_timm():
     return dict(require("timm").create_model("poolformerv2_s12").state_dict())
-
-
-def no_poolformer():
-    return {"conv1.weight": torch.zeros(3)}
 
 
 def other(**options):
@@ -227,15 +209,15 @@ def other(**options):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (damaged(rename_and_drop), (MISSING, "1 unexpected keys, the first network.4.6.norm2.bias")),
-        (damaged(reshape), (FC1, "[256, 64] in the file", "[256, 64, 1, 1] in the model")),
+        (renamed_and_dropped, (MISSING, "1 unexpected keys, the first network.4.6.norm2.bias")),
+        (reshaped, (FC1, "[256, 64] in the file", "[256, 64, 1, 1] in the model")),
         (other(name="poolformer_s24"), ("unexpected keys, the first network.0.2.layer_scale_1",)),
         (other(num_classes=21), ("head.weight", "[21, 512]", "num_classes=21")),
         (other(num_classes=0), ("2 missing keys, the first head.weight",)),
         (other(features_only=True), ("first norm.weight", "unexpected", "first norm0.weight")),
         (other(in_chans=1), ("patch_embed.proj.weight", "[64, 1, 7, 7]", "[64, 3, 7, 7]")),
         (v2_of_timm, ("missing", "network.0.0.layer_scale_1", "unexpected", "patch_embed.norm.weight")),
-        (no_poolformer, ("not a PoolFormer checkpoint", "'conv1.weight'", "stem.conv.weight")),
+        (lambda: OTHER, ("not a PoolFormer checkpoint", "'conv1.weight'", "stem.conv.weight")),
         (dict, ("not a PoolFormer checkpoint", "empty")),
     ],
     ids=["keys", "shape", "deeper", "classes", "headless", "features", "channels", "v2", "other", "empty"],

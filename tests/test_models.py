@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.metaformer import official_model, released_shapes
-from support.models import PUBLISHED, on_meta, raises, shapes
+from support.models import PUBLISHED, images, on_meta, raises, shapes
 from support.nn import gradients
 from support.peers import assert_as_accurate, randomise, relative_error, require, timm_twins
-from support.problems import randn
+from support.problems import seeded
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import HEADS, PoolFormer, model_config
@@ -29,10 +29,6 @@ def s12() -> PoolFormer:
 def own(s12):
     """A copy that a test may change."""
     return copy.deepcopy(s12)
-
-
-def images(*shape, seed=0):
-    return randn(*shape, mean=0.1, seed=seed)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -173,10 +169,7 @@ def test_gradients_equal_timm():
 def test_training_with_stochastic_depth_equals_timm_under_the_same_seed(name):
     ours, theirs = timm_twins(name, num_classes=10, drop_path_rate=0.6)
     x = images(6, 3, 32, 32)
-    torch.manual_seed(5)
-    expected = theirs.train()(x)
-    torch.manual_seed(5)
-    y = ours.train()(x)
+    expected, y = (seeded(model.train(), x, seed=5) for model in (theirs, ours))
     assert relative_error(y, expected) < 1e-5
     assert relative_error(y, ours.eval()(x)) > 0.05
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.layouts import FORMATS
 from support.nn import gradients, hook, make_block, make_stage, official_block, official_stage, subclass
 from support.peers import assert_as_accurate, randomise, relative_error, require
-from support.problems import randn
+from support.problems import randn, seeded
 from support.rule import assert_close_to_fp64
 from torch import nn
 
@@ -209,8 +209,7 @@ def test_linear_layers_in_a_block_mean_what_their_modules_mean(operator_calls):
 def test_active_dropout_is_the_modules_own(backend, operator_calls):
     block = make_block(drop=0.4)
     x = randn(3, 12, 6, 5)
-    torch.manual_seed(3)
-    y = block(x)
+    y = seeded(block, x, seed=3)
     middle = official_block(block, x, masks=(1.0, 0.0))
     n, mlp = F.group_norm(middle, 1, block.norm2.weight, block.norm2.bias), block.mlp
     torch.manual_seed(3)
@@ -259,10 +258,8 @@ def test_the_same_mask_gives_the_same_values_and_gradients(monkeypatch):
 def test_drop_path_module_matches_timm():
     timm_layers = require("timm.layers")
     x = randn(50, 3, 2, 2)
-    torch.manual_seed(3)
-    ours = DropPath(0.4)(x)
-    torch.manual_seed(3)
-    assert relative_error(ours, timm_layers.DropPath(0.4)(x)) < 1e-6
+    ours, theirs = (seeded(layer(0.4), x) for layer in (DropPath, timm_layers.DropPath))
+    assert relative_error(ours, theirs) < 1e-6
     assert DropPath(0.4).sample(x.double()).dtype == torch.float64
     assert DropPath(0.4).sample(x.bfloat16()).dtype == torch.float32
     assert DropPath(0.4).sample(x[:0]).shape == (0,)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.nn import gradients, hook, instance_forward, make_mlp, subclass
 from support.peers import assert_as_accurate
-from support.problems import randn
+from support.problems import randn, seeded
 from support.rule import assert_close_to_fp64
 from torch import nn
 
@@ -115,10 +115,8 @@ def test_autocast_returns_what_the_modules_return(backend, mlp_calls):
 def test_active_dropout_is_the_modules_own(use_conv, backend, mlp_calls):
     mlp = make_mlp(64, 200, 32, act_layer=nn.ReLU, drop=0.4, use_conv=use_conv)
     x = randn(2, 64, 3, 4) if use_conv else randn(2, 12, 64)
-    torch.manual_seed(3)
-    y = mlp(x)
-    torch.manual_seed(3)
-    assert torch.equal(y, plain(mlp, x))
+    y = seeded(mlp, x, seed=3)
+    assert torch.equal(y, seeded(plain, mlp, x, seed=3))
     assert 0.3 < (y == 0).float().mean() < 0.5
     assert not mlp_calls
     assert mlp.unfused_reason() == "drop is active (p = 0.4)"

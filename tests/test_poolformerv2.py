@@ -6,21 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.export import DIMS, LAYERS, ours, theirs
-from support.models import on_meta
+from support.models import images, on_meta
 from support.nn import gradients
 from support.peers import randomise, randomise_all, relative_error, require
-from support.problems import randn
+from support.problems import randn, seeded
 
 import poolformer_kernels as pk
 from poolformer_kernels.models import ModelConfig, PoolFormerV2
 from poolformer_kernels.nn import MetaFormerBlock, Mlp, PoolFormerBlock, StarReLU
 from poolformer_kernels.ops.chain import Chain
 from poolformer_kernels.profiling import count_macs
-
-
-def images(*shape, seed=0):
-    return randn(*shape, mean=0.1, seed=seed)
-
 
 # ---- the models --------------------------------------------------------------------------------------------
 
@@ -181,8 +176,7 @@ def test_res_scale_block_is_its_formula(training, backend):
         return block.res_scale_2.view(-1, 1, 1) * z + keep[1] * block.layer_scale_2.view(-1, 1, 1) * branch
 
     expected = gradients(block, x, weight, formula)
-    torch.manual_seed(3)
-    found = gradients(block, x, weight)
+    found = seeded(gradients, block, x, weight, seed=3)
     assert relative_error(found["y"], expected["y"]) < 1e-6
     for name, right in expected.items():
         assert (found[name] - right).norm() < 1e-5 * (right.norm() + 1), name

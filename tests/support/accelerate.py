@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from poolformer_kernels.accelerate import accelerate
 from poolformer_kernels.accelerate.layouts import layout_of
-from support.peers import (
-    assert_as_accurate,
-    poolformer_of_timm,
-    poolformer_of_transformers,
-    randomise,
-    require,
-)
+from support import peers
 
 DIMS, DEPTHS = (16, 24, 32, 40), (2, 1, 1, 1)
 CALLS = ["pool_mixer", "mlp"] * sum(DEPTHS)  # of the operators in a call of a model
@@ -62,8 +56,8 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-class PoolFormerBlock(nn.Module):
-    """The block of the official code, by its description."""
+class BlockParts(nn.Module):
+    """What the blocks of the official code and of mmpretrain have in common."""
 
     def __init__(
         self, dim=16, *, act=nn.GELU, norm=lambda dim: nn.GroupNorm(1, dim), drop=0.0, drop_path=0.0,
@@ -75,10 +69,17 @@ class PoolFormerBlock(nn.Module):
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim, 4 * dim, act, drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.use_layer_scale = use_layer_scale
         if use_layer_scale:
             self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-5))
             self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-5))
+
+
+class PoolFormerBlock(BlockParts):
+    """The block of the official code, by its description."""
+
+    def __init__(self, dim: int = 16, *, use_layer_scale: bool = True, **options) -> None:
+        super().__init__(dim, use_layer_scale=use_layer_scale, **options)
+        self.use_layer_scale = use_layer_scale
 
     def forward(self, x: Tensor) -> Tensor:
         s1 = s2 = 1.0
@@ -88,19 +89,12 @@ class PoolFormerBlock(nn.Module):
         return x + self.drop_path(s2 * self.mlp(self.norm2(x)))
 
 
-class MmpretrainBlock(nn.Module):
+class MmpretrainBlock(BlockParts):
     """The block of mmpretrain, by its description: it always has LayerScale, and no flag for it."""
 
     def __init__(self, dim: int = 16, *, drop_path: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dim, drop_path=drop_path)
         self.init_cfg = None
-        self.norm1 = nn.GroupNorm(1, dim)
-        self.token_mixer = Pooling()
-        self.norm2 = nn.GroupNorm(1, dim)
-        self.mlp = Mlp(dim, 4 * dim, nn.GELU, 0.0)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-5))
-        self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.layer_scale_1.view(-1, 1, 1)
@@ -137,11 +131,11 @@ def make_model(source: str, drop_path: float = 0.0, **config) -> nn.Module:
         block = PoolFormerBlock if source == "official" else MmpretrainBlock
         model = Official(drop_path=drop_path, block=block)
     elif source == "transformers":
-        model = poolformer_of_transformers(7, DEPTHS, DIMS, drop_path_rate=drop_path, **config)
+        model = peers.poolformer_of_transformers(7, DEPTHS, DIMS, drop_path_rate=drop_path, **config)
     else:
         version = 1 if source == "timm" else 2
-        model = poolformer_of_timm(DEPTHS, DIMS, 7, version, drop_path_rate=drop_path)
-    randomise(model)
+        model = peers.poolformer_of_timm(DEPTHS, DIMS, 7, version, drop_path_rate=drop_path)
+    peers.randomise(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 4 and ("fc" in name or "output" in name):
@@ -153,7 +147,7 @@ def make_model(source: str, drop_path: float = 0.0, **config) -> nn.Module:
 
 def metaformer(mixers: list[str]) -> nn.Module:
     """A small MetaFormer of timm's with these token mixers, a block each."""
-    timm = require("timm", "models.metaformer").models.metaformer
+    timm = peers.require("timm", "models.metaformer").models.metaformer
     sizes = {"depths": (1, 1, 1, 1), "dims": (32, 32, 32, 32), "num_classes": 3}
     layers = {"norm_layers": timm.GroupNorm1, "mlp_act": nn.GELU}
     return timm.MetaFormer(token_mixers=[getattr(timm, name) for name in mixers], **sizes, **layers).eval()
@@ -162,7 +156,7 @@ def metaformer(mixers: list[str]) -> nn.Module:
 def make_block(**options) -> nn.Module:
     """An official block with random parameters, in eval mode."""
     torch.manual_seed(0)
-    return randomise(PoolFormerBlock(**options)).eval()
+    return peers.randomise(PoolFormerBlock(**options)).eval()
 
 
 def features() -> Tensor:
@@ -238,7 +232,7 @@ def assert_right(model: nn.Module, images: list[Tensor], *, autocast: bool = Fal
     precision = torch.finfo(torch.bfloat16 if autocast else images[0].dtype).eps / 2
     floor, largest = precision + 4 * torch.finfo(torch.float32).eps, [0.0, 0.0, 0.0]
     for name, right in exact.items():
-        assert_as_accurate(ours[name], eager[name], right, floor, name)
+        peers.assert_as_accurate(ours[name], eager[name], right, floor, name)
         size = right.square().mean().sqrt().item()
         if size > 1e-9:  # the gradient of the mixer's norm bias is zero, and eager's is noise
             errors = ours[name] - right, eager[name] - right, floor * right

@@ -43,6 +43,10 @@ def small(family: str, channels_last: bool = False) -> tuple[PoolFormer, torch.T
     return model.to(memory_format=layout), *images
 
 
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return randn(*shape, mean=0.1, seed=seed)
+
+
 def on_meta(name: str = "poolformer_s12", **options) -> PoolFormer:
     with torch.device("meta"):
         return pk.create_model(name, **options)

@@ -86,6 +86,11 @@ def timm_model(name: str = "poolformer_s12", seed: int = 0, **options) -> nn.Mod
     return randomise_all(require("timm").create_model(name, **options), seed)
 
 
+def transformers_model(num_classes: int, seed: int = 0) -> nn.Module:
+    """transformers' S12 with random weights, in eval mode."""
+    return randomise_all(poolformer_of_transformers(num_classes), seed)
+
+
 def timm_twins(name: str = "poolformer_s12", **options) -> tuple[nn.Module, nn.Module]:
     """Our model and timm's with the same random weights, both in eval mode."""
     theirs = timm_model(name, **options)

@@ -1,6 +1,7 @@
 """Random numbers, dtypes, and statistics as another kernel hands them on."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ def randn(
 ):
     generator = torch.Generator().manual_seed(seed)
     return (mean + sigma * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def seeded(function: Callable, *args, seed: int = 0):
+    """The function's result, with the random numbers that come after this seed."""
+    torch.manual_seed(seed)
+    return function(*args)
 
 
 def tiled_stats(x: Tensor, tiles: int) -> Tensor:
