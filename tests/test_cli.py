@@ -192,19 +192,15 @@ def test_demo_goes_on_where_torch_compile_cannot(quick, tmp_path, capsys, monkey
         assert row["providers"]["ours"]["median"] > 0
 
 
-def wrong_checkpoint(path, what: str) -> None:
-    if what == "text":
-        path.write_text("not a checkpoint")
-    elif what == "other keys":
-        torch.save({"weight": torch.zeros(3)}, path)
-    elif what == "other model":
-        torch.save(pk.create_model("poolformer_s24").state_dict(), path)
-
-
 @pytest.mark.parametrize("what", ["missing", "text", "other keys", "other model"])
 def test_wrong_checkpoint(quick, what, tmp_path, capsys) -> None:
     file = tmp_path / "weights.pth"
-    wrong_checkpoint(file, what)
+    if what == "text":
+        file.write_text("not a checkpoint")
+    elif what == "other keys":
+        torch.save({"weight": torch.zeros(3)}, file)
+    elif what == "other model":
+        torch.save(pk.create_model("poolformer_s24").state_dict(), file)
     option = "--checkpoint" if what == "missing" else "checkpoint"
     assert refused(capsys, *quick, "--checkpoint", file, progress=True).startswith(f"{option} {file}")
 

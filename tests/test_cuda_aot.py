@@ -18,12 +18,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.peers import require
-from test_setup import setup_script
+from support.processes import ROOT
+from support.variants import setup_script
 
 from poolformer_kernels.backends import cpp
 from poolformer_kernels.cli.kernels import Kernel, built_kernels, short_name, table
 
-ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 
 

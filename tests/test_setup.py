@@ -1,6 +1,5 @@
 """Installing: what the source distribution holds, and a package without its extension."""
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import torch
 from setuptools import Distribution
 from support.processes import ROOT, python
+from support.variants import setup_script
 
 import poolformer_kernels as pk
 from poolformer_kernels.backends import cpp
@@ -31,14 +31,6 @@ def tracked(*places: str) -> list[str]:
     found = [path for place in places for path in (files(ROOT / place) or ROOT.glob(place))]
     kept = [str(path.relative_to(ROOT)) for path in found if path.suffix not in (".pyc", ".so")]
     return listed or kept
-
-
-def setup_script():
-    """setup.py as a module, without a build."""
-    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def setup(*arguments, code=0, source=ROOT, **env):

@@ -22,29 +22,8 @@ import poolformer_kernels as pk
 from poolformer_kernels import reference
 
 from .cases import over
-from .check import same_pattern, values
-from .common import (
-    ACTIVATIONS,
-    BF16,
-    BOTH,
-    DTYPES,
-    EACH,
-    F16,
-    F32,
-    FORMATS,
-    INF,
-    NAN,
-    SMALL,
-    TINY,
-    TWO,
-    WIDE,
-    check_of,
-    given,
-    laid,
-    of_mean,
-    problem_of,
-    shift_some_channels,
-)
+from .check import check_of, given, laid, of_mean, problem_of, same_pattern, shift_some_channels, values
+from .common import ACTIVATIONS, BF16, BOTH, DTYPES, EACH, F16, F32, FORMATS, INF, NAN, SMALL, TINY, TWO, WIDE
 from .targets import Target
 
 # ---- batches -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One call of an operator and its gradients on a target, held to everything that holds for every call."""
+"""Problems that fit a target; one call of an operator, its gradients, and what holds for every call."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,11 +7,45 @@ from types import ModuleType
 import torch
 from support.devices import like_on, on, truth_on
 from support.layouts import CHANNELS_LAST, as_layout
-from support.problems import HALVES, Tensors
+from support.operators import MLP, Operator
+from support.problems import HALVES, Tensors, randn
 from support.rule import assert_right, assert_same, run
 from torch import Tensor
 
+from .common import BF16, F32
 from .targets import Target
+
+
+def problem_of(
+    operator: Operator, target: Target, shape, hidden=None, dtype=None, *, out=None, **options
+) -> Tensors:
+    """An MLP has the channels that this target has a kernel for, and its dtype if none is given.
+
+    The CUDA C++ kernels have no products of float32.
+    """
+    if operator is not MLP:
+        return operator.inputs(shape, dtype=dtype or F32, **options)
+    channels, hidden, out = target.fit(shape[1], hidden, out)
+    dtype = dtype or (BF16 if target.backend == "cuda" else F32)
+    return operator.inputs((shape[0], channels, *shape[2:]), hidden, dtype, out=out, **options)
+
+
+def laid(inputs: Tensors, layout: str) -> Tensors:
+    return {**inputs, "x": as_layout(inputs["x"], layout)}
+
+
+def given(**options) -> dict:
+    """Without those that this operator does not have."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def shift_some_channels(x: Tensor, offset: float) -> None:
+    """What trained models have: a few channels are far away.
+
+    Their x has few digits left for the others, and sigma hides what happens inside one.
+    """
+    few = x[:, ::5]
+    few += offset * randn(few.shape[1], 1, 1, dtype=x.dtype, seed=3)
 
 
 def values(
@@ -69,6 +103,28 @@ def check(
         assert value.device.type == target.device, name
     assert_formats(target, found, inputs["x"], layout)
     return found
+
+
+def check_of(
+    operator: Operator,
+    target: Target,
+    inputs: Tensors,
+    grad: Tensor | None = None,
+    *,
+    stats: Tensor | None = None,
+    save_hidden: bool = False,
+    **options,
+) -> Tensors:
+    """`check` of y and its gradients, from given statistics if there are any."""
+    function, own = operator.call, {"save_hidden": save_hidden} if operator is MLP else {}
+    if stats is not None:
+        function, own = operator.of_stats, own | {"stats": stats.to(target.device)}
+    return check(target, operator.problem, function, inputs, grad, given=own, **options)
+
+
+def of_mean(target: Target, allowed: float) -> float:
+    """What is added to the MLP's floor; on a device eager's error has had room enough for it."""
+    return 0 if target.device == "cuda" else allowed - target.ulps[1]
 
 
 def assert_formats(target: Target, found: Tensors, x: Tensor, layout: str) -> None:

@@ -25,8 +25,8 @@ from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 from .both import check_every_run
 from .cases import over
-from .check import values
-from .common import BF16, BOTH, DTYPES, EACH, F32, FORMATS, INF, SMALL, TWO, check_of, laid, problem_of
+from .check import check_of, laid, problem_of, values
+from .common import BF16, BOTH, DTYPES, EACH, F32, FORMATS, INF, SMALL, TWO
 
 OPERATOR = "mlp"
 check, problem = partial(check_of, MLP), partial(problem_of, MLP)

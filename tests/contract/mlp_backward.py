@@ -1,7 +1,6 @@
 """The MLP's backward on every target: what is kept for it, its registered operators, tokens as rows."""
 
 import itertools
-from functools import partial
 
 import torch
 from support.devices import on
@@ -15,32 +14,13 @@ from poolformer_kernels.backends import cpp
 from poolformer_kernels.ops import mlp
 
 from .cases import over
-from .check import values
-from .common import (
-    ACTIVATIONS,
-    BF16,
-    BOTH,
-    DTYPES,
-    EACH,
-    F32,
-    FORMATS,
-    INF,
-    NAN,
-    SMALL,
-    TWO,
-    WIDE,
-    check_of,
-    given,
-    laid,
-    of_mean,
-    problem_of,
-    shift_some_channels,
-)
+from .check import given, laid, of_mean, shift_some_channels, values
+from .common import ACTIVATIONS, BF16, BOTH, DTYPES, EACH, F32, FORMATS, INF, NAN, SMALL, TWO, WIDE
+from .mlp import check, problem
 from .mlp_numerics import both_signs, off_zero
 from .targets import Target
 
 OPERATOR = "mlp"
-check, problem = partial(check_of, MLP), partial(problem_of, MLP)
 
 # ---- what is kept ------------------------------------------------------------------------------------------
 

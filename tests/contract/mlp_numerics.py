@@ -1,13 +1,10 @@
 """The MLP where float32 lacks digits or range, activations far out, what is not finite."""
 
-from functools import partial
-
 import pytest
 import torch
 from support.devices import on
 from support.layouts import as_layout
 from support.mlp import PLAIN, VECTORS, eager, make_grad, truth
-from support.operators import MLP
 from support.problems import HALVES, randn
 from torch import Tensor
 
@@ -15,29 +12,12 @@ from poolformer_kernels import reference
 from poolformer_kernels.ops import mlp
 
 from .cases import over
-from .check import same_pattern, values
-from .common import (
-    ACTIVATIONS,
-    BF16,
-    BOTH,
-    DTYPES,
-    EACH,
-    F16,
-    F32,
-    FORMATS,
-    INF,
-    NAN,
-    TWO,
-    check_of,
-    laid,
-    of_mean,
-    problem_of,
-)
-from .mlp import unit_of
+from .check import laid, of_mean, same_pattern, values
+from .common import ACTIVATIONS, BF16, BOTH, DTYPES, EACH, F16, F32, FORMATS, INF, NAN, TWO
+from .mlp import check, problem, unit_of
 from .targets import Target
 
 OPERATOR = "mlp"
-check, problem = partial(check_of, MLP), partial(problem_of, MLP)
 NO_INFINITY = "its weights of 64 channels multiply infinity by 0"
 
 

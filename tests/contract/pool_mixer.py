@@ -14,16 +14,7 @@ import torch
 from support.devices import on
 from support.layouts import LAYOUTS, as_layout
 from support.operators import POOL_MIXER
-from support.pool_mixer import (
-    adjoint_bias,
-    backward_arguments,
-    eager,
-    forward_arguments,
-    make_grad,
-    make_inputs,
-    mixer_with_stats,
-    truth,
-)
+from support.pool_mixer import eager, make_grad, make_inputs, mixer_with_stats, truth
 from support.problems import HALVES, randn
 from support.rule import assert_same, assert_statistics_of, bits, run
 
@@ -32,8 +23,8 @@ from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 
 from .cases import over
-from .check import same_pattern, values
-from .common import BF16, BOTH, DTYPES, F16, F32, FORMATS, INF, NAN, TWO, check_of, laid
+from .check import check_of, laid, same_pattern, values
+from .common import BF16, BOTH, DTYPES, F16, F32, FORMATS, INF, NAN, TWO
 
 OPERATOR = "pool_mixer"
 check = partial(check_of, POOL_MIXER)
@@ -168,7 +159,19 @@ def test_a_constant_image(target, value, shape, dtype, layout, pool_size):
 
 @over(shape=[(1, 32, 56, 56)], layout=FORMATS, pool_size=(3, 5, 7))
 def test_no_bias_of_the_adjoint(target, shape, layout, pool_size):
-    assert abs(adjoint_bias(pool_size, layout, target.device)) < 0.05
+    """The mean error of a smooth gradient's dx, in float32 ulps of its mean: it adds up over blocks.
+
+    Gradients in deep models are smooth, and what P^T g and g are rounded to differently does not cancel.
+    Borders, whose weights are rounded, are few in an image of this size.
+    """
+    x = as_layout(randn(*shape), layout).to(target.device)
+    grad = as_layout(randn(*shape, mean=1.0, sigma=0.25, seed=1), layout).to(target.device)
+    dx, right = (
+        torch.autograd.grad(f(t.requires_grad_(), None, None, pool_size=pool_size), t, grad.to(t.dtype))[0]
+        for f, t in ((pool_mixer, x), (reference.pool_mixer, x.double()))
+    )
+    bias = (dx.double() - right).mean().item() / grad.mean().item()
+    assert abs(bias) < 0.05 * torch.finfo(F32).eps
 
 
 @over(shape=[(1, 16, 40, 40), (1, 3, 12, 20)], pool_size=(31,), layout=FORMATS)
@@ -283,13 +286,14 @@ def test_the_gradient_of_bias_is_exactly_zero(target, parameter_dtype):
 def test_opcheck(target, dtype, layout):
     """Schemas, fakes and registrations of the operators behind both directions."""
     forward, backward = POOL_MIXER.registered(target.backend)
+    problem = POOL_MIXER.problem
     inputs = on(target.device, laid(make_inputs((2, 8, 8, 6), dtype), layout))
     grad = make_grad(inputs).to(target.device)
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     for return_stats in BOTH:
-        torch.library.opcheck(forward, forward_arguments(leaves, return_stats=return_stats))
-    _, mean_rstd, _ = forward(*forward_arguments(inputs, return_stats=False))
-    torch.library.opcheck(backward, backward_arguments(grad, inputs, mean_rstd))
+        torch.library.opcheck(forward, problem.forward_arguments(leaves, return_stats=return_stats))
+    _, mean_rstd, _ = forward(*problem.forward_arguments(inputs, return_stats=False))
+    torch.library.opcheck(backward, problem.backward_arguments(grad, inputs, mean_rstd))
 
 
 # ---- more than 2^31 elements -------------------------------------------------------------------------------

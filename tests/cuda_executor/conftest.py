@@ -1,6 +1,5 @@
 """Tests of the CUDA C++ kernels on the host, in a process of their own: see test_cuda_executor.py."""
 
-import ctypes
 import os
 from collections.abc import Iterator
 
@@ -14,12 +13,6 @@ if executor.VARIABLE in os.environ:
     executor.library()
 else:
     collect_ignore_glob = ["*"]
-
-
-@pytest.fixture(scope="session")
-def executor_library() -> ctypes.CDLL:
-    """The executor's own functions."""
-    return executor.library()
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from contract import executor
+from contract.check import laid
 from support import mlp_operator
-from support.layouts import as_layout
 from support.mlp import assert_right, forward_arguments, make_grad, make_inputs
 from support.problems import HALVES, tiled_stats
 from support.rule import assert_same, bits
@@ -30,10 +30,10 @@ ONE = SHAPES[0]
 
 
 @pytest.fixture(autouse=True, params=[80, 90], ids=["sm_80", "sm_90"])
-def architecture(request, executor_library):
-    executor_library.executor_architecture(request.param)
+def architecture(request):
+    executor.library().executor_architecture(request.param)
     yield request.param
-    executor_library.executor_architecture(90)
+    executor.library().executor_architecture(90)
 
 
 def forward(inputs, **options) -> tuple:
@@ -78,13 +78,12 @@ def test_hidden_beyond_float16() -> None:
     ],
     ids=str,
 )
-def test_tiles_after_tiles(shape, hidden, groups, dtype, executor_library) -> None:
+def test_tiles_after_tiles(shape, hidden, groups, dtype) -> None:
     """Several rounds of a persistent block on Hopper (the executor has two multiprocessors)."""
-    inputs = make_inputs(shape, hidden, dtype)
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    inputs = laid(make_inputs(shape, hidden, dtype), "channels_last")
     before = {name: t.clone() for name, t in inputs.items()}
     y = mlp(**inputs, residual=True)
-    assert executor_library.executor_threads() == 128 * (groups + 1)
+    assert executor.library().executor_threads() == 128 * (groups + 1)
     assert_right({"y": y}, inputs, make_grad(inputs), ulps=8, residual=True)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_same(inputs, before)  # nothing was written to

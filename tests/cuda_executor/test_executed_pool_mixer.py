@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from contract import executor
+from contract.check import laid
 from support.layouts import as_layout
 from support.pool_mixer import assert_right, make_grad, make_inputs, mixer_with_stats
 from support.problems import randn, tiled_stats
@@ -53,24 +55,23 @@ def test_loads_of_every_width_agree(layout) -> None:
         assert_same({"y": unaligned["y"]}, {"y": aligned["y"]})
 
 
-def test_small_shared_memory(executor_library) -> None:
+def test_small_shared_memory() -> None:
     """Rows too wide for what a block may have of it stay in registers."""
-    inputs = make_inputs((2, 512, 4, 3))
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    inputs = laid(make_inputs((2, 512, 4, 3)), "channels_last")
     try:
         for kilobytes in (227, 99, 16):
-            executor_library.executor_shared(kilobytes * 1024)
+            executor.library().executor_shared(kilobytes * 1024)
             grad = make_grad(inputs)
             assert_right(run(pool_mixer, inputs, grad, residual=True), inputs, grad, residual=True)
     finally:
-        executor_library.executor_shared(227 * 1024)
+        executor.library().executor_shared(227 * 1024)
 
 
 def test_batches_choose_their_strips() -> None:
     """Small batches get more and smaller tiles; the partials nobody has count nothing."""
     for batch in (1, 7):
         inputs = make_inputs((batch, 64, 20, 20), torch.bfloat16, parameters=("weight", "layer_scale"))
-        inputs["x"] = as_layout(inputs["x"], "channels_last")
+        inputs = laid(inputs, "channels_last")
         y, stats = pool_mixer_with_stats(**inputs, residual=True)
         assert stats.shape == (batch, cuda.stats_tiles(y.shape, True, 3), 3)
         assert (stats[..., 0] > 0).sum(1).tolist() == [{1: 5, 7: 2}[batch]] * batch

@@ -5,16 +5,14 @@ from itertools import product
 
 import pytest
 import torch
+from contract.common import BF16, F32
 from support.operators import MLP, POOL_MIXER, Operator
 from support.peers import randomise
-from support.problems import HALVES, Tensors
+from support.problems import Tensors
 from torch import Tensor
 
 import poolformer_kernels as pk
 
-F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = (F32, *HALVES)
-FORMATS = ("nchw", "channels_last")
 LAST = torch.channels_last
 
 # Problems: (shape of x, hidden), of the token mixer (shape, None)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from contract.common import BF16, DTYPES, F16, F32, FORMATS, check_of, laid
+from contract.check import check_of, laid
+from contract.common import BF16, DTYPES, F16, F32, FORMATS
 from contract.targets import TARGETS
 from null_gpu import null_gpu
 from support.devices import like_on, on

@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from contract.common import check_of, laid
+from contract.check import check_of, laid
+from contract.common import FORMATS
 from contract.targets import TARGETS
 from cuda_executor.test_executed_norm_stats import (  # noqa: F401
     test_against_float64,
@@ -30,7 +31,7 @@ from poolformer_kernels.cli.kernels import built_kernels, kernels, short_name
 from poolformer_kernels.nn import PoolFormerBlock, PoolFormerStage
 from poolformer_kernels.ops import mlp, pool_mixer
 
-from .cases import FORMATS, computed_late, images, s12
+from .cases import computed_late, images, s12
 
 OPS = torch.ops.poolformer_kernels
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.check import check
-from contract.common import given, laid
+from contract.check import check, given, laid
+from contract.common import BF16, F32, FORMATS
 from contract.targets import TARGETS
 from support.devices import assert_same_truth, on
 from support.mlp import PLAIN
@@ -20,21 +20,7 @@ from poolformer_kernels import reference
 from poolformer_kernels.ops import pool_mixer
 from poolformer_kernels.ops.mlp import mlp, mlp_with_stats
 
-from .cases import (
-    BF16,
-    F32,
-    FORMATS,
-    FUSED,
-    MIXER,
-    PAIR,
-    SMALL,
-    computed_late,
-    each,
-    huge,
-    make_inputs,
-    operator_of,
-    over,
-)
+from .cases import FUSED, MIXER, PAIR, SMALL, computed_late, each, huge, make_inputs, operator_of, over
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -4,12 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from contract.common import BF16, DTYPES
 from support.graphs import eager
 from support.layouts import as_layout
 
 import poolformer_kernels as pk
 
-from .cases import BF16, DTYPES, computed_late, images, over, s12
+from .cases import computed_late, images, over, s12
 
 
 def captured(batch=2, size=64, **options):

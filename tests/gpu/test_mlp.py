@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from contract.common import BF16, DTYPES, F16, F32
 from support.devices import like_on, on, truth_on
 from support.mlp import FORMS, assert_rule, eager, make_grad, make_inputs, truth, under_autocast
 from support.problems import HALVES
@@ -11,9 +12,7 @@ from support.rule import run
 
 from poolformer_kernels.ops import mlp
 
-from .cases import DTYPES, FUSED, PAIR, SMALL, each, over
-
-F32, BF16, F16 = DTYPES
+from .cases import FUSED, PAIR, SMALL, each, over
 
 pytestmark = pytest.mark.usefixtures("backend")
 

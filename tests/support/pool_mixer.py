@@ -4,11 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import poolformer_kernels as pk
-from poolformer_kernels import reference
 from poolformer_kernels.ops.pool_mixer import pool_mixer_with_stats
 from support import rule
-from support.layouts import as_layout
 from support.problems import Tensors, randn
 from support.rule import Truth
 
@@ -117,19 +114,3 @@ def backward_arguments(
 ) -> tuple:
     x, *parameters = inputs.values()
     return (grad, x, mean_rstd, *parameters, pool_size, residual)
-
-
-def adjoint_bias(pool_size: int, layout: str, device: str = "cpu") -> float:
-    """The mean error of a smooth gradient's dx, in float32 ulps of its mean: it adds up over blocks.
-
-    Gradients in deep models are smooth, and what P^T g and g are rounded to differently does not cancel.
-    """
-    shape = (1, 32, 56, 56)  # borders, whose weights are rounded, are few
-    x = as_layout(randn(*shape), layout).to(device)
-    grad = as_layout(randn(*shape, mean=1.0, sigma=0.25, seed=1), layout).to(device)
-    dx, right = (
-        torch.autograd.grad(f(t.requires_grad_(), None, None, pool_size=pool_size), t, grad.to(t.dtype))[0]
-        for f, t in ((pk.ops.pool_mixer, x), (reference.pool_mixer, x.double()))
-    )
-    bias = (dx.double() - right).mean().item() / grad.mean().item()
-    return bias / torch.finfo(torch.float32).eps

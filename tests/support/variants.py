@@ -4,8 +4,8 @@ A process finds the variant there first, see `environment`. The extension of a v
 objects that the editable build keeps in build/objects. Only the sources that differ are compiled, in seconds.
 """
 
+import importlib.util
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -51,8 +52,12 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return inherited | ours | more
 
 
-def setup_script() -> dict:
-    return runpy.run_path(str(ROOT / "setup.py"))
+def setup_script() -> ModuleType:
+    """setup.py as a module, without a build."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def user_flags() -> list[str]:
@@ -62,7 +67,7 @@ def user_flags() -> list[str]:
 def compiler() -> tuple[list[str], list[str]]:
     """The extension's compiler; its flags and those that the environment adds."""
     setup = setup_script()
-    return shlex.split(setup["compiler"]() or "g++"), [*setup["CXX_FLAGS"], *user_flags()]
+    return shlex.split(setup.compiler() or "g++"), [*setup.CXX_FLAGS, *user_flags()]
 
 
 def build_extension(
@@ -94,7 +99,7 @@ def build_extension(
         raise VariantError(f"{OBJECTS} has no objects of {', '.join(missing or ['csrc'])}: run `make setup`")
     setup, (cxx, own_flags) = setup_script(), compiler()
     headers = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
-    defines = [f"-D{name}={value}" for name, value in setup["DEFINES"]]
+    defines = [f"-D{name}={value}" for name, value in setup.DEFINES]
     common = [*cxx, "-fPIC", "-DNDEBUG", "-fwrapv", *own_flags, *defines, *headers, *flags]
 
     def compiled(source: Path, target: Path, own: Sequence[str]) -> Path:
@@ -107,7 +112,7 @@ def build_extension(
     with ThreadPoolExecutor(jobs) as pool:
         ours = list(pool.map(lambda each: compiled(*each), work))
     kept = [path for name, path in objects.items() if name not in map(_object_of, changed)]
-    cuda = setup["cuda_toolkit"](setup["nvcc"]())[1] if any(".cuda.o" in name for name in objects) else []
+    cuda = setup.cuda_toolkit(setup.nvcc())[1] if any(".cuda.o" in name for name in objects) else []
     target = folder / PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     target.unlink(missing_ok=True)  # a link to the installed one
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]

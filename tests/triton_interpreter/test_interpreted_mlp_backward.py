@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from contract.common import check_of
+from contract.check import check_of, laid
 from contract.targets import TARGETS
-from support.layouts import as_layout
 from support.mlp import NAMES, backward_arguments, make_grad, make_inputs
 from support.mlp_operator import exact_hidden, statistics
 from support.operators import MLP
@@ -32,8 +31,7 @@ def gradients(inputs, grad, save_hidden=False):
 
 def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):
     """A call with five blocks of 8 samples, the last of 4, and what sets the workspace, in blocks."""
-    inputs = make_inputs((36, 136, 4, 4), 24, dtype)
-    inputs["x"] = as_layout(inputs["x"], layout)
+    inputs = laid(make_inputs((36, 136, 4, 4), 24, dtype), layout)
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 9 * 16 * 24)
     assert chunks.divide((36, 16, 136, 136, 24), dtype.itemsize, 1) == (8, 8)
     token = dtype.itemsize * (2 * 136 + 2 * 24) + 12

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.layouts import as_layout
+from contract.check import laid
 from support.mlp import PLAIN, VECTORS, WEIGHTS, backward_arguments, forward_arguments, make_grad, make_inputs
 from support.mlp_operator import check_hidden_and_mean_rstd, check_hidden_beyond_float16
 from support.problems import HALVES
@@ -74,10 +74,9 @@ def test_nothing_to_compute(shape) -> None:
 @pytest.mark.parametrize(("shape", "hidden"), ONE_OF_EACH, ids=str)
 def test_weights_are_cast_by_the_kernels(shape, hidden, dtype, norm) -> None:
     """float32 weights as bfloat16 operands: the values of weights that were cast before, bit for bit."""
-    inputs = make_inputs(
-        shape, hidden, dtype, weight_dtype=torch.float32, parameters=VECTORS if norm else PLAIN
-    )
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    parameters = VECTORS if norm else PLAIN
+    inputs = make_inputs(shape, hidden, dtype, weight_dtype=torch.float32, parameters=parameters)
+    inputs = laid(inputs, "channels_last")
     cast = inputs | {name: inputs[name].bfloat16() for name in WEIGHTS}
     ours, theirs = (forward(each, norm=norm, operand=torch.bfloat16) for each in (inputs, cast))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -88,8 +87,7 @@ def test_weights_are_cast_by_the_kernels(shape, hidden, dtype, norm) -> None:
 )
 def test_autocast_leaves_the_weights_to_the_kernels(shape, hidden) -> None:
     """The same bits as of weights that were cast; but theirs are gradients that are rounded to bfloat16."""
-    inputs = make_inputs(shape, hidden)
-    inputs["x"] = as_layout(inputs["x"], "channels_last")
+    inputs = laid(make_inputs(shape, hidden), "channels_last")
     grad = make_grad(inputs)
     cast = inputs | {name: inputs[name].bfloat16() for name in WEIGHTS}
     inputs |= {name: cast[name].float() for name in WEIGHTS}  # w2 times layer_scale is rounded only once
@@ -119,6 +117,5 @@ def test_fakes_of_the_backward(shape, hidden, vectors) -> None:
 def test_nothing_outside_the_outputs_is_written(dtype) -> None:
     more = (((5, 17, 4, 9), 30), ((1, 513, 2, 16), 31), ((3, 33, 1, 1), 7))
     for shape, hidden in (*PROBLEMS[:2], ONE_OF_EACH[1], PROBLEMS[3], *more):
-        inputs = make_inputs(shape, hidden, dtype)
-        inputs["x"] = as_layout(inputs["x"], "channels_last")
+        inputs = laid(make_inputs(shape, hidden, dtype), "channels_last")
         assert check_writes(partial(kernels.forward, *arguments(inputs))) >= 4

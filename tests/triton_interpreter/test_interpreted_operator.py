@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.common import laid
+from contract.check import laid
 from support.pool_mixer import backward_arguments, forward_arguments, make_grad, make_inputs
 from support.rule import assert_same, run
 
