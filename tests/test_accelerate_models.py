@@ -67,7 +67,8 @@ def assert_right(model: nn.Module, x: Tensor, depths: Sequence[int]) -> None:
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[2]])
 @pytest.mark.parametrize("source", SOURCES)
 def test_full_depth(source, size, kernels):
-    assert_right(make_model(source, size, DEPTHS[size]), randn(2, 3, 33, 47, mean=0.1), DEPTHS[size])
+    """On six images: over 36 blocks eager's error of dx differs by a factor of three from image to image."""
+    assert_right(make_model(source, size, DEPTHS[size]), randn(6, 3, 33, 47, mean=0.1), DEPTHS[size])
 
 
 @pytest.mark.long
