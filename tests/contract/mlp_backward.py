@@ -138,6 +138,14 @@ ROWS_SHAPES = (
 FROZEN = ("drop_scale",)
 
 
+def some_rows(target: Target) -> tuple[tuple[int, ...], int]:
+    """`ROWS`, with fewer pixels for a target that cannot afford so many."""
+    (batch, channels, height, width), hidden = ROWS
+    if batch * height * width * hidden > target.elements:
+        height, width = 5, 6
+    return (batch, channels, height, width), hidden
+
+
 def rows(target: Target, shape, hidden: int, dtype: torch.dtype = BF16, **options):
     inputs = laid(problem(target, shape, hidden, dtype, **options), "channels_last")
     return inputs, as_layout(make_grad(inputs), "channels_last")
@@ -164,7 +172,7 @@ def test_rows(target, shape, hidden, dropped):
 @over(kernels=True, residual=BOTH, normed=BOTH, vector_dtype=TWO)
 def test_forms_of_rows(target, residual, normed, vector_dtype):
     parameters = ("b1", "norm_weight", "layer_scale") if normed else ("b2", "layer_scale")
-    inputs, grad = rows(target, *ROWS, parameters=parameters, vector_dtype=vector_dtype)
+    inputs, grad = rows(target, *some_rows(target), parameters=parameters, vector_dtype=vector_dtype)
     check_rows(target, inputs, grad, residual=residual)
 
 
@@ -189,7 +197,7 @@ def test_dtypes_of_rows(target, dtype, weight_dtype, shape, hidden, dropped):
 @over(kernels=True, layout=("channels_last", "sliced_c_last", "offset_last"))
 def test_layouts_of_rows(target, layout):
     """Rows of weights that are apart, or not aligned, and tensors that begin anywhere."""
-    inputs, grad = rows(target, *ROWS)
+    inputs, grad = rows(target, *some_rows(target))
     expected = gradients(target, inputs, grad)
     inputs["x"], grad = as_layout(inputs["x"], layout), as_layout(grad, layout)
     assert_same(gradients(target, inputs, grad), expected)
@@ -244,7 +252,7 @@ def test_rows_of_dropped_samples(target, shape, hidden):
 
 @over(kernels=True, activation=ACTIVATIONS)
 def test_activations_of_rows(target, activation):
-    inputs, grad = rows(target, *ROWS)
+    inputs, grad = rows(target, *some_rows(target))
     if activation == "relu":
         off_zero(inputs)
     check_rows(target, inputs, grad, activation=activation)
@@ -253,7 +261,7 @@ def test_activations_of_rows(target, activation):
 @over(kernels=True, size=(0.0, 1.0, 3.5, 50.0, 1e4))
 def test_far_hidden_activations_of_rows(target, size):
     """b1 of +-size, where gelu and its slope end in those of relu; about 0 and where a table ends, too."""
-    inputs, grad = rows(target, *ROWS)
+    inputs, grad = rows(target, *some_rows(target))
     inputs["b1"] = both_signs(inputs["b1"], size)
     inputs["w2"] = inputs["w2"] / max(size, 1)
     check_rows(target, inputs, grad)
@@ -268,7 +276,7 @@ def test_far_hidden_activations_of_rows(target, size):
 @over(kernels=True, bad=(NAN, INF))
 def test_rows_not_finite(target, bad):
     """In x, g or a parameter: in dx it stays in its sample, and no gradient that it reaches is a number."""
-    inputs, grad = rows(target, *ROWS)
+    inputs, grad = rows(target, *some_rows(target))
     inputs["drop_scale"] = None
     clean = gradients(target, inputs, grad)["dx"]
     reached = ("dx", "dw1", "db1", "dnorm_weight", "dnorm_bias")

@@ -8,7 +8,7 @@ from triton import knobs
 import poolformer_kernels as pk
 
 from .dataflow import WRITTEN
-from .test_chain import LAST, assert_replays, assert_same, images, plans, run, small
+from .test_chain import ALIKE, LAST, assert_replays, assert_same, images, plans, run, small
 
 pytestmark = pytest.mark.host
 
@@ -31,13 +31,14 @@ def x() -> torch.Tensor:
 
 
 def test_no_chain_where_gradients_or_autocast_are_on(x, triton) -> None:
-    model = small()
+    model = small(config=ALIKE)
     model(x).sum().backward()
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         model(x)
     assert not plans(model)
 
 
+@pytest.mark.long
 def test_memory_of_a_replay(triton) -> None:
     """Layers use the workspace again that others have used before; a convolution's result is not in it."""
     model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()
@@ -150,6 +151,7 @@ def test_what_the_operators_refuse_is_refused(backend, x, spoil, known) -> None:
         assert "API call failed" not in str(raised.value)
 
 
+@pytest.mark.long
 def test_exhausted_memory(triton) -> None:
     """The error is torch's own, and the next call has enough."""
     model = pk.create_model("poolformer_s12").cuda().to(torch.bfloat16, memory_format=LAST).eval()

@@ -117,6 +117,7 @@ def assert_same(found: list[tuple], wanted: list[tuple]) -> None:
         assert step == other
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_a_replay_is_the_first_call_again(name, first_calls) -> None:
     """On the first call's tensors, and on others like them; no launcher in Python runs."""

@@ -43,6 +43,7 @@ def blocks_of_eight(monkeypatch, dtype, layout="channels_last"):
     return inputs, set_workspace
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "layout"), KINDS)
 def test_the_workspace_does_not_change_a_bit(dtype, layout, monkeypatch) -> None:
     inputs, set_workspace = blocks_of_eight(monkeypatch, dtype, layout)
