@@ -119,6 +119,12 @@ def test_convolutions_of_strided_tensors(layout):
     assert_convolution_right(as_layout(x, layout), wide, strided, 2, 1)
 
 
+def test_one_channel_of_a_larger_weight():
+    """In channels_last, but for a stride that says nothing."""
+    x, weight, bias = problem(2, 17, 2, 18, 14, 3, torch.float32)
+    assert_convolution_right(x, weight.to(memory_format=LAST)[::2], bias[:1], 2, 1)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [3, 32])

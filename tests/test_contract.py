@@ -17,7 +17,7 @@ from poolformer_kernels.backends import cpp
 
 HERE = ROOT / "tests" / "contract"
 FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_checks")
-RANDOM = "properties"  # on one target of each implementation
+RANDOM = "properties"  # on the interpreter and the executor; on cpp it runs in an ordinary process
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 

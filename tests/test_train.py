@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 import yaml
-from support import train as runs
+from support import train as training
 from support.commands import printed, refused
 from support.processes import started
 from support.train import ALL_DRAWS, ONE, TWO, assert_same_end, losses, rows, state, train, train_words
 
-runs.require_train()
+training.require_train()
 
 from safetensors.torch import load_file
 
@@ -64,7 +64,7 @@ def test_the_learning_rate_warms_up_and_falls(first) -> None:
 
 
 def test_the_best_weights_have_official_names_and_say_what_they_are(first) -> None:
-    notes, weights = runs.notes_of(first), load_file(first / "best.safetensors")
+    notes, weights = training.notes_of(first), load_file(first / "best.safetensors")
     assert notes["model"] == "poolformer_digits"
     assert notes["classes"] == [str(i) for i in range(10)]
     PoolFormer(DIGITS, num_classes=10).load_state_dict(weights)  # strict
@@ -73,7 +73,7 @@ def test_the_best_weights_have_official_names_and_say_what_they_are(first) -> No
     assert notes["step"] == facts["totals"]["best_step"]
     if notes["step"] == 22:  # the moving average's, not the model's
         averages = {k.removeprefix("ema/"): t for k, t in tensors.items() if k.startswith("ema/")}
-        assert runs.differing(weights, averages) == []
+        assert training.differing(weights, averages) == []
 
 
 @pytest.mark.parametrize("options", [["--head", "timm"], ["--head", "official"], ["--eager"]], ids=str)
@@ -87,8 +87,8 @@ def test_the_best_weights_are_evaluated_with_the_head_they_were_trained_with(run
 
 
 def test_validate_measures_what_the_run_measured(first, capsys) -> None:
-    words, top1 = runs.validate_words(first / "best.safetensors"), runs.notes_of(first)["top1"]
-    found = runs.scores_of(capsys, *words)
+    words, top1 = training.validate_words(first / "best.safetensors"), training.notes_of(first)["top1"]
+    found = training.scores_of(capsys, *words)
     assert found["top1"] == pytest.approx(top1, abs=1e-9)
     assert (found["images"], found["image_size"], found["crop_pct"]) == (360, 32, 1.0)
     assert found["images_per_second"] > 0
@@ -100,7 +100,7 @@ def test_validate_measures_what_the_run_measured(first, capsys) -> None:
 
 def test_the_config_repeats_the_run_bitwise(first, run) -> None:
     """In a process of its own, whose images two workers load."""
-    runs.in_processes(run, "--config", str(first / "config.yaml"), "--workers", "2")
+    training.in_processes(run, "--config", str(first / "config.yaml"), "--workers", "2")
     assert_same_end(run, first)
 
 
@@ -115,7 +115,7 @@ def test_another_seed_is_another_run(first, run) -> None:
 )
 def test_a_signal_lets_the_step_end_and_the_state_be_saved(first, run, number) -> None:
     more = [*TWO, *ALL_DRAWS, "--save-every", "100", "--workers", "2"]
-    process = started(*runs.command(run, *more), stderr=subprocess.PIPE)
+    process = started(*training.command(run, *more), stderr=subprocess.PIPE)
     lines = iter(process.stderr.readline, "")
     seen = next(line for line in lines if line.startswith("step 5/"))
     os.killpg(process.pid, number)  # the processes that load images get it, too
@@ -150,7 +150,7 @@ def test_a_signal_during_validation_is_made_up_for(first, run, monkeypatch) -> N
     """Also where another one comes while it is made up for."""
     for resume in ([], ["--resume"]):
         with monkeypatch.context() as patch:
-            runs.interrupt(patch, tasks, "evaluate", 1)
+            training.interrupt(patch, tasks, "evaluate", 1)
             assert train(run, *TWO, *ALL_DRAWS, *resume) == 143
         assert state(run)[1]["step"] == 11
     assert train(run, *TWO, *ALL_DRAWS, "--resume") == 0
@@ -310,7 +310,7 @@ def test_a_run_is_not_resumed_on_other_data_or_a_broken_table(folder, run, capsy
 @pytest.mark.long
 def test_two_processes_do_not_train_in_one_folder(run, capsys) -> None:
     more = [*TWO, "--epochs", "50"]
-    process = started(*runs.command(run, *more), stderr=subprocess.PIPE)
+    process = started(*training.command(run, *more), stderr=subprocess.PIPE)
     next(line for line in iter(process.stderr.readline, "") if line.startswith("step 1/"))
     try:
         assert refused(capsys, *train_words(run, *more, "--resume")) == f"another process trains in {run}"
@@ -322,7 +322,7 @@ def test_two_processes_do_not_train_in_one_folder(run, capsys) -> None:
 def test_validate_refuses_what_does_not_fit(folder, tmp_path, capsys, first) -> None:
 
     def line(weights, *options: str) -> str:
-        return refused(capsys, *runs.validate_words(weights, folder), *options)
+        return refused(capsys, *training.validate_words(weights, folder), *options)
 
     assert "has 2 classes" in line(first / "best.safetensors")
     torch.save(PoolFormer(DIGITS, num_classes=2).state_dict(), tmp_path / "w.pth")

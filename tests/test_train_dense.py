@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from support import dense_files
-from support import train as runs
+from support import train as training
 from support.commands import printed, refused
 from support.dense_data import edit_coco, require_dense_data
 from support.train import assert_same_end, notes_of, rows, state, train_words, validate_words
@@ -109,7 +109,7 @@ def test_the_best_weights_are_the_averages_and_give_the_runs_score_again(
     assert (notes[score], notes["step"]) == (facts["totals"]["best"], facts["totals"]["best_step"])
     assert notes[score] == float(of_best[f"ema_{score}"])
     words = validate_words(best, data_of(discs, task))
-    found = runs.scores_of(capsys, *words)
+    found = training.scores_of(capsys, *words)
     assert found[score] == pytest.approx(notes[score], abs=1e-9)
     assert (found["task"], found["images"], found["bad_images"]) == (task, 4, 0)
     assert f"{score.replace('_', ' ')} {notes[score]:.2f}" in printed(capsys, *words, "--task", task)
@@ -117,7 +117,7 @@ def test_the_best_weights_are_the_averages_and_give_the_runs_score_again(
     assert classes == (("black", "ball", "coin") if task == "segmentation" else ("coin", "ball"))
     if notes["step"] == STEPS[task]:
         own = {f"ema/{name}": t for name, t in model.state_dict().items()}
-        assert runs.differing(own, {k: v for k, v in tensors.items() if k.startswith("ema/")}) == []
+        assert training.differing(own, {k: v for k, v in tensors.items() if k.startswith("ema/")}) == []
 
 
 # ---- validate and predict ----------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_an_official_file_is_validated_when_task_and_model_are_named(capsys, tmp
     words, known = validate_words(file, maps), ["--task", "segmentation"]
     text = refused(capsys, *words, *known)
     assert text.startswith(f"--model: {file} does not say which model it is of")
-    found = runs.scores_of(capsys, *words, *known, "--model", "semantic_fpn_poolformer_digits")
+    found = training.scores_of(capsys, *words, *known, "--model", "semantic_fpn_poolformer_digits")
 
     model, scores = model_of_checkpoint(file)[0], SegmentationScores(3)
     for image, target in open_label_maps(maps, "ignore").val:
@@ -200,7 +200,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, discs, run, monkeypatch
     whole, first = finished(task), VALIDATED[task][0]
     for method, call, step in (("loss", 2, 2), ("_judge", 2, first), ("_judge", 6, first)):
         with monkeypatch.context() as patch:
-            runs.interrupt(patch, loop.TASKS[task], method, call)
+            training.interrupt(patch, loop.TASKS[task], method, call)
             resume = ["--resume"] * run.exists()
             assert run_task(run, discs, task, "--save-every", "100", *resume) == 143
         assert state(run)[1]["step"] == step

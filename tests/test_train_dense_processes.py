@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import train as runs
+from support import train as training
 from support.commands import MODULE
 from support.dense_data import require_dense_data
 from support.processes import python
@@ -28,7 +28,7 @@ BOTH = shlex.split("--optimizer sgd --lr 0.01 --clip-grad 5 --min-size 64 64 --d
 def start(run, discs, task: str, *more: str, processes: int = 1) -> None:
     """A run in processes of its own, to its end."""
     data = data_of(discs, task)
-    runs.in_processes(run, *OPTIONS[task], *more, data=data, processes=processes, threads=1)
+    training.in_processes(run, *OPTIONS[task], *more, data=data, processes=processes, threads=1)
 
 
 @pytest.mark.parametrize("task", ["detection", "instance"])
@@ -45,7 +45,7 @@ def test_two_processes_are_one(tmp_path, task) -> None:
     expected, weights = state(one)[0], state(two)[0]
     assert weights.keys() == expected.keys()
     first = load_file(one / "checkpoints" / "step_00000001" / "state.safetensors")
-    assert runs.distance(weights, expected) < 1e-3 * runs.distance(first, expected)
+    assert training.distance(weights, expected) < 1e-3 * training.distance(first, expected)
     for a, b in zip(rows(two), rows(one), strict=True):
         for name in a:
             if "AP" in name:
@@ -56,9 +56,10 @@ def test_two_processes_validate_as_one(discs, run) -> None:
     """Each has BatchNorm's statistics of its own images in training, but the first's in validation."""
     start(run, discs, "segmentation", processes=2)
     assert len(losses(run)) == STEPS["segmentation"]
-    words = runs.validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
+    words = training.validate_words(run / "best.safetensors", data_of(discs, "segmentation"))
     one, two = (
-        json.loads(python(*runs.in_several(n, *MODULE, *words, "--json"), threads=1).stdout) for n in (1, 2)
+        json.loads(python(*training.in_several(n, *MODULE, *words, "--json"), threads=1).stdout)
+        for n in (1, 2)
     )
     for name in ("mIoU", "accuracy", "loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-6)
@@ -81,13 +82,13 @@ def test_a_killed_run_goes_on_to_the_same_end(discs, run, tmp_path, task) -> Non
     more = ("--save-every", "2", "--workers", "1", "--precision", "float32")
     start(tmp_path / "whole", discs, task, *more)
     draw = random.Random(1)
-    words = runs.command(run, *OPTIONS[task], *more, data=data_of(discs, task))
+    words = training.command(run, *OPTIONS[task], *more, data=data_of(discs, task))
     for least in (0, 2, 4):
 
         def happened(least: int = least) -> bool:
-            return (run / "config.yaml").exists() and runs.step_of(run) >= least
+            return (run / "config.yaml").exists() and training.step_of(run) >= least
 
-        runs.killed(run, words, happened, threads=1, later=draw.random() * 0.5)
+        training.killed(run, words, happened, threads=1, later=draw.random() * 0.5)
     start(run, discs, task, *more, "--resume")
     assert_same_end(run, tmp_path / "whole")
 
@@ -108,7 +109,7 @@ def test_normalisers_are_means_over_the_processes(tmp_path) -> None:
         "dist.barrier()\n"
         "dist.destroy_process_group()\n"
     )
-    python(*runs.in_several(2, str(script)), threads=1)
+    python(*training.in_several(2, str(script)), threads=1)
 
 
 def test_peak_memory_where_the_kernel_does_not_tell_it(monkeypatch) -> None:

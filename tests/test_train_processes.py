@@ -8,12 +8,12 @@ import subprocess
 import time
 
 import pytest
-from support import train as runs
+from support import train as training
 from support.commands import MODULE
 from support.processes import started
 from support.train import ALL_DRAWS, ONE, TWO, assert_same_end, in_processes, killed, losses, state
 
-runs.require_train()
+training.require_train()
 
 pytestmark = pytest.mark.long
 SOME = [*TWO, *ALL_DRAWS]  # 22 steps
@@ -35,7 +35,7 @@ def assert_same_run(run, one) -> None:
     assert found.keys() == expected.keys()
     for kind in ("model/", "ema/"):
         size = sum(t.square().sum().item() for name, t in expected.items() if name.startswith(kind)) ** 0.5
-        assert runs.distance(found, expected, kind) < 1e-2 * size, kind
+        assert training.distance(found, expected, kind) < 1e-2 * size, kind
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path) -> None:
@@ -59,15 +59,15 @@ def test_two_processes_on_half_batches_are_one_on_the_whole(one, run, how) -> No
 def test_another_number_of_processes_goes_on_in_the_same_order(one, run, before, after) -> None:
     more = [*SOME, "--save-every", "7"]
     saved = (run / "checkpoints" / "step_00000014").exists
-    assert killed(run, runs.command(run, *more, processes=before), saved, threads=1)
+    assert killed(run, training.command(run, *more, processes=before), saved, threads=1)
     in_processes(run, *more, "--resume", processes=after, threads=1)
     assert_same_run(run, one)
 
 
 def test_a_process_that_dies_ends_the_run(run) -> None:
-    words = runs.command(run, *SOME, "--epochs", "200", processes=2)
+    words = training.command(run, *SOME, "--epochs", "200", processes=2)
     process = started(*words, threads=1, stderr=subprocess.PIPE)
-    assert runs.runs_until(process, (run / "checkpoints" / "step_00000011").exists)
+    assert training.runs_until(process, (run / "checkpoints" / "step_00000011").exists)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[-1]), signal.SIGKILL)
     began = time.monotonic()
@@ -83,7 +83,7 @@ def test_two_agents_that_meet_train_as_one(one, run) -> None:
         port = s.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run"]
     launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    words = [*launcher, *MODULE, *runs.train_words(run, *SOME)]
+    words = [*launcher, *MODULE, *training.train_words(run, *SOME)]
     agents = [started(*words, threads=1) for _ in range(2)]
     assert [agent.wait(240) for agent in agents] == [0, 0]
     assert_same_run(run, one)
@@ -103,15 +103,15 @@ def test_killed_at_random_steps_and_while_a_checkpoint_is_written(run, tmp_path)
     more = [*SOME, "--epochs", "3", "--save-every", "4", "--accumulate", "2"]  # 33 steps
     more += ["--workers", "1", "--precision", "bfloat16"]
     in_processes(whole, *more)
-    words = runs.command(run, *more)
+    words = training.command(run, *more)
     assert killed(run, words, (run / "config.yaml").exists)  # before the first checkpoint
     early, late = draw.randrange(3, 6), draw.randrange(20, 30)
-    assert killed(run, words, lambda: runs.step_of(run) >= early)
+    assert killed(run, words, lambda: training.step_of(run) >= early)
     for _ in range(4):  # a write may just have ended
-        assert killed(run, words, lambda: runs.step_of(run) >= 9 and writes_checkpoint(run))
+        assert killed(run, words, lambda: training.step_of(run) >= 9 and writes_checkpoint(run))
         if writes_checkpoint(run):
             break
     assert writes_checkpoint(run)  # half of it is there
-    assert killed(run, words, lambda: runs.step_of(run) >= late)
+    assert killed(run, words, lambda: training.step_of(run) >= late)
     in_processes(run, *more, "--resume")
     assert_same_end(run, whole)

@@ -105,16 +105,27 @@ def test_layouts_of_the_gradient(target, operator, shape, hidden, grad_layout, l
         assert_same(found, values(target, operator.call, inputs, grad.contiguous(), residual=True))
 
 
-def ones(name: str, *more) -> dict[str, list[tuple]]:
-    """Each layout of a row, and of one channel."""
-    shapes = [(shape, *more) for shape in ((1, 16, 1, 12), (1, 1, 9, 9))]
-    return {name: [(*some, layout) for some in shapes for layout in LAYOUTS]}
+# the strides of a sample and a row, or of a channel, say nothing
+ROW, CHANNEL = (1, 64, 1, 12), (1, 1, 9, 9)
 
 
-@over(pool_mixer=ones("shape, layout"), mlp=ones("shape, hidden, out, layout", 20, 6))
+@over(
+    pool_mixer={"shape, layout": itertools.product((ROW, CHANNEL), LAYOUTS)},
+    mlp={
+        "shape, hidden, out, layout": [
+            *((ROW, 64, None, layout) for layout in LAYOUTS),
+            *((CHANNEL, 20, 6, layout) for layout in LAYOUTS),
+        ]
+    },
+)
 def test_strides_of_sides_of_1(target, operator, shape, hidden, out, layout):
-    """They say nothing: x may have another stride there than either memory format."""
+    """x may have another stride there than either memory format."""
     check_of(operator, target, problem_of(operator, target, shape, hidden, **given(out=out)), layout=layout)
+
+
+@over(pool_mixer={"shape": [ROW]}, mlp={"shape, hidden": [(ROW, 64)]}, layout=["sliced_hw_last"])
+def test_a_row_of_a_larger_image(target, operator, shape, hidden, layout):
+    check_of(operator, target, problem_of(operator, target, shape, hidden), layout=layout)
 
 
 @over(
@@ -367,7 +378,7 @@ def test_every_run_has_the_same_bits(target, operator, shape, hidden, pool_size,
 @over(
     once=True,
     pool_mixer={"sizes": [(0, 1, 5), (2,), (3, 4)], "shape": [TINY[0]]},
-    mlp={"sizes": [(0, 1, 8, 9), (2,)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
+    mlp={"sizes": [(0, 1, 2, 8, 9)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
     residual=BOTH,
     where=lambda target, shape, **_: (
         "it takes a minute, the narrow one seconds" if shape[1] == 200 and target.elements < INF else None
@@ -500,9 +511,9 @@ def test_checkpointing_computes_the_same(target, operator, save_hidden):
 
 
 def without_gradients(target: Target, shape, hidden) -> str | None:
-    """On a GPU those of 192 channels are Triton's; the executor has no other backend."""
+    """The gradients of 192 channels are Triton's on a GPU; the executor has no other backend."""
     own = not hidden or target.differentiates("mlp", target.fit(shape[1], hidden, None)[0])
-    return None if own or target.device == "cuda" else "its gradients are those of another target"
+    return None if own or target.device == "cuda" else "another target computes its gradients"
 
 
 @over(

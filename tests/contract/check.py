@@ -131,7 +131,7 @@ def assert_formats(target: Target, found: Tensors, x: Tensor, layout: str) -> No
     """y is dense in x's memory format whatever x's strides; so is dx from a kernel."""
     if not layout or x.numel() == 0:
         return
-    last = layout in CHANNELS_LAST and not x.is_contiguous()  # it may be both
+    last = layout in CHANNELS_LAST and not x.is_contiguous()  # x may be dense in both formats
     wanted = torch.channels_last if last else torch.contiguous_format
     for name in ("y", "dx") if target.kernels and "dx" in found else ("y",):
         t = found[name]

@@ -1,8 +1,8 @@
 """The contract on random problems: shapes, layouts, dtypes, options and parameters drawn by hypothesis.
 
 Each test goes on for its seconds in rounds of a few examples; a round is one seed, which a failure shows and
-POOLFORMER_TEST_SEED repeats. In CI, seeds are the same in every run, as hypothesis has it. What is found is
-mended and becomes a case of the contract.
+POOLFORMER_TEST_SEED repeats. In CI, seeds begin with 0; how many there are is a matter of time. What is found
+is mended and becomes a case of the contract.
 """
 
 import os
@@ -87,12 +87,15 @@ def allowance(inputs: Tensors, grad: Tensor, operand: torch.dtype) -> dict[str, 
 
 
 def any_shape(data: st.DataObject, target: Target) -> tuple[int, ...]:
-    slow, slower = target.elements < 1e5, target.elements < 2e4
-    channels = st.integers(1, 40) | st.sampled_from([48, 63, 64, 65, 96, 128, 130])
-    size = st.integers(1, 10) | st.integers(1, 12 if slow else 24)
-    if slower:
-        channels, size = st.integers(1, 20), st.integers(1, 6)
-    shape = tuple(data.draw(s) for s in (st.integers(1, 3 if slow else 6), channels, size, size))
+    """Of the sizes that the target can afford: the interpreter's are the smallest, `cpp`'s the largest."""
+    if target.elements < 2e4:
+        most, size = 2, st.sampled_from([1, 3, 6, 8])
+        channels = st.integers(1, 20) | st.sampled_from([65, 96, 130])
+    else:
+        most, side = (3, 12) if target.elements < 1e5 else (6, 24)
+        channels = st.integers(1, 40) | st.sampled_from([48, 63, 64, 65, 96, 128, 130])
+        size = st.integers(1, 10) | st.integers(1, side)
+    shape = tuple(data.draw(s) for s in (st.integers(1, most), channels, size, size))
     hypothesis.assume(shape[1] * shape[2] * shape[3] >= FEWEST)
     return shape
 
@@ -132,7 +135,7 @@ def test_random_mlps(target, record_property):
     def one(data: st.DataObject) -> None:
         shape, dtype = any_shape(data, target), data.draw(st.sampled_from(DTYPES))
         hidden = data.draw(st.integers(1, 80) | st.sampled_from([96, 127, 128, 129, 200, 256, 300]))
-        out = data.draw(st.none() | st.integers(1, 70))
+        out = data.draw(st.none() | st.none() | st.integers(1, 70))
         kind = {torch.float32: DTYPES}.get(dtype, (dtype, torch.float32))
         weight_dtype = data.draw(st.sampled_from(kind))
         channels, hidden, out = target.fit(shape[1], hidden, out)
@@ -155,8 +158,8 @@ def test_random_mlps(target, record_property):
             seed=data.draw(st.integers(0, 1000)),
         )
         strange_vectors(data, inputs, mlp_problem.VECTORS)
-        # in half precision neither rows of weights nor pixels of the gradient are all alike: what rounding
-        # takes from one it takes from all, and it adds up
+        # in half precision neither rows of weights nor pixels of the gradient are all equal: they are rounded
+        # alike, so that their errors add up, and eager's may not; `both.py` and `mlp.py` have such cases
         for name in mlp_problem.WEIGHTS:
             layouts = [n for n in WEIGHT_LAYOUTS if not (half and n == "expanded")]
             layout = data.draw(st.none() | st.sampled_from(layouts))

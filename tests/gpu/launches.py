@@ -50,9 +50,10 @@ def run_cases(backend: str, first: int, values: bool) -> int:
             if launched:
                 print("kernels " + "; ".join(sorted(launched)), flush=True)
             print("ok", flush=True)
-    # autograd's thread drops the nodes of a backward after it is over, and those written in Python need the
-    # interpreter: it has done so when another backward is over
-    torch.ones(1, device="cuda", requires_grad=True).sum().backward()
+    # autograd's thread drops the nodes of a backward after its end, and those written in Python need the
+    # interpreter, which must not end before; once another backward is over, they are gone
+    last = torch.ones(1, device="cuda", requires_grad=True)
+    last.sum().backward()
     return 0
 
 

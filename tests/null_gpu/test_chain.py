@@ -22,7 +22,7 @@ from .null_gpu import recorded
 
 pytestmark = pytest.mark.host
 LAST = torch.channels_last
-# two of narrow blocks, two of wide ones: half as many kernels to compile
+# two widths instead of four: half as many kernels to compile
 ALIKE = replace(SMALL, layers=(1, 1, 1, 1), dims=(16, 16, 96, 96))
 
 

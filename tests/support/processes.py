@@ -90,7 +90,7 @@ def run_pytest(*arguments: object, cwd: Path = ROOT, **variables: str) -> tuple[
 def tiers(folder: Path) -> list:
     """(file, the cases that ``-m`` selects) for what `make test` runs and for what `make test-long` adds."""
     files = sorted(path.name for path in folder.glob("test_*.py"))
-    more = [name for name in files if "pytest.mark.sampled" in (folder / name).read_text()]
+    more = [name for name in files if re.search(r"pytest\.mark\.(sampled|long)", (folder / name).read_text())]
     return [
         *((name, "not long") for name in files),
         *(pytest.param(name, "long", marks=pytest.mark.long) for name in more),
