@@ -16,7 +16,7 @@ from support.variants import build_emulated_tiles
 from poolformer_kernels.backends import cpp
 
 HERE = ROOT / "tests" / "contract"
-FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_checks")
+FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_autograd", "both_checks")
 RANDOM = "properties"  # on the interpreter and the executor; on cpp it runs in an ordinary process
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 

@@ -37,7 +37,8 @@ class Selection:
     expression: str = ""  # pytest's -k
 
 
-_FILES = {"pool_mixer": ("pool_mixer", "both"), "mlp": ("mlp", "mlp_numerics", "mlp_backward", "both")}
+_OF_BOTH = ("both", "both_autograd")
+_FILES = {"pool_mixer": ("pool_mixer", *_OF_BOTH), "mlp": ("mlp", "mlp_numerics", "mlp_backward", *_OF_BOTH)}
 _SLOW = "not (opcheck or each_value_and_slope)"
 SELECTIONS = {
     (target, operator): Selection(tuple(f"contract/{name}.py" for name in files), f"{operator} and {_SLOW}")
