@@ -17,6 +17,7 @@ from poolformer_kernels.backends import cpp
 
 HERE = ROOT / "tests" / "contract"
 FILES = ("pool_mixer", "mlp", "mlp_numerics", "mlp_backward", "both", "both_autograd", "both_checks")
+OF_ANY_LEVEL = ("both_autograd", "both_checks")  # the same on every instruction-set level
 RANDOM = "properties"  # on the interpreter and the executor; on cpp it runs in an ordinary process
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -39,10 +40,10 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
     for name in names:
         target = TARGETS[name]
         for file in FILES:
-            python_only = file.endswith("_checks")  # the same on every level and architecture
+            python_only = file == "both_checks"
             if file == "pool_mixer" and "pool_mixer" not in target.operators:
                 continue
-            if python_only and (target.level or "sm_80" in name):
+            if (target.level and file in OF_ANY_LEVEL) or (python_only and "sm_80" in name):
                 continue
             marks = [] if short(name) else [pytest.mark.long]
             found.append(pytest.param(name, file, "not long", marks=marks))
@@ -70,7 +71,7 @@ def test_on_another_level(target, file, tier, record_property) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", [name for name in FILES if name not in ("pool_mixer", "both_checks")])
+@pytest.mark.parametrize("file", [name for name in FILES if name not in ("pool_mixer", *OF_ANY_LEVEL)])
 def test_on_emulated_tiles(file, record_property, tmp_path_factory) -> None:
     """The matrix unit's code on any processor that has bfloat16 products."""
     require_backend("cpp")
