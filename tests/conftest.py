@@ -1,6 +1,7 @@
 """Fixtures for every test. The operator tests run once per backend that computes on the CPU."""
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{backend}: of tests/gpu, on this backend")
     if os.environ.get("POOLFORMER_TEST_CASES"):  # a folder for the cases that are computed: see the module
         config.pluginmanager.import_plugin("support.cases")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background; processes inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; determinism tests set their own
         torch.set_num_threads(1)
 

@@ -89,13 +89,16 @@ def test_real_memory_errors_are_recognised(capfd) -> None:
 def interrupted(*words: str, when, folder: Path) -> tuple[int, str, str]:
     """The exit code and output of a Python that gets Ctrl-C when ``when(process)`` is true."""
     with started(*words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 200
-        while not when(process):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        try:
+            deadline = time.monotonic() + 200
+            while not when(process):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()  # the block waits for its end
     return process.returncode, out, err
 
 

@@ -1,5 +1,6 @@
 """Which cases of a contract's product of parameters a target runs."""
 
+import heapq
 import itertools
 import random
 from collections import Counter
@@ -62,16 +63,25 @@ def over(
 
 
 def covering(rows: list[tuple], strength: int | None) -> set[int]:
-    """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all."""
+    """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all.
+
+    The next row is always the one with the most that is new. What a row adds only ever falls, so a row that
+    still adds what it did when it was put into the heap is the best.
+    """
     if strength is None:
         return set(range(len(rows)))
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
+    parts = [set(itertools.combinations(enumerate(map(str, row)), min(strength, len(row)))) for row in rows]
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    heap = [(-len(parts[i]), place, i) for place, i in enumerate(order)]
+    heapq.heapify(heap)
     seen, found = set(), set()
-    for i in order:
-        parts = set(itertools.combinations(enumerate(map(str, rows[i])), min(strength, len(rows[i]))))
-        if parts - seen or not found:
-            seen |= parts
+    while heap:
+        added, place, i = heapq.heappop(heap)
+        new = parts[i] - seen
+        if len(new) != -added:
+            heapq.heappush(heap, (-len(new), place, i))
+        elif new or not found:
+            seen |= new
             found.add(i)
     return found
 

@@ -126,7 +126,7 @@ CPP = Target("cpp", "cpp", short=2)
 INTERPRETER = Target(
     "interpreter", "triton", elements=13_000, products=200_000, short=0, whole=1, ulps=(4, 4)
 )
-EXECUTOR = Target("executor", "cuda", elements=60_000, short=0, whole=1, ulps=(4, 8), architecture=90)
+EXECUTOR = Target("executor", "cuda", elements=60_000, short=0, whole=2, ulps=(4, 8), architecture=90)
 TARGETS = {
     target.name: target
     for target in (
@@ -137,7 +137,7 @@ TARGETS = {
         replace(CPP, name="cpp emulated", level="emulated", short=2, whole=2, operators=("mlp",)),
         INTERPRETER,
         EXECUTOR,
-        replace(EXECUTOR, name="executor sm_80", architecture=80, short=0, whole=0, operators=("mlp",)),
+        replace(EXECUTOR, name="executor sm_80", architecture=80, short=0, whole=1, operators=("mlp",)),
         Target("triton", "triton", "cuda", short=1, whole=1, ulps=(8, 8)),
         Target("cuda", "cuda", "cuda", short=2, whole=3, ulps=(8, 8)),
     )
