@@ -21,7 +21,7 @@ from .targets import Target
 @over(
     once=True,
     pool_mixer={"sizes": [(0, 1, 5), (2,), (3, 4)], "shape": [TINY[0]]},
-    mlp={"sizes": [(0, 1, 2, 8, 9)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
+    mlp={"sizes": [(0, 1, 8, 9), (2,)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
     residual=BOTH,
     where=lambda target, shape, **_: (
         "it takes a minute, the narrow one seconds" if shape[1] == 200 and target.elements < INF else None

@@ -2,9 +2,10 @@
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .targets import Target
@@ -62,16 +63,18 @@ def over(
     return decorate
 
 
-def covering(rows: list[tuple], strength: int | None) -> set[int]:
+def covering(rows: list[tuple], strength: int | None, sizes: Sequence[int] | None = None) -> set[int]:
     """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all.
 
-    The next row is always the one with the most that is new. What a row adds only ever falls, so a row that
-    still adds what it did when it was put into the heap is the best.
+    The one is the smallest of three, if ``sizes`` are given. Of several the next is always the one with the
+    most that is new; what a row adds only ever falls, so one that adds what it did in the heap is the best.
     """
     if strength is None:
         return set(range(len(rows)))
-    parts = [set(itertools.combinations(enumerate(map(str, row)), min(strength, len(row)))) for row in rows]
     order = random.Random(0).sample(range(len(rows)), len(rows))
+    if strength == 0:
+        return {min(order[:3], key=sizes.__getitem__) if sizes else order[0]} if rows else set()
+    parts = [set(itertools.combinations(enumerate(map(str, row)), min(strength, len(row)))) for row in rows]
     heap = [(-len(parts[i]), place, i) for place, i in enumerate(order)]
     heapq.heapify(heap)
     seen, found = set(), set()
@@ -80,7 +83,7 @@ def covering(rows: list[tuple], strength: int | None) -> set[int]:
         new = parts[i] - seen
         if len(new) != -added:
             heapq.heappush(heap, (-len(new), place, i))
-        elif new or not found:
+        elif new:
             seen |= new
             found.add(i)
     return found
@@ -90,7 +93,7 @@ def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tup
     """(the values of the parameters, whether the case is left to `make test-long`) of each case."""
     refused = NOT_RUN.setdefault(target.name, Counter())
     axes = cases.axes[operator]
-    rows = []
+    rows, sizes = [], []
     for row in itertools.product(*axes.values()):
         flat: list = []
         for axis, value in zip(axes, row, strict=True):
@@ -106,7 +109,9 @@ def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tup
             refused[reason] += 1
         else:
             rows.append((row, tuple(map(case.get, cases.names))))
-    short, whole = (covering([row for row, _ in rows], n) for n in (target.short, target.whole))
+            shape = case.get("shape", (0, 0))
+            sizes.append(math.prod(shape) * shape[1])
+    short, whole = (covering([row for row, _ in rows], n, sizes) for n in (target.short, target.whole))
     for i, (_, values) in enumerate(rows):
         if i in short | whole:
             yield values, i not in short
