@@ -1,5 +1,6 @@
 """Fixtures for every test. The operator tests run once per backend that computes on the CPU."""
 
+import gc
 import os
 import signal
 import zlib
@@ -60,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[i for i in items if not i.get_closest_marker("host")])
         items[:] = [item for item in items if item.get_closest_marker("host")]
     names = ("test_triton_interpreter", "test_isa", "test_amx", "test_cuda_executor", "test_null_gpu")
-    names += ("test_gpu_check.py::test_a_dry_run",)
+    names += ("test_contract", "test_gpu_check.py::test_a_dry_run")
     slow = [i for i in items if i.get_closest_marker("large") or any(name in i.nodeid for name in names)]
     first = set(slow)
     amx = [i for i in slow if "test_amx" in i.nodeid]  # they share what the first of them compiles
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rest = [item for item in items if item not in first]
     half = (len(rest) + len(halves[1]) - len(halves[0])) // 2
     items[:] = [*halves[0], *rest[:half], *halves[1], *rest[half:]]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: garbage collection need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -40,6 +40,7 @@ def assert_right(given: Tensor, plain: nn.Module, x: Tensor) -> None:
 CHAINS = {"timm": len(DEPTHS), "transformers": sum(DEPTHS)}  # StarReLU's blocks are of no chain
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("source", PEERS)
 def test_compile_once_for_every_batch_size(source, training, kernels):
@@ -71,6 +72,7 @@ def test_compile_once_for_every_batch_size(source, training, kernels):
     assert operators_of(backend.graphs[0].graph) == expected
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("source", "strict"), [*((source, False) for source in PEERS), ("timm", True)])
 def test_export_save_load_and_run(source, strict, kernels, tmp_path):
     plain = make_model(source)
@@ -101,6 +103,7 @@ def test_ahead_of_time_inductor(kernels, tmp_path):
         assert_right(loaded(given), plain, given)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("source", ["timm", "transformers"])
 def test_onnx(source, kernels, tmp_path):
     """ONNX has no operators of ours: the export sees the modules."""
@@ -150,6 +153,7 @@ def test_autocast_and_grad_scaler(source, kernels):
     assert_as_accurate(ours, eager, right, torch.finfo(torch.float16).eps / 2)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("source", SOURCES)
 def test_checkpoints_change_no_gradient(source, reentrant, kernels):

@@ -91,6 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("size", "depths"), models, ids=[size for size, _ in models])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shape", [(224, 224), (193, 257)], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
 def test_real_sizes(source, size, depths, shape, kernels):

@@ -161,6 +161,7 @@ def test_resources(built, arch) -> None:
 SOME_ARCHS = [pytest.param("sm_80", marks=pytest.mark.long), *ARCHS[1:]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("arch", SOME_ARCHS)
 def test_instructions(built, arch) -> None:
     names = {kernel.name for kernel in of_arch(built, arch)}

@@ -12,12 +12,7 @@ from support.processes import executor_library, run_pytest, tiers
 FOLDER = Path(__file__).parent / "cuda_executor"
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Path:
-    return executor_library(tmp_path_factory)
-
-
-@pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))
-def test_in_the_executor(name, cases, library) -> None:
-    counts, _ = run_pytest("-m", cases, FOLDER / name, **{VARIABLE: str(library)})
+@pytest.mark.parametrize(("files", "cases"), tiers(FOLDER))
+def test_in_the_executor(files, cases) -> None:
+    counts, _ = run_pytest("-m", cases, *files, **{VARIABLE: str(executor_library())})
     assert "skipped" not in counts

@@ -193,6 +193,7 @@ def test_other_backbones(name, tmp_path):
     assert_holds(model, trained.state_dict())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
 def test_prefixes(official, prefix, tmp_path):
     """Of an official file's names, and of ours."""

@@ -28,6 +28,7 @@ def of_a_step(model) -> int:
     return flops(lambda x: model.train()(x).sum().backward(), torch.zeros(2, 3, 64, 64))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("of", [of_inference, of_a_step])
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12"])
 def test_models_count_as_timms(name, of, backend) -> None:
@@ -90,6 +91,7 @@ print(counter.get_total_flops())
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("first", IMPORTS)
 def test_whichever_is_imported_first(first: str) -> None:
     """The formulas are registered when the counter is imported, and the package does not import it."""

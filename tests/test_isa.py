@@ -65,7 +65,7 @@ def test_core_at_this_level(level):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels are x86-64's")
 @pytest.mark.parametrize(
     "level",
-    ["avx2", "amx", *(pytest.param(name, marks=pytest.mark.long) for name in ("avx512", "avx512_bf16"))],
+    ["avx2", *(pytest.param(name, marks=pytest.mark.long) for name in ("avx512", "avx512_bf16", "amx"))],
 )
 def test_levels_share_nothing_with_the_linker(level, tmp_path):
     """A function that two levels define under one name would be that of the higher one in both.

@@ -89,6 +89,7 @@ def test_drop_path_rates_grow_linearly_and_default_to_none():
 ODD_SIZES = [(193, 257), (33, 47), (3, 3), (40, 5)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "size"),
     [*((name, (224, 224)) for name in (*NAMES, NAMES_V2[0])), *((NAMES[0], size) for size in ODD_SIZES)],

@@ -43,6 +43,7 @@ def test_channels_last_equals_nchw(family):
         assert relative_error(last(x_last), model(x)) < 1e-5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_compiled_model_has_no_graph_break(gradients, family):
     torch.compiler.reset()

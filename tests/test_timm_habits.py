@@ -58,6 +58,7 @@ def test_the_classifier(name):
         ours.reset_classifier(5, "max")
 
 
+@pytest.mark.sampled(3)
 @both
 def test_features_and_head(name):
     ours, theirs = timm_twins(name, num_classes=7)
@@ -73,6 +74,7 @@ def test_features_and_head(name):
 INDICES = (None, 1, 2, [0, 2], [-1], [3, 1], (1, 1))
 
 
+@pytest.mark.sampled(3)
 @both
 @pytest.mark.parametrize("early", [False, True])
 def test_intermediates(name, early):
@@ -100,6 +102,7 @@ def test_stages_behind_the_last_map_are_not_computed():
     assert seen
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "parameters", "eps"),  # of a norm
     [("poolformer_s12", ("weight", "bias"), 1e-5), ("poolformerv2_s12", ("weight",), 1e-6)],
@@ -325,6 +328,7 @@ def hooked(model):
     return model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointing_gives_the_same_gradients(name, layout, backend):
@@ -384,6 +388,7 @@ print(peak_of(lambda: model(x).sum().backward()))
 """
 
 
+@pytest.mark.long
 def test_checkpointing_saves_memory():
     """The peak of a training step above what the process had before: at most six tenths."""
     require_peaks()

@@ -198,7 +198,7 @@ def test_a_grey_image_with_alpha_becomes_rgb(folder) -> None:
     assert data.train[index][0].getpixel((3, 3)) == (7, 7, 7)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_an_unreadable_image_fails_with_its_name_or_is_replaced_and_counted(folder, workers) -> None:
     bad = folder / "train" / "dog" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:200])

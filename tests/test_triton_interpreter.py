@@ -12,9 +12,9 @@ from support.processes import run_pytest, tiers
 FOLDER = Path(__file__).parent / "triton_interpreter"
 
 
-@pytest.mark.parametrize(("name", "cases"), tiers(FOLDER))
-def test_in_the_interpreter(name, cases) -> None:
+@pytest.mark.parametrize(("files", "cases"), tiers(FOLDER))
+def test_in_the_interpreter(files, cases) -> None:
     require("triton")
     options = ("-W", "ignore::RuntimeWarning", "-m", cases)
-    counts, _ = run_pytest(*options, FOLDER / name, TRITON_INTERPRET="1")
+    counts, _ = run_pytest(*options, *files, TRITON_INTERPRET="1")
     assert "skipped" not in counts

@@ -126,6 +126,7 @@ def test_a_row_of_a_larger_image(target, operator, shape, hidden, layout):
 
 
 @over(
+    pairs=True,
     pool_mixer={
         "shape": [(5, 6, 4, 5)],
         "names": PARAMETERS,
@@ -165,6 +166,7 @@ def some_of(names: tuple[str, ...], sizes: Iterable[int]) -> list[tuple[str, ...
 
 
 @over(
+    pairs=True,
     pool_mixer={"parameters": some_of(PARAMETERS, (0, 1, 2, 3, 4))},
     mlp={"parameters": some_of(VECTORS, (0, 1, 2, 5, 6))},
     residual=BOTH,
@@ -278,7 +280,7 @@ def test_given_statistics(target, operator, shape, hidden, tiles, mean, dtype, l
     check_of(operator, target, inputs, layout=layout, stats=stats, residual=True, ulps=ulps)
 
 
-@over(**NORMED, dtype=TWO)
+@over(repeats=True, **NORMED, dtype=TWO)
 def test_given_statistics_in_other_layouts(target, operator, shape, hidden, dtype):
     inputs = problem_of(operator, target, shape, hidden, dtype)
     grad, stats = operator.grad(inputs), tiled_stats(inputs["x"], 5)
@@ -346,6 +348,7 @@ def check_every_run(operator: Operator, target: Target, inputs: Tensors, layout:
 
 
 @over(
+    repeats=True,
     pool_mixer={
         "shape, pool_size": [
             *(((5, 19, 14, 13), 3), ((1, 64, 30, 30), 3), ((3, 320, 7, 7), 3), ((3, 16, 9, 12), 3)),

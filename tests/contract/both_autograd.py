@@ -19,6 +19,7 @@ from .targets import Target
 
 
 @over(
+    repeats=True,
     once=True,
     pool_mixer={"sizes": [(0, 1, 5), (2,), (3, 4)], "shape": [TINY[0]]},
     mlp={"sizes": [(0, 1, 8, 9), (2,)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},

@@ -18,6 +18,8 @@ class Cases:
     """The axes of a test's parameters, of each operator, and whom it concerns.
 
     ``kernels``: the reference does not promise it. ``once``: it does not depend on the instruction-set level.
+    ``pairs``: its cases are cheap; in `make test-long` every target runs each pair of values. ``repeats``: a
+    case calls the operator many times; targets that run one case in `make test` leave it to `make test-long`.
     ``where(target, **case)`` says why a target does not run a case, or None. A name with commas is an axis of
     tuples. Parameters that only the other operator has are None.
     """
@@ -25,6 +27,8 @@ class Cases:
     axes: dict[str, dict[str, tuple]] = field(default_factory=lambda: {"pool_mixer": {}, "mlp": {}})
     kernels: bool = False
     once: bool = False
+    pairs: bool = False
+    repeats: bool = False
     where: Callable[..., str | None] | None = None
 
     @property
@@ -40,6 +44,8 @@ def over(
     *,
     kernels: bool = False,
     once: bool = False,
+    pairs: bool = False,
+    repeats: bool = False,
     where: Callable[..., str | None] | None = None,
     also: dict | None = None,
     pool_mixer: dict | None = None,
@@ -57,7 +63,8 @@ def over(
             {name: tuple(values) for name, values in found.items()}
             for found in (pool_mixer or {}, mlp or {}, (also or {}) | axes)
         )
-        function.cases = Cases({"pool_mixer": mixers | common, "mlp": mlps | common}, kernels, once, where)
+        operators = {"pool_mixer": mixers | common, "mlp": mlps | common}
+        function.cases = Cases(operators, kernels, once, pairs, repeats, where)
         return function
 
     return decorate
@@ -66,14 +73,14 @@ def over(
 def covering(rows: list[tuple], strength: int | None, sizes: Sequence[int] | None = None) -> set[int]:
     """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all.
 
-    The one is the smallest of three, if ``sizes`` are given. Of several the next is always the one with the
+    The one is the smallest of ten, if ``sizes`` are given. Of several the next is always the one with the
     most that is new; what a row adds only ever falls, so one that adds what it did in the heap is the best.
     """
     if strength is None:
         return set(range(len(rows)))
     order = random.Random(0).sample(range(len(rows)), len(rows))
     if strength == 0:
-        return {min(order[:3], key=sizes.__getitem__) if sizes else order[0]} if rows else set()
+        return {min(order[:10], key=sizes.__getitem__) if sizes else order[0]} if rows else set()
     parts = [set(itertools.combinations(enumerate(map(str, row)), min(strength, len(row)))) for row in rows]
     heap = [(-len(parts[i]), place, i) for place, i in enumerate(order)]
     heapq.heapify(heap)
@@ -111,7 +118,10 @@ def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tup
             rows.append((row, tuple(map(case.get, cases.names))))
             shape = case.get("shape", (0, 0))
             sizes.append(math.prod(shape) * shape[1])
-    short, whole = (covering([row for row, _ in rows], n, sizes) for n in (target.short, target.whole))
+    strengths = target.short, max(target.whole, 2) if cases.pairs and target.whole else target.whole
+    short, whole = (covering([row for row, _ in rows], n, sizes) for n in strengths)
+    if cases.repeats and target.short == 0:
+        short = set()
     for i, (_, values) in enumerate(rows):
         if i in short | whole:
             yield values, i not in short

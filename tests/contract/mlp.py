@@ -270,6 +270,7 @@ def test_layouts_of_x(target, layout, dtype, form):
 
 
 @over(
+    pairs=True,
     also={
         "weight_layout, conv": [
             *((layout, True) for layout in WEIGHT_LAYOUTS),

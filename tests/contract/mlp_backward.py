@@ -70,6 +70,7 @@ def last_arguments(target: Target, operand: torch.dtype) -> tuple:
 
 
 @over(
+    repeats=True,
     kernels=True,
     once=True,
     also={
@@ -194,7 +195,7 @@ def test_dtypes_of_rows(target, dtype, weight_dtype, shape, hidden, dropped):
         assert rounded == (found[name].dtype == BF16), name
 
 
-@over(kernels=True, layout=("channels_last", "sliced_c_last", "offset_last"))
+@over(repeats=True, kernels=True, layout=("channels_last", "sliced_c_last", "offset_last"))
 def test_layouts_of_rows(target, layout):
     """Rows of weights that are apart, or not aligned, and tensors that begin anywhere."""
     inputs, grad = rows(target, *some_rows(target))

@@ -53,6 +53,7 @@ STRIPS = ((1, 5, 100, 70), (1, 64, 40, 40), (1, 7, 300, 6))  # several
 
 
 @over(
+    pairs=True,
     also={
         "pool_size, shape": (
             *itertools.product((1, 3, 5, 7, 9, 31), [(2, 19, *size) for size in FEW_PIXELS]),
@@ -108,7 +109,7 @@ def test_every_half_survives(target, dtype, layout):
 # ---- layouts and dtypes ------------------------------------------------------------------------------------
 
 
-@over(layout=LAYOUTS, dtype=DTYPES, shape=[(3, 17, 6, 9), (3, 16, 8, 8)])
+@over(pairs=True, layout=LAYOUTS, dtype=DTYPES, shape=[(3, 17, 6, 9), (3, 16, 8, 8)])
 def test_layouts_of_x(target, layout, dtype, shape):
     inputs = make_inputs(shape, dtype)
     check(target, inputs, grad=make_grad(inputs), layout=layout, residual=True)
@@ -284,7 +285,13 @@ def test_the_gradient_of_bias_is_exactly_zero(target, parameter_dtype):
     assert torch.equal(dbias.cpu(), torch.zeros(5, dtype=parameter_dtype))
 
 
-@over(kernels=True, once=True, dtype=DTYPES, layout=["nchw", "channels_last", "sliced_hw", "transposed"])
+@over(
+    repeats=True,
+    kernels=True,
+    once=True,
+    dtype=DTYPES,
+    layout=["nchw", "channels_last", "sliced_hw", "transposed"],
+)
 def test_opcheck(target, dtype, layout):
     """Schemas, fakes and registrations of the operators behind both directions."""
     forward, backward = POOL_MIXER.registered(target.backend)

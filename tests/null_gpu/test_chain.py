@@ -107,6 +107,7 @@ def test_parts_of_a_model(triton) -> None:
     assert_replays(stage, images(3, 33, 7, 5))
 
 
+@pytest.mark.long
 def test_a_half_model_with_float_vectors(triton) -> None:
     """A convolution's bias must be of its weight's dtype; the blocks' vectors need not."""
     model = small(config=ALIKE).bfloat16()
@@ -120,7 +121,13 @@ def test_a_half_model_with_float_vectors(triton) -> None:
 COMPUTED = ("optimizer step", "classifier reset")
 
 
-@pytest.mark.parametrize("name", test_chain_cache.CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name == "stride" else [])  # of other kernels
+        for name in test_chain_cache.CHANGES
+    ],
+)
 def test_a_change_is_seen(name, x, triton) -> None:
     model = small()
     before, _ = run(model, x)
@@ -149,6 +156,7 @@ def test_weights_that_move_are_followed(x, triton) -> None:
     assert len(plans(model)) == 1
 
 
+@pytest.mark.long
 def test_a_vector_that_loses_its_alignment(triton) -> None:
     """Kernels that were compiled for addresses of 16 bytes are not launched on others."""
     model, x = small(config=ALIKE).bfloat16(), images(2, 3, 41, 33, dtype=torch.bfloat16)

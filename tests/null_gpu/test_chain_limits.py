@@ -32,7 +32,7 @@ def x() -> torch.Tensor:
 
 def test_no_chain_where_gradients_or_autocast_are_on(x, triton) -> None:
     model = small(config=ALIKE)
-    model(x).sum().backward()
+    assert model(x).requires_grad
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         model(x)
     assert not plans(model)

@@ -1,6 +1,7 @@
 """Processes of their own: Python, and tests."""
 
 import fcntl
+import hashlib
 import os
 import re
 import subprocess
@@ -88,33 +89,42 @@ def run_pytest(*arguments: object, cwd: Path = ROOT, **variables: str) -> tuple[
 
 
 def tiers(folder: Path) -> list:
-    """(file, the cases that ``-m`` selects) for what `make test` runs and for what `make test-long` adds."""
-    files = sorted(path.name for path in folder.glob("test_*.py"))
-    more = [name for name in files if re.search(r"pytest\.mark\.(sampled|long)", (folder / name).read_text())]
+    """(files, the cases that ``-m`` selects) for what `make test` runs and for what `make test-long` adds."""
+    files = sorted(folder.glob("test_*.py"))
+    more = [path for path in files if re.search(r"pytest\.mark\.(sampled|long)", path.read_text())]
     return [
-        *((name, "not long") for name in files),
-        *(pytest.param(name, "long", marks=pytest.mark.long) for name in more),
+        pytest.param(files, "not long", id="not long"),
+        *[pytest.param(more, "long", marks=pytest.mark.long, id="long")] * bool(more),
     ]
 
 
-def once_for_all(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder ``name`` in which ``make`` was called, by the first of all workers that needs it."""
+def folder_of_run(factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run's temporary files, the same for all workers."""
     folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    with open(folder / f"{name}.lock", "w") as lock:
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def once_for_all(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, in which ``make`` was called by the first of all processes that needs it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder / name / "made"
-        if not done.exists():
-            (folder / name).mkdir(exist_ok=True)
-            make(folder / name)
-            done.touch()
-    return folder / name
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
-def executor_library(factory: pytest.TempPathFactory) -> Path:
-    """The CUDA C++ kernels and their executor."""
+def executor_library() -> Path:
+    """The CUDA C++ kernels and their executor: build/cuda_executor/<digest>/."""
     from cuda_executor.build import build
 
-    folder = once_for_all(factory, "cuda_executor", lambda folder: build(folder / "cuda_executor.so"))
-    return folder / "cuda_executor.so"
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(f"{compiler} {torch.__version__}".encode())
+    for folder in (ROOT / "csrc", ROOT / "tests" / "cuda_executor"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh", ".cu", ".cpp") or path.name == "build.py":
+                digest.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_executor" / digest.hexdigest()[:16]
+    return once_for_all(folder, lambda made: build(made / "cuda_executor.so")) / "cuda_executor.so"
