@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,8 @@ import poolformer_kernels as pk
 from poolformer_kernels.cli.main import load_benchmarks
 from poolformer_kernels.nn import fusion
 
+NOT_RUN = pytest.StashKey[dict]()  # by target and reason
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "accelerated models at real sizes: all fifteen, at full depth (minutes)"
@@ -30,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs many gigabytes of memory")
     config.addinivalue_line("markers", "host: looks at no computed values; runs on the null GPU, too")
     config.addinivalue_line("markers", "long: full products of parameters, run by `make test-long`")
-    text = "sampled(n): of its cases one in n, on all values of each parameter, is not long"
+    text = "sampled(n): all but the first of its cases and about one in n of the others are long"
     config.addinivalue_line("markers", text)
     for backend in ("cuda", "triton"):
         config.addinivalue_line("markers", f"{backend}: of tests/gpu, on this backend")
@@ -162,8 +165,25 @@ def stand_in(monkeypatch) -> None:
     graphs.install(monkeypatch)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the contract was not run on, in targets' own processes, and the seeds of random problems."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands over what the contract's cases have counted."""
+    if hasattr(session.config, "workeroutput") and "contract.cases" in sys.modules:
+        counted = sys.modules["contract.cases"].NOT_RUN
+        session.config.workeroutput["not run"] = {name: dict(reasons) for name, reasons in counted.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash[NOT_RUN] = getattr(node, "workeroutput", {}).get("not run", {})  # of all workers alike
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What the contract was not run on, here and in processes of their own; seeds of random problems."""
+    counted = config.stash.get(NOT_RUN, None) or getattr(sys.modules.get("contract.cases"), "NOT_RUN", {})
+    for name, reasons in counted.items():
+        for reason, count in reasons.items():
+            if count and (config.option.markexpr == "not long" or "test-long" not in reason):
+                terminalreporter.write_line(f"not run on {name}: {count} cases: {reason}")
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [p for report in reports for p in getattr(report, "user_properties", [])]
     for line in sorted({value for name, value in properties if name == "shown"}):

@@ -30,8 +30,9 @@ def run(target: str, group: str, tier: str, record_property, cwd: Path = ROOT, *
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:logging"]
     options += ["-W", "ignore::RuntimeWarning", "-m", tier]
     variables = {"POOLFORMER_TEST_TARGETS": target} | variables
-    skipped = OF_ANY_LEVEL if TARGETS[target].level else ("both_checks",) if "sm_80" in target else ()
-    files = [HERE / f"{name}.py" for name in GROUPS[group] if name not in skipped]
+    left_out = set(OF_ANY_LEVEL) if TARGETS[target].level else {"both_checks"} if "sm_80" in target else set()
+    left_out |= {"pool_mixer"} - set(TARGETS[target].operators)
+    files = [HERE / f"{name}.py" for name in GROUPS[group] if name not in left_out]
     counts, lines = run_pytest(*options, *files, cwd=cwd, **variables)
     assert counts.keys() <= {"passed", "deselected"}
     for line in lines:
@@ -43,13 +44,11 @@ def parts(names: Iterable[str], short: Callable[[str], bool]) -> list:
     """(target, group, tier) of what `make test` runs of a target, if ``short``, and `make test-long` adds."""
     found = []
     for name in names:
-        target = TARGETS[name]
         for group in ("pool_mixer and both", "mlp"):
-            found.append(
-                pytest.param(name, group, "not long", marks=[] if short(name) else [pytest.mark.long])
-            )
-            if target.short != target.whole:
-                found.append(pytest.param(name, group, "long and not large", marks=[pytest.mark.long]))
+            if short(name):
+                found.append(pytest.param(name, group, "not long"))
+            tier = "long and not large" if short(name) else "not large"
+            found.append(pytest.param(name, group, tier, marks=[pytest.mark.long]))
         if name in ("interpreter", "executor"):
             found.append(pytest.param(name, "random", "long", marks=[pytest.mark.long]))
     return found

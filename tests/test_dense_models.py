@@ -304,6 +304,7 @@ def test_images_without_objects(head, sizes):
 # ---- backbones ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "head", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.long), "semantic_fpn"]
 )
@@ -384,6 +385,7 @@ def test_seeds_decide_the_losses_and_nothing_given_is_changed(head):
     assert_equal((x, targets), before)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("head", DETECTORS)
 @pytest.mark.parametrize("masks", [torch.uint8, torch.bool, torch.float32])
 def test_float64_and_masks_of_other_dtypes(head, masks):

@@ -176,15 +176,17 @@ def test_on_the_null_gpu(folder, tier, least) -> None:
 def test_every_call_on_the_null_gpu(folder, capability) -> None:
     """On a capability that the build has no image for, C++ is skipped, as not judged, and Triton is not.
 
-    Launches of 8.9 are those of 8.6, and of 10.3 those of 10.0; Triton's of float16 are those of bfloat16,
-    which one capability tells.
+    Launches of 8.9 are those of 8.6, and of 10.3 those of 10.0. Triton's of float16 are those of bfloat16,
+    which one capability tells; its float32 runs on that and on the one with the least shared memory.
     """
     archs = cpp.build_info()["cuda_archs"]
     judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None
     left_out = ("triton and " if judged else "") + "float16 and not bfloat16"
+    if capability != "12.0":
+        left_out = f"({left_out}) or (triton and float32)"
     whole = capability == "9.0"
     counts = run_tests(folder, capability, EVERY_CALL, *([] if whole else ["-k", f"not ({left_out})"]))
     skipped = counts.get("skipped", 0)
     assert skipped == (0 if judged else counts["passed"])
-    assert counts["passed"] + skipped >= (100 if whole else 80)
+    assert counts["passed"] + skipped >= (100 if whole else 60)
     assert ("deselected" in counts) != whole

@@ -13,7 +13,7 @@ from support.mlp import VECTORS
 from support.operators import MLP, POOL_MIXER, Operator
 from support.pool_mixer import PARAMETERS
 from support.problems import HALVES, Tensors, tiled_stats
-from support.rule import assert_same
+from support.rule import assert_same, assert_statistics_of
 
 from poolformer_kernels import reference
 
@@ -166,6 +166,29 @@ def some_of(names: tuple[str, ...], sizes: Iterable[int]) -> list[tuple[str, ...
 
 
 @over(
+    kernels=True,
+    pool_mixer={"shape": [(4, 17, 9, 10), (3, 16, 8, 8)]},
+    mlp={"shape, hidden": [((4, 17, 9, 10), 40), WIDE, ((5, 64, 8, 8), 64)]},
+    dtype=HALVES,
+    layout=FORMATS,
+    residual=BOTH,
+)
+def test_halves_are_rounded_to_nearest(target, operator, shape, hidden, dtype, layout, residual):
+    """Cut off, values are half an ulp too near to zero on average, which no rule for single errors shows."""
+    inputs = laid(problem_of(operator, target, shape, hidden, dtype), layout)
+    grad = operator.grad(inputs)
+    found = values(target, operator.call, inputs, grad, residual=residual)
+    right = operator.problem.truth(inputs, grad, residual=residual).values
+    for name, value in found.items():
+        exact, value = right[name].flatten(), value.cpu().double().flatten()
+        some = exact.abs() > 0.1 * exact.abs().max()
+        if some.sum() >= 300:
+            ulp = torch.finfo(dtype).eps * exact.abs().log2().floor().exp2()
+            outwards = ((value - exact) * exact.sign() / ulp)[some].mean().item()
+            assert abs(outwards) < 0.25, name
+
+
+@over(
     pairs=True,
     pool_mixer={"parameters": some_of(PARAMETERS, (0, 1, 2, 3, 4))},
     mlp={"parameters": some_of(VECTORS, (0, 1, 2, 5, 6))},
@@ -225,7 +248,8 @@ def test_a_mean_far_from_zero(target, operator, shape, hidden, dtype, mean, sigm
     if operator is MLP:
         coherent = inputs["x"][0].numel() ** 0.5
         ulps = {name: of_mean(target, 8 + abs(mean) / sigma) for name in ("y", "dx", "dw1", "dw2")}
-        ulps |= {f"d{name}": of_mean(target, 8 + coherent * abs(mean) / sigma) for name in VECTORS}
+        of_x = [name for name in VECTORS if name != "b2"]
+        ulps |= {f"d{name}": of_mean(target, 8 + coherent * abs(mean) / sigma) for name in of_x}
     check_of(operator, target, inputs, layout=layout, residual=residual, ulps=ulps)
 
 
@@ -322,6 +346,20 @@ def test_given_statistics_are_used_and_not_differentiable(target, operator, shap
 def test_statistics_are_returned_only_when_asked_for(target, operator):
     inputs = on(target.device, problem_of(operator, target, *TINY))
     assert operator.with_stats(**inputs, return_stats=False)[1] is None
+
+
+@over(
+    pairs=True,
+    pool_mixer={"shape": [(3, 17, 6, 9)]},
+    mlp={"shape, hidden": [SMALL]},
+    layout=LAYOUTS,
+    dtype=TWO,
+)
+def test_returned_statistics_of_any_layout(target, operator, shape, hidden, layout, dtype):
+    inputs = on(target.device, laid(problem_of(operator, target, shape, hidden, dtype), layout))
+    y, stats = operator.with_stats(**inputs, residual=True)
+    assert_same({"y": y}, {"y": operator.call(**inputs, residual=True)})
+    assert_statistics_of(stats.cpu(), y.cpu())
 
 
 # ---- determinism -------------------------------------------------------------------------------------------

@@ -22,10 +22,16 @@ from .targets import Target
     repeats=True,
     once=True,
     pool_mixer={"sizes": [(0, 1, 5), (2,), (3, 4)], "shape": [TINY[0]]},
-    mlp={"sizes": [(0, 1, 8, 9), (2,)], "shape, hidden": [TINY, ((3, 200, 2, 3), 20)], "save_hidden": BOTH},
+    mlp={
+        "sizes": [(0, 1, 8, 9), (2,), (3, 4), (5, 6, 7)],
+        "shape, hidden": [TINY, ((3, 200, 2, 3), 20)],
+        "save_hidden": BOTH,
+    },
     residual=BOTH,
-    where=lambda target, shape, **_: (
-        "it takes a minute, the narrow one seconds" if shape[1] == 200 and target.elements < INF else None
+    where=lambda target, shape, sizes, hidden=None, **_: (
+        "it takes a minute, others seconds"
+        if target.elements < INF and hidden and (shape[1] == 200 or sizes[0] > 2)
+        else None
     ),
 )
 def test_subsets_of_requires_grad(target, operator, sizes, shape, hidden, residual, save_hidden):

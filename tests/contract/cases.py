@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .targets import Target
 
 NOT_RUN: dict[str, Counter[str]] = {}  # of each target, why how many cases are not run
+LONG = "they are left to make test-long"
 
 
 @dataclass
@@ -70,11 +71,13 @@ def over(
     return decorate
 
 
-def covering(rows: list[tuple], strength: int | None, sizes: Sequence[int] | None = None) -> set[int]:
+def covering(
+    rows: list[tuple], strength: int | None, sizes: Sequence[tuple[bool, int]] | None = None
+) -> set[int]:
     """The numbers of few rows: one (0), those that have every value (1) or every pair (2); None: all.
 
-    The one is the smallest of ten, if ``sizes`` are given. Of several the next is always the one with the
-    most that is new; what a row adds only ever falls, so one that adds what it did in the heap is the best.
+    The one is that of the smallest of ten ``sizes``, if they are given. Of several the next is always the one
+    with the most that is new. What a row adds only ever falls: one that adds what the heap says is the best.
     """
     if strength is None:
         return set(range(len(rows)))
@@ -116,9 +119,11 @@ def selection(target: Target, operator: str, cases: Cases) -> Iterator[tuple[tup
             refused[reason] += 1
         else:
             rows.append((row, tuple(map(case.get, cases.names))))
-            shape = case.get("shape", (0, 0))
-            sizes.append(math.prod(shape) * shape[1])
-    strengths = target.short, max(target.whole, 2) if cases.pairs and target.whole else target.whole
+            shape = case.get("shape", (1, 1, 2, 2))
+            few = min(shape[2:]) < 2  # where a wrong pool may be right
+            sizes.append((few, math.prod(shape) * shape[1]))
+    pairs = cases.pairs and target.whole is not None and target.device == "cpu"
+    strengths = target.short, max(target.whole, 2) if pairs else target.whole
     short, whole = (covering([row for row, _ in rows], n, sizes) for n in strengths)
     if cases.repeats and target.short == 0:
         short = set()

@@ -1,4 +1,4 @@
-"""Runs the contract's tests on the targets of this run; the summary says what no target ran, and why."""
+"""Runs the contract's tests on the targets of this run."""
 
 import itertools
 import os
@@ -13,8 +13,6 @@ from support.peers import require_backend
 from . import cases
 from .targets import Target, chosen
 
-_SHOWN = pytest.StashKey[dict]()
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
@@ -27,6 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not of_both and operator.name != metafunc.module.OPERATOR:
             continue
         for values, long in cases.selection(target, operator.name, given):
+            cases.NOT_RUN[target.name][cases.LONG] += long
             row = [target, *[operator] * of_both, *values]
             name = "-".join(str(value) for value in row if not (of_both and value is None))
             rows.append(pytest.param(*row, id=name, marks=[pytest.mark.long] if long else []))
@@ -61,20 +60,3 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         require_backend(request.param.backend)
     with request.param.use():
         yield request.param
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["contract"] = {k: dict(v) for k, v in cases.NOT_RUN.items()}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node) -> None:
-    node.config.stash[_SHOWN] = getattr(node, "workeroutput", {}).get("contract", {})
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    counted = config.stash.get(_SHOWN, None) or cases.NOT_RUN
-    for name, reasons in counted.items():
-        for reason, count in reasons.items():
-            terminalreporter.write_line(f"not run on {name}: {count} cases: {reason}")

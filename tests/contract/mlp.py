@@ -278,16 +278,17 @@ def test_layouts_of_x(target, layout, dtype, form):
         ],
         "dtype, weight_dtype": [(F32, F32), (BF16, BF16), (BF16, F32)],
     },
-    names=("w1", "w2", "both"),
     activation=("gelu", "relu"),
     where=lambda target, activation, **_: (
         "gelu reaches its only forward" if activation != "gelu" and target.backend != "cuda" else None
     ),
 )
-def test_layouts_of_weights(target, weight_layout, conv, dtype, weight_dtype, names, activation):
+def test_layouts_of_weights(target, weight_layout, conv, dtype, weight_dtype, activation):
+    """The two have different ones."""
     inputs = problem(target, (2, 17, 3, 5), 20, dtype, weight_dtype=weight_dtype, conv=conv)
-    for name in WEIGHTS if names == "both" else (names,):
-        inputs[name] = as_weight_layout(inputs[name], weight_layout)
+    i, layouts = WEIGHT_LAYOUTS.index(weight_layout), WEIGHT_LAYOUTS if conv else WEIGHT_LAYOUTS[1:]
+    inputs["w1"] = as_weight_layout(inputs["w1"], weight_layout)
+    inputs["w2"] = as_weight_layout(inputs["w2"], layouts[(i + 2) % len(layouts)])
     found = check(target, inputs, layout="channels_last", residual=True, activation=activation)
     if target.exact:
         plain = laid({name: t.contiguous() for name, t in inputs.items()}, "channels_last")

@@ -43,7 +43,7 @@ SHAPES = (
 )
 
 
-@over(shape=SHAPES, dtype=DTYPES, layout=FORMATS, residual=BOTH)
+@over(pairs=True, shape=SHAPES, dtype=DTYPES, layout=FORMATS, residual=BOTH)
 def test_shapes(target, shape, dtype, layout, residual):
     check(target, make_inputs(shape, dtype), layout=layout, residual=residual)
 
@@ -94,7 +94,8 @@ def test_a_pool_far_wider_than_a_thin_image(target, shape, pool_size, layout):
 
 @over(kernels=True, dtype=HALVES, layout=FORMATS)
 def test_every_half_survives(target, dtype, layout):
-    """All 65536 values in and out unchanged, where the pool leaves the identity: infinities and NaN too."""
+    """Of all 65536 the finite ones come out as they are, where the pool leaves the identity, the others as
+    infinities or NaN."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 64, 32, 32)
     if dtype == BF16:  # hardware conversions may take a subnormal for zero
         x = torch.where((x.abs() < torch.finfo(dtype).tiny), torch.zeros_like(x), x)
@@ -118,14 +119,6 @@ def test_layouts_of_x(target, layout, dtype, shape):
 @over(dtype=HALVES, layout=FORMATS, residual=BOTH, shape=[(2, 17, 6, 9), (2, 16, 8, 8)])
 def test_float32_parameters_with_half_activations(target, dtype, layout, residual, shape):
     check(target, make_inputs(shape, dtype, parameter_dtype=F32), layout=layout, residual=residual)
-
-
-@over(kernels=True, dtype=HALVES, layout=FORMATS)
-def test_halves_are_rounded_to_nearest(target, dtype, layout):
-    inputs = on(target.device, laid(make_inputs((1, 16, 9, 10), dtype, parameter_dtype=F32), layout))
-    nearest = pool_mixer(**(inputs | {"x": inputs["x"].float()}), residual=True).to(dtype)
-    same = pool_mixer(**inputs, residual=True) == nearest
-    assert same.double().mean() > 0.99  # float32's rounding breaks a tie now and then; truncation half of all
 
 
 # ---- hard values -------------------------------------------------------------------------------------------
@@ -209,6 +202,7 @@ def test_a_variance_that_overflows(target, dtype, layout, residual):
     assert same_pattern(found["y"], expected["y"])
     assert expected["y"].isfinite().all()
     torch.testing.assert_close(found["y"].cpu(), inputs["x"] * residual, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["dx"].cpu(), grad * residual, rtol=0, atol=1e-6)
     for name, value in found.items():
         assert value.cpu()[expected[name].isfinite()].isfinite().all(), name
 
@@ -234,11 +228,15 @@ def test_float16_overflows_as_rounding_does(target, layout):
     residual=BOTH,
     dtype=DTYPES,
     layout=FORMATS,
+    pool_size=(3, 5),
 )  # fmt: skip
-def test_returned_statistics_are_those_of_the_rounded_y(target, shape, mean, residual, dtype, layout):
+def test_returned_statistics_are_those_of_the_rounded_y(
+    target, shape, mean, residual, dtype, layout, pool_size
+):
     inputs = on(target.device, laid(make_inputs(shape, dtype, mean=mean), layout))
-    y, stats = pool_mixer_with_stats(**inputs, residual=residual)
-    assert torch.equal(bits(y), bits(pool_mixer(**inputs, residual=residual)))
+    options = {"residual": residual, "pool_size": pool_size}
+    y, stats = pool_mixer_with_stats(**inputs, **options)
+    assert torch.equal(bits(y), bits(pool_mixer(**inputs, **options)))
     assert stats.shape[::2] == (shape[0], 3)
     assert_statistics_of(stats.cpu(), y.cpu())
 

@@ -8,13 +8,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from support.problems import HALVES
+from support.processes import ROOT
 from support.rule import threads
 
 import poolformer_kernels as pk
-from poolformer_kernels.backends import cuda
+from poolformer_kernels.backends import cpp, cuda
 
 from . import executor
 
@@ -100,6 +102,10 @@ class Target:
         """Calls within compute on this target, and on it alone: an explicit choice never falls back."""
         if self.architecture:
             executor.library().executor_architecture(self.architecture)
+        if self.level:
+            emulated = self.level == "emulated"
+            assert ("amx" if emulated else self.level) == cpp.ISA
+            assert not emulated or Path(pk.__file__).parents[1] != ROOT  # but a package of its own
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False  # ours are measured by eager's float32
         try:
@@ -126,7 +132,7 @@ CPP = Target("cpp", "cpp", short=2)
 INTERPRETER = Target(
     "interpreter", "triton", elements=13_000, products=200_000, short=0, whole=1, ulps=(4, 4)
 )
-EXECUTOR = Target("executor", "cuda", elements=60_000, short=0, whole=2, ulps=(4, 8), architecture=90)
+EXECUTOR = Target("executor", "cuda", elements=60_000, short=0, whole=1, ulps=(4, 8), architecture=90)
 TARGETS = {
     target.name: target
     for target in (

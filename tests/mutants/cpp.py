@@ -50,6 +50,9 @@ MLP_ALL_LEVELS = mutants_of("cpp", "mlp", {
         ("saved hidden: an infinity is clamped in float16",
          "store(in + l, v - v == 0.0f ? clamped : v);", "store(in + l, clamped);"),
     ],
+    "csrc/cpu/isa/vec.h": [
+        ("bfloat16 is cut off instead of rounded", "u + 0x7fffu + ((u >> 16) & 1u)", "u"),
+    ],
     "csrc/cpu/product/token_tile.h": [
         ("channels_last: an odd last channel of half precision is not stored",
          "__builtin_memcpy(rows + t * step + channels - 1, tile.data + whole * tile.row + t, sizeof(T));",

@@ -14,6 +14,7 @@ POOL_MIXER = mutants_of("cuda", "pool_mixer", {
         ("other pools: the adjoint divides by the element's window, not its neighbour's",
          "neighbour / window_count_any(j, tiling.width, tiling.pool)",
          "neighbour / window_count_any(w, tiling.width, tiling.pool)"),
+        ("other pools: returned statistics have no sums", "moments.add(element(rounded, 0), origin);", ";"),
     ],
     f"{MIXER}forward.cuh": [
         ("returned statistics: the last warp's sums are lost", "i < warps", "i < warps - 1"),
@@ -63,8 +64,8 @@ MLP_BACKWARD = mutants_of("cuda", "mlp", {
     f"{MLP}backward_small.cuh": [
         ("drop_scale's gradient: the biases of the first eight channels for all",
          "total += grad[e] * bias[c + e];", "total += grad[e] * bias[e];"),
-        ("weight gradients: the last lane's splits of the tokens are lost",
-         "other < kSumLanes", "other < kSumLanes - 1"),
+        ("weight gradients: half of the lanes' splits of the tokens are lost",
+         "other < kSumLanes", "other < kSumLanes / 2"),
         ("sums over tiles: the last lane's are lost", "other < kLanes", "other < kLanes - 1"),
     ],
     f"{MLP}backward_tile.cuh": [

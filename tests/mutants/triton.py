@@ -1,4 +1,4 @@
-"""Mutants of the Triton kernels, which run in Triton's interpreter (tests/triton_interpreter)."""
+"""Mutants of the Triton kernels, which run in Triton's interpreter."""
 
 from .mutant import mutants_of
 

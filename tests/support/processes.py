@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,16 +76,20 @@ def environment(threads: int | None = None) -> dict[str, str]:
 def run_pytest(*arguments: object, cwd: Path = ROOT, **variables: str) -> tuple[dict[str, int], list[str]]:
     """How many tests were ``passed``, ``skipped``, ... in a process of their own, and the lines it prints.
 
-    None fails and at least one passes. pytest has its own plugins alone, and NumPy no threads: its products
-    are small, and threads would wait for each other.
+    None fails; at least one of each file that is given passes. pytest has its own plugins alone, and NumPy no
+    threads: its products are small, and threads would wait for each other.
     """
     variables |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1"}
-    options = ("-q", "--tb=short", "-p", "no:cacheprovider")
+    options = ("-q", "--tb=short", "-rp", "-p", "no:cacheprovider")
     done = python("-m", "pytest", *options, *arguments, cwd=cwd, timeout=None, threads=1, **variables)
     lines = done.stdout.strip().splitlines()
     summary = lines[-1].partition(" in ")[0]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (?!warning)([a-z]+)", summary)}
     assert counts.get("passed"), done.stdout[-2000:]
+    passed = {Path(name).name for name in re.findall(r"^PASSED (\S+?)::", done.stdout, re.MULTILINE)}
+    without = {name for name in map(str, arguments) if name.endswith(".py")}
+    without = {name for name in without if Path(name).name not in passed}
+    assert not without, f"no test passed of {sorted(without)}"
     return counts, lines
 
 
@@ -105,14 +110,16 @@ def folder_of_run(factory: pytest.TempPathFactory) -> Path:
 
 
 def once_for_all(folder: Path, make: Callable[[Path], object]) -> Path:
-    """The folder, in which ``make`` was called by the first of all processes that needs it."""
+    """The folder, which the first of all processes that needs it fills with ``make``: whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
-            make(folder)
-            (folder / "made").touch()
+        if not folder.exists():
+            work = folder.with_suffix(".building")
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            make(work)
+            work.rename(folder)
     return folder
 
 
@@ -125,6 +132,6 @@ def executor_library() -> Path:
     for folder in (ROOT / "csrc", ROOT / "tests" / "cuda_executor"):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".h", ".cuh", ".cu", ".cpp") or path.name == "build.py":
-                digest.update(path.read_bytes())
+                digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode() + path.read_bytes())
     folder = ROOT / "build" / "cuda_executor" / digest.hexdigest()[:16]
-    return once_for_all(folder, lambda made: build(made / "cuda_executor.so")) / "cuda_executor.so"
+    return once_for_all(folder, lambda work: build(work / "cuda_executor.so")) / "cuda_executor.so"
