@@ -181,9 +181,8 @@ def test_every_call_on_the_null_gpu(folder, capability) -> None:
     """
     archs = cpp.build_info()["cuda_archs"]
     judged = cuda.code_for(archs, tuple(map(int, capability.split(".")))) is not None
-    left_out = ("triton and " if judged else "") + "float16 and not bfloat16"
-    if capability != "12.0":
-        left_out = f"({left_out}) or (triton and float32)"
+    left_out = "float16 and not bfloat16" + ("" if capability == "12.0" else " or float32")
+    left_out = f"triton and ({left_out})" if judged else left_out
     whole = capability == "9.0"
     counts = run_tests(folder, capability, EVERY_CALL, *([] if whole else ["-k", f"not ({left_out})"]))
     skipped = counts.get("skipped", 0)

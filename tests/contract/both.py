@@ -182,7 +182,7 @@ def test_halves_are_rounded_to_nearest(target, operator, shape, hidden, dtype, l
     for name, value in found.items():
         exact, value = right[name].flatten(), value.cpu().double().flatten()
         some = exact.abs() > 0.1 * exact.abs().max()
-        if some.sum() >= 300:
+        if some.sum() >= 300 or name in ("y", "dx"):
             ulp = torch.finfo(dtype).eps * exact.abs().log2().floor().exp2()
             outwards = ((value - exact) * exact.sign() / ulp)[some].mean().item()
             assert abs(outwards) < 0.25, name

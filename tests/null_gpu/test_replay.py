@@ -156,10 +156,11 @@ def test_what_decides_about_a_plan(what, first_calls) -> None:
     first = {"size": 12, "batch": 17 + list(OTHERS).index(what)}  # no other test's
     calls = [Call("pool_mixer", 48, **first | options) for options in ({}, OTHERS[what])]
     flows = [call.run() for call in calls]
-    assert len(first_calls) == (3 if what == "eps" else 4)
+    own = 3 if what == "eps" else 4
+    assert len(first_calls) == own
     for call, flow in zip(reversed(calls), reversed(flows), strict=True):
         assert_same(call.run(), flow)
-    assert len(first_calls) == (3 if what == "eps" else 4)
+    assert len(first_calls) == own
 
 
 def test_an_expanded_gradient(first_calls) -> None:
